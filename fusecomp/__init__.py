@@ -1,0 +1,1 @@
+"""fusecomp: graph-fusion compilation for LLM inference of unmodified Hugging Face models."""

@@ -1,0 +1,109 @@
+"""Frozen configuration objects. An unknown key is an error that names the nearest valid one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fusecomp.errors import ConfigError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+BLOCK_SIZES = (1, 16, 32, 64)
+VERIFY_MODES = ("off", "first", "always")
+
+C = TypeVar("C")
+
+
+def check_keys(cls: type, keys: Any, where: str) -> None:
+    """Raise `ConfigError` for the first of `keys` that is not a field of dataclass `cls`."""
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in keys:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"valid options are {', '.join(valid)}"
+            raise ConfigError(f"unknown option {key!r}", where=where, remedy=remedy)
+
+
+def build(cls: type[C], where: str, **options: Any) -> C:
+    """Construct dataclass `cls` from `options`, refusing unknown keys by name."""
+    check_keys(cls, options, where)
+    return cls(**options)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that shapes an engine. Field names follow vLLM's where the meaning is the same.
+
+    Attributes:
+        dtype: parameter dtype after loading; "auto" keeps the checkpoint's.
+        device: "auto" takes CUDA when there is one.
+        max_model_len: longest prompt plus output, in tokens; None takes the model's own limit.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step (decodes and prefill chunks together).
+        gpu_memory_utilization: share of the card's memory for weights, workspace and KV cache.
+        kv_cache_bytes: explicit KV budget; None derives it (from the share above on a GPU,
+            from `max_num_seqs * max_model_len` capped at 1 GiB on the CPU).
+        block_size: tokens per KV page.
+        enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
+        seed: seed of requests that bring none.
+        strict: a fallback raises instead of being reported.
+        verify: replay the original subgraph beside each rewritten one ("first" call, "always", "off").
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    enforce_eager: bool = False
+    seed: int = 0
+    strict: bool = False
+    verify: str = "off"
+
+    def __post_init__(self) -> None:
+        self._one_of("dtype", DTYPES)
+        self._one_of("block_size", BLOCK_SIZES)
+        self._one_of("verify", VERIFY_MODES)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            self._positive_int(name, getattr(self, name))
+        for name in ("max_model_len", "kv_cache_bytes"):
+            if getattr(self, name) is not None:
+                self._positive_int(name, getattr(self, name))
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share!r}", where="EngineConfig", remedy="give a share in (0, 1]"
+            )
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={self.max_num_batched_tokens}",
+                where="EngineConfig",
+                why="every running sequence needs at least one token a step",
+                remedy="raise max_num_batched_tokens or lower max_num_seqs",
+            )
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        """A copy with `changes` applied and checked."""
+        check_keys(EngineConfig, changes, "EngineConfig")
+        return dataclasses.replace(self, **changes)
+
+    def _one_of(self, name: str, valid: tuple) -> None:
+        if getattr(self, name) not in valid:
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} is not supported",
+                where="EngineConfig",
+                remedy=f"use one of {', '.join(map(str, valid))}",
+            )
+
+    @staticmethod
+    def _positive_int(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{name}={value!r}", where="EngineConfig", remedy="give an integer of at least 1"
+            )
