@@ -104,6 +104,4 @@ class EngineConfig:
     @staticmethod
     def _positive_int(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{name}={value!r}", where="EngineConfig", remedy="give an integer of at least 1"
-            )
+            raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give an integer of at least 1")

@@ -58,11 +58,7 @@ class SamplingParams:
         if self.seed is not None and not is_int(self.seed):
             refuse("seed", "give an integer or None")
         ids = self.stop_token_ids
-        if (
-            not isinstance(ids, Sequence)
-            or isinstance(ids, str)
-            or not all(is_int(i) and i >= 0 for i in ids)
-        ):
+        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_int(i) and i >= 0 for i in ids):
             refuse("stop_token_ids", "give a sequence of token ids")
         object.__setattr__(self, "stop_token_ids", tuple(ids))
 
