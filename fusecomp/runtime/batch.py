@@ -7,8 +7,8 @@ same addresses at every step, which is what a captured CUDA graph replays, and a
 
 Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
 parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
-step. A step gathers its lines into pinned staging buffers and copies those that changed. There are two staging sets, each
-with an event: one is filled while the copies from the other may still be in flight.
+step. A step gathers its lines into pinned staging buffers and copies those that changed. There are two staging sets,
+each with an event: one is filled while the copies from the other may still be in flight.
 """
 
 from __future__ import annotations
@@ -239,18 +239,19 @@ class BatchBuilder:
             if padded != self._padded_rows:
                 self._gather_sampling(rows, padded, staging)
             return
-        for i, (admission, count) in enumerate(zip(admissions, num_blocks, strict=True)):
+        n = len(seqs)
+        # With the rows of the last step, only those whose block count moved need a look.
+        stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
+        for i in stale:
             seq = seqs[i]
-            row = seq.row
-            known = self._row_blocks[row]
-            if self._row_admission[row] != admission:
+            row, count = seq.row, num_blocks[i]
+            if self._row_admission[row] != seq.admission:
                 self._enter(seq)
-                known = 0
+            known = self._row_blocks[row]
             if known != count:
                 assert count <= self.max_blocks_per_seq, f"{seq.request_id!r} holds {count} blocks"
                 self._table[row, known:count] = seq.blocks[known:]
                 self._row_blocks[row] = count
-        n = len(seqs)
         width = -(-max_seq_len // self.block_size)
         staging.arrays["block_tables"][:n, :width] = self._table[rows, :width]
         self._copy(staging, "block_tables", n)
@@ -263,6 +264,7 @@ class BatchBuilder:
         """Start a row's line in the tables for a newly admitted sequence."""
         row, params = seq.row, seq.params
         self._row_admission[row] = seq.admission
+        self._row_blocks[row] = 0
         self._sampling["temperature"][row] = params.temperature
         self._sampling["top_k"][row] = max(params.top_k, 0)
         self._sampling["top_p"][row] = params.top_p

@@ -25,7 +25,7 @@ class BlockPool:
         assert num_blocks >= 1, num_blocks
         self.num_blocks = num_blocks
         self._refs = [0] * num_blocks
-        # Oldest freed first: a freed block's content survives as long as possible, which is what reuse by content needs.
+        # Oldest freed first: a freed block's content survives as long as possible, which reuse by content needs.
         self._free = deque(range(num_blocks))
 
     @property
@@ -102,7 +102,7 @@ class KVCacheManager:
         return self.blocks_for(self.slots_needed(request_id, up_to_tokens)) <= self.pool.num_free
 
     def allocate(self, request_id: str, up_to_tokens: int) -> bool:
-        """Grow the request so that its first `up_to_tokens` tokens have slots. All or nothing; False when out of blocks.
+        """Grow the request so that its first `up_to_tokens` tokens have slots. All or nothing: False if out of blocks.
 
         Declares that tokens up to there are about to be written. It never shrinks a request.
         """

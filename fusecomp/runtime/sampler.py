@@ -5,8 +5,8 @@ Legend: N rows, V vocabulary.
 A row whose logits are not usable (a NaN, a +inf, or nothing above -inf) gives `INVALID_TOKEN`, never a token.
 
 Randomness is counter-based: the noise of vocabulary id `v` is a pure function of (seed, position, v), so a seeded
-request draws the same tokens in any batch, row or order. The draw is the arg-max of `logit / temperature + Gumbel noise`
-(Gumbel-max: arg-max_v(x_v + G_v) is distributed as softmax(x)).
+request draws the same tokens in any batch, row or order. The draw is the arg-max of `logit / temperature + noise`
+(Gumbel-max: with standard Gumbel noise G, arg-max_v(x_v + G_v) is distributed as softmax(x)).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fusecomp.runtime.scheduler import INVALID_TOKEN
 # Below this a temperature is taken as 0 (vLLM's bound): a division by a denormal would give inf and NaN.
 MIN_TEMPERATURE = 1e-5
 
-# Probability mass in fixed point: sums are exact, so the top-p cut depends neither on the order of a parallel sum nor on
-# the batch. A row sums to at most V * 2**40 < 2**63 for V < 2**23.
+# Probability mass in fixed point: sums are exact, so the top-p cut depends neither on the order of a parallel sum
+# nor on the batch. A row sums to at most V * 2**40 < 2**63 for V < 2**23.
 _MASS_ONE = float(2**40)
 
 
@@ -34,7 +34,7 @@ _MIX_B = _signed(0x94D049BB133111EB)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Arg-max of each row. logits [N, V] float -> [N] int64; the first of equal maxima; `INVALID_TOKEN` for bad rows."""
+    """Arg-max of each row, the first of equals. logits [N, V] float -> [N] int64; `INVALID_TOKEN` for bad rows."""
     # max propagates NaN, so the value at the arg-max tells whether the row has one.
     best, token = logits.max(dim=-1)
     return torch.where(best.isfinite(), token, INVALID_TOKEN)

@@ -81,7 +81,7 @@ class SequenceState:
 
 
 class ScheduledEntry(NamedTuple):
-    """One row of a step: tokens `start .. start + num_new_tokens` of `seq`; `samples` when they reach its last token."""
+    """One row of a step: tokens `start .. start + num_new_tokens` of `seq`; `samples` if they reach its last one."""
 
     seq: SequenceState
     num_new_tokens: int
