@@ -3,7 +3,7 @@
 Hugging Face's extension points are used where the model has them: an attention function and an experts function
 named "fusecomp" emit canonical ops; a second pair, "fusecomp_probe", runs eagerly once on a few tokens and
 records, per layer, the mask function the model really asked for. The model's weights are neither copied nor
-changed; its configuration is switched only inside `implementations(...)` and restored after.
+changed; its configuration is switched only inside `Implementations.use` and restored after.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import UNRESOLVED
@@ -38,6 +39,7 @@ class Probe:
 
     length: int
     masks: dict[int, MaskSpec] = field(default_factory=dict)
+    heads: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> (kv heads, head dim)
     unfused_experts: dict[str, str] = field(default_factory=dict)
     specs: dict[int, tuple[Tensor, MaskSpec]] = field(default_factory=dict)  # id of mask -> (mask kept alive, spec)
 
@@ -105,6 +107,7 @@ def _probe_attention(
     if layer in _probe.masks and _probe.masks[layer] != spec:
         spec = unknown("the layer attends more than once with different masks")
     _probe.masks[layer] = spec
+    _probe.heads[layer] = (key.shape[1], key.shape[3])
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
@@ -182,35 +185,41 @@ def _register() -> None:
     ExpertsInterface.register(PROBE, _probe_experts)
 
 
-def _configs(model: nn.Module) -> Iterator[tuple[Any, str, bool]]:
-    """(config, attribute, supported) of every distinct config object reachable from HF submodules."""
-    from transformers import PreTrainedModel
+class Implementations:
+    """Routes a model's attention and experts through functions registered with HF, and back.
 
-    seen = set()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
-            seen.add(id(module.config))
-            yield module.config, "_attn_implementation_internal", module._can_set_attn_implementation()
-            yield module.config, "_experts_implementation_internal", module._can_set_experts_implementation()
+    Config objects are found once; switching touches only them. A submodule whose class does not support an
+    interface keeps its own implementation.
+    """
 
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
 
-@contextmanager
-def implementations(model: nn.Module, name: str) -> Iterator[None]:
-    """Route the model's attention and experts through the functions registered as `name`, then restore."""
-    _register()
-    saved = []
-    for config, attribute, supported in _configs(model):
-        if supported:
-            saved.append((config, attribute, getattr(config, attribute, None)))
+        _register()
+        self._slots: list[tuple[Any, str]] = []
+        seen = set()
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+                seen.add(id(module.config))
+                if module._can_set_attn_implementation():
+                    self._slots.append((module.config, "_attn_implementation_internal"))
+                if module._can_set_experts_implementation():
+                    self._slots.append((module.config, "_experts_implementation_internal"))
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside, HF dispatches to the functions registered as `name`; the configuration is restored after."""
+        saved = [getattr(config, attribute, None) for config, attribute in self._slots]
+        for config, attribute in self._slots:
             setattr(config, attribute, name)
-    try:
-        yield
-    finally:
-        for config, attribute, value in saved:
-            setattr(config, attribute, value)
+        try:
+            yield
+        finally:
+            for (config, attribute), value in zip(self._slots, saved, strict=True):
+                setattr(config, attribute, value)
 
 
-def run_probe(model: nn.Module, length: int) -> Probe:
+def run_probe(model: nn.Module, implementations: Implementations, length: int) -> Probe:
     """One eager pass over a few tokens that proves each layer's mask for contexts up to `length`.
 
     A model without HF's attention interface yields an empty probe: its attention is matched in the graph.
@@ -225,7 +234,7 @@ def run_probe(model: nn.Module, length: int) -> Probe:
         kwargs["attention_mask"] = torch.ones_like(ids)
     _probe = probe = Probe(length)
     try:
-        with torch.no_grad(), implementations(model, PROBE):
+        with torch.no_grad(), implementations.use(PROBE):
             model(**kwargs)
     finally:
         _probe = None
@@ -302,3 +311,23 @@ class PackedStep(nn.Module):
         out = self.model(**self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices))
         logits = out if isinstance(out, Tensor) else out.logits
         return logits[0] if self.signature.logits_to_keep else logits[0, logit_indices]
+
+
+def kv_layout(step: PackedStep, implementations: Implementations, inputs: tuple, canonicalize: Callable) -> list:
+    """(layer, kv heads, head dim) of a model whose attention is only visible in its graph: one capture, not compiled.
+
+    Args:
+        inputs: arguments of `step` with no KV tensors.
+        canonicalize: called with the graph; returns the layout.
+    """
+    found: list = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
+        found.extend(canonicalize(gm))
+        logits = next(iter(gm.graph.find_nodes(op="output"))).args[0][0].meta["example_value"]
+        return lambda *_: (torch.zeros(inputs[1].shape[0], logits.shape[-1]),)
+
+    with torch.no_grad(), implementations.use(TRACE), dynamo_settings():
+        torch.compile(step, backend=backend, fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    return found

@@ -45,7 +45,7 @@ def _masked_softmax_av(
 
 
 def _allowed(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
-    """Causal visibility, limited to the last `window` keys when window > 0: key j is seen by query p iff p-window < j <= p."""
+    """Query p sees key j when j <= p and, for window > 0, j > p - window."""
     allowed = k_pos <= q_pos
     return allowed & (k_pos > q_pos - window) if window > 0 else allowed
 
