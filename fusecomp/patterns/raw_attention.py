@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value
+from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.evaluate import Inputs, NotProvable, evaluate, static_length
 from fusecomp.patterns.masks import CAUSAL, UNKNOWN, MaskSpec, classify_matrix, unknown
 
@@ -199,8 +199,7 @@ class _RawAttention(Pattern):
             args = (candidate.q, k, candidate.v, facts.scale, facts.mask.kind, facts.mask.window)
             new = gm.graph.call_function(OPS.attention.default, (*args, facts.softcap, None, layer))
         new.meta.update({k: v for k, v in candidate.node.meta.items() if k != "tensor_dict"})
-        candidate.node.replace_all_uses_with(new)
-        gm.graph.erase_node(candidate.node)
+        replace_and_prune(candidate.node, new)
         return f"{facts.mask}, scale {facts.scale:.6g}" + (f", softcap {facts.softcap:g}" if facts.softcap else "")
 
 
