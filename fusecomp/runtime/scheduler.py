@@ -324,15 +324,15 @@ class Scheduler:
         return True
 
     def _fits(self, seq: SequenceState) -> bool:
-        """Whether all known tokens of a waiting sequence fit beside what running prefills still need.
+        """Whether all known tokens of a waiting sequence fit, not just its first chunk.
 
-        Admitting for the first chunk alone would let half-done prefills starve each other of blocks. Asking for all of
-        them also keeps a sequence from coming back in the step that preempted it.
+        Here no running prefill still needs blocks: one that the step does not complete has used up the token budget or
+        the free blocks, and nothing is admitted. So a half-done prefill competes for blocks with decodes only. Asking
+        for all tokens also keeps a sequence from coming back in the step that preempted it.
         """
         if not self._running:
             return True  # `add` made sure of it
-        promised = sum(self.kv.blocks_for(max(0, len(other.token_ids) - other.num_slots)) for other in self._running)
-        return self.kv.blocks_for(len(seq.token_ids)) + promised + self._watermark <= self.kv.num_free
+        return self.kv.blocks_for(len(seq.token_ids)) + self._watermark <= self.kv.num_free
 
     def _admit(self) -> SequenceState:
         seq = self._waiting.popleft()
