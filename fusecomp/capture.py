@@ -9,6 +9,7 @@ changed; its configuration is switched only inside `Implementations.use` and res
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -299,6 +300,17 @@ class PackedStep(nn.Module):
         self.max_tokens = max_tokens
         self.signature = Signature.of(model)
 
+    def isolated_forward(self) -> Callable:
+        """`forward` with a code object of its own.
+
+        Dynamo keeps compiled graphs per code object: with a shared one, every engine of a process would check the
+        guards of all others, and together they would reach the recompile limit.
+        """
+        function = types.FunctionType(
+            PackedStep.forward.__code__.replace(), globals(), "packed_step", None, PackedStep.forward.__closure__
+        )
+        return types.MethodType(function, self)
+
     def forward(
         self,
         tokens: Tensor,
@@ -336,6 +348,5 @@ def kv_layout(step: PackedStep, implementations: Implementations, inputs: tuple,
         return lambda *_: (torch.zeros(inputs[1].shape[0], logits.shape[-1]),)
 
     with torch.no_grad(), implementations.use(TRACE), dynamo_settings():
-        torch.compile(step, backend=backend, fullgraph=True)(*inputs)
-    torch._dynamo.reset()
+        torch.compile(step.isolated_forward(), backend=backend, fullgraph=True)(*inputs)
     return found

@@ -133,13 +133,14 @@ def replace_and_prune(node: Node, new: Node) -> None:
     Dynamo's graph is not functional: a node without users may exist for what it writes. Those stay.
     """
     node.replace_all_uses_with(new)
-    stack = [node]
+    stack, erased = [node], set()
     while stack:
         dead = stack.pop()
-        if dead.users or dead.op not in ("call_function", "call_method") or mutates(dead):
+        if dead in erased or dead.users or dead.op not in ("call_function", "call_method") or mutates(dead):
             continue
         inputs = dead.all_input_nodes
         dead.graph.erase_node(dead)
+        erased.add(dead)
         stack.extend(inputs)
 
 

@@ -86,7 +86,7 @@ class CompiledStep:
             self.report.notes.append(f"{name} runs unfused: {reason}")
         self.report.seconds["probe"] = time.perf_counter() - start
         self._function = torch.compile(
-            self._module, backend=StepBackend(self._context, inductor=not config.enforce_eager), fullgraph=True
+            self._module.isolated_forward(), backend=StepBackend(self._context, inductor=not config.enforce_eager), fullgraph=True
         )
 
     @property
@@ -156,7 +156,7 @@ class CompiledStep:
             raise RecompileError(
                 "the step would be compiled again while serving",
                 where=self.report.model,
-                why=str(error),
+                why=" ".join(str(error).split("- User stack trace")[0].split("\n    - ")[-1].split()),
                 remedy="do not change the model while its engine lives",
             ) from error
 
