@@ -1,15 +1,17 @@
 """The corpus of the pico checkpoints: the Python source of CPython's standard library (PSF License Version 2).
 
-Files fall into three splits by a hash of their path, whole files only: `validation` chooses the checkpoint, `heldout` is
-measured once and published, everything else is `train`. Both measured splits hold library code; the standard library's
-own tests are used for training only, and the tests of a measured module (`test_<module>.py`) are dropped.
+Files fall into three splits by a hash of their path, whole files only: `validation` chooses the checkpoint, `heldout`
+is measured once and published, everything else is `train`. Both measured splits hold library code; the standard
+library's own tests are used for training only, and the tests of a measured module (`test_<module>.py`) are dropped.
 
-Left out: files that are not UTF-8 or do not parse, tables (`encodings`, `pydoc_data`, and files that are mostly digits and
-punctuation), build-specific files (`_sysconfigdata*`, `config-*`), exact duplicates.
+Left out: files that are not UTF-8 or do not parse, tables (`encodings`, `pydoc_data`, and files that are mostly digits
+and punctuation), build-specific files (`_sysconfigdata*`, `config-*`), exact duplicates.
 """
 
 import ast
 import hashlib
+import itertools
+import random
 import re
 import sysconfig
 import warnings
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
@@ -27,7 +29,11 @@ VOCAB_SIZE = 4096
 CONTEXT = 1024
 
 HELDOUT_HEADER = re.compile(r"^# ===== held-out file: (?P<path>\S+) =====\n", re.MULTILINE)
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "lib-dynload"})
+# A line break takes the indentation after it, so that a prompt ending in an indented empty line splits as in training.
+_PIECES = r"\s*\n[ \t]*|[^\s\p{L}\p{N}]?\p{L}+| \p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "lib-dynload"}
+)
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _VALIDATION_PERCENT, _HELDOUT_PERCENT = 3, 5
 _TABLE_BELOW = 0.7  # share of letters, underscores, spaces and newlines under which a file counts as a table
@@ -132,7 +138,12 @@ def parse_heldout(text: str) -> list[Document]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text survives encoding and decoding. `bos` is put before every text, nothing after it."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -145,7 +156,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+            ),
         ]
     )
     return PreTrainedTokenizerFast(
@@ -159,9 +172,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """One stream of `bos text eos` per document, and where each document starts (with the end as a last entry)."""
-    rows = tokenizer([d.text for d in documents], verbose=False)["input_ids"]
-    rows = [np.array([*row, EOS_ID], dtype=np.uint16) for row in rows]
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], cut_every: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """One stream of `bos text eos` per document, and where each document starts (with the end as a last entry).
+
+    With `cut_every`, a text is encoded in pieces that end at random places, one in so many characters and half of them
+    after white space: the model learns to go on from prompts that end inside what would be one token (`def `).
+    """
+    rows = []
+    for document in documents:
+        pieces = tokenizer(list(_cut(document, cut_every)), add_special_tokens=False, verbose=False)["input_ids"]
+        rows.append(np.array([BOS_ID, *(i for piece in pieces for i in piece), EOS_ID], dtype=np.uint16))
     starts = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
     return np.concatenate(rows), starts
+
+
+def _cut(document: Document, every: int) -> Iterator[str]:
+    text = document.text
+    places: list[int] = []
+    if every:
+        chance = random.Random(document.path)
+        for _ in range(len(text) // every):
+            place = chance.randrange(1, len(text))
+            if chance.random() < 0.5:
+                space = re.compile(r"[ \n]+").search(text, place)
+                place = space.end() if space else place
+            places.append(place)
+    edges = sorted({0, *places, len(text)})
+    return (text[a:b] for a, b in itertools.pairwise(edges))

@@ -44,25 +44,25 @@ class Score:
 
 
 def windows(ids: Sequence[int] | np.ndarray, bos: int, context: int = CONTEXT) -> Iterator[list[int]]:
-    """`ids` is one file's tokens with `eos` last and without `bos`; every window is `bos` and up to `context - 1` of them."""
+    """`ids` is one file's tokens, `eos` last, no `bos`; every window is `bos` and up to `context - 1` of them."""
     for start in range(0, len(ids), context - 1):
         yield [bos, *(int(i) for i in ids[start : start + context - 1])]
 
 
 @torch.no_grad()
 def score_windows(model: PreTrainedModel, rows: Sequence[list[int]], batch: int = 1) -> tuple[float, int]:
-    """Summed nats and the number of tokens scored. Rows of a batch are padded on the right and padding is not scored."""
+    """Summed nats and the number of tokens scored. Rows of a batch are padded on the right; padding is not scored."""
     nats, tokens = 0.0, 0
     pad = model.config.pad_token_id or 0
     for first in range(0, len(rows), batch):
         group = rows[first : first + batch]
         longest = max(map(len, group))
         input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in group], device=model.device)
-        scored = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in group], device=model.device)
+        scored = [[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in group]
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-        nats += float((losses.double() * scored).sum())
-        tokens += int(scored.sum())
+        nats += float((losses.double() * torch.tensor(scored, device=model.device)).sum())
+        tokens += sum(map(sum, scored))
     return nats, tokens
 
 
