@@ -1,7 +1,8 @@
 """The verified families: for each, a tiny random model of unmodified Hugging Face code and what fusecomp does to it.
 
-Tests are parametrized over `FAMILIES`; `build` makes the model. Sizes are awkward where that is legal: heads per kv
-head that are no power of two, an odd vocabulary, widths that no tile divides. `docs/models.md` says how to add a family.
+Tests are parametrized over `FAMILIES`; `build` makes the model. Sizes are awkward where that is legal: heads
+per kv head that are no power of two, an odd vocabulary, widths that no tile divides. `docs/models.md` says how to add
+a family.
 """
 
 from collections.abc import Mapping
