@@ -32,8 +32,8 @@ class LLM:
     """A causal LM behind a fusecomp engine, for lists of prompts.
 
     Args:
-        model: a folder, a name on the Hugging Face Hub, or an `nn.Module` in memory. A module is put in evaluation mode,
-            and an explicit `dtype` or `device` converts it as `module.to` does; "auto" leaves both.
+        model: a folder, a name on the Hugging Face Hub, or an `nn.Module` in memory. A module is put in evaluation
+            mode, and an explicit `dtype` or `device` converts it as `module.to` does; "auto" leaves both.
         tokenizer: a tokenizer, or the folder of one; None takes the checkpoint's.
         **other: see `EngineConfig`.
 
@@ -101,8 +101,8 @@ class LLM:
 
         Raises:
             RequestError, CapacityError: a prompt cannot be served (empty, too long, ids outside the vocabulary, no
-                tokenizer, ...). Names the index, and is raised before anything runs. A request that fails later by itself
-                comes back with `error` set.
+                tokenizer, ...). Names the index, and is raised before anything runs. A request that fails by itself
+                later comes back with `error` set.
         """
         return self.serve(prompts, sampling_params, errors="raise", use_tqdm=use_tqdm)
 
@@ -166,11 +166,15 @@ class LLM:
         params = list(given)
         if len(params) != count:
             raise ConfigError(
-                f"{len(params)} sampling_params for {count} prompts", where="LLM.generate", remedy="give one for all, or one each"
+                f"{len(params)} sampling_params for {count} prompts",
+                where="LLM.generate",
+                remedy="give one for all, or one each",
             )
         return params
 
-    def _encode(self, item: Any, params: SamplingParams | FusecompError) -> tuple[list[int], SamplingParams] | FusecompError:
+    def _encode(
+        self, item: Any, params: SamplingParams | FusecompError
+    ) -> tuple[list[int], SamplingParams] | FusecompError:
         """The token ids of one prompt with its parameters, or the error that refuses it."""
         if isinstance(params, FusecompError):
             return params
@@ -189,8 +193,15 @@ class LLM:
             if not item:
                 raise RequestError("the prompt is empty", remedy="give at least one character")
             if self._tokenizer is None:
-                raise RequestError("a text prompt, but the model has no tokenizer", remedy="give token ids, or LLM(tokenizer=...)")
-            item = self._tokenizer.encode(item)
+                raise RequestError(
+                    "a text prompt, but the model has no tokenizer", remedy="give token ids, or LLM(tokenizer=...)"
+                )
+            try:
+                item = self._tokenizer.encode(item)
+            except (ValueError, TypeError) as error:  # text that is not Unicode, such as half a surrogate pair
+                raise RequestError(
+                    "the prompt cannot be tokenized", why=str(error), remedy="give valid text"
+                ) from error
         if not isinstance(item, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in item):
             raise RequestError(f"a prompt of type {type(item).__name__}", remedy="give a text or a list of token ids")
         if not item:
@@ -213,7 +224,7 @@ class LLM:
         shown = progress.token_ids
         if progress.finish_reason == "stop":  # the token that ended the request is in token_ids, not in the text
             shown = shown[:-1]
-        decoded = self._tokenizer.decode(shown, skip_special_tokens=True) if self._tokenizer is not None else ""
+        decoded = "" if self._tokenizer is None else str(self._tokenizer.decode(shown, skip_special_tokens=True))
         output.outputs.append(CompletionOutput(0, decoded, list(progress.token_ids), progress.finish_reason))
         return output
 
@@ -248,7 +259,9 @@ def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts is a {type(prompts).__name__}", where="LLM.generate", remedy="give texts or token ids")
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}", where="LLM.generate", remedy="give texts or token ids"
+        )
     if prompts and all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
         return [list(prompts)]
     return list(prompts)
@@ -269,7 +282,9 @@ def _default_sampling_params(module: Any) -> SamplingParams:
     for name, neutral in (("repetition_penalty", 1.0), ("min_p", None), ("typical_p", 1.0)):
         value = getattr(config, name, None)
         if value not in (None, neutral):
-            logger.warning("%s=%s of generation_config.json is not applied: LLM.generate does not support it", name, value)
+            logger.warning(
+                "%s=%s of generation_config.json is not applied: LLM.generate does not support it", name, value
+            )
     given = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 

@@ -1,14 +1,15 @@
 """Hugging Face's `generate` contract in terms of engine requests.
 
-In: what `GenerationMixin.generate` was called with, and what it prepared. Out: a `Plan` the engine can serve token for token,
-or the reason why it cannot, as one clause. Nothing is ignored: an option, logits processor or stopping criterion that
-is not known here is a reason.
+In: what `GenerationMixin.generate` was called with, and what it prepared. Out: a `Plan` the engine can serve token for
+token, or the reason why it cannot, as one clause. Nothing is ignored: an option, logits processor or stopping criterion
+that is not known here is a reason.
 
 Legend: B rows of the batch (prompts times `num_return_sequences`), P padded prompt length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,6 @@ from fusecomp.errors import CapacityError, RequestError
 from fusecomp.request import SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from fusecomp.runtime.session import Progress, Session
 
 # Model inputs the packed step reproduces; `position_ids` are those that `generate` derives from the mask.
@@ -44,13 +43,13 @@ SAMPLERS = (
 class Plan:
     """What the engine is asked for: one request per row, and the id that fills rows which end early."""
 
-    requests: list[tuple[list[int], SamplingParams]]
+    requests: Sequence[tuple[list[int], SamplingParams]]
     pad_token_id: int | None
 
 
 def refuse_call(
-    model: PreTrainedModel,
-    stock_class: type[PreTrainedModel],
+    model: Any,
+    stock_class: type[GenerationMixin],
     generation_config: GenerationConfig | None,
     *,
     custom_generate: Any,
@@ -103,6 +102,7 @@ def _refuse_config(config: GenerationConfig) -> str | None:
 def make_plan(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     processors: logits_process.LogitsProcessorList,
     criteria: stopping_criteria.StoppingCriteriaList,
     config: GenerationConfig,
@@ -119,7 +119,8 @@ def make_plan(
     sampling = _sampling(processors, bool(config.do_sample))
     if isinstance(sampling, str):
         return sampling
-    max_length, eos_ids = None, set()
+    max_length: int | None = None
+    eos_ids: set[int] = set()
     for criterion in criteria:
         if type(criterion) is stopping_criteria.MaxLengthCriteria:
             max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)

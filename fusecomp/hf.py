@@ -1,8 +1,8 @@
 """`fuse` and `unfuse`: Hugging Face models whose `generate` is served by an engine.
 
-A fused model is the same object with the same weights, configuration and `forward`. Only its class changes, to a subclass of
-the same name that overrides `generate`; `unfuse` changes it back. The engine is built at the first call that needs it and
-built again when weights were changed or moved since.
+A fused model is the same object with the same weights, configuration and `forward`. Only its class changes, to a
+subclass of the same name that overrides `generate`; `unfuse` changes it back. The engine is built at the first call
+that needs it, and built again when weights were changed or moved since.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
         Llama = fusecomp.fuse(LlamaForCausalLM)              # a class: what its from_pretrained returns is fused
 
     `generate` keeps its contract: arguments, left padding, `GenerationConfig`, streamers, outputs. In float32, greedy
-    tokens are those of stock `generate`. Sampling draws from torch's generator (`torch.manual_seed`), not the same numbers.
+    tokens are those of stock `generate`. Sampling is governed by `torch.manual_seed`, but draws other numbers.
     A call the engine cannot serve exactly (beams, penalties, `output_scores`, ...) goes to stock `generate` with one
     `FallbackWarning` for each cause, or raises `FallbackError` under `strict=True`. With `return_dict_in_generate`,
     `past_key_values` is None: the engine's cache is paged and shared.
@@ -55,8 +55,8 @@ def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
     Args:
         target: a model, a function that returns one, or a model class. None makes a decorator.
         warmup: build the engine now rather than at the first `generate`.
-        **options: fields of `EngineConfig`. An explicit `dtype` or `device` converts the model as `model.to` does, which
-            `unfuse` does not undo; "auto" leaves it as it is.
+        **options: fields of `EngineConfig`. An explicit `dtype` or `device` converts the model as `model.to` does,
+            which `unfuse` does not undo; "auto" leaves it as it is.
 
     Raises:
         ConfigError: an option is unknown or invalid, or `target` is nothing that can be fused.
@@ -108,7 +108,9 @@ def _fuse_returned(value: Any, config: EngineConfig, warmup: bool, name: str) ->
     values = value if isinstance(value, tuple) else (value,)
     if sum(isinstance(item, PreTrainedModel) for item in values) != 1:
         raise ConfigError(
-            f"returned {type(value).__name__}", where=f"{name}()", remedy="return one transformers model, alone or in a tuple"
+            f"returned {type(value).__name__}",
+            where=f"{name}()",
+            remedy="return one transformers model, alone or in a tuple",
         )
     fused = tuple(_fuse_instance(v, config, warmup) if isinstance(v, PreTrainedModel) else v for v in values)
     return fused if isinstance(value, tuple) else fused[0]
@@ -145,7 +147,9 @@ def _instance_class(stock: type) -> type:
 def _subclass(stock: Any, config: EngineConfig) -> Any:
     """A subclass of `stock` that passes for it by name (registries and saved configurations hold names)."""
     same = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(stock.__name__, (FusedGeneration, stock), {**same, "_fusecomp_stock": stock, "_fusecomp_config": config})
+    return type(
+        stock.__name__, (FusedGeneration, stock), {**same, "_fusecomp_stock": stock, "_fusecomp_config": config}
+    )
 
 
 class FusedState:
@@ -184,7 +188,9 @@ class FusedState:
         """Count a fallback and warn of its cause the first time; raise under `strict`."""
         if self.config.strict:
             raise FallbackError(
-                f"this call needs stock generate: {cause}", where="generate", remedy="drop the option, or use strict=False"
+                f"this call needs stock generate: {cause}",
+                where="generate",
+                remedy="drop the option, or use strict=False",
             )
         self.fallbacks[cause] += 1
         if self.fallbacks[cause] == 1:
@@ -202,7 +208,7 @@ class FusedGeneration:
     """Mixed in before a model class: `generate` by the engine, and what the engine reports."""
 
     @torch.no_grad()
-    def generate(  # the parameters of GenerationMixin.generate
+    def generate(  # noqa: PLR0917 (the parameters are those of GenerationMixin.generate)
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
@@ -222,7 +228,7 @@ class FusedGeneration:
         model: Any = self
 
         def stock_generate(custom: Any) -> Any:
-            return super(FusedGeneration, model).generate(
+            return super(FusedGeneration, model).generate(  # type: ignore[misc]
                 inputs,
                 generation_config=generation_config,
                 logits_processor=logits_processor,
@@ -258,20 +264,25 @@ class FusedGeneration:
 
         # `generate` prepares inputs, lengths, processors and criteria, then calls this in place of its decoding loop.
         def decoding(
-            model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **model_kwargs: Any
+            model: Any,
+            input_ids: Any,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **model_kwargs: Any,
         ) -> Any:
             plan = make_plan(
                 input_ids,
                 model_kwargs.get("attention_mask"),
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                session.engine.config.max_model_len or sys.maxsize,
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                config=generation_config,
+                max_model_len=session.engine.config.max_model_len or sys.maxsize,
             )
             sequences = plan if isinstance(plan, str) else decode(session, plan, input_ids, streamer)
             if not isinstance(sequences, str):
                 as_dict = generation_config.return_dict_in_generate
-                return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences
+                return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences  # type: ignore[arg-type]
             state.fall_back(sequences)
             return model._sample(
                 input_ids,

@@ -45,7 +45,10 @@ class SamplingParams:
             return isinstance(x, int) and not isinstance(x, bool)
 
         def is_real(x: Any) -> bool:
-            return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            try:
+                return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            except OverflowError:  # an integer beyond every float
+                return False
 
         if self.max_tokens is not None and (not is_int(self.max_tokens) or self.max_tokens < 1):
             refuse("max_tokens", "give an integer of at least 1, or None for up to max_model_len")
@@ -55,8 +58,8 @@ class SamplingParams:
             refuse("top_k", "give an integer of at least 1, or 0 or -1 for all tokens")
         if not is_real(self.top_p) or not 0 < self.top_p <= 1:
             refuse("top_p", "give a number in (0, 1]")
-        if self.seed is not None and not is_int(self.seed):
-            refuse("seed", "give an integer or None")
+        if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
+            refuse("seed", "give a 64-bit integer or None")
         ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_int(i) and i >= 0 for i in ids):
             refuse("stop_token_ids", "give a sequence of token ids")

@@ -125,7 +125,8 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     }
     try:
         with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+            model, info = loaded
     except ImportError as error:
         raise UnsupportedModelError(
             "a package that the checkpoint needs is missing", where=str(folder), why=str(error), remedy="install it"

@@ -1,7 +1,7 @@
 """Drives an engine: a list of requests in, their tokens out, whatever happens in between.
 
-Invariants: requests are admitted all together before the first step; on any exception, Ctrl-C included, every unfinished
-request is aborted, so the engine stays usable; one call runs at a time (a lock), others wait.
+Invariants: requests are admitted all together before the first step; on any exception, Ctrl-C included, every
+unfinished request is aborted, so the engine stays usable; one call runs at a time (a lock), others wait.
 """
 
 from __future__ import annotations
