@@ -74,6 +74,7 @@ def refuse_call(
     if options.get("cache_implementation") == "paged":
         return "cache_implementation='paged' asks for transformers' own continuous batching"
     config, inputs = model._prepare_generation_config(generation_config, **options)
+    model._validate_model_kwargs(inputs.copy())  # a misspelt option raises what stock generate raises
     extra = sorted(name for name, value in inputs.items() if value is not None and name not in MODEL_INPUTS)
     outputs = [name for name in OUTPUTS if getattr(config, name)]
     if outputs:

@@ -11,9 +11,23 @@ import torch
 from fusecomp.runtime import session
 from tests.stand_in import StandInEngine
 
-CORPUS = ["def read_file(path):", "    with open(path) as file:", "        return file.read()", "import os, sys, json"] * 8
+CORPUS = [
+    "def read_file(path):",
+    "    with open(path) as file:",
+    "        return file.read()",
+    "import os, sys, json",
+] * 8
 # Small enough for the CPU, and the same everywhere so that an engine fits them all.
-ENGINE_OPTIONS = {"max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True, "device": "cpu", "kv_cache_bytes": 1 << 20}
+ENGINE_OPTIONS = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "enforce_eager": True,
+    "device": "cpu",
+    "kv_cache_bytes": 1 << 20,
+}
+
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
 @pytest.fixture(scope="session", autouse=True)
