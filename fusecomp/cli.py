@@ -108,6 +108,8 @@ def run_generate(options: argparse.Namespace) -> int:
     sampling = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**sampling)  # refuses wrong values before minutes of loading
     if options.prompt is not None:
+        if options.format is not None:
+            raise UsageError("--format is for --prompts-file")
         lines = [PromptLine(number, text) for number, text in enumerate(options.prompt, start=1)]
     else:
         lines = read_prompts(options.prompts_file, options.format)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -161,12 +162,17 @@ class FusedState:
         self._session: Session | None = None
         self._refusal: UnsupportedModelError | None = None
         self._fingerprint: tuple = ()
+        self._lock = threading.Lock()
         if config.dtype != "auto" or config.device != "auto":
             dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
             model.to(device=None if config.device == "auto" else resolve_device(config.device), dtype=dtype)
 
     def session(self, model: Any) -> Session:
         """The session for `model` as it is now. Raises `UnsupportedModelError` (again) when there cannot be one."""
+        with self._lock:
+            return self._session_of(model)
+
+    def _session_of(self, model: Any) -> Session:
         if (self._session or self._refusal) and self._fingerprint == _fingerprint(model):
             if self._refusal is not None:
                 raise self._refusal

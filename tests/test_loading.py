@@ -86,6 +86,16 @@ def test_tied_weights_are_not_missing(tmp_path, tiny_config):
             CheckpointError,
             ["pickled", "pytorch_model.bin", "save_pretrained"],
         ),
+        (
+            lambda f: (f / "adapter_config.json").write_text("{}"),
+            UnsupportedModelError,
+            ["adapter", "merge_and_unload"],
+        ),
+        (
+            lambda f: edit_json(f / "config.json", transformers_weights="../w.bin"),
+            CheckpointError,
+            ["weights not found", "w.bin"],
+        ),
         (lambda f: (f / "model.safetensors").write_bytes(b"abc"), CheckpointError, ["truncated", "8 bytes", "3 bytes"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), CheckpointError, ["not a safetensors file"]),
         (

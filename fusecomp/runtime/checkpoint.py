@@ -37,8 +37,15 @@ def check_checkpoint(folder: Path) -> None:
     """
     config = read_json(folder / "config.json", "give a folder written by save_pretrained")
     check_architecture(config, folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            "the folder holds an adapter",
+            where=str(folder / "adapter_config.json"),
+            why="the model it modifies is somewhere else and would be loaded unchecked",
+            remedy="merge it (peft's merge_and_unload) and save the merged model",
+        )
     explicit = config.get("transformers_weights")  # a file name that overrides the two usual ones
-    names = [explicit] if isinstance(explicit, str) else [WEIGHTS, INDEX]
+    names = [WEIGHTS, INDEX] if explicit is None else [Path(str(explicit)).name]
     present = [name for name in names if (folder / name).is_file()]
     if not present:
         _refuse_without_weights(folder, names)

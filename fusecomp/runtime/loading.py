@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusecomp.config import DTYPES
-from fusecomp.errors import CheckpointError, ConfigError, UnsupportedModelError
+from fusecomp.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModelError
 from fusecomp.runtime.checkpoint import check_checkpoint
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def load_model(
     Raises:
         CheckpointError: files are missing, truncated, malformed or pickled, or weights do not fit the architecture.
         UnsupportedModelError: the architecture is not a causal LM of the installed transformers.
+        CapacityError: the device is too small for the weights.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported", where="load_model", remedy=f"use one of {DTYPES}")
@@ -52,7 +53,16 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     model = _load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype))
     model.eval().requires_grad_(False)
-    return model.to(target), tokenizer  # type: ignore[arg-type]
+    try:
+        return model.to(target), tokenizer  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise CapacityError(
+            f"the weights take {size / 2**30:.1f} GiB, which {target} has not free",
+            where=str(path_or_name),
+            why=str(error).splitlines()[0],
+            remedy="free the device, or load with a smaller dtype",
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -131,7 +141,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         raise UnsupportedModelError(
             "a package that the checkpoint needs is missing", where=str(folder), why=str(error), remedy="install it"
         ) from error
-    except torch.OutOfMemoryError:
+    except MemoryError:
         raise
     except Exception as error:  # transformers raises many classes on inconsistent configurations
         raise CheckpointError(
