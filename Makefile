@@ -3,7 +3,9 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export FUSECOMP_CACHE_DIR ?= $(CURDIR)/.cache
+# Compiled kernels are kept beside the project, so that a second run starts warm.
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -214,7 +214,7 @@ class FusedGeneration:
     """Mixed in before a model class: `generate` by the engine, and what the engine reports."""
 
     @torch.no_grad()
-    def generate(  # noqa: PLR0917 (the parameters are those of GenerationMixin.generate)
+    def generate(  # the parameters are those of GenerationMixin.generate
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,

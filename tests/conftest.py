@@ -1,4 +1,8 @@
-"""A tiny random Llama on disk, and an engine: the real one where it exists, else its stand-in."""
+"""Hypothesis profiles, and what the interface tests share: a tiny random Llama on disk, and an engine.
+
+One hypothesis profile for CI (the same examples at every run, no deadline) and a longer one by hand:
+`pytest --hypothesis-profile=long`. The engine is the real one where it exists, else its stand-in.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fusecomp.runtime import session
 from tests.stand_in import StandInEngine
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW_IS_FINE)
+settings.register_profile("long", deadline=None, max_examples=2000, suppress_health_check=_SLOW_IS_FINE)
+settings.load_profile("ci")
 
 CORPUS = [
     "def read_file(path):",

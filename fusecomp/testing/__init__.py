@@ -1,0 +1,1 @@
+"""Helpers for authors of patterns and lowerings: capture, application, error measures."""

@@ -1,0 +1,35 @@
+"""Every private torch API that fusecomp uses, behind one import, for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+__all__ = ["counters", "dynamo_settings", "inductor_compile", "mark_unbacked", "recompiles_are_errors"]
+
+
+def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[str, Any] | None = None) -> Callable:
+    """Compile a Dynamo graph with Inductor (AOT functionalization, reinplacing, code generation)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=patches or {})
+
+
+@contextmanager
+def dynamo_settings() -> Iterator[None]:
+    """Capture settings: floats are constants (a scale must not become an input); one graph, never a silent retry."""
+    with torch._dynamo.config.patch(specialize_float=True, fail_on_recompile_limit_hit=True):
+        yield
+
+
+@contextmanager
+def recompiles_are_errors() -> Iterator[None]:
+    """Inside, a guard failure raises `torch._dynamo.exc.RecompileError` naming the failed guard."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield

@@ -1,0 +1,119 @@
+"""The Dynamo backend: ordered passes over the captured graph, then Inductor (or eager, on request).
+
+`fusecomp` is the registered backend for `torch.compile(module, backend="fusecomp")`, stateless. `StepBackend`
+is the engine's: the same canonicalization, then paging.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+import fusecomp.lowerings
+from fusecomp._compat import inductor_compile
+from fusecomp.errors import UnsupportedModelError
+from fusecomp.ops.cost import ZERO, op_cost
+from fusecomp.patterns.attention import (
+    InterfaceAttention,
+    PagedAttention,
+    StatelessAttention,
+    attention_calls,
+    remove_step_marker,
+)
+from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value
+from fusecomp.patterns.moe import Experts
+from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention
+from fusecomp.report import FusionReport
+
+CANONICALIZE: tuple[Pattern, ...] = (InterfaceAttention(), SdpaAttention(), SoftmaxAttention(), Experts())
+PAGE: tuple[Pattern, ...] = (PagedAttention(),)
+STATELESS: tuple[Pattern, ...] = (StatelessAttention(),)
+
+
+def run_passes(gm: GraphModule, patterns: Sequence[Pattern], context: PassContext) -> None:
+    """Apply `patterns` in order, recording op counts of the first and last state."""
+    report = context.report
+    if not report.ops_before:
+        report.ops_before = count_ops(gm.graph)
+    for pattern in patterns:
+        pattern.apply(gm, context)
+    report.ops_after = count_ops(gm.graph)
+
+
+def total_cost(graph: torch.fx.Graph) -> tuple[str, str]:
+    """Symbolic bytes and FLOPs of all canonical ops of a step."""
+    total = ZERO
+    for node in graph.nodes:
+        name = str(node.target).removeprefix("fusecomp.").split(".")[0]
+        if node.op == "call_function" and str(node.target).startswith("fusecomp."):
+            total = total + op_cost(
+                name, tuple(fake_value(a) if isinstance(a, torch.fx.Node) else a for a in node.args)
+            )
+    return str(sympy.simplify(total.bytes)), str(sympy.simplify(total.flops))
+
+
+class StepBackend:
+    """Compiles the packed step. One instance serves one capture; `context.layers` then lists its KV tensors.
+
+    Raises:
+        UnsupportedModelError: some attention could not be paged; the message lists every reason.
+    """
+
+    def __init__(self, context: PassContext, *, inductor: bool) -> None:
+        self.context = context
+        self.inductor = inductor
+        self.graphs: list[GraphModule] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
+        report, start = self.context.report, time.perf_counter()
+        run_passes(gm, (*CANONICALIZE, *PAGE), self.context)
+        self._require_all_paged(gm)
+        remove_step_marker(gm)
+        report.cost_bytes, report.cost_flops = total_cost(gm.graph)
+        report.graphs += 1
+        self.graphs.append(gm)
+        report.seconds["passes"] = time.perf_counter() - start
+        if not self.inductor:
+            return gm.forward
+        start = time.perf_counter()
+        compiled = inductor_compile(gm, example_inputs)
+        report.seconds["inductor"] = time.perf_counter() - start
+        return compiled
+
+    def _require_all_paged(self, gm: GraphModule) -> None:
+        report = self.context.report
+        paged = report.count(PagedAttention.name)
+        if (
+            attention_calls(gm.graph)
+            or paged == 0
+            or any(
+                miss.pattern in (p.name for p in (InterfaceAttention, SdpaAttention, SoftmaxAttention, PagedAttention))
+                for miss in report.near_misses
+            )
+        ):
+            reasons = "; ".join(f"{m.where}: {m.reason}" for m in report.near_misses) or "no attention was recognised"
+            raise UnsupportedModelError(
+                "attention cannot be rewritten to the paged kernel",
+                where=report.model,
+                why=reasons,
+                remedy="run the model with stock transformers, or give it an attention that can be proven",
+            )
+
+
+def fusecomp_stateless(gm: GraphModule, example_inputs: list[torch.Tensor], **_: Any) -> Callable:
+    """Canonicalize, fuse what can be proven, and compile with Inductor. The report is on the compiled callable."""
+    context = PassContext(FusionReport(model="torch.compile"))
+    run_passes(gm, (*CANONICALIZE, *STATELESS), context)
+    last_reports.append(context.report)
+    del last_reports[:-8]
+    return inductor_compile(gm, example_inputs)
+
+
+# The reports of the most recent stateless compilations, newest last: torch.compile gives a backend no other way out.
+last_reports: list[FusionReport] = []
+fusecomp = fusecomp_stateless

@@ -1,0 +1,333 @@
+"""Capture: probes a model for what its attention means, then wraps it as the packed step that Dynamo traces.
+
+Hugging Face's extension points are used where the model has them: an attention function and an experts function
+named "fusecomp" emit canonical ops; a second pair, "fusecomp_probe", runs eagerly once on a few tokens and
+records, per layer, the mask function the model really asked for. The model's weights are neither copied nor
+changed; its configuration is switched only inside `Implementations.use` and restored after.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusecomp._compat import dynamo_settings
+from fusecomp.errors import UnsupportedModelError
+from fusecomp.ops import OPS
+from fusecomp.ops.attention import UNRESOLVED
+from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
+
+TRACE, PROBE = "fusecomp", "fusecomp_probe"
+# Keyword arguments of HF attention functions that do not change what is computed, or that are handled by name.
+HANDLED = {"dropout", "scaling", "softcap", "s_aux", "sliding_window", "is_causal"}
+NEUTRAL = {
+    *("position_ids", "position_embeddings", "cache_position", "past_key_values", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep"),
+}
+
+
+@dataclass
+class Probe:
+    """What one eager pass showed: per `layer_idx`, the proven mask, and facts that forbid a rewrite."""
+
+    length: int
+    masks: dict[int, MaskSpec] = field(default_factory=dict)
+    heads: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> (kv heads, head dim)
+    unfused_experts: dict[str, str] = field(default_factory=dict)
+    specs: dict[int, tuple[Tensor, MaskSpec]] = field(default_factory=dict)  # id of mask -> (mask kept alive, spec)
+
+
+_probe: Probe | None = None
+
+
+def _call_reason(module: nn.Module, kwargs: dict[str, Any]) -> str:
+    """Why an attention call cannot be expressed canonically; empty when it can."""
+    if kwargs.get("dropout") and module.training:
+        return f"dropout {kwargs['dropout']} is active"
+    if kwargs.get("is_causal") is False:
+        return "called with is_causal=False"
+    for name, value in kwargs.items():
+        if name not in HANDLED and name not in NEUTRAL and value is not None:
+            return f"takes the argument {name!r}, whose effect is unknown"
+    return ""
+
+
+def _default_scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _trace_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """HF attention function: emits the canonical op; the mask is filled in from the probe by `InterfaceAttention`."""
+    out = OPS.attention(
+        query,
+        key,
+        value,
+        _default_scale(query, kwargs.get("scaling")),
+        UNRESOLVED,
+        0,
+        kwargs.get("softcap") or 0.0,
+        kwargs.get("s_aux"),
+        module.layer_idx,
+    )
+    return out.transpose(1, 2), None
+
+
+def _probe_mask(mask_function: Callable, q_length: int, kv_length: int, device: Any = None, **_: Any) -> Tensor:
+    """HF mask function: classifies what the model asked for; the tensor returned only carries its identity."""
+    assert _probe is not None
+    token = torch.zeros(1, 1, q_length, kv_length, device=device)
+    _probe.specs[id(token)] = (token, classify_function(mask_function, _probe.length))
+    return token
+
+
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """HF attention function: records the layer's mask, found by the identity of the tensor that arrives."""
+    assert _probe is not None
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedModelError("attention has no layer_idx", where=type(module).__name__)
+    _, spec = _probe.specs.get(id(attention_mask), (None, None))
+    if reason := _call_reason(module, kwargs):
+        spec = unknown(reason)
+    elif attention_mask is None:
+        spec = unknown("no mask reaches this layer")
+    elif spec is None:
+        spec = unknown("the mask is changed between its creation and the attention")
+    if layer in _probe.masks and _probe.masks[layer] != spec:
+        spec = unknown("the layer attends more than once with different masks")
+    _probe.masks[layer] = spec
+    _probe.heads[layer] = (key.shape[1], key.shape[3])
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+
+
+def activation_name(act: Any) -> str:
+    """Canonical name of an activation module, or its class name when there is none."""
+    from transformers import activations
+
+    if isinstance(act, nn.SiLU | getattr(activations, "SiLUActivation", nn.SiLU)):
+        return "silu"
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    if isinstance(act, activations.GELUActivation):
+        return "gelu"
+    if isinstance(act, activations.GELUTanh):
+        return "gelu_tanh"
+    if isinstance(act, nn.ReLU):
+        return "relu"
+    if isinstance(act, activations.ReLUSquaredActivation):
+        return "relu2"
+    return type(act).__name__
+
+
+def _experts_reason(module: nn.Module) -> str:
+    """Why an experts module cannot become the canonical op; empty when it can."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    from fusecomp.ops.experts import ACTIVATIONS
+
+    if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
+        return "its gate is custom"
+    name = activation_name(module.act_fn)
+    return "" if name in ACTIVATIONS else f"its activation is {name}"
+
+
+def _trace_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """HF experts function: one canonical op, or HF's own traceable form when the module cannot be expressed."""
+    if _experts_reason(module):
+        from transformers.integrations.moe import batched_mm_experts_forward
+
+        return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return OPS.experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        getattr(module, up),
+        getattr(module, f"{up}_bias") if module.has_bias else None,
+        module.down_proj,
+        module.down_proj_bias if module.has_bias else None,
+        activation_name(module.act_fn),
+        module.has_gate,
+        not module.is_concatenated,
+        module.is_transposed,
+    )
+
+
+def _probe_experts(module: Any, *args: Tensor) -> Tensor:
+    """HF experts function: notes which modules stay unfused, then computes."""
+    assert _probe is not None
+    if reason := _experts_reason(module):
+        _probe.unfused_experts[type(module).__name__] = reason
+    return _trace_experts(module, *args)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ExpertsInterface
+
+    AttentionInterface.register(TRACE, _trace_attention)
+    AttentionInterface.register(PROBE, _probe_attention)
+    AttentionMaskInterface.register(PROBE, _probe_mask)
+    ExpertsInterface.register(TRACE, _trace_experts)
+    ExpertsInterface.register(PROBE, _probe_experts)
+
+
+class Implementations:
+    """Routes a model's attention and experts through functions registered with HF, and back.
+
+    Config objects are found once; switching touches only them. A submodule whose class does not support an
+    interface keeps its own implementation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
+
+        _register()
+        self._slots: list[tuple[Any, str]] = []
+        seen = set()
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+                seen.add(id(module.config))
+                if module._can_set_attn_implementation():
+                    self._slots.append((module.config, "_attn_implementation_internal"))
+                if module._can_set_experts_implementation():
+                    self._slots.append((module.config, "_experts_implementation_internal"))
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Inside, HF dispatches to the functions registered as `name`; the configuration is restored after."""
+        saved = [getattr(config, attribute, None) for config, attribute in self._slots]
+        for config, attribute in self._slots:
+            setattr(config, attribute, name)
+        try:
+            yield
+        finally:
+            for (config, attribute), value in zip(self._slots, saved, strict=True):
+                setattr(config, attribute, value)
+
+
+def run_probe(model: nn.Module, implementations: Implementations, length: int) -> Probe:
+    """One eager pass over a few tokens that proves each layer's mask for contexts up to `length`.
+
+    A model without HF's attention interface yields an empty probe: its attention is matched in the graph.
+    """
+    global _probe  # noqa: PLW0603 - HF's registered functions have no other way to find the probe
+    device = next(model.parameters()).device
+    ids = torch.arange(6, device=device)[None]
+    positions = torch.arange(6, device=device)
+    kwargs = Signature.of(model).arguments(ids, positions[None], positions[-1:])
+    if "attention_mask" in kwargs:
+        # An explicit 2-D mask keeps HF from adding its packed-sequence term to the mask function.
+        kwargs["attention_mask"] = torch.ones_like(ids)
+    _probe = probe = Probe(length)
+    try:
+        with torch.no_grad(), implementations.use(PROBE):
+            model(**kwargs)
+    finally:
+        _probe = None
+    probe.specs.clear()
+    return probe
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Which names a causal LM's `forward` uses for what a packed step gives it."""
+
+    positions: str
+    attention_mask: bool
+    use_cache: bool
+    logits_to_keep: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Signature:
+        """Read the signature.
+
+        Raises:
+            UnsupportedModelError: the forward takes no token ids, or no positions.
+        """
+        parameters = inspect.signature(model.forward).parameters
+        where = f"{type(model).__name__}.forward"
+        if "input_ids" not in parameters:
+            raise UnsupportedModelError("takes no input_ids", where=where, remedy="wrap it in a causal LM")
+        positions = next((n for n in ("position_ids", "positions") if n in parameters), None)
+        if positions is None:
+            raise UnsupportedModelError(
+                "takes no position_ids",
+                where=where,
+                why="sequences are packed along one axis, so positions must be given",
+                remedy="add a position_ids argument to forward",
+            )
+        return cls(positions, *(n in parameters for n in ("attention_mask", "use_cache", "logits_to_keep")))
+
+    def arguments(self, ids: Tensor, positions: Tensor, logit_indices: Tensor) -> dict[str, Any]:
+        """Keyword arguments of one forward over ids, positions [1, T] that wants logits at `logit_indices`."""
+        kwargs: dict[str, Any] = {"input_ids": ids, self.positions: positions}
+        if self.attention_mask:
+            kwargs["attention_mask"] = None
+        if self.use_cache:
+            kwargs["use_cache"] = False
+        if self.logits_to_keep:
+            kwargs["logits_to_keep"] = logit_indices
+        return kwargs
+
+
+class PackedStep(nn.Module):
+    """The function that Dynamo captures: one step of many sequences packed along T (docs/architecture.md)."""
+
+    def __init__(self, model: nn.Module, max_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.max_tokens = max_tokens
+        self.signature = Signature.of(model)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        logit_indices: Tensor,
+        cu_q_lens: Tensor,
+        seq_lens: Tensor,
+        block_tables: Tensor,
+        host_meta: Tensor,
+        kv_caches: list[Tensor],
+    ) -> Tensor:
+        """Logits [S, V] of the tokens at `logit_indices`; every layer's KV tensor is updated in place."""
+        # The upper bound lets Inductor index with 32-bit integers.
+        torch._check(tokens.shape[1] <= self.max_tokens)
+        torch._check(logit_indices.shape[0] <= self.max_tokens)
+        tokens = OPS.step_inputs(tokens, cu_q_lens, seq_lens, block_tables, host_meta, kv_caches)
+        out = self.model(**self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices))
+        logits = out if isinstance(out, Tensor) else out.logits
+        return logits[0] if self.signature.logits_to_keep else logits[0, logit_indices]
+
+
+def kv_layout(step: PackedStep, implementations: Implementations, inputs: tuple, canonicalize: Callable) -> list:
+    """(layer, kv heads, head dim) of a model whose attention is only visible in its graph: one capture, not compiled.
+
+    Args:
+        inputs: arguments of `step` with no KV tensors.
+        canonicalize: called with the graph; returns the layout.
+    """
+    found: list = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
+        found.extend(canonicalize(gm))
+        logits = next(iter(gm.graph.find_nodes(op="output"))).args[0][0].meta["example_value"]
+        return lambda *_: (torch.zeros(inputs[1].shape[0], logits.shape[-1]),)
+
+    with torch.no_grad(), implementations.use(TRACE), dynamo_settings():
+        torch.compile(step, backend=backend, fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    return found

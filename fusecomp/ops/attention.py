@@ -1,0 +1,214 @@
+"""Canonical attention ops and their eager references.
+
+Legend: B batch, T tokens of the step, H query heads, G kv heads, D head dim, S rows (sequences),
+P pages per row, b page size, L length of a row. Layouts are specified in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusecomp.ops.library import define
+
+# Queries of one row are scored in chunks, so that a long prompt needs [H, CHUNK, L] scores and not [H, L, L].
+QUERY_CHUNK = 512
+
+UNRESOLVED, CAUSAL, BIDIRECTIONAL = "unresolved", "causal", "bidirectional"
+
+
+def _masked_softmax_av(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Softmax attention in fp32. q [..., G, M, D], k, v [..., G, L, D], allowed broadcastable to [..., G, M, L].
+
+    `sinks` [..., G, M] are extra logits in the denominator. A query that may see nothing gives zeros.
+    """
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.float()[..., None])
+    top = top.clamp(min=torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - top)
+    denominator = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        denominator = denominator + torch.exp(sinks.float()[..., None] - top)
+    # A row that sees nothing has an all-zero numerator: dividing by 1 keeps it at zero.
+    denominator = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    # 0 * NaN is NaN: values outside the mask (unused page slots) must not reach the product.
+    seen = allowed.any(-2, keepdim=True).transpose(-1, -2)
+    v = torch.where(seen, v.float(), torch.zeros((), device=v.device))
+    return torch.matmul(weights, v) / denominator
+
+
+def _allowed(q_pos: Tensor, k_pos: Tensor, window: int) -> Tensor:
+    """Query p sees key j when j <= p and, for window > 0, j > p - window."""
+    allowed = k_pos <= q_pos
+    return allowed & (k_pos > q_pos - window) if window > 0 else allowed
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: str,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    layer: int,
+) -> Tensor:
+    """Stateless attention of q [B, H, T, D] over k, v [B, G, T, D]; returns [B, H, T, D] in q's dtype.
+
+    `mask` is "causal" (with `window`) or "bidirectional"; `layer` only identifies the call site.
+    """
+    if mask == UNRESOLVED:
+        raise RuntimeError(f"attention of layer {layer} ran before its mask was classified")
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    positions = torch.arange(T, device=q.device)
+    grouped = q.reshape(B, G, H // G * T, D)
+    if mask == CAUSAL:
+        allowed = _allowed(positions[:, None], positions[None, :], window).repeat(H // G, 1)
+    else:
+        allowed = torch.ones(H // G * T, T, dtype=torch.bool, device=q.device)
+    row_sinks = None if sinks is None else sinks.view(1, G, H // G, 1).expand(B, G, H // G, T).reshape(B, G, -1)
+    out = _masked_softmax_av(grouped, k, v, allowed, scale, softcap, row_sinks)
+    return out.reshape(B, H, T, D).to(q.dtype)
+
+
+def cache_write_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, b, D] at `slots` [T]; slot -1 is skipped."""
+    b = kv_cache.shape[3]
+    keep = (slots >= 0).nonzero()[:, 0]
+    block, offset = slots[keep] // b, slots[keep] % b
+    kv_cache[block, 0, :, offset] = k[keep]
+    kv_cache[block, 1, :, offset] = v[keep]
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    host_meta: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of the step's queries over their rows' pages: decodes in one batch, prefill rows one by one."""
+    num_decodes = int(host_meta[0])
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if num_decodes:
+        out[:num_decodes] = _decode_rows(
+            q[:num_decodes], kv_cache, seq_lens[:num_decodes], block_tables[:num_decodes], scale, window, softcap, sinks
+        )
+    starts, lengths = cu_q_lens.tolist(), seq_lens.tolist()
+    for row in range(num_decodes, len(lengths)):
+        begin, end = starts[row], starts[row + 1]
+        if end > begin:
+            out[begin:end] = _prefill_row(
+                q[begin:end], kv_cache, lengths[row], block_tables[row], scale, window, softcap, sinks
+            )
+    return out
+
+
+def _pages(kv_cache: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather pages: table [..., P] -> K, V [..., G, P*b, D]."""
+    gathered = kv_cache[table.long()]  # [..., P, 2, G, b, D]
+    k, v = gathered.unbind(-4)
+    k, v = (x.movedim(-4, -3).flatten(-3, -2) for x in (k, v))
+    return k, v
+
+
+def _decode_rows(
+    q: Tensor,
+    kv_cache: Tensor,
+    seq_lens: Tensor,
+    tables: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    n, H, D = q.shape
+    G, b = kv_cache.shape[2], kv_cache.shape[3]
+    pages = (int(seq_lens.max()) + b - 1) // b
+    if pages == 0:
+        return torch.zeros_like(q)
+    used = torch.arange(pages, device=q.device)[None] * b < seq_lens[:, None]
+    k, v = _pages(kv_cache, torch.where(used, tables[:, :pages], 0))
+    k_pos = torch.arange(pages * b, device=q.device)
+    last = (seq_lens - 1).view(n, 1, 1, 1)
+    allowed = _allowed(last, k_pos, window)
+    row_sinks = None if sinks is None else sinks.view(1, G, H // G)
+    out = _masked_softmax_av(q.view(n, G, H // G, D), k, v, allowed, scale, softcap, row_sinks)
+    out = torch.where(seq_lens.view(n, 1, 1, 1) > 0, out, torch.zeros_like(out))
+    return out.reshape(n, H, D).to(q.dtype)
+
+
+def _prefill_row(
+    q: Tensor,
+    kv_cache: Tensor,
+    length: int,
+    table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    T, H, D = q.shape
+    G, b = kv_cache.shape[2], kv_cache.shape[3]
+    k, v = _pages(kv_cache, table[: (length + b - 1) // b])
+    k, v = k[:, :length], v[:, :length]
+    positions = torch.arange(length, device=q.device)
+    out = torch.empty(T, H, D, dtype=q.dtype, device=q.device)
+    for begin in range(0, T, QUERY_CHUNK):
+        chunk = q[begin : begin + QUERY_CHUNK]
+        M = chunk.shape[0]
+        q_pos = positions[length - T + begin :][:M]
+        grouped = chunk.view(M, G, H // G, D).permute(1, 2, 0, 3).reshape(G, H // G * M, D)
+        allowed = _allowed(q_pos[:, None], positions[None, :], window).repeat(H // G, 1)
+        row_sinks = None if sinks is None else sinks.view(G, H // G, 1).expand(G, H // G, M).reshape(G, -1)
+        scored = _masked_softmax_av(grouped, k, v, allowed, scale, softcap, row_sinks)
+        out[begin : begin + M] = scored.view(G, H // G, M, D).permute(2, 0, 1, 3).reshape(M, H, D).to(q.dtype)
+    return out
+
+
+def _step_inputs_reference(tokens: Tensor, *_: object) -> Tensor:
+    raise RuntimeError("the step_inputs marker must be removed by the paging pass before the graph runs")
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, str mask, int window, float softcap, Tensor? sinks, "
+    "int layer) -> Tensor",
+    attention_reference,
+    lambda q, k, v, scale, mask, window, softcap, sinks, layer: torch.empty_like(
+        q, memory_format=torch.contiguous_format
+    ),
+)
+define(
+    "cache_write(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slots) -> ()",
+    cache_write_reference,
+    lambda k, v, kv_cache, slots: None,
+)
+define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor kv_cache, Tensor cu_q_lens, Tensor seq_lens, "
+    "Tensor block_tables, Tensor host_meta, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    paged_attention_reference,
+    lambda q, *_: q.new_empty(q.shape),
+)
+# Marks where a step's paged inputs enter the graph. The paging pass reads its arguments and removes it.
+define(
+    "step_inputs(Tensor tokens, Tensor cu_q_lens, Tensor seq_lens, Tensor block_tables, Tensor host_meta, "
+    "Tensor[] kv_caches) -> Tensor",
+    _step_inputs_reference,
+    lambda tokens, *_: torch.empty_like(tokens),
+)

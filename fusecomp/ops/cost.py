@@ -1,0 +1,66 @@
+"""Symbolic cost of canonical ops: bytes moved and floating-point operations as sympy expressions.
+
+Symbols: T tokens in the step, S rows, ctx mean context length of a row (all its keys).
+The figures count each input once and each output once: they are the floor, not what a kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+T, S, CONTEXT = sympy.symbols("T S ctx", positive=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved through device memory and floating-point operations, as expressions in T, S and ctx."""
+
+    bytes: sympy.Expr
+    flops: sympy.Expr
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def at(self, tokens: int, rows: int, context: int) -> tuple[float, float]:
+        """Bytes and FLOPs at concrete sizes."""
+        point = {T: tokens, S: rows, CONTEXT: context}
+        return float(self.bytes.subs(point)), float(self.flops.subs(point))
+
+
+ZERO = Cost(sympy.Integer(0), sympy.Integer(0))
+
+
+def _paged_attention(q: Any, k: Any, *args: Any) -> Cost:
+    H, D = int(q.shape[-2]), int(q.shape[-1])
+    G, width, window = int(k.shape[-2]), q.element_size(), int(args[7])
+    seen = sympy.Min(CONTEXT, window) if window else CONTEXT
+    return Cost(2 * S * seen * G * D * width + 2 * T * H * D * width, 4 * T * seen * H * D)
+
+
+def _cache_write(k: Any, *_: Any) -> Cost:
+    return Cost(4 * T * int(k.shape[-2]) * int(k.shape[-1]) * k.element_size(), sympy.Integer(0))
+
+
+def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any, *_: Any) -> Cost:
+    E, K = int(up.shape[0]), int(index.shape[1])
+    per_expert = up[0].numel() + down[0].numel()
+    # Expected number of distinct experts when every token draws K of E uniformly.
+    touched = E * (1 - (1 - sympy.Rational(K, E)) ** T)
+    activations = 2 * T * int(x.shape[-1]) * x.element_size()
+    return Cost(touched * per_expert * up.element_size() + activations, 2 * T * K * per_expert)
+
+
+COSTS: dict[str, Callable[..., Cost]] = {
+    "paged_attention": _paged_attention,
+    "cache_write": _cache_write,
+    "experts": _experts,
+}
+
+
+def op_cost(name: str, args: tuple) -> Cost:
+    """Cost of one call of canonical op `name` on (fake) tensor arguments; zero for ops without a cost."""
+    return COSTS[name](*args) if name in COSTS else ZERO

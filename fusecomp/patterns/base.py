@@ -1,0 +1,138 @@
+"""The Pattern contract, and the driver that applies patterns and records what happened.
+
+A pattern finds candidates in an FX graph, guards each one (a reason means no match), and rewrites those
+that pass. A refusal is never silent: it becomes a near miss in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fusecomp.patterns.masks import MaskSpec
+from fusecomp.report import FusionReport, Match, NearMiss
+
+BITWISE, TOLERANCE, QUANTIZING = "bitwise", "tolerance", "quantizing"
+
+
+@dataclass
+class PassContext:
+    """What passes know beyond the graph.
+
+    Attributes:
+        report: receives matches and near misses.
+        masks: mask proven by the probe per `layer_idx`, for attention that came through HF's interface.
+        proof_length: longest context that inline masks are evaluated to.
+        layers: attention call sites in graph order, filled by canonicalization: (layer, kv heads, head dim).
+    """
+
+    report: FusionReport
+    masks: dict[int, MaskSpec] = field(default_factory=dict)
+    proof_length: int = 1024
+    layers: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A callable and inputs on which a pattern must match (`matches` times) or must not (`reason` names why).
+
+    `reference` computes the same eagerly, where `function` itself only has meaning inside a captured graph.
+    """
+
+    name: str
+    function: Callable
+    inputs: Callable[[torch.dtype], tuple]
+    matches: int = 1
+    reason: str = ""
+    reference: Callable | None = None
+
+
+class Pattern(ABC):
+    """One rewrite of a captured graph. Subclasses are stateless; facts live in the candidate and the context."""
+
+    name: ClassVar[str]
+    numerics: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
+
+    @abstractmethod
+    def find(self, graph: torch.fx.Graph) -> Iterable[Any]:
+        """Candidates in graph order. A candidate has `node`, the node that identifies it."""
+
+    @abstractmethod
+    def guard(self, candidate: Any, context: PassContext) -> str | None:
+        """Why the candidate must not be rewritten, or None."""
+
+    @abstractmethod
+    def emit(self, candidate: Any, gm: GraphModule, context: PassContext) -> str:
+        """Rewrite the candidate and return the proven facts as text."""
+
+    @abstractmethod
+    def examples(self) -> list[Example]:
+        """Callables that match exactly, and at least one that must not."""
+
+    def where(self, candidate: Any) -> str:
+        """Name of the place for the report."""
+        return module_path(candidate.node)
+
+    def key(self) -> str:
+        """Hash of the pattern's source, part of every compile-cache key."""
+        return hashlib.sha256(inspect.getsource(inspect.getmodule(type(self))).encode()).hexdigest()  # type: ignore[arg-type]
+
+    def apply(self, gm: GraphModule, context: PassContext) -> int:
+        """Run the pattern over `gm`; returns the number of matches."""
+        matched = 0
+        for candidate in list(self.find(gm.graph)):
+            where = self.where(candidate)
+            reason = self._dtype_reason(candidate) or self.guard(candidate, context)
+            if reason:
+                context.report.near_misses.append(NearMiss(self.name, where, reason))
+                continue
+            detail = self.emit(candidate, gm, context)
+            context.report.matches.append(Match(self.name, where, detail, self.numerics))
+            matched += 1
+        if matched:
+            gm.graph.eliminate_dead_code()
+            gm.graph.lint()
+            gm.recompile()
+        return matched
+
+    def _dtype_reason(self, candidate: Any) -> str | None:
+        value = fake_value(candidate.node)
+        if isinstance(value, torch.Tensor) and value.dtype not in self.dtypes:
+            return f"dtype {value.dtype} is not one of {', '.join(map(str, self.dtypes))}"
+        return None
+
+
+def fake_value(node: Node) -> Any:
+    """The fake tensor (or SymInt) that tracing recorded for `node`."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module a node was traced in, without Dynamo's decorations."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = list(stack.values())[-1][0]
+    for text in ("L['self'].", "L['model'].", "L['args'][0].", "_modules['", "']"):
+        path = path.replace(text, "")
+    return path.replace("._modules[", ".").replace("model.model.", "model.")
+
+
+def count_ops(graph: torch.fx.Graph) -> dict[str, int]:
+    """Calls per target, by readable name."""
+    names: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            names[
+                node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            ] += 1
+    return dict(sorted(names.items()))

@@ -1,0 +1,334 @@
+"""A scheduled step as tensors: the packed step of docs/architecture.md plus what the sampler reads.
+
+Legend: T tokens, S rows (padding included), n real rows, P pages per row of the block table, B page size.
+
+The device tensors of every step are views, at offset 0, of one set of buffers. A bucket's tensors therefore have the
+same addresses at every step, which is what a captured CUDA graph replays, and a batch is valid until the next `build`.
+
+Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
+parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
+step. A step gathers its lines into pinned staging buffers and copies those that changed. There are two staging sets,
+each with an event: one is filled while the copies from the other may still be in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fusecomp.runtime.scheduler import ScheduledStep, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Tensors of one step. All on the device except `host_meta`.
+
+    Attributes:
+        tokens: [3, T] int64, contiguous: ids, positions, KV slots.
+        logit_indices: [S] int64.
+        cu_q_lens: [S + 1] int32.
+        seq_lens: [S] int32.
+        block_tables: [S, P] int32; entries that are never read hold stale but valid block ids.
+        host_meta: [4] int32 on the CPU: num_decodes, max_q_len, max_seq_len, num_rows. Padding rows count as decodes.
+        temperature: [S] float32; 0 is greedy, also in padding rows.
+        top_k: [S] int32; 0 keeps all.
+        top_p: [S] float32; 1 keeps all.
+        seeds: [S] int64.
+        num_rows: n, rows of the step that are not padding.
+        all_greedy: every row takes the arg-max.
+        filtered: some row that is not greedy has a top-k or top-p.
+    """
+
+    tokens: torch.Tensor
+    logit_indices: torch.Tensor
+    cu_q_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+    host_meta: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    seeds: torch.Tensor
+    num_rows: int
+    all_greedy: bool
+    filtered: bool
+
+
+# Tensors whose layout differs between decode and mixed steps, or that change at every step.
+_BUFFERS = {
+    "tokens": torch.int64,
+    "logit_indices": torch.int64,
+    "cu_q_lens": torch.int32,
+    "seq_lens": torch.int32,
+    "block_tables": torch.int32,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "seeds": torch.int64,
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "seeds")
+_PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
+
+
+class _Staging:
+    """Host buffers of one step in the making, pinned for CUDA, seen by torch and by numpy.
+
+    `wait` returns once the copies out of them have ended, `record` marks that all of a step's copies are issued.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._event = torch.cuda.Event() if pinned else None
+        self.tensors = {
+            name: torch.zeros(shape, dtype=_BUFFERS[name], pin_memory=pinned) for name, shape in shapes.items()
+        }
+        self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+
+class BatchBuilder:
+    """Turns steps of one `Scheduler` into `StepBatch`es.
+
+    Args:
+        max_num_seqs: most rows, and the bound of `SequenceState.row`; the largest decode bucket.
+        max_num_batched_tokens: most tokens in a step.
+        max_blocks_per_seq: P.
+        block_size: B.
+        device: where the batch lives. On CUDA, copies go to the current stream, without a sync.
+        seed: engine seed. A request without a seed draws from this and its order of arrival.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_blocks_per_seq: int,
+        block_size: int,
+        device: torch.device | str,
+        seed: int = 0,
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_blocks_per_seq = max_blocks_per_seq
+        self.block_size = block_size
+        self.device = torch.device(device)
+        self._seed = seed
+
+        S, T, P = max_num_seqs, max_num_batched_tokens, max_blocks_per_seq
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
+        shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S, P)}
+        self._device = {
+            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device) for name, shape in shapes.items()
+        }
+        self._staging = (_Staging(shapes, self.device), _Staging(shapes, self.device))
+        self._turn = 0
+        self._host_meta = torch.zeros(4, dtype=torch.int32)
+        self._host_meta_np = self._host_meta.numpy()
+        # In a decode-only step row s owns token s, whatever the bucket.
+        self._identity = torch.arange(S, dtype=torch.int64, device=self.device)
+        self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
+        self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
+
+        # Tables with one line per running sequence.
+        self._table = np.zeros((S, P), np.int32)
+        self._table_flat = self._table.reshape(-1)
+        self._row_admission = [-1] * S
+        self._row_blocks = [0] * S
+        self._sampling = {name: np.zeros(S, self._staging[0].arrays[name].dtype) for name in _SAMPLING}
+        self._greedy = np.zeros(S, bool)
+        self._filtered = np.zeros(S, bool)
+
+        # What the device buffers hold, to copy only what changed.
+        self._admissions: list[int] = []
+        self._num_blocks: list[int] = []
+        self._padded_rows = -1
+        self._all_greedy = True
+        self._any_filtered = False
+
+    def build(self, step: ScheduledStep, pad_to: int | None = None) -> StepBatch:
+        """Fill the batch of `step`.
+
+        Args:
+            step: from `Scheduler.schedule`, before the matching `update`.
+            pad_to: rows of the decode bucket; only for a step that is all decodes.
+
+        Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
+        """
+        seqs = step.seqs
+        n = len(seqs)
+        assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
+        assert step.num_tokens <= self.max_num_batched_tokens, step.num_tokens
+        S = pad_to or n
+        rows = np.array([seq.row for seq in seqs], np.int64)
+        starts = np.array(step.starts, np.int64)
+        ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
+        self._turn ^= 1
+        staging = self._staging[self._turn]
+        staging.wait()
+
+        self._refresh(seqs, rows, int(ends.max()), S, staging)
+        seq_lens = staging.arrays["seq_lens"]
+        seq_lens[:n] = ends
+        seq_lens[n:S] = 0
+        self._copy(staging, "seq_lens", S)
+
+        T = S if step.decode_only else step.num_tokens
+        tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
+        nd = step.num_decodes
+        tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs if step.decode_only else seqs[:nd])]
+        tokens[1, :nd] = starts[:nd]
+        tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
+        if step.decode_only:
+            tokens[:2, n:] = 0
+            tokens[2, n:] = -1
+            max_q_len = 1
+        else:
+            self._fill_prefills(step, tokens)
+            max_q_len = max(step.num_new_tokens)
+            cu_q_lens = staging.arrays["cu_q_lens"]
+            np.cumsum(step.num_new_tokens, out=cu_q_lens[1 : n + 1])
+            staging.arrays["logit_indices"][:n] = cu_q_lens[1 : n + 1] - 1
+            self._copy(staging, "cu_q_lens", n + 1)
+            self._copy(staging, "logit_indices", n)
+        self._copy(staging, "tokens", 3 * T)
+        staging.record()
+        self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, ends.max(), S)
+        views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
+        return self._batch(views, n)
+
+    def padding(self, rows: int) -> StepBatch:
+        """A decode bucket of `rows` padding rows, safe to run for warm-up and capture: it writes no KV slot.
+
+        Its `host_meta` announces the longest possible sequence, so what is sized by it serves every later step.
+        """
+        assert 1 <= rows <= self.max_num_seqs, rows
+        self._turn ^= 1
+        staging = self._staging[self._turn]
+        staging.wait()
+        tokens = staging.arrays["tokens"][: 3 * rows].reshape(3, rows)
+        tokens[:2] = 0
+        tokens[2] = -1
+        staging.arrays["seq_lens"][:rows] = 0
+        self._copy(staging, "tokens", 3 * rows)
+        self._copy(staging, "seq_lens", rows)
+        self._gather_sampling(np.zeros(0, np.int64), rows, staging)
+        staging.record()
+        # The device rows no longer belong to any sequence.
+        self._admissions, self._num_blocks = [], []
+        self._host_meta_np[:] = (rows, 1, self.max_blocks_per_seq * self.block_size, rows)
+        return self._batch(self._decode_view(rows), 0)
+
+    def _refresh(
+        self, seqs: Sequence[SequenceState], rows: np.ndarray, max_seq_len: int, padded: int, staging: _Staging
+    ) -> None:
+        """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's."""
+        admissions = [seq.admission for seq in seqs]
+        num_blocks = [len(seq.blocks) for seq in seqs]
+        same_rows = admissions == self._admissions
+        if same_rows and num_blocks == self._num_blocks:
+            if padded != self._padded_rows:
+                self._gather_sampling(rows, padded, staging)
+            return
+        n = len(seqs)
+        # With the rows of the last step, only those whose block count moved need a look.
+        stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
+        for i in stale:
+            seq = seqs[i]
+            row, count = seq.row, num_blocks[i]
+            if self._row_admission[row] != seq.admission:
+                self._enter(seq)
+            known = self._row_blocks[row]
+            if known != count:
+                assert count <= self.max_blocks_per_seq, f"{seq.request_id!r} holds {count} blocks"
+                self._table[row, known:count] = seq.blocks[known:]
+                self._row_blocks[row] = count
+        width = -(-max_seq_len // self.block_size)
+        staging.arrays["block_tables"][:n, :width] = self._table[rows, :width]
+        self._copy(staging, "block_tables", n)
+        self._num_blocks = num_blocks
+        if not same_rows or padded != self._padded_rows:
+            self._gather_sampling(rows, padded, staging)
+            self._admissions = admissions
+
+    def _enter(self, seq: SequenceState) -> None:
+        """Start a row's line in the tables for a newly admitted sequence."""
+        row, params = seq.row, seq.params
+        self._row_admission[row] = seq.admission
+        self._row_blocks[row] = 0
+        self._sampling["temperature"][row] = params.temperature
+        self._sampling["top_k"][row] = max(params.top_k, 0)
+        self._sampling["top_p"][row] = params.top_p
+        self._sampling["seeds"][row] = self._request_seed(seq)
+        self._greedy[row] = params.greedy
+        self._filtered[row] = not params.greedy and (params.top_k > 0 or params.top_p < 1)
+
+    def _request_seed(self, seq: SequenceState) -> int:
+        """The request's own seed, or one per arrival, wrapped to int64. The sampler does the mixing."""
+        seed = seq.params.seed
+        if seed is None:
+            seed = self._seed * 0x9E3779B97F4A7C15 + seq.arrival + 1
+        return (seed + 2**63) % 2**64 - 2**63
+
+    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: _Staging) -> None:
+        n = len(rows)
+        for name in _SAMPLING:
+            array = staging.arrays[name]
+            array[:n] = self._sampling[name][rows]
+            array[n:padded] = _PAD_SAMPLING[name]
+            self._copy(staging, name, padded)
+        self._padded_rows = padded
+        self._all_greedy = bool(self._greedy[rows].all())
+        self._any_filtered = bool(self._filtered[rows].any())
+
+    def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """KV slots of tokens at `positions` of the sequences in `rows`; int64."""
+        pages, offsets = np.divmod(positions, self.block_size)
+        return self._table_flat[rows * self.max_blocks_per_seq + pages].astype(np.int64) * self.block_size + offsets
+
+    def _fill_prefills(self, step: ScheduledStep, tokens: np.ndarray) -> None:
+        at = step.num_decodes
+        for i in range(step.num_decodes, len(step.seqs)):
+            seq, start, size = step.seqs[i], step.starts[i], step.num_new_tokens[i]
+            positions = np.arange(start, start + size)
+            part = tokens[:, at : at + size]
+            part[0] = seq.token_ids[start : start + size]
+            part[1] = positions
+            part[2] = self._slots(np.full(1, seq.row), positions)
+            at += size
+
+    def _copy(self, staging: _Staging, name: str, size: int) -> None:
+        self._device[name][:size].copy_(staging.tensors[name][:size], non_blocking=True)
+
+    def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
+        views = {name: buffer[:S] for name, buffer in self._device.items()}
+        views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
+        views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
+        return views
+
+    def _decode_view(self, S: int) -> dict[str, torch.Tensor]:
+        views = self._decode_views.get(S)
+        if views is None:
+            views = self._mixed_view(S, S)
+            views["logit_indices"] = self._identity[:S]
+            views["cu_q_lens"] = self._identity_cu[: S + 1]
+            self._decode_views[S] = views
+        return views
+
+    def _batch(self, views: dict[str, torch.Tensor], num_rows: int) -> StepBatch:
+        return StepBatch(
+            **views,
+            host_meta=self._host_meta,
+            num_rows=num_rows,
+            all_greedy=self._all_greedy,
+            filtered=self._any_filtered,
+        )

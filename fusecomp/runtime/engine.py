@@ -1,0 +1,255 @@
+"""The engine: schedule -> fill the batch -> run the step (a bucket's graph, or the compiled function) -> tokens.
+
+One thread owns an engine. Lifecycle: resolve limits -> compile the step -> size the KV cache -> capture graphs ->
+`add_request` / `step` until nothing is left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fusecomp.config import EngineConfig
+from fusecomp.errors import FallbackError, RequestError
+from fusecomp.ops import take_fallbacks
+from fusecomp.report import FusionReport
+from fusecomp.request import SamplingParams
+from fusecomp.runtime import memory
+from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
+from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
+from fusecomp.runtime.sampler import greedy, sample
+from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.step import CompiledStep
+
+GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gave one request."""
+
+    request_id: str
+    new_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class Engine:
+    """Serves one model with continuous batching.
+
+    Args:
+        model: an unmodified causal LM in eval mode, already on its device.
+        config: limits and budgets.
+        eos_token_ids: ids that end a request unless it ignores them.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured and rewritten safely; the message says why.
+        CapacityError: not even one block of KV cache fits the budget.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig, *, eos_token_ids: tuple[int, ...] = ()) -> None:
+        begin = time.perf_counter()
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self._stand_ins = itertools.count(-2, -1)
+        self.vocab_size = memory.vocabulary(model)
+        self.config = config = memory.resolve_limits(model, config)
+        self._step = CompiledStep(model, config, self.device, parameter.dtype)
+        self.report: FusionReport = self._step.report
+        self.config = config = self._limit_to_proof(config)
+        self._eos = frozenset(eos_token_ids)
+        self._builder = self._new_builder(config)
+        num_blocks = self._compile_and_size(config)
+        self._step.allocate(num_blocks)
+        kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes)
+        assert config.max_model_len is not None
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
+        self._metrics = Metrics()
+        self._sample = torch.compile(sample, dynamic=True) if self.device.type == "cuda" else sample
+        self._graphs: GraphRunner | None = None
+        self._step.seal()
+        if self.device.type == "cuda" and not config.enforce_eager:
+            self._capture_graphs(min(config.max_num_seqs, num_blocks))
+        if config.verify == "first":
+            from fusecomp.runtime.verify import verify_engine
+
+            verify_engine(self, model)
+        self._note_fallbacks()
+        self.report.seconds["start-up"] = time.perf_counter() - begin
+
+    # ------------------------------------------------------------------ requests
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or has an id outside the vocabulary; or the request id lives.
+            CapacityError: the request would not fit the KV cache even alone.
+        """
+        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < self.vocab_size:
+            bad = next(t for t in prompt_token_ids if not 0 <= t < self.vocab_size)
+            raise RequestError(
+                f"token id {bad} is outside the vocabulary of {self.vocab_size}",
+                where=f"request {request_id!r}",
+                remedy="tokenize with the model's own tokenizer",
+            )
+        seq = SequenceState(request_id, prompt_token_ids, params)
+        self._scheduler.add(seq)
+        self._metrics.on_add(seq)
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now; unknown ids are ignored, since it may just have finished."""
+        if self._scheduler.abort(request_id) is not None:
+            self._metrics.on_abort()
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has work."""
+        return self._scheduler.has_work
+
+    @property
+    def metrics(self) -> MetricsSnapshot:
+        """Totals and gauges now."""
+        return self._metrics.snapshot(self._scheduler)
+
+    # ------------------------------------------------------------------ one step
+
+    def step(self) -> list[StepOutput]:
+        """Run one step; returns what it gave each request that advanced or ended.
+
+        Raises:
+            FallbackError: under `strict`, a kernel fell back to its eager reference.
+        """
+        start = time.perf_counter()
+        step = self._scheduler.schedule()
+        if step is None:
+            return []
+        bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
+        batch = self._builder.build(step, bucket)
+        scheduled = time.perf_counter()
+        tokens = self._run(batch, bucket).tolist()
+        ran = time.perf_counter()
+        advanced = self._scheduler.update(step, tokens, self._eos)
+        outputs = [self._output(seq) for seq in advanced]
+        self._metrics.on_step(step, advanced, time.perf_counter() - ran + scheduled - start)
+        self._note_fallbacks()
+        return outputs
+
+    @staticmethod
+    def _output(seq: SequenceState) -> StepOutput:
+        if seq.finish_reason == "error":
+            return StepOutput(seq.request_id, [], "error", "the model's logits are not finite (NaN or infinity)")
+        return StepOutput(seq.request_id, [seq.token_ids[-1]], seq.finish_reason)
+
+    def _run(self, batch: StepBatch, bucket: int | None) -> Tensor:
+        kind = GREEDY if batch.all_greedy else FILTERED if batch.filtered else PLAIN
+        if bucket is None or self._graphs is None:
+            return self._forward(batch, kind)
+        if not self._graphs.captured(bucket, kind):
+            # Sampling graphs are captured when first needed; they too must serve the longest context.
+            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
+            self._graphs.capture(batch, kind)
+        return self._graphs.replay(bucket, kind)
+
+    def _forward(self, batch: StepBatch, kind: str) -> Tensor:
+        """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
+        logits = self._step(batch)
+        if kind == GREEDY:
+            return greedy(logits)
+        filters = (batch.top_k, batch.top_p) if kind == FILTERED else (None, None)
+        positions = batch.tokens[1][batch.logit_indices]
+        return self._sample(logits, batch.temperature, *filters, batch.seeds, positions)
+
+    def prompt_logits(self, prompts: list[list[int]]) -> Tensor:
+        """Logits [S, V] after each prompt, all packed in one step; only while no request lives.
+
+        Raises:
+            RequestError: requests are being served, or the prompts exceed one step or the KV cache.
+        """
+        per_prompt = [self._scheduler.kv.blocks_for(len(p)) for p in prompts]
+        if self.has_unfinished_requests():
+            raise RequestError("requests are being served", where="prompt_logits", remedy="drain the engine first")
+        if (
+            sum(map(len, prompts)) > self.config.max_num_batched_tokens
+            or sum(per_prompt) > self._scheduler.kv.num_blocks
+        ):
+            raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")
+        ends = list(itertools.accumulate(per_prompt))
+        blocks = [list(range(end - n, end)) for n, end in zip(per_prompt, ends, strict=True)]
+        return self._step(self._stand_in_prefill(prompts, blocks))
+
+    # ------------------------------------------------------------------ start-up
+
+    def _limit_to_proof(self, config: EngineConfig) -> EngineConfig:
+        assert config.max_model_len is not None
+        if config.max_model_len <= self._step.proven_length:
+            return config
+        self.report.notes.append(f"max_model_len limited to {self._step.proven_length}: inline masks are proven to it")
+        return config.replace(max_model_len=self._step.proven_length)
+
+    def _new_builder(self, config: EngineConfig) -> BatchBuilder:
+        assert config.max_model_len is not None
+        return BatchBuilder(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            -(-config.max_model_len // config.block_size),
+            config.block_size,
+            self.device,
+            config.seed,
+        )
+
+    def _compile_and_size(self, config: EngineConfig) -> int:
+        """Compile on a first batch, the largest prefill on a GPU so that its memory is known; returns KV blocks."""
+        blocks = -(-config.max_model_len // config.block_size)  # type: ignore[operator]
+        budget = memory.KVBudget(self.device, config, self._step.block_bytes, blocks)
+        budget.begin()
+        self._step.allocate(budget.trial_blocks)
+        size = budget.trial_tokens
+        prompts = [[1] * size.tokens_per_row] * size.rows
+        logits = self._step.warm_up(self._stand_in_prefill(prompts, [[0] * blocks] * size.rows))
+        greedy(logits)
+        del logits
+        return budget.end()
+
+    def _stand_in_prefill(self, prompts: list[list[int]], blocks: list[list[int]]) -> StepBatch:
+        """A batch of whole prompts outside the scheduler, on the given blocks."""
+        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
+        lengths = [len(p) for p in prompts]
+        step = ScheduledStep(seqs, [0] * len(seqs), lengths, [True] * len(seqs), 0, sum(lengths), 0)
+        return self._builder.build(step)
+
+    def _stand_in(self, row: int, tokens: list[int], blocks: list[int]) -> SequenceState:
+        """A sequence outside the scheduler; its admission number, negative and new, never meets a real one."""
+        seq = SequenceState(f"stand-in {row}", tokens, SamplingParams(temperature=0.0))
+        seq.row, seq.admission, seq.blocks = row, next(self._stand_ins), blocks
+        return seq
+
+    def _capture_graphs(self, largest: int) -> None:
+        """Capture and check the greedy graph of every bucket, largest first."""
+        start = time.perf_counter()
+        self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
+        for size in reversed(self._graphs.sizes):
+            self._graphs.capture(self._builder.padding(size), GREEDY)
+        # Any finite keys and values do for the check; the blocks are rewritten before they are ever served.
+        for cache in self._step.kv_caches:
+            cache[:largest].normal_()
+        for size in self._graphs.sizes:
+            seqs = [self._stand_in(row, [1, 2, 3], [row]) for row in range(size)]
+            step = ScheduledStep(seqs, [2] * size, [1] * size, [True] * size, size, size, 0)
+            self._graphs.check(self._builder.build(step, size), GREEDY)
+        for cache in self._step.kv_caches:
+            cache[:largest].zero_()
+        self.report.cuda_graphs = list(self._graphs.sizes)
+        self.report.seconds["graphs"] = time.perf_counter() - start
+
+    def _note_fallbacks(self) -> None:
+        for (op, reason), times in take_fallbacks().items():
+            if self.config.strict:
+                raise FallbackError(f"{op} fell back to its eager reference", why=reason, remedy="strict=False")
+            key = f"{op}: {reason}"
+            self.report.fallbacks[key] = self.report.fallbacks.get(key, 0) + times

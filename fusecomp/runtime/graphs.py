@@ -1,0 +1,88 @@
+"""CUDA graphs per decode bucket: capture, check once, replay.
+
+A graph is keyed by (bucket, sampling kind): those, with the model and the KV capacity, are every Python value
+that reaches a kernel. Batches are padded up to the next bucket. All graphs share one memory pool and are captured
+largest first, so that smaller ones reuse its blocks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fusecomp.errors import VerificationError
+from fusecomp.runtime.batch import StepBatch
+
+
+def bucket_sizes(largest: int) -> list[int]:
+    """Decode batch sizes to capture: 1, 2, 4, 8, 16, then steps that waste at most a fifth of a step's rows."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256]
+    sizes += list(range(320, 1025, 64))
+    kept = [size for size in sizes if size < largest]
+    return [*kept, largest]
+
+
+class GraphRunner:
+    """Captured decode steps.
+
+    Args:
+        run: `(batch, kind) -> sampled token ids [S]`, made only of capturable work on the current stream.
+        sizes: buckets, ascending.
+    """
+
+    def __init__(self, run: Callable[[StepBatch, str], Tensor], sizes: list[int]) -> None:
+        self._run = run
+        self.sizes = sizes
+        self._graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def bucket(self, rows: int) -> int | None:
+        """The smallest captured size that holds `rows`, or None."""
+        at = bisect_left(self.sizes, rows)
+        return self.sizes[at] if at < len(self.sizes) else None
+
+    def capture(self, batch: StepBatch, kind: str) -> None:
+        """Capture the step for the batch's size, from a batch that announces the longest possible context.
+
+        The step runs once before, uncaptured, so that lazy initialisation stays out of the graph.
+        """
+        size = batch.seq_lens.shape[0]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(batch, kind)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            tokens = self._run(batch, kind)
+        self._graphs[(size, kind)] = (graph, tokens)
+
+    def captured(self, size: int, kind: str) -> bool:
+        """Whether `replay` has a graph for this key."""
+        return (size, kind) in self._graphs
+
+    def replay(self, size: int, kind: str) -> Tensor:
+        """Run the captured step on the batch now in the static buffers; returns its token buffer [size]."""
+        graph, tokens = self._graphs[(size, kind)]
+        graph.replay()
+        return tokens
+
+    def check(self, batch: StepBatch, kind: str) -> None:
+        """Compare one replay with the same step run without a graph.
+
+        Raises:
+            VerificationError: they disagree.
+        """
+        size = batch.seq_lens.shape[0]
+        expected = self._run(batch, kind).clone()
+        actual = self.replay(size, kind)
+        if not torch.equal(actual, expected):
+            wrong = (actual != expected).nonzero()[:, 0].tolist()
+            raise VerificationError(
+                f"the CUDA graph for batch {size} samples other tokens than the step it captured",
+                where=f"rows {wrong[:8]}",
+                remedy="run with enforce_eager=True and report this",
+            )

@@ -1,0 +1,123 @@
+"""Limits and budgets: the longest context a model allows, and how many KV blocks fit beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusecomp.config import EngineConfig
+from fusecomp.errors import CapacityError, ConfigError
+
+# A model that does not say how long its context may be gets this one.
+DEFAULT_MAX_MODEL_LEN = 4096
+CPU_KV_BYTES = 1 << 30
+# Kept free on a GPU for CUDA graphs, their private pool, and libraries that allocate late.
+RESERVE_BYTES = 1 << 30
+LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, also inside a multimodal one; None without a config."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Token ids that the input embedding accepts.
+
+    Raises:
+        ConfigError: the model has neither an input embedding nor a `vocab_size`.
+    """
+    if hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None:
+        return int(model.get_input_embeddings().weight.shape[0])
+    size = getattr(text_config(model), "vocab_size", None)
+    if size is None:
+        raise ConfigError("the vocabulary size is unknown", where=type(model).__name__, remedy="give config.vocab_size")
+    return int(size)
+
+
+def resolve_limits(model: nn.Module, config: EngineConfig) -> EngineConfig:
+    """Fill in `max_model_len` from the model.
+
+    Raises:
+        ConfigError: the configured length exceeds what the model's positions allow.
+    """
+    source = text_config(model)
+    limit = next((getattr(source, n) for n in LENGTH_NAMES if isinstance(getattr(source, n, None), int)), None)
+    if config.max_model_len is None:
+        return config.replace(max_model_len=limit or DEFAULT_MAX_MODEL_LEN)
+    if limit is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's {limit} positions",
+            where=type(model).__name__,
+            remedy=f"use at most {limit}",
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class TrialStep:
+    """Shape of the first step: `rows` prefills of `tokens_per_row` tokens."""
+
+    rows: int
+    tokens_per_row: int
+
+
+class KVBudget:
+    """Finds the number of KV blocks around a trial step.
+
+    On a GPU the trial is the largest prefill, and what it needs at its peak is not given to the cache. On the CPU
+    the budget is `kv_cache_bytes`, or what `max_num_seqs` full contexts need up to 1 GiB.
+    """
+
+    def __init__(self, device: torch.device, config: EngineConfig, block_bytes: int, blocks_per_seq: int) -> None:
+        assert config.max_model_len is not None
+        self._device, self._config, self._block_bytes = device, config, block_bytes
+        self._wanted = config.max_num_seqs * blocks_per_seq
+        self.trial_blocks = blocks_per_seq + 1
+        if device.type == "cuda":
+            per_row = min(config.max_model_len, config.max_num_batched_tokens)
+            rows = min(max(1, config.max_num_batched_tokens // per_row), config.max_num_seqs)
+            self.trial_tokens = TrialStep(rows, per_row)
+        else:
+            self.trial_tokens = TrialStep(min(2, config.max_num_seqs), min(3, config.max_model_len))
+
+    def begin(self) -> None:
+        """Start measuring the trial."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def end(self) -> int:
+        """Number of KV blocks.
+
+        Raises:
+            CapacityError: not even one block fits.
+        """
+        budget, source = self._budget()
+        blocks = min(budget // self._block_bytes, self._wanted)
+        if blocks < 1:
+            raise CapacityError(
+                f"the KV budget of {max(budget, 0)} bytes holds no block of {self._block_bytes} bytes",
+                where=source,
+                remedy="raise the budget, lower block_size, or use a smaller model",
+            )
+        return blocks
+
+    def _budget(self) -> tuple[int, str]:
+        config = self._config
+        if config.kv_cache_bytes is not None:
+            return config.kv_cache_bytes, "kv_cache_bytes"
+        if self._device.type != "cuda":
+            return CPU_KV_BYTES, "CPU default budget"
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - self.trial_blocks * self._block_bytes
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()
+        budget = int(total * config.gpu_memory_utilization) - peak - others - RESERVE_BYTES
+        return budget, f"gpu_memory_utilization={config.gpu_memory_utilization}"

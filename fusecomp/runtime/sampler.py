@@ -1,0 +1,125 @@
+"""Logits to tokens on the device, with no sync and no data-dependent shape: traceable and capturable.
+
+Legend: N rows, V vocabulary.
+
+A row whose logits are not usable (a NaN, a +inf, or nothing above -inf) gives `INVALID_TOKEN`, never a token.
+
+Randomness is counter-based: the noise of vocabulary id `v` is a pure function of (seed, position, v), so a seeded
+request draws the same tokens in any batch, row or order. The draw is the arg-max of `logit / temperature + noise`
+(Gumbel-max: with standard Gumbel noise G, arg-max_v(x_v + G_v) is distributed as softmax(x)).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusecomp.runtime.scheduler import INVALID_TOKEN
+
+# Below this a temperature is taken as 0 (vLLM's bound): a division by a denormal would give inf and NaN.
+MIN_TEMPERATURE = 1e-5
+
+# Probability mass in fixed point: sums are exact, so the top-p cut depends neither on the order of a parallel sum
+# nor on the batch. A row sums to at most V * 2**40 < 2**63 for V < 2**23.
+_MASS_ONE = float(2**40)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+# Constants of splitmix64 (Steele, Lea, Flood 2014): the golden-ratio increment and the finalizer's multipliers.
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_A = _signed(0xBF58476D1CE4E5B9)
+_MIX_B = _signed(0x94D049BB133111EB)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Arg-max of each row, the first of equals. logits [N, V] float -> [N] int64; `INVALID_TOKEN` for bad rows."""
+    # max propagates NaN, so the value at the arg-max tells whether the row has one.
+    best, token = logits.max(dim=-1)
+    return torch.where(best.isfinite(), token, INVALID_TOKEN)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row. Everything is computed in float32.
+
+    Order and meaning are Hugging Face's and vLLM's: temperature, then top-k (all tokens tied with the k-th stay), then
+    top-p over what is left (the smallest prefix, by falling probability, that reaches p; at least one token; of equal
+    probabilities the lower id comes first). The filters need a sort of each row.
+
+    Args:
+        logits: [N, V] float.
+        temperature: [N] float32; under `MIN_TEMPERATURE` the row takes its arg-max.
+        top_k: [N] int; 1 takes the arg-max, 0 and less keep all. None: no row has a top-k.
+        top_p: [N] float32; 1 and more keep all. None: no row has a top-p.
+        seeds: [N] int64.
+        positions: [N] int64, any number that differs from draw to draw of one seed: the position of the last token.
+
+    Returns: [N] int64; `INVALID_TOKEN` for bad rows.
+    """
+    logits = logits.float()
+    vocab = logits.shape[-1]
+    best = logits.amax(dim=-1)
+    take_best = temperature < MIN_TEMPERATURE
+    if top_k is not None:
+        take_best = take_best | (top_k == 1)
+    # The maximum becomes 0 before the division, so a small temperature cannot overflow; 1 keeps the order of logits.
+    scores = (logits - best[:, None]) / torch.where(take_best, 1.0, temperature)[:, None]
+    ids = torch.arange(vocab, device=logits.device)
+    if top_k is None and top_p is None:
+        token = (scores + _noise(seeds, positions, ids, take_best)).argmax(dim=-1)
+    else:
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+        kept = scores.masked_fill(~_keep(scores, top_k, top_p), float("-inf"))
+        pick = (kept + _noise(seeds, positions, order, take_best)).argmax(dim=-1)
+        token = order.gather(1, pick[:, None])[:, 0]
+    return torch.where(best.isfinite(), token, INVALID_TOKEN)
+
+
+def _keep(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens survive top-k, then top-p. scores [N, V] in falling order, maximum 0 -> [N, V] bool."""
+    vocab = scores.shape[-1]
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if top_k is not None:
+        kth = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long() - 1
+        keep = scores >= scores.gather(1, kth[:, None])
+    if top_p is not None:
+        mass = torch.where(keep, scores.exp() * _MASS_ONE, 0.0).long()
+        reached = mass.cumsum(dim=-1)
+        before = (reached - mass).double()
+        target = top_p.double()[:, None] * reached[:, -1:].double()
+        keep = keep & ((before < target) | (top_p >= 1)[:, None])
+    return keep
+
+
+def _noise(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor, off: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32, finite; 0 in rows that are `off`.
+
+    seeds, positions [N] int64; ids [V] or [N, V] int64; off [N] bool -> [N, V].
+    """
+    row = _mix(_mix(seeds + _GOLDEN) ^ (positions * _GOLDEN))
+    bits = _mix(row[:, None] + ids * _GOLDEN)
+    # 63 bits as a float: a relative error of 2**-24 even near 0, where an exponential decides who wins; a fixed grid of
+    # 2**-24 would tie among 100,000 tokens. The bounds keep both logarithms finite.
+    uniform = _shift(bits, 1).float() * 2.0**-63
+    exponential = -torch.log1p(-uniform.clamp(2.0**-64, 1 - 2.0**-24))
+    return torch.where(off[:, None], 0.0, -exponential.log())
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finalizer on int64: a bijection whose every output bit depends on every input bit."""
+    x = (x ^ _shift(x, 30)) * _MIX_A
+    x = (x ^ _shift(x, 27)) * _MIX_B
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift of int64 (`>>` copies the sign)."""
+    return (x >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,151 @@
+"""A model without weights for testing the runtime: the next token is a hash of all tokens so far.
+
+It keeps a paged cache of its own and reads the tokens back through the block tables, so a token that was never written,
+was overwritten, or belongs to another sequence changes the output or fails an assertion.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+
+VOCAB = 13
+EOS = frozenset({5})
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+def alone(prompt: Sequence[int], params: SamplingParams, max_model_len: int) -> tuple[list[int], str]:
+    """Output and finish reason by the definition of the stop rules."""
+    tokens = list(prompt)
+    while True:
+        token = next_token(tokens)
+        tokens.append(token)
+        count = len(tokens) - len(prompt)
+        if token in params.stop_token_ids or (token in EOS and not params.ignore_eos):
+            return tokens[len(prompt) :], "stop"
+        if count == params.max_tokens or len(tokens) == max_model_len:
+            return tokens[len(prompt) :], "length"
+
+
+class PagedModel:
+    """Runs a `ScheduledStep` on the sequences' own block lists."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: dict[int, int] = {}
+
+    def __call__(self, step: ScheduledStep) -> list[int]:
+        for seq, size, start, _ in step.entries:
+            for at in range(start, start + size):
+                self.cache[self.slot(seq.blocks, at)] = seq.token_ids[at]
+        return [self.read(seq.blocks, start + size) for seq, size, start, _ in step.entries]
+
+    def slot(self, blocks: Sequence[int], at: int) -> int:
+        return blocks[at // self.block_size] * self.block_size + at % self.block_size
+
+    def read(self, blocks: Sequence[int], length: int) -> int:
+        return next_token([self.cache[self.slot(blocks, at)] for at in range(length)])
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    params: SamplingParams
+    arrives: int
+    aborted: int | None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Requests with the step before which each arrives and is aborted, and an engine that each fits into alone."""
+
+    requests: list[Request]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+    def scheduler(self) -> Scheduler:
+        kv = KVCacheManager(self.num_blocks, self.block_size)
+        return Scheduler(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, kv)
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
+    max_model_len = 40
+    requests = []
+    for _ in range(draw(st.integers(1, 8))):
+        params = SamplingParams(
+            max_tokens=draw(st.none() | st.integers(1, 16)),
+            ignore_eos=draw(st.booleans()),
+            stop_token_ids=tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=1))),
+            temperature=draw(st.sampled_from([0.0, 0.5, 1.0])),
+            top_k=draw(st.sampled_from([-1, 0, 1, 4])),
+            top_p=draw(st.sampled_from([0.5, 1.0])),
+            seed=draw(st.none() | st.integers(-(2**63), 2**65)),
+        )
+        requests.append(
+            Request(
+                draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)),
+                params,
+                draw(st.integers(0, 12)),
+                draw(st.none() | st.integers(0, 30)) if aborts else None,
+            )
+        )
+    max_num_seqs = draw(st.integers(1, 5))
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    tightest = max(
+        -(-(min(max_model_len, len(r.prompt) + (r.params.max_tokens or max_model_len)) - 1) // block_size)
+        for r in requests
+    )
+    return Scenario(
+        requests=requests,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 40)),
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_blocks=tightest + draw(st.integers(0, 3) | st.integers(0, 60)),
+    )
+
+
+def simulate(
+    scenario: Scenario,
+    scheduler: Scheduler,
+    on_step: Callable[[ScheduledStep], None],
+    model: Callable[[ScheduledStep], Sequence[int]],
+    eos_ids: Container[int] = EOS,
+) -> list[SequenceState]:
+    """Run the scenario to its end; the sequences in the order of its requests. Fails if it takes too many steps."""
+    seqs = [SequenceState(str(i), r.prompt, r.params) for i, r in enumerate(scenario.requests)]
+    # Each step advances the oldest sequence or one that runs beside it.
+    bound = 50 + scenario.max_model_len * len(seqs) * (len(seqs) + 1)
+    for number in range(bound):
+        for seq, request in zip(seqs, scenario.requests, strict=True):
+            if request.arrives == number:
+                scheduler.add(seq)
+        for seq, request in zip(seqs, scenario.requests, strict=True):
+            if request.aborted == number:
+                scheduler.abort(seq.request_id)
+        step = scheduler.schedule()
+        if step is None:
+            if number > max(r.arrives for r in scenario.requests):
+                return seqs
+            continue
+        on_step(step)
+        scheduler.update(step, model(step), eos_ids)
+    raise AssertionError(f"not done after {bound} steps")

@@ -1,0 +1,191 @@
+"""Every tensor of every step against a row-by-row reference written from docs/architecture.md."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.scheduler import Scheduler, SequenceState
+from tests.runtime.simulation import EOS, PagedModel, alone, next_token, scenarios, simulate
+
+TENSORS = [f.name for f in dataclasses.fields(StepBatch) if f.type == "torch.Tensor"]
+
+
+def reference(step, pad_to, block_size):
+    """The batch as Python lists; block tables cut to the entries that may be read."""
+    out = {name: [] for name in ("ids", "positions", "slots", "logit_indices", "seq_lens", "tables", "sampling")}
+    cu = [0]
+    for seq, size, start, _ in step.entries:
+        for at in range(start, start + size):
+            out["ids"].append(seq.token_ids[at])
+            out["positions"].append(at)
+            out["slots"].append(seq.blocks[at // block_size] * block_size + at % block_size)
+        cu.append(cu[-1] + size)
+        out["logit_indices"].append(cu[-1] - 1)
+        out["seq_lens"].append(start + size)
+        out["tables"].append(seq.blocks[: -(-(start + size) // block_size)])
+        params = seq.params
+        out["sampling"].append((params.temperature, max(params.top_k, 0), params.top_p))
+    max_seq_len = max(out["seq_lens"])
+    padding = (pad_to or len(step.seqs)) - len(step.seqs)
+    for _ in range(padding):
+        out["ids"].append(0)
+        out["positions"].append(0)
+        out["slots"].append(-1)
+        cu.append(cu[-1] + 1)
+        out["logit_indices"].append(cu[-1] - 1)
+        out["seq_lens"].append(0)
+        out["tables"].append([])
+        out["sampling"].append((0.0, 0, 1.0))
+    out["cu_q_lens"] = cu
+    out["host_meta"] = [step.num_decodes + padding, max(step.num_new_tokens), max_seq_len, len(step.seqs) + padding]
+    return out
+
+
+def check(batch, step, pad_to, block_size, max_blocks):
+    want = reference(step, pad_to, block_size)
+    rows = len(want["seq_lens"])
+    assert batch.tokens.tolist() == [want["ids"], want["positions"], want["slots"]]
+    assert batch.tokens.is_contiguous()
+    for name in ("logit_indices", "cu_q_lens", "seq_lens", "host_meta"):
+        assert getattr(batch, name).tolist() == want[name], name
+    assert batch.block_tables.shape == (rows, max_blocks)
+    assert [t[: len(w)] for t, w in zip(batch.block_tables.tolist(), want["tables"], strict=True)] == want["tables"]
+    got = zip(batch.temperature.tolist(), batch.top_k.tolist(), batch.top_p.tolist(), strict=True)
+    assert list(got) == want["sampling"]
+    assert batch.num_rows == len(step.seqs)
+    params = [seq.params for seq in step.seqs]
+    assert batch.all_greedy == all(p.greedy for p in params)
+    assert batch.filtered == any(not p.greedy and (p.top_k > 0 or p.top_p < 1) for p in params)
+    for seq, seed in zip(step.seqs, batch.seeds.tolist(), strict=False):
+        if seq.params.seed is not None:
+            assert (seed - seq.params.seed) % 2**64 == 0
+    int64 = {"tokens", "logit_indices", "seeds"}
+    for name in TENSORS:
+        dtype = torch.float32 if name in ("temperature", "top_p") else torch.int64 if name in int64 else torch.int32
+        assert getattr(batch, name).dtype == dtype, name
+        assert getattr(batch, name).storage_offset() == 0, name
+
+
+class TensorModel(PagedModel):
+    """The hash model on nothing but the batch's tensors."""
+
+    def run(self, batch):
+        ids, _, slots = batch.tokens.tolist()
+        self.cache.update({slot: token for token, slot in zip(ids, slots, strict=True) if slot >= 0})
+        lengths, tables = batch.seq_lens.tolist(), batch.block_tables.tolist()
+        return [self.read(table, length) if length else 0 for table, length in zip(tables, lengths, strict=True)]
+
+
+@settings(max_examples=200)
+@given(scenarios(aborts=True), st.data())
+def test_batches_match_the_reference_and_drive_the_model(scenario, data):
+    builder = BatchBuilder(
+        scenario.max_num_seqs,
+        scenario.max_num_batched_tokens,
+        scenario.max_blocks_per_seq,
+        scenario.block_size,
+        "cpu",
+    )
+    paged = TensorModel(scenario.block_size)
+
+    def model(step):
+        pad_to = None
+        if step.decode_only:
+            pad_to = data.draw(st.none() | st.integers(len(step.seqs), scenario.max_num_seqs))
+        batch = builder.build(step, pad_to)
+        check(batch, step, pad_to, scenario.block_size, scenario.max_blocks_per_seq)
+        sampled = paged.run(batch)
+        if data.draw(st.integers(0, 9)) == 0:
+            builder.padding(data.draw(st.integers(1, scenario.max_num_seqs)))
+        return sampled
+
+    seqs = simulate(scenario, scenario.scheduler(), lambda step: None, model)
+    for seq, request in zip(seqs, scenario.requests, strict=True):
+        expected, _ = alone(request.prompt, request.params, scenario.max_model_len)
+        assert seq.output_ids == (expected if seq.finish_reason != "abort" else expected[: seq.num_output_tokens])
+
+
+def engine(params, seqs=4, prompt=(1, 2, 3)):
+    scheduler = Scheduler(seqs, 64, 64, KVCacheManager(64, 4))
+    for i, p in enumerate(params):
+        scheduler.add(SequenceState(str(i), list(prompt), p))
+    return scheduler, BatchBuilder(seqs, 64, 16, 4, "cpu", seed=3)
+
+
+def test_a_bucket_keeps_its_addresses():
+    scheduler, builder = engine([SamplingParams(max_tokens=30)] * 3)
+    captured = builder.padding(4)
+    addresses = [getattr(captured, name).data_ptr() for name in TENSORS]
+    for _ in range(20):
+        step = scheduler.schedule()
+        batch = builder.build(step, 4 if step.decode_only else None)
+        if step.decode_only:
+            assert [getattr(batch, name).data_ptr() for name in TENSORS] == addresses
+            assert captured.tokens.tolist() == batch.tokens.tolist()
+        scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
+
+
+def test_padding_is_inert():
+    builder = BatchBuilder(4, 64, 16, 4, "cpu")
+    batch = builder.padding(3)
+    assert batch.tokens.tolist() == [[0] * 3, [0] * 3, [-1] * 3]
+    assert batch.seq_lens.tolist() == [0, 0, 0]
+    assert batch.cu_q_lens.tolist() == [0, 1, 2, 3]
+    assert batch.host_meta.tolist() == [3, 1, 64, 3]
+    assert (batch.num_rows, batch.all_greedy, batch.filtered) == (0, True, False)
+
+
+def test_requests_without_seed_differ_from_each_other_and_not_from_run_to_run():
+    def seeds():
+        scheduler, builder = engine(
+            [SamplingParams(), SamplingParams(), SamplingParams(seed=9), SamplingParams(seed=-1)]
+        )
+        return builder.build(scheduler.schedule()).seeds.tolist()
+
+    first = seeds()
+    assert first == seeds()
+    assert first[2:] == [9, -1]
+    assert first[0] != first[1]
+
+
+def test_a_batch_that_is_not_all_decodes_cannot_be_padded():
+    scheduler, builder = engine([SamplingParams()])
+    with pytest.raises(AssertionError):
+        builder.build(scheduler.schedule(), pad_to=4)
+
+
+@pytest.mark.gpu
+def test_copies_do_not_race_with_the_next_build():
+    """A busy stream delays the copies; the batch on the device must still be the step's own."""
+    params = [SamplingParams(max_tokens=200, ignore_eos=True)] * 64
+    scheduler = Scheduler(64, 4096, 512, KVCacheManager(64 * 32, 16))
+    for i, p in enumerate(params):
+        scheduler.add(SequenceState(str(i), [1 + i, 2, 3], p))
+    builder = BatchBuilder(64, 4096, 32, 16, "cuda")
+    wanted, got = [], []
+    for i in range(50):
+        step = scheduler.schedule()
+        torch.cuda._sleep(2_000_000)
+        batch = builder.build(step, 64 if step.decode_only else None)
+        wanted.append(reference(step, None, 16))
+        got.append((batch.tokens.clone(), batch.seq_lens.clone(), batch.block_tables.clone()))
+        scheduler.update(step, [(i + r) % 100 for r in range(64)], EOS)
+    for want, (tokens, seq_lens, tables) in zip(wanted, got, strict=True):
+        assert tokens.tolist() == [want["ids"], want["positions"], want["slots"]]
+        assert seq_lens.tolist() == want["seq_lens"]
+        assert [t[: len(w)] for t, w in zip(tables.tolist(), want["tables"], strict=True)] == want["tables"]
+
+
+@pytest.mark.slow
+def test_host_time_of_256_decodes():
+    from benchmarks.host import measure
+
+    times = measure(rows=256, steps=100, context=1024, max_model_len=8192, device="cpu")
+    print(times)
+    assert times["build"][0] < 250, "microseconds, median"
