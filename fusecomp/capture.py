@@ -9,6 +9,7 @@ changed; its configuration is switched only inside `Implementations.use` and res
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -292,6 +293,11 @@ class PackedStep(nn.Module):
         self.model = model
         self.max_tokens = max_tokens
         self.signature = Signature.of(model)
+        # Dynamo keeps its compilations on the code object, a few for each (`recompile_limit`). Every step gets a
+        # copy of its own, so that engines neither use up each other's limit nor outlive themselves in a shared cache.
+        shared = PackedStep.forward
+        own = types.FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
+        self.forward = types.MethodType(own, self)
 
     def forward(
         self,
