@@ -129,17 +129,16 @@ class LLM:
         requests = [self._encode(item, param) for item, param in zip(items, params, strict=True)]
         outputs: dict[int, RequestOutput] = {}
 
-        def advance(progress: Progress, new_token_ids: list[int]) -> None:
-            bar.tokens += len(new_token_ids)
-            if progress.finished:
+        def collect(_: list[Progress], ended: list[Progress]) -> None:
+            for progress in ended:
                 output = self._output(items[progress.index], requests[progress.index], progress)
                 outputs[progress.index] = output
-                bar.advance()
+                bar.advance(len(progress.token_ids))
                 if on_output is not None:
                     on_output(progress.index, output)
 
         with _Bar(len(items), use_tqdm) as bar:
-            self._session.run(requests, errors=errors, on_progress=advance)
+            self._session.run(requests, errors=errors, on_step=collect)
         return [outputs[index] for index in range(len(items))]
 
     def get_tokenizer(self) -> Any:
@@ -294,12 +293,14 @@ class _Bar:
 
     def __init__(self, total: int, shown: bool) -> None:
         self._bar = tqdm(total=total, desc="Processed prompts", unit="prompt", disable=not shown, dynamic_ncols=True)
-        self.tokens = 0
+        self._tokens = 0
 
-    def advance(self) -> None:
+    def advance(self, tokens: int) -> None:
+        """One more prompt is finished, with `tokens` output tokens."""
+        self._tokens += tokens
         elapsed = self._bar.format_dict["elapsed"] if not self._bar.disable else 0
         if elapsed:
-            self._bar.set_postfix_str(f"{self.tokens / elapsed:.1f} output tok/s", refresh=False)
+            self._bar.set_postfix_str(f"{self._tokens / elapsed:.1f} output tok/s", refresh=False)
         self._bar.update()
 
     def __enter__(self) -> _Bar:

@@ -297,7 +297,7 @@ class PackedStep(nn.Module):
         # copy of its own, so that engines neither use up each other's limit nor outlive themselves in a shared cache.
         shared = PackedStep.forward
         own = types.FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
-        self.forward = types.MethodType(own, self)
+        self.forward = types.MethodType(own, self)  # type: ignore[method-assign]
 
     def forward(
         self,

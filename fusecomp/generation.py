@@ -199,28 +199,21 @@ def decode(session: Session, plan: Plan, input_ids: torch.Tensor, streamer: Any)
     Raises:
         RequestError: a row failed while it ran (the others cannot be returned in one tensor without it).
     """
-    rows: list[list[int]] = [[] for _ in plan.requests]
-    unfinished = set(range(len(rows)))
-    shown, failed = 0, False
+    shown = 0
+    pad = 0 if plan.pad_token_id is None else plan.pad_token_id  # without one, no row ends before the others
 
-    def column(position: int) -> torch.Tensor:
-        return torch.tensor([row[position] if position < len(row) else plan.pad_token_id for row in rows])
-
-    def stream(progress: Progress, new_token_ids: list[int]) -> None:
-        nonlocal shown, failed
-        failed = failed or progress.error is not None
-        if failed:
+    def stream(rows: list[Progress], _: list[Progress]) -> None:
+        nonlocal shown
+        if any(row.error is not None for row in rows):
             return
-        rows[progress.index].extend(new_token_ids)
-        if progress.finished:
-            unfinished.discard(progress.index)
-        reached = min((len(rows[i]) for i in unfinished), default=max(map(len, rows)))
-        for position in range(shown, reached):
-            streamer.put(column(position))
-        shown = max(shown, reached)
+        lengths = [len(row.token_ids) for row in rows]
+        reached = min((n for n, row in zip(lengths, rows, strict=True) if not row.finished), default=max(lengths))
+        for at in range(shown, reached):
+            streamer.put(torch.tensor([(row.token_ids[at : at + 1] or [pad])[0] for row in rows]))
+        shown = reached
 
     try:
-        results = session.run(plan.requests, on_progress=stream if streamer is not None else None)
+        results = session.run(plan.requests, on_step=stream if streamer is not None else None)
     except (RequestError, CapacityError) as error:
         return str(error)
     for result in results:
@@ -229,6 +222,6 @@ def decode(session: Session, plan: Plan, input_ids: torch.Tensor, streamer: Any)
     if streamer is not None:
         streamer.end()
     longest = max(len(result.token_ids) for result in results)
-    generated = [r.token_ids + [plan.pad_token_id or 0] * (longest - len(r.token_ids)) for r in results]
+    generated = [r.token_ids + [pad] * (longest - len(r.token_ids)) for r in results]
     new_ids = torch.tensor(generated, dtype=torch.long, device=input_ids.device)
     return torch.cat([input_ids, new_ids], dim=-1)

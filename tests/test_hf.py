@@ -33,7 +33,13 @@ def fused(tiny_folder):
 
 @pytest.fixture
 def lenient(tiny_model):
+    """Not strict, and its own: for tests that change it."""
     return fusecomp.fuse(tiny_model, **ENGINE_OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def shared_lenient(tiny_folder):
+    return fusecomp.fuse(LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32), **ENGINE_OPTIONS)
 
 
 def batch(prompts=PROMPTS, pad=0):
@@ -238,15 +244,16 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize(("kwargs", "cause"), FALLBACKS.values(), ids=FALLBACKS.keys())
-def test_falls_back_with_one_warning_or_raises(stock, lenient, fused, kwargs, cause):
+def test_falls_back_with_one_warning_or_raises(stock, shared_lenient, fused, kwargs, cause):
+    shared_lenient._fusecomp.fallbacks.clear()
     kwargs = {"max_new_tokens": 6, **kwargs}
     ids = torch.tensor(PROMPTS[:1])
     expected = stock.generate(ids, **copy.deepcopy(kwargs))
     with pytest.warns(FallbackWarning, match=cause) as caught:
-        actual = lenient.generate(ids, **copy.deepcopy(kwargs))
-        lenient.generate(ids, **copy.deepcopy(kwargs))
+        actual = shared_lenient.generate(ids, **copy.deepcopy(kwargs))
+        shared_lenient.generate(ids, **copy.deepcopy(kwargs))
     assert len([w for w in caught if w.category is FallbackWarning]) == 1
-    assert list(lenient.fusion_fallbacks.values()) == [2]
+    assert list(shared_lenient.fusion_fallbacks.values()) == [2]
     sequences = [getattr(output, "sequences", output) for output in (actual, expected)]
     assert torch.equal(*sequences)
     with pytest.raises(FallbackError, match=cause):
@@ -259,12 +266,13 @@ def test_caches_that_are_a_wish_of_their_own(fused, cache):
         fused.generate(torch.tensor(PROMPTS[:1]), cache_implementation=cache)
 
 
-def test_fallback_inside_keeps_streaming(stock, lenient):
+def test_fallback_inside_keeps_streaming(stock, shared_lenient):
+    shared_lenient._fusecomp.fallbacks.clear()
     expected, actual = Recorder(), Recorder()
     ids = torch.tensor(PROMPTS[:1])
     stock.generate(ids, max_new_tokens=5, repetition_penalty=1.5, streamer=expected)
     with pytest.warns(FallbackWarning):
-        lenient.generate(ids, max_new_tokens=5, repetition_penalty=1.5, streamer=actual)
+        shared_lenient.generate(ids, max_new_tokens=5, repetition_penalty=1.5, streamer=actual)
     assert actual.events == expected.events
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fusecomp.runtime.engine import Engine
 
 Admissible = tuple[Sequence[int], SamplingParams]
+OnStep = Callable[["list[Progress]", "list[Progress]"], None]
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Session:
         requests: Sequence[Admissible | FusecompError],
         *,
         errors: str = "raise",
-        on_progress: Callable[[Progress, list[int]], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Progress]:
         """Serve `requests` and return their progress, all finished, in the same order.
 
@@ -68,7 +69,8 @@ class Session:
             requests: (prompt token ids, parameters), or the error for which a caller already refuses one.
             errors: "raise" refuses the whole list, before anything runs, when one request cannot be admitted;
                 "return" records the error in its place and serves the others.
-            on_progress: called after each step for each request that moved, with its new tokens, and for each refusal.
+            on_step: called after admission and after each step with the progress of all requests, and of those that
+                ended just now.
 
         Raises:
             FusecompError: a request cannot be admitted, under `errors="raise"`; it names the index.
@@ -77,14 +79,14 @@ class Session:
         with self._lock, _interrupts_between_steps() as check_interrupt:
             try:
                 done = self._admit(requests, errors, pending)
-                if on_progress is not None:
-                    for progress in done:
-                        if progress.finished:
-                            on_progress(progress, [])
-                while pending:
-                    self._step(pending, on_progress)
+                ended = [progress for progress in done if progress.finished]
+                while True:
+                    if on_step is not None:
+                        on_step(done, ended)
+                    if not pending:
+                        return done
                     check_interrupt()
-                return done
+                    ended = self._step(pending)
             finally:
                 for request_id in pending:
                     self.engine.abort_request(request_id)
@@ -111,19 +113,20 @@ class Session:
                 pending[request_id] = progress
         return everything
 
-    def _step(self, pending: dict[str, Progress], on_progress: Callable[[Progress, list[int]], None] | None) -> None:
+    def _step(self, pending: dict[str, Progress]) -> list[Progress]:
+        """Run one step and return the requests it ended. This loop runs for every token: it stays short."""
         if not self.engine.has_unfinished_requests():
             raise RuntimeError(f"the engine lost requests {', '.join(pending)}")
+        ended = []
         for output in self.engine.step():
             progress = pending.get(output.request_id)
             if progress is None:  # a token that was in flight when its request was aborted
                 continue
-            progress.token_ids.extend(output.new_token_ids)
-            progress.finish_reason, progress.error = output.finish_reason, output.error
-            if progress.finished:
-                del pending[output.request_id]
-            if on_progress is not None:
-                on_progress(progress, output.new_token_ids)
+            progress.token_ids += output.new_token_ids
+            if output.finish_reason is not None or output.error is not None:
+                progress.finish_reason, progress.error = output.finish_reason, output.error
+                ended.append(pending.pop(output.request_id))
+        return ended
 
 
 @contextmanager
