@@ -188,6 +188,7 @@ class FusedState:
             raise
         finally:
             self._fingerprint = _fingerprint(model)
+        self._session.engine.report.fallbacks.update({f"generate: {c}": n for c, n in self.fallbacks.items()})
         return self._session
 
     def fall_back(self, cause: str) -> None:
@@ -199,6 +200,8 @@ class FusedState:
                 remedy="drop the option, or use strict=False",
             )
         self.fallbacks[cause] += 1
+        if self._session is not None:
+            self._session.engine.report.fallbacks[f"generate: {cause}"] = self.fallbacks[cause]
         if self.fallbacks[cause] == 1:
             warnings.warn(f"fusecomp: served by stock generate: {cause}", FallbackWarning, stacklevel=4)
 

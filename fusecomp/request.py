@@ -58,8 +58,8 @@ class SamplingParams:
             refuse("top_k", "give an integer of at least 1, or 0 or -1 for all tokens")
         if not is_real(self.top_p) or not 0 < self.top_p <= 1:
             refuse("top_p", "give a number in (0, 1]")
-        if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
-            refuse("seed", "give a 64-bit integer or None")
+        if self.seed is not None and not is_int(self.seed):
+            refuse("seed", "give an integer or None")
         ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_int(i) and i >= 0 for i in ids):
             refuse("stop_token_ids", "give a sequence of token ids")

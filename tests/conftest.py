@@ -1,20 +1,16 @@
-"""Hypothesis profiles, and what the interface tests share: a tiny random Llama on disk, and an engine.
+"""Hypothesis profiles, and what the interface tests share: a tiny random Llama on disk.
 
 One hypothesis profile for CI (the same examples at every run, no deadline) and a longer one by hand:
-`pytest --hypothesis-profile=long`. The engine is the real one where it exists, else its stand-in.
+`pytest --hypothesis-profile=long`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from fusecomp.runtime import session
-from tests.stand_in import StandInEngine
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW_IS_FINE)
@@ -38,18 +34,6 @@ ENGINE_OPTIONS = {
 
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
-
-
-@pytest.fixture(scope="session", autouse=True)
-def engine():
-    """Sessions drive the stand-in as long as there is no engine."""
-    if importlib.util.find_spec("fusecomp.runtime.engine") is not None:
-        yield session.engine_class()
-        return
-    patch = pytest.MonkeyPatch()
-    patch.setattr(session, "engine_class", lambda: StandInEngine)
-    yield StandInEngine
-    patch.undo()
 
 
 @pytest.fixture(scope="session")

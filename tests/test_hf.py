@@ -254,6 +254,8 @@ def test_falls_back_with_one_warning_or_raises(stock, shared_lenient, fused, kwa
         shared_lenient.generate(ids, **copy.deepcopy(kwargs))
     assert len([w for w in caught if w.category is FallbackWarning]) == 1
     assert list(shared_lenient.fusion_fallbacks.values()) == [2]
+    (named,) = shared_lenient.fusion_fallbacks
+    assert shared_lenient.fusion_report.fallbacks[f"generate: {named}"] == 2
     sequences = [getattr(output, "sequences", output) for output in (actual, expected)]
     assert torch.equal(*sequences)
     with pytest.raises(FallbackError, match=cause):
