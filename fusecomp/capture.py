@@ -299,11 +299,6 @@ class PackedStep(nn.Module):
         self.inline_masks = inline_masks
         self.max_tokens = max_tokens
         self.signature = Signature.of(model)
-        # Dynamo keeps its compilations on the code object, a few for each (`recompile_limit`). Every step gets a
-        # copy of its own, so that engines neither use up each other's limit nor outlive themselves in a shared cache.
-        shared = PackedStep.forward
-        own = types.FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
-        self.forward = types.MethodType(own, self)  # type: ignore[method-assign]
 
     def isolated_forward(self) -> Callable:
         """`forward` with a code object of its own.

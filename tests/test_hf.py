@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -451,3 +452,19 @@ def test_model_without_generate(tiny_config):
 
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no generate"):
         fusecomp.fuse(LlamaModel(tiny_config))
+
+
+@pytest.mark.parametrize("name", ["pico-llama", "pico-moe"])
+def test_trained_models_write_the_same_text(name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(__file__).parents[1] / "models" / name
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = ["def read_file(path):", "import os", "class Node:\n    def __init__(self, value"]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    encoded = tokenizer(texts, return_tensors="pt", padding=True)
+    inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    fused = fusecomp.fuse(model, **ENGINE_OPTIONS, strict=True)
+    assert torch.equal(fused.generate(**inputs, max_new_tokens=24, do_sample=False), expected)
