@@ -18,7 +18,8 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
     """Compile a Dynamo graph with Inductor (AOT functionalization, reinplacing, code generation)."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=patches or {})
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
+    return compiled
 
 
 @contextmanager

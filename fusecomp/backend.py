@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-import fusecomp.lowerings
+from fusecomp import lowerings
 from fusecomp._compat import inductor_compile
 from fusecomp.errors import UnsupportedModelError
 from fusecomp.ops.cost import ZERO, op_cost
@@ -31,6 +31,8 @@ from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
 from fusecomp.report import FusionReport
+
+lowerings.register()
 
 CANONICALIZE: tuple[Pattern, ...] = (InterfaceAttention(), SdpaAttention(), SoftmaxAttention(), Experts())
 PAGE: tuple[Pattern, ...] = (PagedAttention(),)

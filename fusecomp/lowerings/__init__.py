@@ -1,1 +1,5 @@
-"""Triton templates and library calls for the canonical ops. Importing this package registers them for CUDA."""
+"""Triton templates and library calls for the canonical ops on GPUs."""
+
+from fusecomp.lowerings.registration import register
+
+__all__ = ["register"]

@@ -144,7 +144,7 @@ def replace_and_prune(node: Node, new: Node) -> None:
         stack.extend(inputs)
 
 
-def fake_value(node: Node) -> Any:
+def fake_value(node: Any) -> Any:
     """The fake tensor (or SymInt) that tracing recorded for `node`."""
     return node.meta.get("example_value", node.meta.get("val"))
 

@@ -131,20 +131,20 @@ def fit_scores(final: Node, scores: Node, q: Tensor, context: PassContext) -> Sc
     return ScoreFacts(scale, softcap, classify_matrix(visible))
 
 
-def shared_heads(node: Node) -> Node:
+def shared_heads(node: Any) -> Any:
     """The tensor before its kv heads were repeated for grouped-query attention, or `node` itself.
 
     Recognises `repeat_interleave(dim=1)` and reshape(expand(x[:, :, None])) by their shapes in the graph.
     """
     if is_call(node, (torch.repeat_interleave,), "repeat_interleave") and argument(node, 2, "dim") in (1, -3):
         repeats = argument(node, 1, "repeats")
-        return node.args[0] if isinstance(repeats, int) else node  # type: ignore[return-value]
+        return node.args[0] if isinstance(repeats, int) else node
     if not is_call(node, (torch.reshape,), "reshape"):
         return node
-    expand = node.args[0]
+    expand: Any = node.args[0]
     if not is_call(expand, (), "expand"):
         return node
-    index = expand.args[0]  # type: ignore[union-attr]
+    index: Any = expand.args[0]
     if not (is_call(index, (operator.getitem,)) and fake_value(index).dim() == 5):
         return node
     source, before, after = index.args[0], fake_value(index.args[0]), fake_value(node)
@@ -160,9 +160,9 @@ class RawCandidate:
     """Attention spelled out: `node` produces [B, H, T, D]; `facts` are fitted in the guard."""
 
     node: Node
-    q: Node
-    k: Node
-    v: Node
+    q: Any
+    k: Any
+    v: Any
     inner: list[Node]
     swap_keys: bool = False  # k is [B, G, D, T] and needs its last dims swapped
     facts: ScoreFacts | None = None
@@ -260,8 +260,9 @@ class SoftmaxAttention(_RawAttention):
             final, refusal = self._value_matmul(node)
             if scores is None or final is None:
                 continue  # a softmax that is not attention at all
-            q, keys = scores.args[:2]
-            candidate = RawCandidate(final, q, keys, shared_heads(final.args[1]), [scores, node], refusal=refusal)
+            q, keys = scores.args[0], scores.args[1]
+            values = final.args[1]
+            candidate = RawCandidate(final, q, keys, shared_heads(values), [scores, node], refusal=refusal)
             candidate.refusal = candidate.refusal or self._second_users(scores, node)
             transposed = self._untranspose(keys)
             candidate.swap_keys = transposed is None
@@ -273,7 +274,7 @@ class SoftmaxAttention(_RawAttention):
         return fit_scores(softmax.args[0], scores, fake_value(candidate.q), context)  # type: ignore[arg-type]
 
     @staticmethod
-    def _scores(node: Any) -> Node | None:
+    def _scores(node: Any) -> Any:
         """The one matmul that the softmax's input is an elementwise function of."""
         found, seen, stack = [], set(), [node]
         while stack:
@@ -328,14 +329,14 @@ class SoftmaxAttention(_RawAttention):
         return ""
 
     @staticmethod
-    def _untranspose(node: Any) -> Node | None:
+    def _untranspose(node: Any) -> Any:
         """The [B, G, T, D] tensor whose last two dims `node` swaps, when it is such a swap."""
         if is_call(node, (torch.transpose,), "transpose"):
             dims = {d % 4 for d in node.args[1:3] if isinstance(d, int)}
             return node.args[0] if dims == {2, 3} else None
         if is_call(node, (torch.permute,), "permute"):
-            dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-            return node.args[0] if tuple(dims) == (0, 1, 3, 2) else None
+            order = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+            return node.args[0] if tuple(order) == (0, 1, 3, 2) else None
         return None
 
     def examples(self) -> list[Example]:

@@ -161,9 +161,9 @@ class Engine:
         logits = self._step(batch)
         if kind == GREEDY:
             return greedy(logits)
-        filters = (batch.top_k, batch.top_p) if kind == FILTERED else (None, None)
+        top_k, top_p = (batch.top_k, batch.top_p) if kind == FILTERED else (None, None)
         positions = batch.tokens[1][batch.logit_indices]
-        return self._sample(logits, batch.temperature, *filters, batch.seeds, positions)
+        return self._sample(logits, batch.temperature, top_k, top_p, batch.seeds, positions)
 
     def prompt_logits(self, prompts: list[list[int]]) -> Tensor:
         """Logits [S, V] after each prompt, all packed in one step; only while no request lives.

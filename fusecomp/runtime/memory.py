@@ -19,13 +19,13 @@ RESERVE_BYTES = 1 << 30
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of the language model, also inside a multimodal one; None without a config."""
     config = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def vocabulary(model: nn.Module) -> int:
+def vocabulary(model: Any) -> int:
     """Token ids that the input embedding accepts.
 
     Raises:

@@ -164,9 +164,8 @@ class CompiledStep:
 
     def _layout_from_graph(self) -> list[tuple[int, int, int]]:
         """KV layout of a model without HF's attention interface, from one uncompiled capture."""
-        integers = {"dtype": torch.int32, "device": self.device}
         tokens = torch.stack([torch.arange(6, device=self.device)] * 3)
-        rows = [torch.tensor(x, **integers) for x in ([0, 6], [6], [[0]])]
+        rows = [torch.tensor(x, dtype=torch.int32, device=self.device) for x in ([0, 6], [6], [[0]])]
         meta = torch.tensor([0, 6, 6, 1], dtype=torch.int32)
         mark_unbacked(tokens, 1)
         context = PassContext(FusionReport(), dict(self._context.masks), self._context.proof_length)
