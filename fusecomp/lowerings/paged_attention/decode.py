@@ -128,8 +128,8 @@ def decode_kernel(
     else:
         if NUM_SPLITS > 1:
             slot = pair.to(tl.int64) * NUM_SPLITS + split
-            to = part_acc + (slot * R + r)[:, None] * D + d[None, :]
-            tl.store(to, acc_RD, mask=head_mask[:, None] & (d < D)[None, :])
+            part = part_acc + (slot * R + r)[:, None] * D + d[None, :]
+            tl.store(part, acc_RD, mask=head_mask[:, None] & (d < D)[None, :])
             tl.store(part_lse + slot * R + r, m + tl.log2(l), mask=head_mask)
             tl.debug_barrier()  # all of the program's stores precede the release below
             arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")

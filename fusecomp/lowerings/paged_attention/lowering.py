@@ -196,7 +196,7 @@ def run_decode(
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
         BLOCK_R=max(16, heuristics.next_power_of_2(group)), BLOCK_N=config.block_n, NUM_SPLITS=splits,
         MIN_TILES=config.min_tiles(), num_warps=config.num_warps, num_stages=config.num_stages,
-        **_hooks(window, softcap, sinks),
+        **_hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 
 
@@ -237,16 +237,16 @@ def run_prefill(
         *kv_cache.stride()[:4], block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma,
-        num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(window, softcap, sinks),
+        num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 
 
-def _hooks(window: int, softcap: float, sinks: Tensor | None) -> dict:
-    return {
-        "WINDOWED": window > 0,
-        "SCORE": pieces.softcap_score if softcap > 0 else pieces.plain_score,
-        "SINK": pieces.no_sink if sinks is None else pieces.with_sink,
-    }
+def _hooks(dtype: torch.dtype, window: int, softcap: float, sinks: Tensor | None) -> dict:
+    score = pieces.plain_score
+    if softcap > 0:
+        score = pieces.softcap_score_fp32 if dtype == torch.float32 else pieces.softcap_score
+    sink = pieces.no_sink if sinks is None else pieces.with_sink
+    return {"WINDOWED": window > 0, "SCORE": score, "SINK": sink}
 
 
 def _tma_can_read(tensor: Tensor) -> bool:

@@ -153,7 +153,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch():
 
 
 def test_unsupported_shapes_raise():
-    shape = {"heads": 2, "kv_heads": 1, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
+    shape = {"heads": 2, "kv_heads": 2, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
     step = make_step([(3, 1)], **shape)
     with pytest.raises(ValueError, match="scale"):
         lowering.launch_paged_attention(*step.attention_inputs(), -1.0, 0, 0.0, None)
