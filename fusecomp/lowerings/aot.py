@@ -148,11 +148,10 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         f"decode-{case}-s{case.num_rows}",
         decode_kernel,
         {**inputs, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
-        scalars,
+        {**scalars, "min_tiles": "i32"},
         {
             **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_N": decode.block_n,
-            "BLOCK_R": max(16, heuristics.next_power_of_2(case.group)), "NUM_SPLITS": decode.num_splits,
-            "MIN_TILES": decode.min_tiles(),
+            "BLOCK_R": max(16, heuristics.next_power_of_2(case.group)), "MAX_SPLITS": heuristics.MAX_SPLITS,
         },
         decode.num_warps,
         decode.num_stages,
@@ -200,7 +199,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     else:
         registers, spills = _hip_usage(compiled.asm["amdgcn"])
     config = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    config |= {key: value for key, value in spec.constants.items() if key.startswith(("BLOCK", "NUM", "MIN"))}
+    config |= {key: value for key, value in spec.constants.items() if key.startswith("BLOCK")}
     shared = compiled.metadata.shared
     return Resources(spec.name, target_name, shared, target.smem_bytes, registers, spills, config), compiled
 

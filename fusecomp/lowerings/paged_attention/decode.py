@@ -4,7 +4,7 @@ Legend: S rows, H query heads, G kv heads, R = H / G query heads per kv head, D 
 two), B page size, N keys of one tile, NS splits, P pages per row of the block table.
 
 Program (row and kv head, split). The R query heads of a kv head are the M side of both dots, so each key is read
-once. The number of splits is static; their ranges follow from `seq_lens` inside the kernel, so one CUDA graph
+once. The number of splits is the second dimension of the grid; their ranges follow from `seq_lens` inside the kernel, so one CUDA graph
 serves any length. A row that needs one split stores its output at once. Otherwise every split stores its
 normalized accumulator and log-sum-exp in fp32, and the last to arrive combines them: there is no second launch.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from fusecomp.lowerings.paged_attention.pieces import tile_offsets, tile_pages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["min_tiles"])
 def decode_kernel(
     q,  # [S, H, D], last dim contiguous
     kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
@@ -31,6 +31,7 @@ def decode_kernel(
     pre,
     post,
     window,
+    min_tiles,  # tiles below which a row is not split further
     stride_qt,
     stride_qh,
     stride_page,
@@ -45,8 +46,7 @@ def decode_kernel(
     PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
@@ -61,6 +61,7 @@ def decode_kernel(
     R: tl.constexpr = H // G
     pair = tl.program_id(0)
     split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
     row = (pair // G).to(tl.int64)
     g = pair % G
     seq_len = tl.load(seq_lens + row)
@@ -70,7 +71,7 @@ def decode_kernel(
         first = tl.maximum(seq_len - window, 0)
     first_tile = first // BLOCK_N
     tiles = tl.cdiv(seq_len, BLOCK_N) - first_tile
-    per_split = tl.maximum(tl.cdiv(tiles, NUM_SPLITS), MIN_TILES)
+    per_split = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
     used = tl.maximum(tl.cdiv(tiles, per_split), 1)
     if split >= used:
         return
@@ -126,16 +127,15 @@ def decode_kernel(
         to = out + row * (H * D) + head[:, None] * D + d[None, :]
         tl.store(to, acc_RD.to(out.dtype.element_ty), mask=head_mask[:, None] & (d < D)[None, :])
     else:
-        if NUM_SPLITS > 1:
-            slot = pair.to(tl.int64) * NUM_SPLITS + split
-            part = part_acc + (slot * R + r)[:, None] * D + d[None, :]
-            tl.store(part, acc_RD, mask=head_mask[:, None] & (d < D)[None, :])
-            tl.store(part_lse + slot * R + r, m + tl.log2(l), mask=head_mask)
-            tl.debug_barrier()  # all of the program's stores precede the release below
-            arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
-            if arrived == used - 1:
-                tl.store(arrivals + pair, 0)
-                _combine(out, part_acc, part_lse, pair, row, g, used, H, R, D, DP, NUM_SPLITS)
+        slot = pair.to(tl.int64) * num_splits + split
+        part = part_acc + (slot * R + r)[:, None] * D + d[None, :]
+        tl.store(part, acc_RD, mask=head_mask[:, None] & (d < D)[None, :])
+        tl.store(part_lse + slot * R + r, m + tl.log2(l), mask=head_mask)
+        tl.debug_barrier()  # all of the program's stores precede the release below
+        arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
+        if arrived == used - 1:
+            tl.store(arrivals + pair, 0)
+            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS)
 
 
 @triton.jit
@@ -147,20 +147,20 @@ def _combine(
     row,
     g,
     used,
+    num_splits,
     H: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
     """Weigh the `used` partial results of one row and kv head by exp2(lse) and store [R, D] of the output."""
     RP: tl.constexpr = triton.next_power_of_2(R)
-    NSP: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
-    CHUNK: tl.constexpr = min(NSP, max(8192 // (RP * DP), 1))  # splits in flight at once, by registers
+    CHUNK: tl.constexpr = max(8192 // (RP * DP), 1)  # splits in flight at once, by registers
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
-    base = pair.to(tl.int64) * NUM_SPLITS
-    s_all = tl.arange(0, NSP)
+    base = pair.to(tl.int64) * num_splits
+    s_all = tl.arange(0, MAX_SPLITS)
     lse_all = tl.load(
         part_lse + (base + s_all)[:, None] * R + r[None, :],
         mask=(s_all < used)[:, None] & (r < R)[None, :],

@@ -192,10 +192,11 @@ def run_decode(
     part_lse = torch.empty(partials, **scratch)
     decode_kernel[(num_decodes * num_kv_heads, splits)](
         q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
-        sinks, pre, post, window, q.stride(0), q.stride(1), *kv_cache.stride()[:4], block_tables.stride(0),
+        sinks, pre, post, window, config.min_tiles(), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
+        block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
-        BLOCK_R=max(16, heuristics.next_power_of_2(group)), BLOCK_N=config.block_n, NUM_SPLITS=splits,
-        MIN_TILES=config.min_tiles(), num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_R=max(16, heuristics.next_power_of_2(group)), BLOCK_N=config.block_n,
+        MAX_SPLITS=heuristics.MAX_SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
         **_hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 
