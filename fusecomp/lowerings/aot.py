@@ -189,7 +189,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = spec.scalars[name]
-            if name.startswith("stride"):
+            if name.startswith("stride") and name != "stride_table":
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)

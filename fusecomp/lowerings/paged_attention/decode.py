@@ -4,9 +4,10 @@ Legend: S rows, H query heads, G kv heads, R = H / G query heads per kv head, D 
 two), B page size, N keys of one tile, NS splits, P pages per row of the block table.
 
 Program (row and kv head, split). The R query heads of a kv head are the M side of both dots, so each key is read
-once. The number of splits is the second dimension of the grid; their ranges follow from `seq_lens` inside the kernel, so one CUDA graph
-serves any length. A row that needs one split stores its output at once. Otherwise every split stores its
-normalized accumulator and log-sum-exp in fp32, and the last to arrive combines them: there is no second launch.
+once. The number of splits is the second dimension of the grid; their ranges follow from `seq_lens` inside the
+kernel, so one CUDA graph serves any length. A row that needs one split stores its output at once. Otherwise every
+split stores its normalized accumulator and log-sum-exp in fp32, and the last to arrive combines them: there is no
+second launch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import triton.language as tl
 from fusecomp.lowerings.paged_attention.pieces import tile_offsets, tile_pages
 
 
-@triton.jit(do_not_specialize=["min_tiles"])
+@triton.jit(
+    do_not_specialize=["min_tiles", "stride_table"],
+    do_not_specialize_on_alignment=["seq_lens", "block_tables", "arrivals"],
+)
 def decode_kernel(
     q,  # [S, H, D], last dim contiguous
     kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous

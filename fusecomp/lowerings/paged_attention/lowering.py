@@ -154,9 +154,7 @@ def launch_paged_attention(
             target, head_dim=head_dim, itemsize=itemsize, num_kv_heads=kv_cache.shape[2], page_size=kv_cache.shape[3],
             num_rows=num_decodes, capacity=block_tables.shape[1] * kv_cache.shape[3],
         )  # fmt: skip
-        run_decode(
-            decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks
-        )
+        run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
     if num_rows > num_decodes:
         prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize)
         run_prefill(

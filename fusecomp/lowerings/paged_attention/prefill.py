@@ -21,8 +21,7 @@ def _update(
     acc_MD,
     l,
     m,
-    q_MD,
-    k_ND,
+    dots_MN,
     v_ND,
     i,
     j,
@@ -35,7 +34,7 @@ def _update(
     SCORE: tl.constexpr,
 ):
     """One online-softmax step. i[M], j[N]: query and key positions on one scale; keys j >= end are not the row's."""
-    x_MN = SCORE(tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee"), pre)
+    x_MN = SCORE(dots_MN, pre)
     if GUARD:
         x_MN = tl.where((j < end)[None, :] & (j[None, :] <= i[:, None]), x_MN, float("-inf"))
     if WINDOWED:
@@ -47,6 +46,43 @@ def _update(
     acc_MD = acc_MD * alpha[:, None]
     acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
     return acc_MD, l, m_new
+
+
+@triton.jit
+def _load_new(
+    x,
+    token,
+    g,
+    start,
+    end,
+    stride_t,
+    stride_g,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GUARD: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ZEROED: tl.constexpr,
+):
+    """The tile [N, DP] of new keys or values start .. start + N of a row; tokens from `end` on are not the row's.
+
+    GUARD: the tile may reach `end`. ZEROED: it matters, because a neighbour's infinity times a weight of zero is NaN.
+    """
+    n = start + tl.arange(0, BLOCK_N)
+    if USE_TMA:
+        tile_ND = x.load([token + start, g, 0]).reshape(BLOCK_N, DP)
+        if ZEROED:
+            tile_ND = tl.where((n < end)[:, None], tile_ND, 0.0)
+    else:
+        d = tl.arange(0, DP)
+        at = x + ((token + n).to(tl.int64) * stride_t)[:, None] + (g.to(tl.int64) * stride_g + d)[None, :]
+        if GUARD:
+            tile_ND = tl.load(at, mask=(n < end)[:, None] & (d < D)[None, :], other=0.0)
+        elif DP != D:
+            tile_ND = tl.load(at, mask=(d < D)[None, :], other=0.0)
+        else:
+            tile_ND = tl.load(at)
+    return tile_ND
 
 
 @triton.jit
@@ -95,9 +131,8 @@ def _attend_pages(
         else:
             k_ND = tl.load(k_at)
             v_ND = tl.load(v_at)
-        acc_MD, l, m = _update(
-            acc_MD, l, m, q_MD, k_ND, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE
-        )
+        dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        acc_MD, l, m = _update(acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE)
     return acc_MD, l, m
 
 
@@ -131,36 +166,19 @@ def _attend_new(
     USE_TMA: tl.constexpr,
 ):
     """Phase 2 over the tiles lo .. hi of a row's own `end` new keys; `token` is the first of them in k and v."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, DP)
     for start in range(lo, hi, BLOCK_N):
-        j = start + n
-        if USE_TMA:
-            k_ND = k.load([token + start, g, 0]).reshape(BLOCK_N, DP)
-            v_ND = v.load([token + start, g, 0]).reshape(BLOCK_N, DP)
-            if GUARD:  # a neighbour's infinities must not meet a probability of zero
-                v_ND = tl.where((j < end)[:, None], v_ND, 0.0)
-        else:
-            row = (token + j).to(tl.int64)
-            k_at = k + (row * stride_kt)[:, None] + (g.to(tl.int64) * stride_kg + d)[None, :]
-            v_at = v + (row * stride_vt)[:, None] + (g.to(tl.int64) * stride_vg + d)[None, :]
-            if GUARD:
-                live = (j < end)[:, None] & (d < D)[None, :]
-                k_ND = tl.load(k_at, mask=live, other=0.0)
-                v_ND = tl.load(v_at, mask=live, other=0.0)
-            elif DP != D:
-                k_ND = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
-                v_ND = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
-            else:
-                k_ND = tl.load(k_at)
-                v_ND = tl.load(v_at)
-        acc_MD, l, m = _update(
-            acc_MD, l, m, q_MD, k_ND, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE
-        )
+        k_ND = _load_new(k, token, g, start, end, stride_kt, stride_kg, D, DP, BLOCK_N, GUARD, USE_TMA, False)
+        dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        v_ND = _load_new(v, token, g, start, end, stride_vt, stride_vg, D, DP, BLOCK_N, GUARD, USE_TMA, GUARD)
+        j = start + tl.arange(0, BLOCK_N)
+        acc_MD, l, m = _update(acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE)
     return acc_MD, l, m
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(
+    do_not_specialize=["first_row", "stride_table"],
+    do_not_specialize_on_alignment=["cu_q_lens", "seq_lens", "block_tables"],
+)
 def prefill_kernel(
     q,  # [T, H, D], last dim contiguous
     k,  # [T, G, D], last dim contiguous; a tensor descriptor with blocks [N, 1, DP] if USE_TMA
@@ -220,9 +238,7 @@ def prefill_kernel(
     head = tl.full([BLOCK_M], 0, tl.int32) + h
     q_row = (token + i).to(tl.int64)
     inside = (i < q_len)[:, None] & (d < D)[None, :]
-    q_MD = tl.load(
-        q + (q_row * stride_qt)[:, None] + (h.to(tl.int64) * stride_qh + d)[None, :], mask=inside, other=0.0
-    )
+    q_MD = tl.load(q + (q_row * stride_qt)[:, None] + (h.to(tl.int64) * stride_qh + d)[None, :], mask=inside, other=0.0)
     m, l = SINK(sinks, head, i >= 0)
     acc_MD = tl.zeros([BLOCK_M, DP], tl.float32)
 
