@@ -159,15 +159,16 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
 
     prefill = heuristics.prefill_config(target, head_dim=case.head_dim, itemsize=case.itemsize)
     inputs = {**inputs, **kv, "cu_q_lens": "i32"}
+    no_tiles = {} if prefill.use_tma else {"k_tiles": None, "v_tiles": None}
     if prefill.use_tma:
-        inputs["k"] = inputs["v"] = f"tensordesc<{case.dtype}[{prefill.block_n}, 1, {dp}]>"
+        inputs["k_tiles"] = inputs["v_tiles"] = f"tensordesc<{case.dtype}[{prefill.block_n}, 1, {dp}]>"
     yield Specialization(
         f"prefill-{case}",
         prefill_kernel,
         inputs,
         {**scalars, **k_strides, "first_row": "i32"},
         {
-            **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_M": prefill.block_m,
+            **shape, **hooks, **sinks, **no_tiles, "H": heads, "G": NUM_KV_HEADS, "BLOCK_M": prefill.block_m,
             "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
         },
         prefill.num_warps,

@@ -224,14 +224,11 @@ def run_prefill(
     dp = heuristics.padded_dim(head_dim)
     pre, post = pieces.score_factors(scale, softcap)
     use_tma = config.use_tma and _tma_can_read(k) and _tma_can_read(v)
-    keys, values = k, v
-    if use_tma:
-        block = [config.block_n, 1, dp]
-        keys = TensorDescriptor(k, list(k.shape), list(k.stride()), block)
-        values = TensorDescriptor(v, list(v.shape), list(v.stride()), block)
+    block = [config.block_n, 1, dp]
+    k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
     grid = ((num_rows - first_row) * num_heads, triton.cdiv(max_q_len, config.block_m))
     prefill_kernel[grid](
-        q, keys, values, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row, pre, post, window,
+        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row, pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *kv_cache.stride()[:4], block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,

@@ -4,8 +4,8 @@ Legend: T tokens of the step, S rows, H query heads, G kv heads, D head dim (DP:
 B page size, M queries and N keys of one tile, P pages per row of the block table.
 
 Program (row and head, query tile), longest query tiles first. Phase 1 walks the cached prefix through the block
-table; phase 2 walks the step's own keys in k and v. Each phase is a loop of whole tiles and a guarded loop for
-its end: the prefix's last tile, the causal diagonal. Only guarded tiles are masked, and tiles of a window.
+table; phase 2 walks the step's own keys in k and v. Each phase is a loop over tiles that the row fills and one over
+a partial tile at its end. A tile is masked only where it meets the diagonal or the edge of the window.
 """
 
 from __future__ import annotations
@@ -29,16 +29,26 @@ def _update(
     window,
     pre,
     post,
+    edge,
+    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
-    GUARD: tl.constexpr,
+    RAGGED: tl.constexpr,
     SCORE: tl.constexpr,
 ):
-    """One online-softmax step. i[M], j[N]: query and key positions on one scale; keys j >= end are not the row's."""
+    """One online-softmax step. i[M], j[N]: query and key positions on one scale.
+
+    `edge` (one value per program) says that some pair of the tile is outside the diagonal or the window. RAGGED: keys
+    j >= end are not the row's.
+    """
     x_MN = SCORE(dots_MN, pre)
-    if GUARD:
-        x_MN = tl.where((j < end)[None, :] & (j[None, :] <= i[:, None]), x_MN, float("-inf"))
-    if WINDOWED:
-        x_MN = tl.where(i[:, None] - j[None, :] < window, x_MN, float("-inf"))
+    if CAUSAL or WINDOWED:
+        if edge:
+            seen = i[:, None] >= j[None, :]
+            if WINDOWED:
+                seen = seen & (i[:, None] - j[None, :] < window)
+            x_MN = tl.where(seen, x_MN, float("-inf"))
+    if RAGGED:
+        x_MN = tl.where((j < end)[None, :], x_MN, float("-inf"))
     m_new = tl.maximum(m, tl.max(x_MN, 1) * post)
     p_MN = tl.exp2(x_MN * post - m_new[:, None])
     alpha = tl.exp2(m - m_new)
@@ -49,40 +59,14 @@ def _update(
 
 
 @triton.jit
-def _load_new(
-    x,
-    token,
-    g,
-    start,
-    end,
-    stride_t,
-    stride_g,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GUARD: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    ZEROED: tl.constexpr,
-):
-    """The tile [N, DP] of new keys or values start .. start + N of a row; tokens from `end` on are not the row's.
-
-    GUARD: the tile may reach `end`. ZEROED: it matters, because a neighbour's infinity times a weight of zero is NaN.
-    """
-    n = start + tl.arange(0, BLOCK_N)
-    if USE_TMA:
-        tile_ND = x.load([token + start, g, 0]).reshape(BLOCK_N, DP)
-        if ZEROED:
-            tile_ND = tl.where((n < end)[:, None], tile_ND, 0.0)
+def _load_tile(at_ND, j, d, end, D: tl.constexpr, DP: tl.constexpr, RAGGED: tl.constexpr):
+    """A tile [N, DP] of keys or values; zeros beyond D and, if RAGGED, for keys j >= end."""
+    if RAGGED:
+        return tl.load(at_ND, mask=(j < end)[:, None] & (d < D)[None, :], other=0.0)
+    elif DP != D:
+        return tl.load(at_ND, mask=(d < D)[None, :], other=0.0)
     else:
-        d = tl.arange(0, DP)
-        at = x + ((token + n).to(tl.int64) * stride_t)[:, None] + (g.to(tl.int64) * stride_g + d)[None, :]
-        if GUARD:
-            tile_ND = tl.load(at, mask=(n < end)[:, None] & (d < D)[None, :], other=0.0)
-        elif DP != D:
-            tile_ND = tl.load(at, mask=(d < D)[None, :], other=0.0)
-        else:
-            tile_ND = tl.load(at)
-    return tile_ND
+        return tl.load(at_ND)
 
 
 @triton.jit
@@ -95,6 +79,7 @@ def _attend_pages(
     v_base,
     table,
     i,
+    last,
     lo,
     hi,
     end,
@@ -108,31 +93,23 @@ def _attend_pages(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
-    GUARD: tl.constexpr,
+    RAGGED: tl.constexpr,
     SCORE: tl.constexpr,
 ):
-    """Phase 1 over the tiles lo .. hi (multiples of N) of a prefix of `end` keys."""
-    n = tl.arange(0, BLOCK_N)
+    """Phase 1 over the tiles lo .. hi (multiples of N) of a prefix of `end` keys; `last` is the largest of i."""
     d = tl.arange(0, DP)
     pages = tile_pages(table, lo, end, PAGE, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         at = tile_offsets(pages, start, stride_page, stride_slot, PAGE, BLOCK_N)
         pages = tile_pages(table, start + BLOCK_N, end, PAGE, BLOCK_N)
-        j = start + n
-        k_at = k_base + at[:, None] + d[None, :]
-        v_at = v_base + at[:, None] + d[None, :]
-        if GUARD:
-            live = (j < end)[:, None] & (d < D)[None, :]
-            k_ND = tl.load(k_at, mask=live, other=0.0)
-            v_ND = tl.load(v_at, mask=live, other=0.0)
-        elif DP != D:
-            k_ND = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
-            v_ND = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
-        else:
-            k_ND = tl.load(k_at)
-            v_ND = tl.load(v_at)
+        j = start + tl.arange(0, BLOCK_N)
+        k_ND = _load_tile(k_base + at[:, None] + d[None, :], j, d, end, D, DP, RAGGED)
+        v_ND = _load_tile(v_base + at[:, None] + d[None, :], j, d, end, D, DP, RAGGED)
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        acc_MD, l, m = _update(acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE)
+        edge = start <= last - window
+        acc_MD, l, m = _update(
+            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, False, WINDOWED, RAGGED, SCORE
+        )
     return acc_MD, l, m
 
 
@@ -144,9 +121,12 @@ def _attend_new(
     q_MD,
     k,
     v,
+    k_tiles,
+    v_tiles,
     token,
     g,
     i,
+    m0,
     lo,
     hi,
     end,
@@ -159,19 +139,33 @@ def _attend_new(
     stride_vg,
     D: tl.constexpr,
     DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
-    GUARD: tl.constexpr,
+    RAGGED: tl.constexpr,
     SCORE: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
     """Phase 2 over the tiles lo .. hi of a row's own `end` new keys; `token` is the first of them in k and v."""
+    d = tl.arange(0, DP)
     for start in range(lo, hi, BLOCK_N):
-        k_ND = _load_new(k, token, g, start, end, stride_kt, stride_kg, D, DP, BLOCK_N, GUARD, USE_TMA, False)
-        dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        v_ND = _load_new(v, token, g, start, end, stride_vt, stride_vg, D, DP, BLOCK_N, GUARD, USE_TMA, GUARD)
         j = start + tl.arange(0, BLOCK_N)
-        acc_MD, l, m = _update(acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, WINDOWED, GUARD, SCORE)
+        if USE_TMA and not RAGGED:  # a descriptor would read on into the next row, whose infinities could leak
+            k_ND = k_tiles.load([token + start, g, 0]).reshape(BLOCK_N, DP)
+            v_ND = v_tiles.load([token + start, g, 0]).reshape(BLOCK_N, DP)
+        else:
+            t = (token + j).to(tl.int64)[:, None]
+            k_at = k + t * stride_kt + (g.to(tl.int64) * stride_kg + d)[None, :]
+            v_at = v + t * stride_vt + (g.to(tl.int64) * stride_vg + d)[None, :]
+            k_ND = _load_tile(k_at, j, d, end, D, DP, RAGGED)
+            v_ND = _load_tile(v_at, j, d, end, D, DP, RAGGED)
+        dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        edge = start + BLOCK_N > m0
+        if WINDOWED:
+            edge = edge | (start <= m0 + BLOCK_M - 1 - window)
+        acc_MD, l, m = _update(
+            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, True, WINDOWED, RAGGED, SCORE
+        )
     return acc_MD, l, m
 
 
@@ -181,8 +175,10 @@ def _attend_new(
 )
 def prefill_kernel(
     q,  # [T, H, D], last dim contiguous
-    k,  # [T, G, D], last dim contiguous; a tensor descriptor with blocks [N, 1, DP] if USE_TMA
-    v,  # as k
+    k,  # [T, G, D], last dim contiguous
+    v,  # [T, G, D], last dim contiguous
+    k_tiles,  # tensor descriptor of k with blocks [N, 1, DP], or None
+    v_tiles,  # tensor descriptor of v with blocks [N, 1, DP], or None
     kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
     out,  # [T, H, D] contiguous
     cu_q_lens,  # [S + 1] int32
@@ -243,36 +239,38 @@ def prefill_kernel(
     acc_MD = tl.zeros([BLOCK_M, DP], tl.float32)
 
     # Phase 1: keys 0 .. prefix, from pages. A window skips the tiles before its first key.
-    table = block_tables + row.to(tl.int64) * stride_table
-    k_base = kv_cache + g.to(tl.int64) * stride_g
-    v_base = k_base + stride_v
-    lo = 0
-    if WINDOWED:
-        lo = tl.minimum(tl.maximum(prefix + m0 - window + 1, 0), prefix) // BLOCK_N * BLOCK_N
-    whole = tl.maximum(prefix // BLOCK_N * BLOCK_N, lo)
-    for_prefix = prefix + i
-    acc_MD, l, m = _attend_pages(
-        acc_MD, l, m, q_MD, k_base, v_base, table, for_prefix, lo, whole, prefix, window, pre, post,
-        stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, False, SCORE,
-    )  # fmt: skip
-    acc_MD, l, m = _attend_pages(
-        acc_MD, l, m, q_MD, k_base, v_base, table, for_prefix, whole, prefix, prefix, window, pre, post,
-        stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, True, SCORE,
-    )  # fmt: skip
+    if prefix > 0:
+        table = block_tables + row.to(tl.int64) * stride_table
+        k_base = kv_cache + g.to(tl.int64) * stride_g
+        v_base = k_base + stride_v
+        lo = 0
+        if WINDOWED:
+            lo = tl.minimum(tl.maximum(prefix + m0 - window + 1, 0), prefix) // BLOCK_N * BLOCK_N
+        whole = prefix // BLOCK_N * BLOCK_N
+        last = prefix + m0 + BLOCK_M - 1
+        acc_MD, l, m = _attend_pages(
+            acc_MD, l, m, q_MD, k_base, v_base, table, prefix + i, last, lo, whole, prefix, window, pre, post,
+            stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, False, SCORE,
+        )  # fmt: skip
+        acc_MD, l, m = _attend_pages(
+            acc_MD, l, m, q_MD, k_base, v_base, table, prefix + i, last, whole, prefix, prefix, window, pre, post,
+            stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, True, SCORE,
+        )  # fmt: skip
 
     # Phase 2: the row's own keys, from k and v, up to the diagonal.
     lo = 0
     if WINDOWED:
         lo = tl.maximum(m0 - window + 1, 0) // BLOCK_N * BLOCK_N
-    whole = m0 // BLOCK_N * BLOCK_N
     hi = tl.minimum(m0 + BLOCK_M, q_len)
+    # Tiles that the row fills: all up to the diagonal, except where the row's last tile is a partial one.
+    whole = tl.maximum(tl.minimum(tl.cdiv(hi, BLOCK_N), q_len // BLOCK_N) * BLOCK_N, lo)
     acc_MD, l, m = _attend_new(
-        acc_MD, l, m, q_MD, k, v, token, g, i, lo, whole, q_len, window, pre, post,
-        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_N, WINDOWED, False, SCORE, USE_TMA,
+        acc_MD, l, m, q_MD, k, v, k_tiles, v_tiles, token, g, i, m0, lo, whole, q_len, window, pre, post,
+        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, WINDOWED, False, SCORE, USE_TMA,
     )  # fmt: skip
     acc_MD, l, m = _attend_new(
-        acc_MD, l, m, q_MD, k, v, token, g, i, whole, hi, q_len, window, pre, post,
-        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_N, WINDOWED, True, SCORE, USE_TMA,
+        acc_MD, l, m, q_MD, k, v, k_tiles, v_tiles, token, g, i, m0, whole, hi, q_len, window, pre, post,
+        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, WINDOWED, True, SCORE, USE_TMA,
     )  # fmt: skip
 
     acc_MD = acc_MD / l[:, None]
