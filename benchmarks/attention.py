@@ -1,7 +1,7 @@
 """Paged attention on a GPU: correctness first, then decode and prefill against the card's measured limits.
 
     python -m benchmarks.attention                     # the committed configurations
-    python -m benchmarks.attention --tune --out DIR    # sweep configurations, write DIR/<gpu>.json
+    python -m benchmarks.attention --tune --out DIR    # sweep configurations, write the table DIR/<gpu>.json
 
 Times are medians of CUDA-graph replays over random data; a decode shape whose KV fits in the L2 cycles through
 enough sequences that it does not stay there. Shares are of the read bandwidth and matrix rate measured in the same run.
@@ -21,7 +21,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -180,8 +180,9 @@ class PrefillCase:
 
     def default(self) -> PrefillConfig:
         return heuristics.prefill_config(
-            lowering.device_target(0), head_dim=self.shape.layer.head_dim, itemsize=DTYPE.itemsize
-        )
+            lowering.device_target(0), head_dim=self.shape.layer.head_dim, itemsize=DTYPE.itemsize,
+            max_q_len=self.shape.new,
+        )  # fmt: skip
 
     def launch(self, config: PrefillConfig) -> None:
         lowering.run_prefill(
@@ -229,19 +230,19 @@ def decode_candidates(shape: DecodeShape) -> Iterator[DecodeConfig]:
         yield DecodeConfig(n, w, s, 1, 64)
 
 
-def split_candidates(shape: DecodeShape, config: DecodeConfig) -> Iterator[DecodeConfig]:
-    pairs = shape.batch * shape.layer.kv_heads
-    for splits, least in itertools.product((1, 2, 4, 8, 16, 32, 64), (64, 128, 256, 512)):
-        programs = pairs * min(splits, max(1, shape.context // least))
-        wasted = splits > 1 and (splits // 2) * least >= shape.context
-        if not wasted and programs <= 132 * 40 and (programs >= 132 or splits * least >= shape.context):
-            yield replace(config, num_splits=splits, min_split=max(least, config.block_n))
+def split_candidates(batch: int, layer: Layer, config: DecodeConfig) -> Iterator[DecodeConfig]:
+    """Splits for one to eight programs per multiprocessor, and at least one each."""
+    pairs = batch * layer.kv_heads
+    splits = {max(1, round(132 * per_sm / pairs)) for per_sm in (1, 2, 3, 4, 6, 8, 12, 16)}
+    for count, least in itertools.product(sorted(splits), (64, 128, 256)):
+        if count <= heuristics.MAX_SPLITS and (count > 1 or least == 64):
+            yield replace(config, num_splits=count, min_split=max(least, config.block_n))
 
 
 def prefill_candidates(layer: Layer) -> Iterator[PrefillConfig]:
     shapes = [
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2),
-        (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 3), (128, 64, 4, 2),
+        (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3),
     ]  # fmt: skip
     for (m, n, w, s), tma in itertools.product(shapes, (True, False)):
         if (2 * s * n + m) * layer.head_dim * 2 <= 227 * 1024 and (tma or s == 3):
@@ -280,11 +281,6 @@ def prepare(jobs: list[tuple]) -> None:
     )
 
 
-def tunable(shape: DecodeShape | PrefillShape) -> bool:
-    """Page sizes and windows take the configuration of the plain shape."""
-    return shape.layer.page_size == 16 and not getattr(shape, "window", 0)
-
-
 def timed(case: DecodeCase | PrefillCase, config: DecodeConfig | PrefillConfig) -> float:
     try:
         return case.seconds(config)
@@ -293,14 +289,56 @@ def timed(case: DecodeCase | PrefillCase, config: DecodeConfig | PrefillConfig) 
         return math.inf
 
 
-def tune_decode(case: DecodeCase) -> list[tuple[float, DecodeConfig]]:
-    """Tiles at the default split, then the splits of the best two tiles."""
-    default = case.default()
-    tiles = [replace(c, num_splits=default.num_splits, min_split=default.min_split)
-             for c in decode_candidates(case.shape)]  # fmt: skip
-    first = sorted(((timed(case, c), c) for c in tiles), key=lambda pair: pair[0])
-    second = {c for _, tile in first[:2] for c in split_candidates(case.shape, tile)}
-    return sorted([*first, *((timed(case, c), c) for c in second)], key=lambda pair: pair[0])
+def tune(cases: list[DecodeCase] | list[PrefillCase]) -> list[tuple[list[float], DecodeConfig | PrefillConfig]]:
+    """(seconds per case, config) of every candidate, best geometric mean first.
+
+    Decode: tiles at the default split, then the splits of the best two tiles.
+    """
+
+    def rank(configs: Iterable[DecodeConfig | PrefillConfig]) -> list:
+        found = [([timed(case, config) for case in cases], config) for config in configs]
+        return sorted(found, key=lambda pair: math.prod(pair[0]))
+
+    shape = cases[0].shape
+    if isinstance(shape, PrefillShape):
+        return rank(prefill_candidates(shape.layer))
+    default = cases[0].default()
+    tiles = [replace(c, num_splits=default.num_splits, min_split=default.min_split) for c in decode_candidates(shape)]
+    first = rank(tiles)
+    second = dict.fromkeys(c for _, tile in first[:2] for c in split_candidates(shape.batch, shape.layer, tile))
+    return sorted(first + rank(second), key=lambda pair: math.prod(pair[0]))
+
+
+def table_entry(shape: DecodeShape | PrefillShape, config: DecodeConfig | PrefillConfig, rows: list[dict]) -> dict:
+    """What the tuned table keeps of a class of shapes: its keys, the best configuration, the times it reached."""
+    layer = shape.layer
+    entry = {"head_dim": heuristics.padded_dim(layer.head_dim), "itemsize": DTYPE.itemsize}
+    if isinstance(shape, DecodeShape):
+        entry |= {"page": layer.page_size, "pairs": shape.batch * layer.kv_heads}
+    else:
+        entry |= {"queries": shape.new}
+    chosen = {key: value for key, value in asdict(config).items() if key != "source"}
+    return {**entry, "config": chosen, "measured": {row["label"]: [row["us"], row["share"]] for row in rows}}
+
+
+def tune_class(shape: DecodeShape | PrefillShape) -> tuple | None:
+    """Shapes that get one table entry together; None for those that take the entry of the plain shape."""
+    if shape.layer.page_size != 16 or getattr(shape, "window", 0) or getattr(shape, "cached", 0):
+        return None
+    return (shape.layer, shape.batch) if isinstance(shape, DecodeShape) else (shape.layer, shape.new)
+
+
+def write_table(path: Path, environment: dict, entries: list[dict]) -> None:
+    """A table with one line per entry; dtypes that were not tuned keep their entries."""
+    kept = heuristics.load_table(heuristics.DEFAULT_TABLE)
+    lines = []
+    for kind in ("decode", "prefill"):
+        fresh = [e for e in entries if ("queries" in e) == (kind == "prefill")]
+        other = [e for e in kept[kind] if e["itemsize"] != DTYPE.itemsize or not fresh]
+        body = ",\n".join("    " + json.dumps(entry) for entry in [*fresh, *other])
+        lines.append(f'  "{kind}": [\n{body}\n  ]')
+    head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
+    path.write_text("{\n" + head + ",\n".join(lines) + "\n}\n")
 
 
 def label(shape: DecodeShape | PrefillShape) -> str:
@@ -312,12 +350,23 @@ def label(shape: DecodeShape | PrefillShape) -> str:
     return f"prefill {head} {shape.rows} x {shape.new}{extra}"
 
 
+def row(case: DecodeCase | PrefillCase, seconds: float, bandwidth: float, matrix_rate: float) -> dict:
+    """One line of the report: time, rate and share of the measured limit."""
+    shape = case.shape
+    decode = isinstance(shape, DecodeShape)
+    rate = (shape.kv_bytes if decode else shape.flops) / seconds
+    return {
+        "label": label(shape), "us": round(seconds * 1e6, 2), "rate": round(rate / 1e12, 3),
+        "unit": "TB/s" if decode else "TFLOP/s", "share": round(rate / (bandwidth if decode else matrix_rate), 3),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--only", choices=("decode", "prefill"))
     parser.add_argument("--out", type=Path, default=Path("."))
-    parser.add_argument("--seconds", type=float, default=120.0, help="stop starting new shapes after this long")
+    parser.add_argument("--seconds", type=float, default=120.0, help="start no new class of shapes after this long")
     args = parser.parse_args()
     begin = time.time()
     shapes: list[DecodeShape | PrefillShape] = []
@@ -325,49 +374,49 @@ def main() -> None:
     shapes += PREFILL_SHAPES if args.only != "decode" else []
     jobs: list[tuple] = []
     if args.tune:
-        for kind, layer in dict.fromkeys((type(s), s.layer) for s in shapes if tunable(s)):
+        for kind, layer in dict.fromkeys((type(s), s.layer) for s in shapes if tune_class(s)):
             if kind is DecodeShape:
-                shape = DecodeShape(layer, 1, 64)
-                jobs += [(shape, c) for c in decode_candidates(shape)]
+                jobs += [(DecodeShape(layer, 1, 64), c) for c in decode_candidates(DecodeShape(layer, 1, 64))]
             else:
                 jobs += [(PrefillShape(layer, 2, 256), c) for c in prefill_candidates(layer)]
     prepare(jobs)
     bandwidth, matrix_rate = measure_limits()
-    print(f"limits: read {bandwidth / 1e12:.2f} TB/s, bf16 matmul {matrix_rate / 1e12:.0f} TFLOP/s", flush=True)
-    rows = []
-    for shape in shapes:
-        if time.time() - begin > args.seconds:
-            print(f"out of time before {label(shape)}")
-            continue
-        decode = isinstance(shape, DecodeShape)
-        case = DecodeCase(shape) if decode else PrefillCase(shape)
-        default = case.default()
-        found = [(timed(case, default), default)]
-        if args.tune and tunable(shape) and decode:
-            found += tune_decode(case)
-        elif args.tune and tunable(shape):
-            found += [(timed(case, c), c) for c in prefill_candidates(shape.layer)]
-        found.sort(key=lambda pair: pair[0])
-        rate = (shape.kv_bytes if decode else shape.flops) / 1e12
-        limit = (bandwidth if decode else matrix_rate) / 1e12
-        for seconds, config in found[:6]:
-            share = f"{rate / seconds:7.2f} {'TB/s' if decode else 'TFLOP/s'} {rate / seconds / limit:6.1%}"
-            print(f"{label(shape):50s} {seconds * 1e6:9.1f} us {share}  {config}", flush=True)
-        rows.append({
-            "shape": asdict(shape), "label": label(shape), "rate": round(rate / found[0][0], 3),
-            "us": round(found[0][0] * 1e6, 2), "share": round(rate / found[0][0] / limit, 3),
-            "found": [(round(s * 1e6, 2), asdict(c)) for s, c in found[:30]],
-        })  # fmt: skip
-        del case
-        torch.cuda.empty_cache()
     environment = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "read_tb_s": round(bandwidth / 1e12, 2), "matmul_tflop_s": round(matrix_rate / 1e12),
     }  # fmt: skip
+    print(f"limits: read {environment['read_tb_s']} TB/s, bf16 matmul {environment['matmul_tflop_s']} TFLOP/s")
+
+    classes: dict[tuple, list] = {}
+    for shape in shapes:
+        classes.setdefault((type(shape), tune_class(shape) or shape), []).append(shape)
+    rows, entries, sweep = [], [], {}
+    for members in classes.values():
+        if time.time() - begin > args.seconds:
+            print(f"out of time before {label(members[0])}")
+            continue
+        cases = [DecodeCase(s) if isinstance(s, DecodeShape) else PrefillCase(s) for s in members]
+        config, found = None, []
+        if args.tune and tune_class(members[0]):
+            found = tune(cases)
+            times, config = found[0]
+        else:
+            times = [timed(case, case.default()) for case in cases]
+        new = [row(case, seconds, bandwidth, matrix_rate) for case, seconds in zip(cases, times, strict=True)]
+        for line in new:
+            print(
+                f"{line['label']:50s} {line['us']:9.1f} us {line['rate']:8.2f} {line['unit']:8s} {line['share']:6.1%}"
+            )
+        print(f"    {config or cases[0].default()}", flush=True)
+        rows += new
+        if config:
+            entries.append(table_entry(members[0], config, new))
+            sweep[label(members[0])] = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in found]
+        del cases
+        torch.cuda.empty_cache()
     if args.tune:
-        path = args.out / "attention_sweep.json"
-        path.write_text(json.dumps({**environment, "rows": rows}, indent=1))
-    print("\n".join(f"{r['label']:50s} {r['us']:9.1f} us {r['share']:6.1%}" for r in rows))
+        write_table(args.out / f"{lowering.device_target(0).table}.json", environment, entries)
+        (args.out / "sweep.json").write_text(json.dumps(sweep, indent=1))
     print(json.dumps({**environment, "results": {r["label"]: [r["us"], r["rate"], r["share"]] for r in rows}}))
 
 

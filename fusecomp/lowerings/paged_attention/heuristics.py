@@ -88,7 +88,10 @@ def load_table(name: str) -> dict[str, Any]:
 
 
 def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str, float]) -> tuple[dict, str]:
-    """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found."""
+    """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
+
+    The weights put the dtype before the head dim before the rest: tiles must first of all fit.
+    """
 
     def distance(entry: dict) -> float:
         return sum(w * abs(math.log2(entry[key] / wanted[key])) for key, w in weight.items())
@@ -111,20 +114,20 @@ def decode_config(
     """
     pairs = num_rows * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs}
-    weight = {"itemsize": 8.0, "head_dim": 4.0, "pairs": 1.0, "page": 0.5}
+    weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
     entry, source = _nearest(target, "decode", wanted, weight)
     config = DecodeConfig(**entry["config"], source=source)
     # As many programs as the tuned launch had, scaled to this GPU, each with at least min_split keys.
     programs = config.num_splits * entry["pairs"] * target.num_sms / SM90.num_sms
     splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
-    config = replace(config, num_splits=next_power_of_2(math.ceil(max(splits, 1))))
+    config = replace(config, num_splits=math.ceil(max(splits, 1)))
     return _fit_decode(config, target, padded_dim(head_dim), itemsize)
 
 
-def prefill_config(target: Target, *, head_dim: int, itemsize: int) -> PrefillConfig:
-    """Configuration of one prefill launch."""
-    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize}
-    entry, source = _nearest(target, "prefill", wanted, {"itemsize": 8.0, "head_dim": 4.0})
+def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_q_len: int) -> PrefillConfig:
+    """Configuration of one prefill launch whose longest row has `max_q_len` new tokens."""
+    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "queries": max_q_len}
+    entry, source = _nearest(target, "prefill", wanted, {"itemsize": 8.0, "head_dim": 4.0, "queries": 0.1})
     config = PrefillConfig(**entry["config"], source=source)
     config = replace(config, use_tma=config.use_tma and target.has_tma)
     return _fit_prefill(config, target, padded_dim(head_dim), itemsize)
@@ -151,7 +154,7 @@ def _fit_prefill(config: PrefillConfig, target: Target, dp: int, itemsize: int) 
         return (2 * c.num_stages * c.block_n + c.block_m) * dp * itemsize
 
     if not target.has_tma:  # no warpgroup products: accumulators and operands share the registers
-        config = replace(config, block_n=min(config.block_n, 64))
+        config = replace(config, block_n=min(config.block_n, 32))
     if target.backend == "hip":
         config = replace(config, num_stages=1)
     while need(config) > target.smem_bytes and config.num_stages > 2:

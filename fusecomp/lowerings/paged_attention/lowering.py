@@ -156,7 +156,7 @@ def launch_paged_attention(
         )  # fmt: skip
         run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
     if num_rows > num_decodes:
-        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize)
+        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_q_len=max_q_len)
         run_prefill(
             prefill, q, k, v, kv_cache, out, cu_q_lens, seq_lens, block_tables,
             num_decodes, num_rows, max_q_len, scale, window, softcap, sinks,
@@ -228,7 +228,8 @@ def run_prefill(
     k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
     grid = ((num_rows - first_row) * num_heads, triton.cdiv(max_q_len, config.block_m))
     prefill_kernel[grid](
-        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row, pre, post, window,
+        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,
+        pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *kv_cache.stride()[:4], block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
