@@ -49,10 +49,17 @@ class DecodeShape:
     layer: Layer
     batch: int
     context: int
+    ragged: bool = False  # lengths spread evenly over 1 .. context
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        if self.ragged:
+            return torch.linspace(1, self.context, self.batch).int()
+        return torch.full((self.batch,), self.context, dtype=torch.int32)
 
     @property
     def kv_bytes(self) -> int:
-        return self.batch * self.context * 2 * self.layer.kv_heads * self.layer.head_dim * DTYPE.itemsize
+        return int(self.lengths.sum()) * 2 * self.layer.kv_heads * self.layer.head_dim * DTYPE.itemsize
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class PrefillShape:
     new: int
     cached: int = 0
     window: int = 0
+
+    @property
+    def max_keys(self) -> int:
+        return min(self.window or 2**30, self.cached + self.new)
 
     @property
     def flops(self) -> int:
@@ -79,13 +90,16 @@ DECODE_SHAPES = [
     DecodeShape(LLAMA, 8, 1024),
     DecodeShape(LLAMA, 32, 200),
     DecodeShape(LLAMA, 32, 4096),
+    DecodeShape(LLAMA, 32, 16384, ragged=True),
     DecodeShape(LLAMA, 256, 1024),
+    DecodeShape(LLAMA, 256, 4096, ragged=True),
     *(DecodeShape(SMALL_HEADS, b, n) for b, n in ((1, 1024), (32, 4096))),
     *(DecodeShape(LARGE_HEADS, b, n) for b, n in ((1, 1024), (32, 4096))),
     *(DecodeShape(replace(LLAMA, page_size=b), 32, 4096) for b in (1, 32, 64)),
 ]
 PREFILL_SHAPES = [
     PrefillShape(LLAMA, 8, 2048),
+    PrefillShape(LLAMA, 4, 4096),
     PrefillShape(LLAMA, 1, 16384),
     PrefillShape(LLAMA, 16, 256),
     PrefillShape(LLAMA, 1, 2048, cached=14336),
@@ -141,7 +155,7 @@ class DecodeCase:
         self.tables = order.view(self.batches, shape.batch, pages)
         self.q = torch.randn(layer.heads, shape.batch, layer.head_dim, dtype=DTYPE, device="cuda").transpose(0, 1)
         self.out = torch.empty(shape.batch, layer.heads, layer.head_dim, dtype=DTYPE, device="cuda")
-        self.seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
+        self.seq_lens = shape.lengths[torch.randperm(shape.batch)].cuda()
 
     def default(self) -> DecodeConfig:
         layer = self.shape.layer
@@ -181,7 +195,7 @@ class PrefillCase:
     def default(self) -> PrefillConfig:
         return heuristics.prefill_config(
             lowering.device_target(0), head_dim=self.shape.layer.head_dim, itemsize=DTYPE.itemsize,
-            max_q_len=self.shape.new,
+            max_keys=self.shape.max_keys,
         )  # fmt: skip
 
     def launch(self, config: PrefillConfig) -> None:
@@ -233,8 +247,8 @@ def decode_candidates(shape: DecodeShape) -> Iterator[DecodeConfig]:
 def split_candidates(batch: int, layer: Layer, config: DecodeConfig) -> Iterator[DecodeConfig]:
     """Splits for one to eight programs per multiprocessor, and at least one each."""
     pairs = batch * layer.kv_heads
-    splits = {max(1, round(132 * per_sm / pairs)) for per_sm in (1, 2, 3, 4, 6, 8, 12, 16)}
-    for count, least in itertools.product(sorted(splits), (64, 128, 256)):
+    splits = {max(1, round(132 * per_sm / pairs)) for per_sm in (1, 2, 3, 4, 8, 16, 32)}
+    for count, least in itertools.product(sorted(splits), (64, 128, 256, 1024, 2048)):
         if count <= heuristics.MAX_SPLITS and (count > 1 or least == 64):
             yield replace(config, num_splits=count, min_split=max(least, config.block_n))
 
@@ -302,7 +316,7 @@ def tune(cases: list[DecodeCase] | list[PrefillCase]) -> list[tuple[list[float],
     shape = cases[0].shape
     if isinstance(shape, PrefillShape):
         return rank(prefill_candidates(shape.layer))
-    default = cases[0].default()
+    default = cases[-1].default()  # of the longest context
     tiles = [replace(c, num_splits=default.num_splits, min_split=default.min_split) for c in decode_candidates(shape)]
     first = rank(tiles)
     second = dict.fromkeys(c for _, tile in first[:2] for c in split_candidates(shape.batch, shape.layer, tile))
@@ -316,7 +330,7 @@ def table_entry(shape: DecodeShape | PrefillShape, config: DecodeConfig | Prefil
     if isinstance(shape, DecodeShape):
         entry |= {"page": layer.page_size, "pairs": shape.batch * layer.kv_heads}
     else:
-        entry |= {"queries": shape.new}
+        entry |= {"keys": shape.new}
     chosen = {key: value for key, value in asdict(config).items() if key != "source"}
     return {**entry, "config": chosen, "measured": {row["label"]: [row["us"], row["share"]] for row in rows}}
 
@@ -333,7 +347,7 @@ def write_table(path: Path, environment: dict, entries: list[dict]) -> None:
     kept = heuristics.load_table(heuristics.DEFAULT_TABLE)
     lines = []
     for kind in ("decode", "prefill"):
-        fresh = [e for e in entries if ("queries" in e) == (kind == "prefill")]
+        fresh = [e for e in entries if ("keys" in e) == (kind == "prefill")]
         other = [e for e in kept[kind] if e["itemsize"] != DTYPE.itemsize or not fresh]
         body = ",\n".join("    " + json.dumps(entry) for entry in [*fresh, *other])
         lines.append(f'  "{kind}": [\n{body}\n  ]')
@@ -345,7 +359,7 @@ def label(shape: DecodeShape | PrefillShape) -> str:
     layer = shape.layer
     head = f"D{layer.head_dim} H{layer.heads}/{layer.kv_heads} B{layer.page_size}"
     if isinstance(shape, DecodeShape):
-        return f"decode  {head} batch {shape.batch} context {shape.context}"
+        return f"decode  {head} batch {shape.batch} context {'1 to ' * shape.ragged}{shape.context}"
     extra = f" cached {shape.cached}" * bool(shape.cached) + f" window {shape.window}" * bool(shape.window)
     return f"prefill {head} {shape.rows} x {shape.new}{extra}"
 

@@ -79,7 +79,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     num_rows: int = 32
-    max_q_len: int = 2048
+    max_keys: int = 2048
 
     @property
     def itemsize(self) -> int:
@@ -104,8 +104,8 @@ FULL = (
     Case(head_dim=256, window=4096, softcap=50.0, group=2),
     Case("fp32", 80, 1, window=4096, softcap=50.0, sinks=True),
     Case(group=1),
-    Case(num_rows=1, max_q_len=256),
-    Case(num_rows=256, max_q_len=16384),
+    Case(num_rows=1, max_keys=256),
+    Case(num_rows=256, max_keys=16384),
 )
 CASES = {False: SUBSET, True: tuple(dict.fromkeys((*FULL, *SUBSET)))}
 
@@ -159,15 +159,13 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         decode.num_stages,
     )  # fmt: skip
 
-    prefill = heuristics.prefill_config(
-        target, head_dim=case.head_dim, itemsize=case.itemsize, max_q_len=case.max_q_len
-    )
+    prefill = heuristics.prefill_config(target, head_dim=case.head_dim, itemsize=case.itemsize, max_keys=case.max_keys)
     inputs = {**inputs, **kv, "cu_q_lens": "i32"}
     no_tiles = {} if prefill.use_tma else {"k_tiles": None, "v_tiles": None}
     if prefill.use_tma:
         inputs["k_tiles"] = inputs["v_tiles"] = f"tensordesc<{case.dtype}[{prefill.block_n}, 1, {dp}]>"
     yield Specialization(
-        f"prefill-{case}-q{case.max_q_len}",
+        f"prefill-{case}-k{case.max_keys}",
         prefill_kernel,
         inputs,
         {**scalars, **k_strides, "first_row": "i32"},

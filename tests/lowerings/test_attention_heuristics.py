@@ -22,7 +22,7 @@ def test_every_shape_has_a_configuration(target):
         )
         assert 1 <= decode.num_splits <= heuristics.MAX_SPLITS
         assert decode.block_n & (decode.block_n - 1) == 0
-        prefill = prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_q_len=rows)
+        prefill = prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_keys=rows)
         assert not prefill.use_tma or target.has_tma
         tile = heuristics.padded_dim(head_dim) * itemsize
         assert 2 * decode.block_n * decode.num_stages * tile <= target.smem_bytes

@@ -124,10 +124,14 @@ def decode_config(
     return _fit_decode(config, target, padded_dim(head_dim), itemsize)
 
 
-def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_q_len: int) -> PrefillConfig:
-    """Configuration of one prefill launch whose longest row has `max_q_len` new tokens."""
-    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "queries": max_q_len}
-    entry, source = _nearest(target, "prefill", wanted, {"itemsize": 8.0, "head_dim": 4.0, "queries": 0.1})
+def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: int) -> PrefillConfig:
+    """Configuration of one prefill launch.
+
+    Args:
+        max_keys: the most keys a query sees: the longest sequence of the step, or the window if that is shorter.
+    """
+    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "keys": max_keys}
+    entry, source = _nearest(target, "prefill", wanted, {"itemsize": 8.0, "head_dim": 4.0, "keys": 0.1})
     config = PrefillConfig(**entry["config"], source=source)
     config = replace(config, use_tma=config.use_tma and target.has_tma)
     return _fit_prefill(config, target, padded_dim(head_dim), itemsize)

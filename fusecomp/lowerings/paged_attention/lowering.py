@@ -145,7 +145,7 @@ def launch_paged_attention(
     if q.stride(-1) != 1:
         q = q.contiguous()
     _require_unit_stride(k=k, v=v, kv_cache=kv_cache)
-    num_decodes, max_q_len, _, num_rows = host_meta.tolist()
+    num_decodes, max_q_len, max_seq_len, num_rows = host_meta.tolist()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     target = _target(q)
     itemsize = kv_cache.element_size()
@@ -156,7 +156,8 @@ def launch_paged_attention(
         )  # fmt: skip
         run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
     if num_rows > num_decodes:
-        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_q_len=max_q_len)
+        max_keys = min(window, max_seq_len) if window > 0 else max_seq_len
+        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_keys=max_keys)
         run_prefill(
             prefill, q, k, v, kv_cache, out, cu_q_lens, seq_lens, block_tables,
             num_decodes, num_rows, max_q_len, scale, window, softcap, sinks,
