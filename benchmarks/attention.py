@@ -235,6 +235,26 @@ def check_correctness(case: int) -> None:
         assert torch.equal(first, again), f"check {case}: a second launch differs, so there is a race"
 
 
+def time_cache_write(tokens: int, layer: Layer, bandwidth: float) -> dict:
+    """One line of the report: bytes read plus bytes written, against the read bandwidth."""
+    sets = max(1, L2_BYTES // (tokens * 4 * layer.kv_heads * layer.head_dim * DTYPE.itemsize))
+    sets = min(sets, 64)
+    kv = torch.randn(sets, tokens, 2 * layer.kv_heads, layer.head_dim, dtype=DTYPE, device="cuda")
+    cache = random_cache(layer, -(-tokens // layer.page_size) * sets)
+    slots = torch.randperm(cache.shape[0] * layer.page_size, device="cuda")[: sets * tokens].view(sets, tokens)
+
+    def launch(i: int) -> None:
+        k, v = kv[i % sets].split(layer.kv_heads, 1)
+        lowering.launch_cache_write(k, v, cache, slots[i % sets])
+
+    seconds = bench(launch, max(4, sets))
+    rate = 4 * tokens * layer.kv_heads * layer.head_dim * DTYPE.itemsize / seconds
+    return {
+        "label": f"cache_write D{layer.head_dim} G{layer.kv_heads} {tokens} tokens", "us": round(seconds * 1e6, 2),
+        "rate": round(rate / 1e12, 3), "unit": "TB/s", "share": round(rate / bandwidth, 3),
+    }  # fmt: skip
+
+
 def decode_candidates(shape: DecodeShape) -> Iterator[DecodeConfig]:
     dp = shape.layer.head_dim
     tiles = [(n, w, s) for n in (32, 64, 128) for w in (2, 4, 8) for s in (2, 3, 4)]
@@ -428,6 +448,9 @@ def main() -> None:
             sweep[label(members[0])] = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in found]
         del cases
         torch.cuda.empty_cache()
+    for tokens in (1, 256, 16384):
+        rows.append(time_cache_write(tokens, LLAMA, bandwidth))
+        print(f"{rows[-1]['label']:50s} {rows[-1]['us']:9.1f} us {rows[-1]['rate']:8.2f} TB/s {rows[-1]['share']:6.1%}")
     if args.tune:
         write_table(args.out / f"{lowering.device_target(0).table}.json", environment, entries)
         (args.out / "sweep.json").write_text(json.dumps(sweep, indent=1))

@@ -185,10 +185,9 @@ def run_decode(
     group = num_heads // num_kv_heads
     pre, post = pieces.score_factors(scale, softcap)
     splits = config.num_splits
-    scratch = {"dtype": torch.float32, "device": q.device}
     partials = num_decodes * num_heads * splits if splits > 1 else 0
-    part_acc = torch.empty(partials * head_dim, **scratch)
-    part_lse = torch.empty(partials, **scratch)
+    part_acc = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
     decode_kernel[(num_decodes * num_kv_heads, splits)](
         q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
         sinks, pre, post, window, config.min_tiles(), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
