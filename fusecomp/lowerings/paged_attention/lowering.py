@@ -67,7 +67,7 @@ def device_target(index: int) -> Target:
     if torch.version.hip:
         return Target(props.name, "hip", props.gcnArchName.split(":")[0], 64 * 1024, props.multi_processor_count)
     arch = props.major * 10 + props.minor
-    smem = props.shared_memory_per_block_optin
+    smem = props.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Target(props.name, "cuda", arch, smem, props.multi_processor_count)
 
 
