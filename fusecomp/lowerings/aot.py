@@ -1,0 +1,247 @@
+"""Ahead-of-time compilation of every kernel for GPUs that are not there: shared memory, registers and spills.
+
+    python -m fusecomp.lowerings.aot --target sm_90 [--full]
+
+compiles the launches below with the configurations that the heuristics would choose on that target, and prints one
+JSON object per kernel. It needs no GPU: Triton's compiler takes the target as an argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusecomp.lowerings.paged_attention import heuristics, pieces
+from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
+from fusecomp.lowerings.paged_attention.decode import decode_kernel
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
+
+TARGETS: dict[str, Target] = {
+    "sm_80": heuristics.SM80,
+    "sm_90": heuristics.SM90,
+    "sm_100": heuristics.SM100,
+    "gfx942": heuristics.GFX942,
+}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One kernel with everything its compilation depends on.
+
+    Args:
+        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type.
+        scalars: type of each scalar argument.
+        constants: value of each constexpr argument; `None` for an absent tensor.
+    """
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    scalars: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*."""
+
+    name: str
+    target: str
+    shared_bytes: int
+    shared_limit: int
+    registers: int
+    spills: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention layer and its feature set, as the registry names it."""
+
+    dtype: str = "bf16"
+    head_dim: int = 128
+    page_size: int = 16
+    group: int = 4
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    num_rows: int = 32
+    max_keys: int = 2048
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+    def __str__(self) -> str:
+        marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
+        return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
+
+
+NUM_KV_HEADS = 8
+CAPACITY = 8192
+SUBSET = (Case(), Case(head_dim=80, page_size=1, window=4096, softcap=50.0, sinks=True))
+FULL = (
+    *(Case(dtype, d) for dtype in ("bf16", "fp32") for d in (64, 80, 128, 256)),
+    Case("fp16", 96),
+    *(Case(page_size=b) for b in (1, 32, 64)),
+    Case(window=4096),
+    Case(softcap=50.0),
+    Case(sinks=True),
+    Case(head_dim=64, window=128, sinks=True, group=8),
+    Case(head_dim=256, window=4096, softcap=50.0, group=2),
+    Case("fp32", 80, 1, window=4096, softcap=50.0, sinks=True),
+    Case(group=1),
+    Case(num_rows=1, max_keys=256),
+    Case(num_rows=256, max_keys=16384),
+)
+CASES = {False: SUBSET, True: tuple(dict.fromkeys((*FULL, *SUBSET)))}
+
+
+def specializations(case: Case, target: Target) -> Iterator[Specialization]:
+    """The kernels that a layer of this case launches on `target`."""
+    dp = heuristics.padded_dim(case.head_dim)
+    heads = NUM_KV_HEADS * case.group
+    score = pieces.plain_score
+    if case.softcap:
+        score = pieces.softcap_score_fp32 if case.dtype == "fp32" else pieces.softcap_score
+    hooks = {
+        "WINDOWED": case.window > 0,
+        "SCORE": score,
+        "SINK": pieces.with_sink if case.sinks else pieces.no_sink,
+    }
+    shape = {"D": case.head_dim, "DP": dp, "PAGE": case.page_size}
+    cache = dict.fromkeys(("stride_page", "stride_v", "stride_g", "stride_slot"), "i32")
+    kv = {"k": case.dtype, "v": case.dtype, "kv_cache": case.dtype}
+    k_strides = dict.fromkeys(("stride_kt", "stride_kg", "stride_vt", "stride_vg"), "i32")
+    yield Specialization(
+        f"cache_write-{case}",
+        cache_write_kernel,
+        {**kv, "slots": "i64"},
+        {"num_tokens": "i32", **k_strides, **cache},
+        {**shape, "BLOCK_T": heuristics.cache_write_block(4096)},
+        num_warps=4,
+        num_stages=3,
+    )
+
+    sinks = {} if case.sinks else {"sinks": None}
+    inputs = {"q": case.dtype, "kv_cache": case.dtype, "out": case.dtype, "seq_lens": "i32", "block_tables": "i32"}
+    if case.sinks:
+        inputs["sinks"] = case.dtype
+    scalars = {"pre": "fp32", "post": "fp32", "window": "i32", "stride_qt": "i32", "stride_qh": "i32", **cache}
+    scalars["stride_table"] = "i32"
+    decode = heuristics.decode_config(
+        target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=NUM_KV_HEADS, page_size=case.page_size,
+        num_rows=case.num_rows, capacity=CAPACITY,
+    )  # fmt: skip
+    yield Specialization(
+        f"decode-{case}-s{case.num_rows}",
+        decode_kernel,
+        {**inputs, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
+        {**scalars, "min_tiles": "i32"},
+        {
+            **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_N": decode.block_n,
+            "BLOCK_R": max(16, heuristics.next_power_of_2(case.group)), "MAX_SPLITS": heuristics.MAX_SPLITS,
+        },
+        decode.num_warps,
+        decode.num_stages,
+    )  # fmt: skip
+
+    prefill = heuristics.prefill_config(target, head_dim=case.head_dim, itemsize=case.itemsize, max_keys=case.max_keys)
+    inputs = {**inputs, **kv, "cu_q_lens": "i32"}
+    no_tiles = {} if prefill.use_tma else {"k_tiles": None, "v_tiles": None}
+    if prefill.use_tma:
+        inputs["k_tiles"] = inputs["v_tiles"] = f"tensordesc<{case.dtype}[{prefill.block_n}, 1, {dp}]>"
+    yield Specialization(
+        f"prefill-{case}-k{case.max_keys}",
+        prefill_kernel,
+        inputs,
+        {**scalars, **k_strides, "first_row": "i32"},
+        {
+            **shape, **hooks, **sinks, **no_tiles, "H": heads, "G": NUM_KV_HEADS, "BLOCK_M": prefill.block_m,
+            "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
+        },
+        prefill.num_warps,
+        prefill.num_stages,
+    )  # fmt: skip
+
+
+def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]:
+    """Compile one specialization; returns its resources and Triton's compiled kernel."""
+    target = TARGETS[target_name]
+    signature, attrs = {}, {}
+    for index, name in enumerate(spec.kernel.arg_names):
+        if name in spec.constants:
+            signature[name] = "constexpr"
+        elif name in spec.pointers:
+            kind = spec.pointers[name]
+            signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
+            if not kind.startswith("tensordesc"):
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = spec.scalars[name]
+            if name.startswith("stride") and name != "stride_table":
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(spec.kernel, signature, spec.constants, attrs)
+    gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+    if target.backend == "cuda":
+        registers, spills = _cuda_usage(compiled)
+    else:
+        registers, spills = _hip_usage(compiled.asm["amdgcn"])
+    config = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    config |= {key: value for key, value in spec.constants.items() if key.startswith("BLOCK")}
+    shared = compiled.metadata.shared
+    return Resources(spec.name, target_name, shared, target.smem_bytes, registers, spills, config), compiled
+
+
+def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
+    """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    for case in CASES[full]:
+        for spec in specializations(case, TARGETS[target_name]):
+            yield compile_one(spec, target_name)[0]
+
+
+def _cuda_usage(compiled: Any) -> tuple[int, int]:
+    """(registers per thread, bytes of local memory per thread) of a cubin; spills are what lives there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _hip_usage(amdgcn: str) -> tuple[int, int]:
+    """(vector registers, spilled vector and scalar registers) from the assembly's metadata."""
+
+    def read(key: str) -> int:
+        return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", amdgcn))
+
+    return read("vgpr_count"), read("vgpr_spill_count") + read("sgpr_spill_count")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, choices=sorted(TARGETS))
+    parser.add_argument("--full", action="store_true", help="every registered case, not the subset of CI")
+    args = parser.parse_args()
+    for resources in compile_all(args.target, full=args.full):
+        print(json.dumps(asdict(resources)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

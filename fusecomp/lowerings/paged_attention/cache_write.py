@@ -1,0 +1,48 @@
+"""Kernel that scatters a step's new keys and values into the paged cache.
+
+Legend: T tokens, G kv heads, D head dim (DP: padded to a power of two), B page size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def cache_write_kernel(
+    k,  # [T, G, D], last dim contiguous
+    v,  # [T, G, D], last dim contiguous
+    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
+    slots,  # [T] int64, block * B + offset, or -1
+    num_tokens,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    stride_page,
+    stride_v,  # from K to V of one page
+    stride_g,
+    stride_slot,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Program (token block, kv head) copies a [BLOCK_T, D] tile of K and one of V to their slots.
+
+    Bytes: 2 * T * G * D * itemsize read and as many written, plus 8 * T of slots; no FLOPs. A slot below zero
+    writes nothing. Measured on an H200 (G=8, D=128, bf16): 3.6 TB/s read plus written at 16384 tokens, 1.3 us at one.
+    Slots are distinct by contract, so the order of programs does not matter.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    g = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, DP)
+    slot = tl.load(slots + t, mask=t < num_tokens, other=-1)
+    live = (slot >= 0)[:, None] & (d < D)[None, :]
+    t = t.to(tl.int64)
+    k_tile = tl.load(k + (t * stride_kt)[:, None] + (g * stride_kg + d)[None, :], mask=live)
+    v_tile = tl.load(v + (t * stride_vt)[:, None] + (g * stride_vg + d)[None, :], mask=live)
+    to = (slot // PAGE * stride_page + slot % PAGE * stride_slot)[:, None] + (g * stride_g + d)[None, :]
+    tl.store(kv_cache + to, k_tile, mask=live)
+    tl.store(kv_cache + to + stride_v, v_tile, mask=live)

@@ -1,0 +1,175 @@
+"""Launch configurations of the attention kernels: a tuned table per GPU, the nearest entry otherwise.
+
+Everything here is a pure function of shapes and of a `Target`; nothing reads device data, so a configuration chosen
+while a CUDA graph is captured is right for every replay.
+
+Legend: H query heads, G kv heads, D head dim (DP: padded to a power of two), B page size, SM multiprocessors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLES = Path(__file__).parent / "tuned"
+DEFAULT_TABLE = "nvidia_h200"
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch depends on in a GPU."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # 80, 90, 100 or "gfx942"
+    smem_bytes: int  # shared memory that one program may use
+    num_sms: int
+
+    @property
+    def table(self) -> str:
+        return self.name.lower().replace(" ", "_")
+
+    @property
+    def has_tma(self) -> bool:
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
+
+
+SM80 = Target("NVIDIA A100", "cuda", 80, 163 * 1024, 108)
+SM90 = Target("NVIDIA H200", "cuda", 90, 227 * 1024, 132)
+SM100 = Target("NVIDIA B200", "cuda", 100, 227 * 1024, 148)
+GFX942 = Target("AMD Instinct MI300X", "hip", "gfx942", 64 * 1024, 304)
+TARGETS = (SM80, SM90, SM100, GFX942)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    block_n: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+    min_split: int  # keys below which a row is not split further
+    source: str = ""
+
+    def min_tiles(self) -> int:
+        return max(1, self.min_split // self.block_n)
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+    source: str = ""
+
+
+def padded_dim(head_dim: int) -> int:
+    """D as the kernels see it: a power of two, at least 16."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@cache
+def load_table(name: str) -> dict[str, Any]:
+    """The committed table of a GPU; the default GPU's where it has none."""
+    path = TABLES / f"{name}.json"
+    if not path.exists():
+        path = TABLES / f"{DEFAULT_TABLE}.json"
+    return json.loads(path.read_text())
+
+
+def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str, float]) -> tuple[dict, str]:
+    """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
+
+    The weights put the dtype before the head dim before the rest: tiles must first of all fit.
+    """
+
+    def distance(entry: dict) -> float:
+        return sum(w * abs(math.log2(entry[key] / wanted[key])) for key, w in weight.items())
+
+    table = load_table(target.table)
+    entry = min(table[kind], key=distance)
+    shape = " ".join(f"{key}={entry[key]}" for key in weight)
+    how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
+    return entry, f"{table['gpu']} {kind} {shape} ({how})"
+
+
+def decode_config(
+    target: Target, *, head_dim: int, itemsize: int, num_kv_heads: int, page_size: int, num_rows: int, capacity: int
+) -> DecodeConfig:
+    """Configuration of one decode launch.
+
+    Args:
+        num_rows: rows of the launch, padding included.
+        capacity: the most keys a row can have, in tokens: pages of the block table times B.
+    """
+    pairs = num_rows * num_kv_heads
+    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs}
+    weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
+    entry, source = _nearest(target, "decode", wanted, weight)
+    config = DecodeConfig(**entry["config"], source=source)
+    # As many programs as the tuned launch had, scaled to this GPU, each with at least min_split keys.
+    programs = config.num_splits * entry["pairs"] * target.num_sms / SM90.num_sms
+    splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
+    config = replace(config, num_splits=math.ceil(max(splits, 1)))
+    return _fit_decode(config, target, padded_dim(head_dim), itemsize)
+
+
+def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: int) -> PrefillConfig:
+    """Configuration of one prefill launch.
+
+    Args:
+        max_keys: the most keys a query sees: the longest sequence of the step, or the window if that is shorter.
+    """
+    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "keys": max_keys}
+    entry, source = _nearest(target, "prefill", wanted, {"itemsize": 8.0, "head_dim": 4.0, "keys": 0.1})
+    config = PrefillConfig(**entry["config"], source=source)
+    config = replace(config, use_tma=config.use_tma and target.has_tma)
+    return _fit_prefill(config, target, padded_dim(head_dim), itemsize)
+
+
+def _fit_decode(config: DecodeConfig, target: Target, dp: int, itemsize: int) -> DecodeConfig:
+    """Fewer stages, then smaller tiles, until K and V of every stage fit in shared memory."""
+
+    def need(c: DecodeConfig) -> int:
+        return 2 * c.num_stages * c.block_n * dp * itemsize
+
+    budget = target.smem_bytes - 8 * 1024  # queries and reductions
+    while need(config) > budget and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    while need(config) > budget and config.block_n > 16:
+        config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
+def _fit_prefill(config: PrefillConfig, target: Target, dp: int, itemsize: int) -> PrefillConfig:
+    """As `_fit_decode`, with the query tile, and with the smaller accumulators that other matrix units want."""
+
+    def need(c: PrefillConfig) -> int:
+        return (2 * c.num_stages * c.block_n + c.block_m) * dp * itemsize
+
+    if not target.has_tma:  # no warpgroup products: accumulators and operands share the registers
+        config = replace(config, block_n=min(config.block_n, 32))
+    if target.backend == "hip":
+        config = replace(config, num_stages=1)
+    while need(config) > target.smem_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    while need(config) > target.smem_bytes and config.block_n > 32:
+        config = replace(config, block_n=config.block_n // 2)
+    while need(config) > target.smem_bytes and config.block_m > 32:
+        config = replace(config, block_m=config.block_m // 2)
+    return config
+
+
+def cache_write_block(num_tokens: int) -> int:
+    """Tokens per program of the cache write: enough programs for a decode step, wide tiles for a prefill."""
+    return max(1, min(32, next_power_of_2(num_tokens) // 64))

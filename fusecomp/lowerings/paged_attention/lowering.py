@@ -1,0 +1,258 @@
+"""Launches of the attention kernels, as the CUDA implementations of `cache_write` and `paged_attention`.
+
+Inputs, layouts and semantics are those of `docs/architecture.md`. Both functions are safe under CUDA-graph capture:
+scratch comes from `torch.empty`, nothing reads device data on the host, and launch shapes depend on tensor shapes
+and on `host_meta` only.
+
+Legend: T tokens, S rows, P pages per row, H query heads, G kv heads, R = H / G, D head dim, B page size, NS splits.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusecomp.lowerings.paged_attention import heuristics, pieces
+from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
+from fusecomp.lowerings.paged_attention.decode import decode_kernel
+from fusecomp.lowerings.paged_attention.heuristics import SM90, DecodeConfig, PrefillConfig, Target
+from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and strides
+
+
+def supports(
+    *,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    scale: float = 1.0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> str | None:
+    """Why these kernels cannot serve an attention of this shape, or None if they can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is none of fp32, fp16, bf16"
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        return f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads"
+    if num_heads // num_kv_heads > MAX_GROUP:
+        return f"{num_heads // num_kv_heads} query heads per kv head, more than {MAX_GROUP}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head dim {head_dim} is not in 1..{MAX_HEAD_DIM}"
+    if page_size < 1:
+        return f"page size {page_size} is below 1"
+    if not scale > 0:
+        return f"scale {scale} is not positive, and the running maximum is taken before scaling"
+    if window < 0 or softcap < 0:
+        return f"window {window} or softcap {softcap} is negative"
+    return None
+
+
+@cache
+def device_target(index: int) -> Target:
+    """The `Target` of a CUDA or ROCm device."""
+    props = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target(props.name, "hip", props.gcnArchName.split(":")[0], 64 * 1024, props.multi_processor_count)
+    arch = props.major * 10 + props.minor
+    smem = props.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Target(props.name, "cuda", arch, smem, props.multi_processor_count)
+
+
+def _target(tensor: Tensor) -> Target:
+    if tensor.is_cuda:
+        return device_target(tensor.device.index)
+    return SM90  # under Triton's interpreter
+
+
+@cache
+def _log_source(source: str) -> None:
+    logger.info("attention launch configuration: %s", source)
+
+
+_arrival_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _arrivals(kv_cache: Tensor, count: int) -> Tensor:
+    """int32 zeros, one per (row, kv head), which every decode launch leaves at zero.
+
+    They are kept per KV tensor, because launches on one KV tensor are ordered already (each step writes it). Counters
+    created during a capture hold zeros only once the graph runs, so those are not kept: warm up before capturing.
+    """
+    size = heuristics.next_power_of_2(max(count, 4096))
+    key = (kv_cache.device, kv_cache.data_ptr(), size)
+    counters = _arrival_counters.get(key)
+    if counters is None:
+        counters = torch.zeros(size, dtype=torch.int32, device=kv_cache.device)
+        if not (kv_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _arrival_counters[key] = counters
+    return counters
+
+
+def launch_cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, B, D] at slots int64[T]; slot -1 writes nothing."""
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if num_tokens == 0:
+        return
+    _require_unit_stride(k=k, v=v, kv_cache=kv_cache)
+    stride_page, stride_v, stride_g, stride_slot, _ = kv_cache.stride()
+    block_t = heuristics.cache_write_block(num_tokens)
+    cache_write_kernel[(triton.cdiv(num_tokens, block_t), num_kv_heads)](
+        k, v, kv_cache, slots, num_tokens,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), stride_page, stride_v, stride_g, stride_slot,
+        D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3], BLOCK_T=block_t, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    host_meta: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention [T, H, D] of a packed step: decode rows from pages, prefill rows from pages and k, v.
+
+    Raises:
+        ValueError: for a shape, dtype or stride that `supports` or the contract excludes.
+    """
+    num_heads, head_dim = q.shape[1:]
+    reason = supports(
+        dtype=kv_cache.dtype, num_heads=num_heads, num_kv_heads=kv_cache.shape[2], head_dim=head_dim,
+        page_size=kv_cache.shape[3], scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    if reason:
+        raise ValueError(f"paged_attention: {reason}")
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    _require_unit_stride(k=k, v=v, kv_cache=kv_cache)
+    num_decodes, max_q_len, max_seq_len, num_rows = host_meta.tolist()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    target = _target(q)
+    itemsize = kv_cache.element_size()
+    if num_decodes > 0:
+        decode = heuristics.decode_config(
+            target, head_dim=head_dim, itemsize=itemsize, num_kv_heads=kv_cache.shape[2], page_size=kv_cache.shape[3],
+            num_rows=num_decodes, capacity=block_tables.shape[1] * kv_cache.shape[3],
+        )  # fmt: skip
+        run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
+    if num_rows > num_decodes:
+        max_keys = min(window, max_seq_len) if window > 0 else max_seq_len
+        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_keys=max_keys)
+        run_prefill(
+            prefill, q, k, v, kv_cache, out, cu_q_lens, seq_lens, block_tables,
+            num_decodes, num_rows, max_q_len, scale, window, softcap, sinks,
+        )  # fmt: skip
+    return out
+
+
+def run_decode(
+    config: DecodeConfig,
+    q: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    num_decodes: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    """Decode rows 0 .. num_decodes of the step into out[0 .. num_decodes]."""
+    _log_source(config.source)
+    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    num_heads = q.shape[1]
+    group = num_heads // num_kv_heads
+    pre, post = pieces.score_factors(scale, softcap)
+    splits = config.num_splits
+    partials = num_decodes * num_heads * splits if splits > 1 else 0
+    part_acc = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
+    decode_kernel[(num_decodes * num_kv_heads, splits)](
+        q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
+        sinks, pre, post, window, config.min_tiles(), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
+        block_tables.stride(0),
+        H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
+        BLOCK_R=max(16, heuristics.next_power_of_2(group)), BLOCK_N=config.block_n,
+        MAX_SPLITS=heuristics.MAX_SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
+        **_hooks(q.dtype, window, softcap, sinks),
+    )  # fmt: skip
+
+
+def run_prefill(
+    config: PrefillConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    first_row: int,
+    num_rows: int,
+    max_q_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    """Prefill rows first_row .. num_rows of the step into their tokens of out."""
+    _log_source(config.source)
+    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    num_heads = q.shape[1]
+    dp = heuristics.padded_dim(head_dim)
+    pre, post = pieces.score_factors(scale, softcap)
+    use_tma = config.use_tma and _tma_can_read(k) and _tma_can_read(v)
+    block = [config.block_n, 1, dp]
+    k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
+    grid = ((num_rows - first_row) * num_heads, triton.cdiv(max_q_len, config.block_m))
+    prefill_kernel[grid](
+        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,
+        pre, post, window,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *kv_cache.stride()[:4], block_tables.stride(0),
+        H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(q.dtype, window, softcap, sinks),
+    )  # fmt: skip
+
+
+def _hooks(dtype: torch.dtype, window: int, softcap: float, sinks: Tensor | None) -> dict:
+    score = pieces.plain_score
+    if softcap > 0:
+        score = pieces.softcap_score_fp32 if dtype == torch.float32 else pieces.softcap_score
+    sink = pieces.no_sink if sinks is None else pieces.with_sink
+    return {"WINDOWED": window > 0, "SCORE": score, "SINK": sink}
+
+
+def _tma_can_read(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    steps = tensor.stride()[:-1]
+    return tensor.data_ptr() % TMA_ALIGNMENT == 0 and all(s > 0 and s * size % TMA_ALIGNMENT == 0 for s in steps)
+
+
+def _require_unit_stride(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: the last dimension has stride {tensor.stride(-1)}, the kernels read it as 1")

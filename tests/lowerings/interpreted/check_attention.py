@@ -1,0 +1,184 @@
+"""The attention kernels under Triton's interpreter. `tests/lowerings/test_interpreted.py` runs this file."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fusecomp.lowerings.paged_attention import heuristics, lowering
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
+from tests.lowerings import reference
+from tests.lowerings.steps import Step, check_attention, make_step
+
+SETTINGS = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+HEAD_DIMS = [32, 64, 80, 96, 128, 256]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _float32(handle: TensorHandle) -> TensorHandle:
+    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+_create_dot = InterpreterBuilder.create_dot
+InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def small_tiles(block_m: int, block_n: int, use_tma: bool):
+    """Tiny tiles and three splits, so that tiny shapes reach every branch."""
+    with pytest.MonkeyPatch.context() as patch:
+        decode, prefill = DecodeConfig(block_n, 4, 2, 3, block_n), PrefillConfig(block_m, block_n, 4, 2, use_tma)
+        patch.setattr(heuristics, "decode_config", lambda *_, **__: decode)
+        patch.setattr(heuristics, "prefill_config", lambda *_, **__: prefill)
+        yield
+
+
+def run(step: Step, scale: float, window: int = 0, softcap: float = 0.0, sinks: torch.Tensor | None = None):
+    lowering.launch_cache_write(step.k, step.v, step.kv_cache, step.slots)
+    out = lowering.launch_paged_attention(*step.attention_inputs(), scale, window, softcap, sinks)
+    check_attention(step, out, scale, window, softcap, sinks)
+    for counters in lowering._arrival_counters.values():
+        assert not counters.any(), "a launch left its counters raised"
+    lowering._arrival_counters.clear()
+    return out
+
+
+@st.composite
+def cases(draw, decode: bool, prefill: bool):
+    group, kv_heads = draw(st.sampled_from([(1, 2), (3, 1), (4, 2), (17, 1)]))
+    cached = st.integers(0, 70)
+    decodes = draw(st.lists(st.tuples(cached, st.just(1)), min_size=1, max_size=3)) if decode else []
+    prefills = draw(st.lists(st.tuples(cached, st.integers(2, 40)), min_size=1, max_size=2)) if prefill else []
+    shape = {
+        "padding": 0 if prefill else draw(st.integers(0, 2)),
+        "heads": group * kv_heads,
+        "kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from(HEAD_DIMS)),
+        "page_size": draw(st.sampled_from([1, 16, 32, 64])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+    options = {
+        "window": draw(st.sampled_from([0, 0, 1, 7, 33])),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 5.0])),
+        "sinks": torch.randn(group * kv_heads) if draw(st.booleans()) else None,
+    }
+    return decodes + prefills, shape, options
+
+
+@settings(SETTINGS, max_examples=25)
+@given(case=cases(decode=True, prefill=False))
+def test_decode(case):
+    rows, shape, options = case
+    run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
+
+
+@settings(SETTINGS, max_examples=25)
+@given(case=cases(decode=True, prefill=False), block_n=st.sampled_from([16, 32]))
+def test_split_decode(case, block_n):
+    rows, shape, options = case
+    with small_tiles(16, block_n, False):
+        run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
+
+
+@settings(SETTINGS, max_examples=30)
+@given(
+    case=cases(decode=True, prefill=True),
+    block_m=st.sampled_from([16, 32]),
+    block_n=st.sampled_from([16, 32]),
+    use_tma=st.booleans(),
+)
+def test_mixed_step(case, block_m, block_n, use_tma):
+    rows, shape, options = case
+    with small_tiles(block_m, block_n, use_tma):
+        run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
+
+
+@settings(SETTINGS, max_examples=12)
+@given(case=cases(decode=False, prefill=True))
+def test_prefill(case):
+    rows, shape, options = case
+    run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_stays_in_its_row(dtype):
+    """A row whose values are infinite does not change its neighbours, whose last tiles overlap it."""
+    step = make_step([(0, 5), (7, 9), (3, 20)], heads=2, kv_heads=1, head_dim=32, page_size=16, dtype=dtype)
+    with small_tiles(16, 16, True):
+        clean = run(step, 0.2)
+        step.k[5:14] = float("inf")
+        step.v[5:14] = float("inf")
+        dirty = lowering.launch_paged_attention(*step.attention_inputs(), 0.2, 0, 0.0, None)
+    others = [*range(5), *range(14, 34)]
+    assert torch.equal(clean[others], dirty[others])
+
+
+def test_result_does_not_depend_on_the_rest_of_the_batch():
+    """With one configuration, a decode row is bitwise the same alone, among others and beside padding."""
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
+    step = make_step([(50, 1), (3, 1), (90, 1)], padding=2, **shape)
+    with small_tiles(16, 16, False):
+        together = run(step, 0.2)
+        for row in range(3):
+            alone = lowering.launch_paged_attention(
+                step.q[row : row + 1], step.k[row : row + 1], step.v[row : row + 1], step.kv_cache,
+                step.cu_q_lens[:2], step.seq_lens[row : row + 1], step.block_tables[row : row + 1],
+                torch.tensor([1, 1, 91, 1], dtype=torch.int32), 0.2, 0, 0.0, None,
+            )  # fmt: skip
+            assert torch.equal(alone[0], together[row])
+
+
+def test_unsupported_shapes_raise():
+    shape = {"heads": 2, "kv_heads": 2, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
+    step = make_step([(3, 1)], **shape)
+    with pytest.raises(ValueError, match="scale"):
+        lowering.launch_paged_attention(*step.attention_inputs(), -1.0, 0, 0.0, None)
+    with pytest.raises(ValueError, match="stride"):
+        lowering.launch_cache_write(step.k.mT.contiguous().mT, step.v, step.kv_cache, step.slots)
+
+
+@settings(SETTINGS, max_examples=25)
+@given(
+    tokens=st.integers(1, 200),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    page_size=st.sampled_from([1, 16, 32, 64]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_cache_write(tokens, kv_heads, head_dim, page_size, dtype, seed):
+    torch.manual_seed(seed)
+    blocks = -(-tokens // page_size) + 2
+    kv = torch.randn(tokens, 2 * kv_heads, head_dim, dtype=dtype)
+    k, v = kv[:, :kv_heads], torch.randn(kv_heads, tokens, head_dim, dtype=dtype).transpose(0, 1)
+    slots = torch.randperm(blocks * page_size)[:tokens]
+    slots[torch.rand(tokens) < 0.2] = -1
+    cache = torch.randn(blocks, 2, kv_heads, page_size, head_dim, dtype=dtype)
+    expected = cache.clone()
+    reference.cache_write(k, v, expected, slots)
+    lowering.launch_cache_write(k, v, cache, slots)
+    assert torch.equal(cache, expected)

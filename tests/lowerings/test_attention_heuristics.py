@@ -1,0 +1,71 @@
+"""Launch configurations: pure, within every target's limits, and honest about where they come from."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fusecomp.lowerings.paged_attention import heuristics
+from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target, decode_config, prefill_config
+from fusecomp.lowerings.paged_attention.lowering import supports
+
+SHAPE = {"head_dim": 128, "itemsize": 2, "num_kv_heads": 8, "page_size": 16}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_every_shape_has_a_configuration(target):
+    for head_dim, itemsize, rows in itertools.product((16, 32, 64, 80, 96, 128, 256), (2, 4), (1, 7, 64, 1000)):
+        decode = decode_config(
+            target, head_dim=head_dim, itemsize=itemsize, num_kv_heads=8, page_size=1, num_rows=rows, capacity=32768
+        )
+        assert 1 <= decode.num_splits <= heuristics.MAX_SPLITS
+        assert decode.block_n & (decode.block_n - 1) == 0
+        prefill = prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_keys=rows)
+        assert not prefill.use_tma or target.has_tma
+        tile = heuristics.padded_dim(head_dim) * itemsize
+        assert 2 * decode.block_n * decode.num_stages * tile <= target.smem_bytes
+        assert (prefill.block_m + 2 * prefill.block_n) * tile <= target.smem_bytes
+
+
+def test_splits_follow_rows_and_capacity():
+    def splits(num_rows: int, capacity: int = 32768) -> int:
+        return decode_config(SM90, **SHAPE, num_rows=num_rows, capacity=capacity).num_splits
+
+    assert splits(1) > splits(8) >= splits(32) >= splits(512) == 1
+    assert splits(1, capacity=64) == 1
+
+
+def test_source_says_whether_the_entry_was_tuned_for_the_shape():
+    table = heuristics.load_table(SM90.table)
+    assert {"gpu", "measured", "decode", "prefill"} <= table.keys()
+    entry = table["decode"][0]
+    rows = entry["pairs"] // 8
+    shape = {**SHAPE, "head_dim": entry["head_dim"], "itemsize": entry["itemsize"]}
+    assert decode_config(SM90, **shape, num_rows=rows, capacity=32768).source.endswith("(exact)")
+    assert decode_config(SM90, **shape, num_rows=rows + 3, capacity=32768).source.endswith("(nearest)")
+    other = Target("Some GPU", "cuda", 90, SM90.smem_bytes, 100)
+    assert decode_config(other, **shape, num_rows=rows, capacity=32768).source.endswith("(nearest)")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"head_dim": 80}, None),
+        ({"dtype": torch.float64}, "dtype"),
+        ({"num_heads": 12}, "multiple"),
+        ({"num_heads": 1024}, "query heads per kv head"),
+        ({"head_dim": 257}, "head dim"),
+        ({"page_size": 0}, "page size"),
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"window": -1}, "negative"),
+        ({"softcap": -2.0}, "negative"),
+    ],
+)
+def test_supports(change, reason):
+    shape = {"dtype": torch.bfloat16, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, **change}
+    said = supports(**shape)
+    assert said is None if reason is None else reason in said
