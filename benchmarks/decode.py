@@ -1,0 +1,168 @@
+"""`decode`: one token for each of B sequences, again and again.
+
+Per batch size: `Options.context` prompt tokens a sequence, then
+    graph   the device work of one step (model and greedy sampling) repeated back to back on the buffers of the step
+            just served: a CUDA graph replay where the engine has one; timed by device events (GPU only);
+    step    `Engine.step()` end to end by the host's clock: scheduling, filling buffers, device work, tokens read.
+Replays are taken in the middle of the timed steps, so both see the same mean context.
+
+floor = max(bytes / measured read bandwidth, FLOPs / measured matmul rate); MBU is the first alone over the time.
+A mixture of experts touches what its routing touches: the distinct experts are counted on the sequences served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.roofline import touched_experts
+from benchmarks.session import SPARE_STEPS, Result, Session, progress, table
+from benchmarks.timing import Samples, time_calls
+
+WARM_UP_STEPS = 3
+PROFILED_CALLS = 5
+
+
+class DecodeRun:
+    """B sequences in the engine, all of them decoding."""
+
+    def __init__(self, session: Session, batch: int) -> None:
+        self.session, self.engine, self.batch = session, session.engine, batch
+        o = session.options
+        prompts = session.prompts([o.context] * batch, batch)
+        budget = o.repeat * o.steps + SPARE_STEPS
+        ids = session.add(f"decode {batch}", prompts, [budget] * batch)
+        self.tokens = dict(zip(ids, prompts, strict=True))
+        for _ in range(SPARE_STEPS // 2):
+            before = self.engine.metrics.computed_tokens
+            self.step()
+            state = self.engine.metrics
+            if state.running == batch and state.computed_tokens - before == batch:
+                break
+        else:
+            raise RuntimeError(f"{batch} sequences of {o.context} tokens never all decode: give the KV cache more room")
+        for _ in range(WARM_UP_STEPS):
+            self.step()
+
+    def step(self) -> float:
+        """One engine step; returns its wall time in ms."""
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        ms = (time.perf_counter() - start) * 1e3
+        for out in outputs:
+            self.tokens[out.request_id] += out.new_token_ids
+        return ms
+
+    @property
+    def context(self) -> float:
+        """Mean tokens a sequence has read at the latest step."""
+        return sum(map(len, self.tokens.values())) / self.batch - 1
+
+    def close(self) -> None:
+        for request in self.tokens:
+            self.engine.abort_request(request)
+        assert not self.engine.has_unfinished_requests()
+
+
+def kernel_times(run: Callable[[], Any], top: int = 25) -> list[dict[str, Any]]:
+    """Device time by kernel name of one call, longest first, from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(PROFILED_CALLS):
+            run()
+        torch.cuda.synchronize()
+    events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    return [
+        {
+            "kernel": e.key[:100],
+            "us": round(e.self_device_time_total / PROFILED_CALLS, 1),
+            "launches": round(e.count / PROFILED_CALLS, 1),
+        }
+        for e in events[:top]
+        if e.self_device_time_total > 0
+    ]
+
+
+def _measure(session: Session, batch: int) -> dict[str, Any]:
+    o, on_gpu = session.options, session.device.type == "cuda"
+    run = DecodeRun(session, batch)
+    steps: list[Samples] = []
+    replays: list[Samples] = []
+    contexts: list[float] = []
+    kernels = None
+    for _ in range(o.repeat):
+        walls = [run.step() for _ in range(o.steps // 2)]
+        contexts.append(run.context)
+        if on_gpu:
+            replays.append(time_calls(run.engine.repeat_step, session.device, calls=o.replays))
+        walls += [run.step() for _ in range(o.steps - o.steps // 2)]
+        steps.append(Samples.of(walls))
+    if o.profile and on_gpu:
+        kernels = kernel_times(run.engine.repeat_step)
+    run.close()
+    figures: dict[str, Any] = {"batch": batch, "context": round(sum(contexts) / len(contexts), 1)}
+    figures |= _shares(session, run, figures["context"], steps, replays)
+    if kernels is not None:
+        figures["kernels"] = kernels
+    return figures
+
+
+def _shares(
+    session: Session, run: DecodeRun, context: float, steps: list[Samples], replays: list[Samples]
+) -> dict[str, Any]:
+    work, limit, rows = session.workload, session.ceilings, run.batch
+    touched = touched_experts(session.model, list(run.tokens.values())) if work.num_experts else None
+    moved = work.decode_bytes(rows, context, touched)
+    memory = moved / limit.read_bytes_per_s * 1e3
+    flops = rows * (work.linear_flops + work.head_flops + context * work.attention_flops)
+    floor = max(memory, flops / limit.matmul_flops_per_s * 1e3)
+    step = Samples.of([v for s in steps for v in s.values])
+    graph = Samples.of([v for s in replays for v in s.values]) if replays else None
+    best = graph or step
+    figures: dict[str, Any] = {
+        "graph": graph.to_dict() if graph else None,
+        "step": step.to_dict(),
+        "graph_ms": graph.median if graph else None,
+        "step_ms": step.median,
+        "repeats_ms": {"graph": [s.median for s in replays], "step": [s.median for s in steps]},
+        "bytes": round(moved),
+        "floor_ms": floor,
+        "bound": "memory" if floor == memory else "compute",
+        "mbu": memory / best.median,
+        "mbu_step": memory / step.median,
+        "share_of_floor": floor / best.median,
+        "tokens_per_s": rows / step.median * 1e3,
+    }
+    if touched is not None:
+        figures["experts_touched"] = round(touched, 2)
+        figures["experts_expected"] = round(work.expected_experts(rows), 2)
+    return figures
+
+
+def decode(session: Session) -> Result:
+    """Time per decode step at every batch size, against the floor."""
+    rows = []
+    fitting = [b for b in session.options.batches if b <= session.engine.config.max_num_seqs]
+    for batch in fitting:
+        progress(f"decode, batch {batch}")
+        rows.append(_measure(session, batch))
+    experts = session.workload.num_experts > 0
+    headers = ["batch", "context", "graph ms", "step ms", "p10", "p90", "GB", "floor ms", "bound", "MBU", "of floor"]
+    headers += ["tok/s"] + (["experts"] if experts else [])
+    lines = []
+    for r in rows:
+        line = [r["batch"], r["context"], r["graph_ms"], r["step_ms"], r["step"]["p10_ms"], r["step"]["p90_ms"]]
+        line += [r["bytes"] / 1e9, r["floor_ms"], r["bound"], f"{r['mbu']:.1%}", f"{r['share_of_floor']:.1%}"]
+        lines.append(line + [r["tokens_per_s"]] + ([r["experts_touched"]] if experts else []))
+    text = "decode (MBU of the graph, or of the step where there is none; tok/s of the step)\n" + table(headers, lines)
+    for r in rows:
+        if kernels := r.get("kernels"):
+            text += f"\nkernels of one step, batch {r['batch']}\n"
+            text += table(["us", "launches", "kernel"], [[k["us"], k["launches"], k["kernel"]] for k in kernels])
+    return Result({"batches": rows}, text)
