@@ -1,26 +1,29 @@
 """`python -m benchmarks {decode,prefill,offline,startup} ...`: one model, one engine, any of the benchmarks.
 
 Progress goes to stderr, tables to stdout; the last line of stdout is one JSON object. Exit status 1, and no figures,
-when the engine's numbers are wrong or a benchmark fails.
+when the engine's numbers are wrong; 1, and the other benchmarks' figures, when one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import hf, startup
 from benchmarks.registry import BENCHMARKS
-from benchmarks.session import Options, Session, progress, versions
+from benchmarks.session import Options, Result, Session, progress, versions
 from benchmarks.shapes import SHAPES, ShapeError
 from fusecomp.config import DTYPES
-from fusecomp.errors import FusecompError
+from fusecomp.errors import FusecompError, VerificationError
 
 STARTUP = "startup"
 
@@ -60,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
     add("--profile", action="store_true", help="decode: device time by kernel, per batch size")
+    add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(argv))
     if len(options["lengths"]) != 2 or options["lengths"][0] > options["lengths"][1]:
@@ -67,47 +71,60 @@ def parse(argv: Sequence[str] | None) -> Options:
     for name in ("context", "steps", "replays", "repeat", "prompts", "prompt_len", "requests"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if (
+        options["max_num_seqs"]
+        and max(options["batches"]) > options["max_num_seqs"]
+        and "decode" in options["benchmarks"]
+    ):
+        parser.error("--batches must not exceed --max-num-seqs")
     options["benchmarks"] = tuple(dict.fromkeys(options["benchmarks"]))
     return Options(**options)
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Run the chosen benchmarks, printing tables; returns the JSON object.
+    """Run the chosen benchmarks, printing each table when it is there; returns the JSON object.
+
+    A benchmark that fails after the gate leaves an "error" in its place, so that the others' figures are not lost.
 
     Raises:
         FusecompError: the engine cannot be built, or its numbers are wrong.
         ShapeError: the shape's checkpoint is missing.
     """
-    device = options.torch_device
-    result: dict[str, Any] = {"shape": options.shape, "layers": options.layers, "dtype": str(options.torch_dtype)[6:]}
-    result |= versions(device)
-    result["options"] = asdict(options)
-    figures: dict[str, Any] = {}
-    texts = []
-    if STARTUP in options.benchmarks:  # before this process takes memory
-        figures[STARTUP] = startup.measure(options)
-        texts.append(startup.render(figures[STARTUP]))
     session = Session(options)
-    for name in options.benchmarks:
-        if name != STARTUP:
-            progress(f"== {name}")
-            outcome = BENCHMARKS[name](session)
-            figures[name] = outcome.figures
-            texts.append(outcome.text)
-    if set(options.benchmarks) != {STARTUP}:
+    figures: dict[str, Any] = {}
+    result: dict[str, Any] = {"shape": options.shape, "layers": options.layers, "dtype": str(options.torch_dtype)[6:]}
+    result |= versions(options.torch_device) | {"options": asdict(options), "benchmarks": figures}
+    print(f"{options.shape}, {result['dtype']}, {result['device']}, torch {result['torch']}\n", flush=True)
+    if STARTUP in options.benchmarks:  # before this process takes memory
+        _try(STARTUP, figures, lambda: startup.measure(options))
+    chosen = [name for name in options.benchmarks if name != STARTUP]
+    if chosen:
+        _ = session.engine  # the gate
+        print(_headline(session), end="\n\n", flush=True)
+    for name in chosen:
+        progress(f"== {name}")
+        _try(name, figures, functools.partial(BENCHMARKS[name], session))
+    if chosen:
         result |= _account(session)
-        texts.insert(0, _headline(session))
-        if session.engine.report.fallbacks:
-            texts.append(f"FALLBACKS to eager references: {session.engine.report.fallbacks}")
+        if fallbacks := session.engine.report.fallbacks:
+            print(f"FALLBACKS to eager references: {fallbacks}\n")
     if options.compare_hf:
-        outcome = hf.compare(session)
-        figures["hf"] = outcome.figures
-        texts.append(outcome.text)
+        _try("hf", figures, lambda: hf.compare(session))
         _compare(figures)
-    result["benchmarks"] = figures
-    print(f"{options.shape}, {result['dtype']}, {result['device']}, torch {result['torch']}")
-    print("\n\n".join(texts))
     return result
+
+
+def _try(name: str, figures: dict[str, Any], measure: Callable[[], Result]) -> None:
+    try:
+        outcome = measure()
+    except VerificationError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        figures[name] = {"error": f"{type(error).__name__}: {error}"}
+        return
+    figures[name] = outcome.figures
+    print(outcome.text, end="\n\n", flush=True)
 
 
 def _account(session: Session) -> dict[str, Any]:
@@ -138,13 +155,15 @@ def _headline(session: Session) -> str:
         f"ceilings: read {limit.read_bytes_per_s / 1e12:.3g} TB/s, "
         f"{limit.matmul_dtype} matmul {limit.matmul_flops_per_s / 1e12:.3g} TFLOP/s\n"
         f"check: error against fp32 {check.prefill_error:.2e} (prefill), {check.decode_error:.2e} (decode), "
-        f"stock {check.stock_error:.2e}; served tokens within {check.token_gap:.2e} of {check.allowed_gap:.2e}"
+        f"stock {check.stock_error:.2e}; "
+        f"served tokens below the best logit by {check.mean_token_gap:.2e} on average, "
+        f"{check.allowed_mean_gap:.2e} allowed"
     )
 
 
 def _compare(figures: dict[str, Any]) -> None:
     """Add `speedup_over_hf` to decode batches that both measured."""
-    theirs = {r["batch"]: r["step_ms"] for r in figures["hf"]["batches"]}
+    theirs = {r["batch"]: r["step_ms"] for r in figures["hf"].get("batches", ())}
     for row in figures.get("decode", {}).get("batches", ()):
         if row["batch"] in theirs:
             row["speedup_over_hf"] = theirs[row["batch"]] / row["step_ms"]
@@ -158,8 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FusecompError, ShapeError, RuntimeError) as error:
         print(f"no figures: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
-    return 0
+    return int(any("error" in figures for figures in result["benchmarks"].values()))
 
 
 if __name__ == "__main__":

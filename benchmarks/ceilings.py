@@ -54,10 +54,9 @@ def _sum_kernel(x, out, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second of a read-only stream: the best of a few kernel shapes, each a median over repeats."""
     size = STREAM_BYTES[device.type]
-    x = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     if device.type != "cuda":
-        as_float = torch.rand(size // 4, device=device)
-        return size / (time_calls(as_float.sum, device, calls=7).median * 1e-3)
+        return size / (time_calls(torch.rand(size // 4, device=device).sum, device, calls=7).median * 1e-3)
+    x = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     best = 0.0
     for block, steps, warps in ((4096, 1, 8), (4096, 4, 8), (8192, 2, 8), (8192, 8, 16), (2048, 4, 4)):
         grid = x.numel() // (block * steps)

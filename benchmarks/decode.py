@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.roofline import touched_experts
-from benchmarks.session import SPARE_STEPS, Result, Session, progress, table
+from benchmarks.session import Result, Session, progress, table
 from benchmarks.timing import Samples, time_calls
 
 WARM_UP_STEPS = 3
@@ -33,10 +33,10 @@ class DecodeRun:
         self.session, self.engine, self.batch = session, session.engine, batch
         o = session.options
         prompts = session.prompts([o.context] * batch, batch)
-        budget = o.repeat * o.steps + SPARE_STEPS
+        budget = o.repeat * o.steps + o.settle_steps
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)
         self.tokens = dict(zip(ids, prompts, strict=True))
-        for _ in range(SPARE_STEPS // 2):
+        for _ in range(o.settle_steps - WARM_UP_STEPS):
             before = self.engine.metrics.computed_tokens
             self.step()
             state = self.engine.metrics
@@ -106,7 +106,8 @@ def _measure(session: Session, batch: int) -> dict[str, Any]:
     if o.profile and on_gpu:
         kernels = kernel_times(run.engine.repeat_step)
     run.close()
-    figures: dict[str, Any] = {"batch": batch, "context": round(sum(contexts) / len(contexts), 1)}
+    bucket = min((b for b in run.engine.report.cuda_graphs if b >= batch), default=None)
+    figures: dict[str, Any] = {"batch": batch, "bucket": bucket, "context": round(sum(contexts) / len(contexts), 1)}
     figures |= _shares(session, run, figures["context"], steps, replays)
     if kernels is not None:
         figures["kernels"] = kernels
@@ -148,8 +149,7 @@ def _shares(
 def decode(session: Session) -> Result:
     """Time per decode step at every batch size, against the floor."""
     rows = []
-    fitting = [b for b in session.options.batches if b <= session.engine.config.max_num_seqs]
-    for batch in fitting:
+    for batch in session.options.batches:
         progress(f"decode, batch {batch}")
         rows.append(_measure(session, batch))
     experts = session.workload.num_experts > 0

@@ -54,6 +54,7 @@ def compare(session: Session) -> Result:
     for batch in session.options.hf_batches:
         progress(f"Hugging Face, static cache and compile, batch {batch}")
         rows.append(_measure(session, batch))
+        torch._dynamo.reset()
     lines = [[r["batch"], r["step_ms"], r["step"]["p10_ms"], r["step"]["p90_ms"], r["first_call_s"]] for r in rows]
     text = "Hugging Face, static cache and torch.compile\n"
     return Result({"batches": rows}, text + table(["batch", "step ms", "p10", "p90", "first call s"], lines))

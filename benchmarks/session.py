@@ -24,8 +24,7 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 
 _START = time.perf_counter()
-# Decode steps run besides the timed ones: until every sequence decodes, and to settle.
-SPARE_STEPS = 96
+# Longest sequence of the gate.
 CHECK_LEN = 160
 
 
@@ -56,6 +55,7 @@ class Options:
     compare_hf: bool = False
     hf_batches: tuple[int, ...] = (1,)
     profile: bool = False
+    out: str | None = None
     seed: int = 0
 
     @property
@@ -67,12 +67,17 @@ class Options:
         name = self.dtype if self.dtype != "auto" else "bfloat16" if self.device == "cuda" else "float32"
         return getattr(torch, name)
 
+    @property
+    def settle_steps(self) -> int:
+        """Decode steps besides the timed ones, at most: until every sequence decodes, and to warm up."""
+        return 16 + 2 * -(-max(self.batches) * self.context // self.max_num_batched_tokens)
+
     def engine_config(self) -> EngineConfig:
         """The smallest engine that can run all chosen benchmarks."""
         rows, length = [8], [CHECK_LEN]
         if "decode" in self.benchmarks or "startup" in self.benchmarks:
             rows += self.batches
-            length.append(self.context + self.repeat * self.steps + SPARE_STEPS)
+            length.append(self.context + self.repeat * self.steps + self.settle_steps)
         if "prefill" in self.benchmarks:
             rows.append(self.prompts)
             length.append(self.prompt_len + 1)
@@ -95,7 +100,8 @@ class Options:
 
     @classmethod
     def from_json(cls, text: str) -> Options:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        return cls(**values)
 
 
 def progress(message: str) -> None:

@@ -142,7 +142,8 @@ class Shape:
         assert self.folder is not None
         if not (self.folder / "config.json").is_file():
             raise ShapeError(f"{self.name}: no checkpoint in {self.folder}; train it first, or take the shape 'tiny'")
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+        return model.to(device)
 
 
 def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
@@ -154,8 +155,10 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype, seed: in
     from transformers.initialization import no_init_weights
 
     with torch.device(device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    if device.type == "meta":  # sizes only
+        return model
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

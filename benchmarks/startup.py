@@ -16,9 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusecomp.errors import VerificationError
+
 BORN = "FUSECOMP_BENCH_BORN"
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 MARK = "startup-figures "
+WRONG = 3
 
 
 def child(text: str, *, check: bool) -> dict[str, Any]:
@@ -68,21 +71,23 @@ def _spawn(options: Any, caches: Path, *, check: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.startup", options.to_json(), *(["--check"] if check else [])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode == WRONG:
+        raise VerificationError("the started engine's numbers are wrong", where="startup", remedy="see above")
     if done.returncode or not lines:
         raise RuntimeError(f"the started process ended with {done.returncode} and reported nothing")
     return json.loads(lines[-1].removeprefix(MARK))
 
 
-def measure(options: Any) -> dict[str, Any]:
-    """Cold and warm start, in fresh processes. Call before this process holds a model."""
-    from benchmarks.session import progress
+def measure(options: Any) -> Any:
+    """Cold and warm start, in fresh processes, as a `Result`. Call before this process holds a model."""
+    from benchmarks.session import Result, progress
 
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         figures = {}
         for name, check in (("cold", True), ("warm", False)):
             progress(f"start-up, {name}")
             figures[name] = _spawn(replace(options, benchmarks=("startup",)), Path(folder), check=check)
-    return figures
+    return Result(figures, render(figures))
 
 
 def render(figures: dict[str, Any]) -> str:
@@ -97,4 +102,8 @@ def render(figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(MARK + json.dumps(child(sys.argv[1], check="--check" in sys.argv[2:])))
+    try:
+        print(MARK + json.dumps(child(sys.argv[1], check="--check" in sys.argv[2:])))
+    except VerificationError as wrong:
+        print(wrong, file=sys.stderr)
+        sys.exit(WRONG)

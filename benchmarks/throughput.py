@@ -105,7 +105,7 @@ def offline(session: Session) -> Result:
         "walls_s": [r["wall_s"] for r in runs],
     }
     headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted"]
-    line = [o.requests, middle["wall_s"], middle["output_tokens_per_s"], middle["total_tokens_per_s"]]
+    line: list[Any] = [o.requests, middle["wall_s"], middle["output_tokens_per_s"], middle["total_tokens_per_s"]]
     line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
     title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
     return Result(figures, f"{title}\n{table(headers, [line])}")
