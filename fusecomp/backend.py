@@ -6,9 +6,10 @@ is the engine's: the same canonicalization, then paging.
 
 from __future__ import annotations
 
+import operator
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import sympy
 import torch
@@ -24,10 +25,11 @@ from fusecomp.patterns.attention import (
     StatelessAttention,
     attention_calls,
     remove_step_marker,
+    step_marker,
 )
 from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value
 from fusecomp.patterns.moe import Experts
-from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention
+from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
 from fusecomp.report import FusionReport
 
 CANONICALIZE: tuple[Pattern, ...] = (InterfaceAttention(), SdpaAttention(), SoftmaxAttention(), Experts())
@@ -73,6 +75,7 @@ class StepBackend:
         report, start = self.context.report, time.perf_counter()
         run_passes(gm, (*CANONICALIZE, *PAGE), self.context)
         self._require_all_paged(gm)
+        self._require_positions(gm)
         remove_step_marker(gm)
         report.cost_bytes, report.cost_flops = total_cost(gm.graph)
         report.graphs += 1
@@ -104,16 +107,28 @@ class StepBackend:
                 remedy="run the model with stock transformers, or give it an attention that can be proven",
             )
 
-
-def fusecomp_stateless(gm: GraphModule, example_inputs: list[torch.Tensor], **_: Any) -> Callable:
-    """Canonicalize, fuse what can be proven, and compile with Inductor. The report is on the compiled callable."""
-    context = PassContext(FusionReport(model="torch.compile"))
-    run_passes(gm, (*CANONICALIZE, *STATELESS), context)
-    last_reports.append(context.report)
-    del last_reports[:-8]
-    return inductor_compile(gm, example_inputs)
+    def _require_positions(self, gm: GraphModule) -> None:
+        """Refuse a model that ignores its positions and counts tokens itself: it would count across rows."""
+        marker = step_marker(gm.graph)
+        assert marker is not None
+        reads = [n for n in marker.users if is_call(n, (operator.getitem,)) and n.args[1] == slice(1, 2, None)]
+        counts = [n.name for n in gm.graph.nodes if is_call(n, (torch.arange, torch.cumsum), "cumsum") and n.users]
+        if not any(n.users for n in reads) and counts:
+            raise UnsupportedModelError(
+                "the model ignores the positions it is given",
+                where=self.context.report.model,
+                why=f"it computes its own ({', '.join(counts)}), which would run on across packed sequences",
+                remedy="use the position_ids argument of forward",
+            )
 
 
 # The reports of the most recent stateless compilations, newest last: torch.compile gives a backend no other way out.
-last_reports: list[FusionReport] = []
-fusecomp = fusecomp_stateless
+last_reports: deque[FusionReport] = deque(maxlen=8)
+
+
+def fusecomp(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
+    """The backend of `torch.compile(module, backend="fusecomp")`: canonicalize, fuse what is proven, compile."""
+    context = PassContext(FusionReport(model="torch.compile"))
+    run_passes(gm, (*CANONICALIZE, *STATELESS), context)
+    last_reports.append(context.report)
+    return inductor_compile(gm, example_inputs)

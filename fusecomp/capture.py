@@ -9,6 +9,7 @@ changed; its configuration is switched only inside `Implementations.use` and res
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -228,10 +229,7 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
     device = next(model.parameters()).device
     ids = torch.arange(6, device=device)[None]
     positions = torch.arange(6, device=device)
-    kwargs = Signature.of(model).arguments(ids, positions[None], positions[-1:])
-    if "attention_mask" in kwargs:
-        # An explicit 2-D mask keeps HF from adding its packed-sequence term to the mask function.
-        kwargs["attention_mask"] = torch.ones_like(ids)
+    kwargs = Signature.of(model).arguments(ids, positions[None], positions[-1:], explicit_mask=True)
     _probe = probe = Probe(length)
     try:
         with torch.no_grad(), implementations.use(PROBE):
@@ -272,11 +270,16 @@ class Signature:
             )
         return cls(positions, *(n in parameters for n in ("attention_mask", "use_cache", "logits_to_keep")))
 
-    def arguments(self, ids: Tensor, positions: Tensor, logit_indices: Tensor) -> dict[str, Any]:
-        """Keyword arguments of one forward over ids, positions [1, T] that wants logits at `logit_indices`."""
+    def arguments(
+        self, ids: Tensor, positions: Tensor, logit_indices: Tensor, *, explicit_mask: bool
+    ) -> dict[str, Any]:
+        """Keyword arguments of one forward over ids, positions [1, T] that wants logits at `logit_indices`.
+
+        `explicit_mask` passes a 2-D padding mask of ones, which keeps HF from looking for packed sequences.
+        """
         kwargs: dict[str, Any] = {"input_ids": ids, self.positions: positions}
         if self.attention_mask:
-            kwargs["attention_mask"] = None
+            kwargs["attention_mask"] = torch.ones_like(ids) if explicit_mask else None
         if self.use_cache:
             kwargs["use_cache"] = False
         if self.logits_to_keep:
@@ -285,13 +288,28 @@ class Signature:
 
 
 class PackedStep(nn.Module):
-    """The function that Dynamo captures: one step of many sequences packed along T (docs/architecture.md)."""
+    """The function that Dynamo captures: one step of many sequences packed along T (docs/architecture.md).
 
-    def __init__(self, model: nn.Module, max_tokens: int) -> None:
+    `inline_masks` says that the model builds its masks itself, so that they will be evaluated in the graph.
+    """
+
+    def __init__(self, model: nn.Module, max_tokens: int, *, inline_masks: bool) -> None:
         super().__init__()
         self.model = model
+        self.inline_masks = inline_masks
         self.max_tokens = max_tokens
         self.signature = Signature.of(model)
+
+    def isolated_forward(self) -> Callable:
+        """`forward` with a code object of its own.
+
+        Dynamo keeps compiled graphs per code object: with a shared one, every engine of a process would check the
+        guards of all others, and together they would reach the recompile limit.
+        """
+        function = types.FunctionType(
+            PackedStep.forward.__code__.replace(), globals(), "packed_step", None, PackedStep.forward.__closure__
+        )
+        return types.MethodType(function, self)
 
     def forward(
         self,
@@ -304,11 +322,13 @@ class PackedStep(nn.Module):
         kv_caches: list[Tensor],
     ) -> Tensor:
         """Logits [S, V] of the tokens at `logit_indices`; every layer's KV tensor is updated in place."""
-        # The upper bound lets Inductor index with 32-bit integers.
+        # The lower bound lets models reshape by -1; the upper one lets Inductor index with 32-bit integers.
+        torch._check(tokens.shape[1] > 0)
         torch._check(tokens.shape[1] <= self.max_tokens)
         torch._check(logit_indices.shape[0] <= self.max_tokens)
         tokens = OPS.step_inputs(tokens, cu_q_lens, seq_lens, block_tables, host_meta, kv_caches)
-        out = self.model(**self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices))
+        arguments = self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices, explicit_mask=self.inline_masks)
+        out = self.model(**arguments)
         logits = out if isinstance(out, Tensor) else out.logits
         return logits[0] if self.signature.logits_to_keep else logits[0, logit_indices]
 
@@ -328,6 +348,5 @@ def kv_layout(step: PackedStep, implementations: Implementations, inputs: tuple,
         return lambda *_: (torch.zeros(inputs[1].shape[0], logits.shape[-1]),)
 
     with torch.no_grad(), implementations.use(TRACE), dynamo_settings():
-        torch.compile(step, backend=backend, fullgraph=True)(*inputs)
-    torch._dynamo.reset()
+        torch.compile(step.isolated_forward(), backend=backend, fullgraph=True)(*inputs)
     return found

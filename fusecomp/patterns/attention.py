@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import BIDIRECTIONAL, CAUSAL, UNRESOLVED
-from fusecomp.patterns.base import BITWISE, TOLERANCE, Example, PassContext, Pattern, fake_value
+from fusecomp.patterns.base import BITWISE, TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.patterns.raw_attention import is_call
 
@@ -133,8 +133,7 @@ class PagedAttention(Pattern):
             out = emit(OPS.paged_attention.default, (*args, *facts), fake_out)
             rows = emit(torch.transpose, (out, 0, 1), fake_out.transpose(0, 1))
             new = emit(torch.unsqueeze, (rows, 0), fake_out.transpose(0, 1).unsqueeze(0))
-        candidate.node.replace_all_uses_with(new)
-        graph.erase_node(candidate.node)
+        replace_and_prune(candidate.node, new)
         mask = f"sliding({candidate.window})" if candidate.window else "causal"
         return f"{mask}, {q.shape[1]} query / {k.shape[1]} kv heads of {q.shape[3]}, scale {candidate.scale:.6g}"
 
@@ -173,8 +172,7 @@ class StatelessAttention(Pattern):
                 kwargs["is_causal"] = candidate.mask == CAUSAL
             new = graph.call_function(F.scaled_dot_product_attention, (candidate.q, candidate.k, candidate.v), kwargs)
         new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        replace_and_prune(node, new)
         if candidate.window:
             return f"sliding({candidate.window})"
         return CAUSAL if candidate.mask == CAUSAL else BIDIRECTIONAL

@@ -20,6 +20,8 @@ from torch.fx import GraphModule, Node
 from fusecomp.patterns.masks import MaskSpec
 from fusecomp.report import FusionReport, Match, NearMiss
 
+IN_PLACE_OPERATORS = {"setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "pow"))}
+PURE_DESPITE_NAME = {"and_", "or_", "not_", "is_"}  # the operator module's keywords
 BITWISE, TOLERANCE, QUANTIZING = "bitwise", "tolerance", "quantizing"
 
 
@@ -99,7 +101,6 @@ class Pattern(ABC):
             context.report.matches.append(Match(self.name, where, detail, self.numerics))
             matched += 1
         if matched:
-            gm.graph.eliminate_dead_code()
             gm.graph.lint()
             gm.recompile()
         return matched
@@ -109,6 +110,38 @@ class Pattern(ABC):
         if isinstance(value, torch.Tensor) and value.dtype not in self.dtypes:
             return f"dtype {value.dtype} is not one of {', '.join(map(str, self.dtypes))}"
         return None
+
+
+def mutates(node: Node) -> bool:
+    """Whether `node` may write to an input: `x.add_(...)`, `x[...] = ...`, `inplace=True`, `out=`, a mutable op."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    schema = getattr(node.target, "_schema", None)
+    return (
+        (name.endswith("_") and not name.endswith("__") and name not in PURE_DESPITE_NAME)
+        or name in IN_PLACE_OPERATORS
+        or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
+        or (schema is not None and schema.is_mutable)
+    )
+
+
+def replace_and_prune(node: Node, new: Node) -> None:
+    """Put `new` in place of `node`, then erase `node` and whatever only it needed.
+
+    Dynamo's graph is not functional: a node without users may exist for what it writes. Those stay.
+    """
+    node.replace_all_uses_with(new)
+    stack, erased = [node], set()
+    while stack:
+        dead = stack.pop()
+        if dead in erased or dead.users or dead.op not in ("call_function", "call_method") or mutates(dead):
+            continue
+        inputs = dead.all_input_nodes
+        dead.graph.erase_node(dead)
+        erased.add(dead)
+        stack.extend(inputs)
 
 
 def fake_value(node: Node) -> Any:

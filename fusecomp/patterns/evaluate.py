@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusecomp.ops import OPS
-from fusecomp.patterns.base import fake_value
+from fusecomp.patterns.base import fake_value, mutates
 
 
 class NotProvable(Exception):
@@ -71,6 +71,8 @@ def evaluate(target: Node, length_like: Any, inputs: Inputs, given: dict[Node, T
             if node.target in (OPS.step_inputs, OPS.step_inputs.default):
                 values[node] = inputs.tokens()
                 continue
+            if writer := next((user for user in node.users if mutates(user)), None):
+                raise NotProvable(f"{node.name} is changed in place by {writer.name}")
             stack.append((node, True))
             stack.extend((arg, False) for arg in node.all_input_nodes if arg not in values)
             continue

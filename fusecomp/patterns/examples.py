@@ -79,6 +79,12 @@ def _alibi(scores: Tensor) -> Tensor:
     return _add(scores) - 0.1 * (at[:, None] - at[None])
 
 
+def _written_in_place(scores: Tensor) -> Tensor:
+    mask = torch.zeros(scores.shape[-2:])
+    mask[:, 3:] = float("-inf")
+    return _add(scores) + mask.to(scores.dtype)
+
+
 def _data_dependent(scores: Tensor) -> Tensor:
     return scores.masked_fill(scores < scores.mean(), float("-inf"))
 
@@ -118,6 +124,7 @@ def softmax_examples() -> list[Example]:
         Example("chunked mask", eager(_chunked), qkv(), 0, "chunked"),
         Example("strided mask", eager(_strided), qkv(), 0, "neither causal nor a sliding window"),
         Example("ALiBi", eager(_alibi), qkv(), 0, "bias is added"),
+        Example("mask written in place", eager(_written_in_place), qkv(), 0, "changed in place"),
         Example("mask computed from the scores", eager(_data_dependent), qkv(), 0, "unknown"),
         Example("active dropout", eager(_add, dropout=0.5), qkv(), 0, "dropout"),
         Example("second user of the scores", _second_user, qkv(), 0, "second user"),

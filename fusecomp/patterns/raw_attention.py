@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value
+from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.evaluate import Inputs, NotProvable, evaluate, static_length
 from fusecomp.patterns.masks import CAUSAL, UNKNOWN, MaskSpec, classify_matrix, unknown
 
@@ -70,9 +70,18 @@ def mask_from_node(node: Node, q: Tensor, context: PassContext) -> MaskSpec:
         visible.append(mask if mask.dtype == torch.bool else mask == 0)
     if not torch.equal(visible[0], visible[1]):
         return unknown("the mask depends on token ids")
-    if visible[0].dim() > 2 and math.prod(visible[0].shape[:-2]) != 1:
-        return unknown("the mask depends on the batch row or on the head")
-    return classify_matrix(visible[0].expand(*visible[0].shape[:-2], length, length).reshape(length, length))
+    try:
+        return classify_matrix(_one_matrix(visible[0], length))
+    except NotProvable as error:
+        return unknown(str(error))
+
+
+def _one_matrix(values: Tensor, length: int) -> Tensor:
+    """The [length, length] matrix that every batch row and head shares."""
+    matrices = values.expand(*values.shape[:-2], length, length).reshape(-1, length, length)
+    if not bool((matrices == matrices[:1]).all()):
+        raise NotProvable("the mask depends on the batch row or on the head")
+    return matrices[0]
 
 
 def fit_scores(final: Node, scores: Node, q: Tensor, context: PassContext) -> ScoreFacts:
@@ -82,7 +91,7 @@ def fit_scores(final: Node, scores: Node, q: Tensor, context: PassContext) -> Sc
     def chain(value: float | Tensor, seed: int = 0) -> Tensor:
         given = {scores: torch.zeros(1, 1, length, length) + value}
         out = evaluate(final, q.shape[-2], Inputs(length, seed), given)
-        return out.float().expand(1, 1, length, length)[0, 0]
+        return _one_matrix(out.float(), length)
 
     try:
         at = {x: chain(x) for x in (0.0, 1e-3, 1.0, -2.0, 30.0, 1e6)}
@@ -199,8 +208,7 @@ class _RawAttention(Pattern):
             args = (candidate.q, k, candidate.v, facts.scale, facts.mask.kind, facts.mask.window)
             new = gm.graph.call_function(OPS.attention.default, (*args, facts.softcap, None, layer))
         new.meta.update({k: v for k, v in candidate.node.meta.items() if k != "tensor_dict"})
-        candidate.node.replace_all_uses_with(new)
-        gm.graph.erase_node(candidate.node)
+        replace_and_prune(candidate.node, new)
         return f"{facts.mask}, scale {facts.scale:.6g}" + (f", softcap {facts.softcap:g}" if facts.softcap else "")
 
 

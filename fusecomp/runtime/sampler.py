@@ -1,4 +1,6 @@
-"""Logits to tokens on the device, with no sync and no data-dependent shape: traceable and capturable.
+"""Logits to tokens on the device, with no sync and no data-dependent shape: traceable and capturable. Constants enter
+by `masked_fill`, whose scalar is a kernel argument; an eager `torch.where` may copy it from the host, which a capture
+forbids.
 
 Legend: N rows, V vocabulary.
 
@@ -37,7 +39,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     """Arg-max of each row, the first of equals. logits [N, V] float -> [N] int64; `INVALID_TOKEN` for bad rows."""
     # max propagates NaN, so the value at the arg-max tells whether the row has one.
     best, token = logits.max(dim=-1)
-    return torch.where(best.isfinite(), token, INVALID_TOKEN)
+    return token.masked_fill(~best.isfinite(), INVALID_TOKEN)
 
 
 def sample(
@@ -71,7 +73,7 @@ def sample(
     if top_k is not None:
         take_best = take_best | (top_k == 1)
     # The maximum becomes 0 before the division, so a small temperature cannot overflow; 1 keeps the order of logits.
-    scores = (logits - best[:, None]) / torch.where(take_best, 1.0, temperature)[:, None]
+    scores = (logits - best[:, None]) / temperature.masked_fill(take_best, 1.0)[:, None]
     ids = torch.arange(vocab, device=logits.device)
     if top_k is None and top_p is None:
         token = (scores + _noise(seeds, positions, ids, take_best)).argmax(dim=-1)
@@ -80,7 +82,7 @@ def sample(
         kept = scores.masked_fill(~_keep(scores, top_k, top_p), float("-inf"))
         pick = (kept + _noise(seeds, positions, order, take_best)).argmax(dim=-1)
         token = order.gather(1, pick[:, None])[:, 0]
-    return torch.where(best.isfinite(), token, INVALID_TOKEN)
+    return token.masked_fill(~best.isfinite(), INVALID_TOKEN)
 
 
 def _keep(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
@@ -88,10 +90,10 @@ def _keep(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor 
     vocab = scores.shape[-1]
     keep = torch.ones_like(scores, dtype=torch.bool)
     if top_k is not None:
-        kth = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long() - 1
+        kth = top_k.masked_fill(top_k <= 0, vocab).clamp(max=vocab).long() - 1
         keep = scores >= scores.gather(1, kth[:, None])
     if top_p is not None:
-        mass = torch.where(keep, scores.exp() * _MASS_ONE, 0.0).long()
+        mass = (scores.exp() * _MASS_ONE).masked_fill(~keep, 0.0).long()
         reached = mass.cumsum(dim=-1)
         before = (reached - mass).double()
         target = top_p.double()[:, None] * reached[:, -1:].double()
@@ -110,7 +112,7 @@ def _noise(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor, off:
     # 2**-24 would tie among 100,000 tokens. The bounds keep both logarithms finite.
     uniform = _shift(bits, 1).float() * 2.0**-63
     exponential = -torch.log1p(-uniform.clamp(2.0**-64, 1 - 2.0**-24))
-    return torch.where(off[:, None], 0.0, -exponential.log())
+    return (-exponential.log()).masked_fill(off[:, None], 0.0)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ One call of `schedule`, in this order:
 
 Why it ends: running sequences are older than waiting ones and both lists are ordered by arrival (a preempted sequence
 returns to the front). Only the youngest is ever preempted, and `add` refuses what does not fit into the empty cache, so
-the oldest sequence always gets the blocks it asks for. A step is never empty while there is work.
+the oldest decode always gets the block it asks for. A prefill never preempts: its blocks were counted at admission,
+only decodes can have taken them since, and those end, or are preempted, and give them back. So no step is empty while
+there is work, and the oldest sequence never waits for ever.
 """
 
 from __future__ import annotations
@@ -249,25 +251,17 @@ class Scheduler:
             samples.append(start + size == len(seq.token_ids))
 
         for seq in prefills:
-            if seq.status is not Status.RUNNING or budget == 0:
-                break  # preempted by an older one, as are all behind it
-            # With no row yet this is the oldest sequence: it may take blocks from the others. Later ones wait.
-            while (room := self._room(seq)) == 0 and not seqs:
-                num_preempted += 1
-                victim = self._preempt_youngest()
-                assert victim is not seq, f"{seq.request_id!r} does not fit alone"
-            if room == 0:
+            size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, self._room(seq))
+            if size == 0:
                 break
-            size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, room)
             chunk(seq, size)
             budget -= size
 
-        if not num_preempted:
-            while self._waiting and budget and self._free_rows and self._fits(self._waiting[0]):
-                seq = self._admit()
-                size = min(len(seq.token_ids), budget)
-                chunk(seq, size)
-                budget -= size
+        while self._waiting and budget and self._free_rows and self._fits(self._waiting[0]):
+            seq = self._admit()
+            size = min(len(seq.token_ids), budget)
+            chunk(seq, size)
+            budget -= size
 
         if not seqs:
             assert not self._live, "live sequences but nothing to schedule"
@@ -330,14 +324,15 @@ class Scheduler:
         return True
 
     def _fits(self, seq: SequenceState) -> bool:
-        """Whether all known tokens of a waiting sequence fit beside what running prefills still need.
+        """Whether all known tokens of a waiting sequence fit, not just its first chunk.
 
-        Admitting for the first chunk alone would let half-done prefills starve each other of blocks.
+        Here no running prefill still needs blocks: one that the step does not complete has used up the token budget or
+        the free blocks, and nothing is admitted. So a half-done prefill competes for blocks with decodes only. Asking
+        for all tokens also keeps a sequence from coming back in the step that preempted it.
         """
         if not self._running:
             return True  # `add` made sure of it
-        promised = sum(self.kv.blocks_for(max(0, len(other.token_ids) - other.num_slots)) for other in self._running)
-        return self.kv.blocks_for(len(seq.token_ids)) + promised + self._watermark <= self.kv.num_free
+        return self.kv.blocks_for(len(seq.token_ids)) + self._watermark <= self.kv.num_free
 
     def _admit(self) -> SequenceState:
         seq = self._waiting.popleft()

@@ -28,6 +28,24 @@ from fusecomp.runtime.batch import StepBatch
 INLINE_PROOF_LENGTH = 4096
 
 
+@contextmanager
+def capture_errors(model: str) -> Iterator[None]:
+    """Turn Dynamo's failures to capture one full graph into `UnsupportedModelError`."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, UnsupportedModelError):
+            raise error.inner_exception from error
+        raise
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        raise UnsupportedModelError(
+            "the model cannot be captured as one graph for every number of tokens",
+            where=model,
+            why=str(error).split("\n\n", 1)[0],
+            remedy="use stock transformers for this model, or rewrite the place named above",
+        ) from error
+
+
 class CompiledStep:
     """One model compiled as a packed step.
 
@@ -51,12 +69,12 @@ class CompiledStep:
         self.device, self.dtype, self.block_size = device, dtype, config.block_size
         self.report = FusionReport(model=type(model).__name__)
         self._implementations = Implementations(model)
-        self._module = PackedStep(model, config.max_num_batched_tokens)
         self._sealed = False
         self.kv_caches: list[Tensor] = []
         start = time.perf_counter()
         probe = run_probe(model, self._implementations, config.max_model_len)
         self._context = PassContext(self.report, probe.masks, min(config.max_model_len, INLINE_PROOF_LENGTH))
+        self._module = PackedStep(model, config.max_num_batched_tokens, inline_masks=not probe.heads)
         if probe.heads:
             self.layers = [(layer, *probe.heads[layer]) for layer in sorted(probe.heads)]
             self.proven_length = config.max_model_len
@@ -68,7 +86,7 @@ class CompiledStep:
             self.report.notes.append(f"{name} runs unfused: {reason}")
         self.report.seconds["probe"] = time.perf_counter() - start
         self._function = torch.compile(
-            self._module, backend=StepBackend(self._context, inductor=not config.enforce_eager), fullgraph=True
+            self._module.isolated_forward(), backend=StepBackend(self._context, inductor=not config.enforce_eager), fullgraph=True
         )
 
     @property
@@ -98,7 +116,8 @@ class CompiledStep:
             mark_unbacked(tensor, dim)
         breaks = sum(counters["graph_break"].values())
         start = time.perf_counter()
-        logits = self(batch)
+        with capture_errors(self.report.model):
+            logits = self(batch)
         self.report.seconds["capture and compile"] = time.perf_counter() - start
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         return logits
@@ -137,7 +156,7 @@ class CompiledStep:
             raise RecompileError(
                 "the step would be compiled again while serving",
                 where=self.report.model,
-                why=str(error),
+                why=" ".join(str(error).split("- User stack trace")[0].split("\n    - ")[-1].split()),
                 remedy="do not change the model while its engine lives",
             ) from error
 
@@ -156,7 +175,8 @@ class CompiledStep:
             return [(layer, k.shape[1], k.shape[3]) for layer, k in keys]
 
         inputs = (tokens, torch.tensor([5], device=self.device), *rows, meta, [])
-        layers = kv_layout(self._module, self._implementations, inputs, canonicalize)
+        with capture_errors(self.report.model):
+            layers = kv_layout(self._module, self._implementations, inputs, canonicalize)
         misses = [f"{m.where}: {m.reason}" for m in context.report.near_misses]
         unknown = [f"layer {i}: {m.reason}" for i, m in context.masks.items() if m.kind == UNKNOWN]
         if not layers or misses or unknown:

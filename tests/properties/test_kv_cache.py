@@ -97,5 +97,5 @@ class BlockMachine(RuleBasedStateMachine):
         assert sorted(self.kv.pool.allocate() for _ in range(12)) == list(range(12))
 
 
-BlockMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+BlockMachine.TestCase.settings = settings(stateful_step_count=40)
 TestBlockMachine = BlockMachine.TestCase

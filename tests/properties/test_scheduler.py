@@ -1,6 +1,6 @@
 """Whatever arrives, in whatever order, on however small a cache: every request gets the tokens it would get alone."""
 
-from hypothesis import event, given, settings
+from hypothesis import event, given
 
 from fusecomp.runtime.scheduler import ScheduledStep, Status
 from tests.runtime.simulation import PagedModel, Scenario, alone, scenarios, simulate
@@ -22,7 +22,6 @@ def check_step(scenario: Scenario, step: ScheduledStep) -> None:
         assert decodes == (i < step.num_decodes), "decodes come first, and only they"
 
 
-@settings(max_examples=300)
 @given(scenarios())
 def test_every_request_ends_as_if_alone(scenario):
     scheduler = scenario.scheduler()
@@ -45,7 +44,6 @@ def test_every_request_ends_as_if_alone(scenario):
     event("preempted" if preemptions else "never preempted")
 
 
-@settings(max_examples=150)
 @given(scenarios(aborts=True))
 def test_aborts_leave_the_others_alone(scenario):
     scheduler = scenario.scheduler()
@@ -61,7 +59,6 @@ def test_aborts_leave_the_others_alone(scenario):
     assert sorted(scheduler._free_rows) == list(range(scenario.max_num_seqs))
 
 
-@settings(max_examples=40)
 @given(scenarios(aborts=True))
 def test_same_calls_same_steps(scenario):
     def trace():

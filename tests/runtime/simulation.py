@@ -89,11 +89,11 @@ class Scenario:
 def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
     max_model_len = 40
     requests = []
-    for _ in range(draw(st.integers(1, 8))):
+    for _ in range(draw(st.sampled_from([1, 2, 4, 5, 6, 8]))):
         params = SamplingParams(
-            max_tokens=draw(st.none() | st.integers(1, 16)),
-            ignore_eos=draw(st.booleans()),
-            stop_token_ids=tuple(draw(st.sets(st.integers(0, VOCAB - 1), max_size=1))),
+            max_tokens=draw(st.sampled_from([None, 1, 2, 7, 12, 16, 20])),
+            ignore_eos=draw(st.sampled_from([True, True, False])),
+            stop_token_ids=draw(st.sampled_from([(), (), (3,)])),
             temperature=draw(st.sampled_from([0.0, 0.5, 1.0])),
             top_k=draw(st.sampled_from([-1, 0, 1, 4])),
             top_p=draw(st.sampled_from([0.5, 1.0])),
@@ -103,11 +103,11 @@ def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
             Request(
                 draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)),
                 params,
-                draw(st.integers(0, 12)),
+                draw(st.sampled_from([0, 0, 0, 1, 2, 5, 12])),
                 draw(st.none() | st.integers(0, 30)) if aborts else None,
             )
         )
-    max_num_seqs = draw(st.integers(1, 5))
+    max_num_seqs = draw(st.sampled_from([1, 2, 3, 4, 5]))
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     tightest = max(
         -(-(min(max_model_len, len(r.prompt) + (r.params.max_tokens or max_model_len)) - 1) // block_size)
@@ -119,7 +119,7 @@ def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 40)),
         max_model_len=max_model_len,
         block_size=block_size,
-        num_blocks=tightest + draw(st.integers(0, 3) | st.integers(0, 60)),
+        num_blocks=tightest + draw(st.sampled_from([0, 1, 2, 3, 60])),  # mostly so few that sequences preempt
     )
 
 

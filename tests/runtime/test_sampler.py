@@ -154,6 +154,18 @@ def test_ties_are_cut_by_rank_in_top_p_and_kept_in_top_k():
     assert set(draw(equal[0], n=200, top_p=0.5).tolist()) == {0, 1}
 
 
+def test_top_p_of_1_keeps_tokens_whose_mass_rounds_to_0():
+    scores = torch.tensor([[0.0, -40.0]])
+    assert _keep(scores, None, torch.tensor([1.0])).tolist() == [[True, True]]
+    assert _keep(scores, None, torch.tensor([0.999])).tolist() == [[True, False]]
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([0.0, 1e-7])
+    assert draw(logits, n=200, temperature=1e-6).eq(1).all()
+    assert not draw(logits, n=200, temperature=2e-5).eq(1).all()
+
+
 def test_filters_keep_what_hugging_face_keeps():
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 

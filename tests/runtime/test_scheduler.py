@@ -60,6 +60,26 @@ def test_out_of_blocks_preempts_the_youngest_and_recomputes_it():
     assert scheduler.kv.usage == 0
 
 
+def test_admission_leaves_a_block_to_running_sequences():
+    scheduler = make(blocks=4, max_model_len=16, block_size=4)
+    scheduler.add(sequence("a", 8, max_tokens=2))
+    scheduler.update(scheduler.schedule(), [9], ())
+    scheduler.add(sequence("b", 4))
+    # 2 blocks are free: "a" takes one at this step, and "b" would take the last.
+    step = scheduler.schedule()
+    assert rows(step) == [("a", 8, 1, True)]
+    scheduler.update(step, [9], ())
+    assert rows(scheduler.schedule()) == [("b", 0, 4, True)]
+
+
+def test_a_long_prompt_is_admitted_only_when_all_of_it_fits():
+    scheduler = make(blocks=8, max_model_len=32, block_size=4, budget=6)
+    scheduler.add(sequence("a", 5))
+    scheduler.update(scheduler.schedule(), [9], ())
+    scheduler.add(sequence("b", 25))  # 7 blocks; its first chunk alone would fit into the 6 that are free
+    assert rows(scheduler.schedule()) == [("a", 5, 1, True)]
+
+
 @pytest.mark.parametrize(
     ("params", "reason", "output"),
     [

@@ -1,0 +1,192 @@
+"""The verified families: for each, a tiny random model of unmodified Hugging Face code and what fusecomp does to it.
+
+Tests are parametrized over `FAMILIES`; `build` makes the model. Sizes are awkward where that is legal: heads
+per kv head that are no power of two, an odd vocabulary, widths that no tile divides. `docs/models.md` says how to add
+a family.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+WINDOW = 7  # sliding windows, small enough for every test prompt to cross
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: how tests and docs call it.
+        architecture: class of transformers that is built, unmodified.
+        config: keyword arguments of its configuration class; a tiny model.
+        expected_matches: per pattern, matches in one decoder layer. A capture of the model must report exactly
+            `layers * count` of each; a pattern that is not named must not match.
+        dtypes: in which the family is tested.
+        windows: sliding window of each layer, 0 for plain causal attention: what the mask proof must find.
+        tolerance: why the numerics contract needs care here; empty when it holds as it stands.
+        exclusions: configurations of the family that are not covered, with the reason.
+    """
+
+    name: str
+    architecture: str
+    config: Mapping[str, Any]
+    expected_matches: Mapping[str, int]
+    windows: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    tolerance: str = ""
+    exclusions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    def expected_total(self) -> dict[str, int]:
+        """Matches in the whole model."""
+        return {pattern: count * self.layers for pattern, count in self.expected_matches.items()}
+
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, self.architecture)
+
+    def make_config(self) -> transformers.PreTrainedConfig:
+        return self.model_class().config_class(num_hidden_layers=self.layers, **self.config)
+
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}  # nothing ends a generation early
+_LONG_CONTEXT = {
+    "rope_type dynamic, longrope": "Hugging Face derives the frequencies from the longest sequence of the batch, "
+    "so the result of one sequence depends on what it is packed with"
+}
+_ROUTING = (
+    "where two experts' router logits nearly tie, a low-precision run may choose another expert than fp32 does and is "
+    "then wrong by a whole expert; `build` spreads the router, and comparisons are made on the error over all tokens"
+)
+_DENSE = {"paged_attention": 1}
+_SPARSE = {"paged_attention": 1, "experts": 1}
+_SMALL = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+_ENTRIES = (
+    Family(
+        name="llama",
+        architecture="LlamaForCausalLM",
+        config={**_SMALL, "vocab_size": 173, "intermediate_size": 200, **_TOKENS},
+        expected_matches=_DENSE,
+        windows=(0, 0, 0),
+        exclusions=_LONG_CONTEXT,
+    ),
+    Family(
+        name="qwen3",
+        architecture="Qwen3ForCausalLM",
+        # Heads are together wider than the hidden size, as in Qwen3's small models; embeddings are tied.
+        config={**_SMALL, "hidden_size": 80, "vocab_size": 151, "intermediate_size": 136, **_TOKENS}
+        | {"num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        expected_matches=_DENSE,
+        windows=(0, 0, 0),
+        exclusions=_LONG_CONTEXT,
+    ),
+    Family(
+        name="qwen3-mixed",
+        architecture="Qwen3ForCausalLM",
+        # The first layer attends to everything, the others through a window: masks differ between layers of one graph.
+        config={**_SMALL, "vocab_size": 151, "intermediate_size": 136, **_TOKENS}
+        | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        expected_matches=_DENSE,
+        windows=(0, WINDOW, WINDOW),
+        exclusions=_LONG_CONTEXT,
+    ),
+    Family(
+        name="mistral",
+        architecture="MistralForCausalLM",
+        config={**_SMALL, "vocab_size": 173, "intermediate_size": 200, "sliding_window": WINDOW, **_TOKENS},
+        expected_matches=_DENSE,
+        windows=(WINDOW, WINDOW),
+        exclusions=_LONG_CONTEXT,
+    ),
+    Family(
+        name="qwen3-moe",
+        architecture="Qwen3MoeForCausalLM",
+        config={**_SMALL, "vocab_size": 151, "intermediate_size": 96, **_TOKENS}
+        | {"moe_intermediate_size": 48, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": True},
+        expected_matches=_SPARSE,
+        windows=(0, 0),
+        tolerance=_ROUTING,
+        exclusions={
+            **_LONG_CONTEXT,
+            "mlp_only_layers, decoder_sparse_step > 1": "some layers are dense, so matches differ between "
+            "layers; the registry counts one number for all of them",
+        },
+    ),
+    Family(
+        name="mixtral",
+        architecture="MixtralForCausalLM",
+        config={**_SMALL, "vocab_size": 173, "intermediate_size": 80, **_TOKENS}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+        expected_matches=_SPARSE,
+        windows=(0, 0),
+        tolerance=_ROUTING,
+        exclusions=_LONG_CONTEXT,
+    ),
+)
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ENTRIES})
+
+
+def build(family: Family | str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model of the family in eval mode, the same for the same seed, whatever the global random state.
+
+    Hugging Face's initialization gives logits of about 0.02, where rounding decides the argmax. Here every projection
+    keeps unit variance, attention and routing are far from uniform, norms and biases are not neutral, and the rows of
+    the output projection differ a little in length, which keeps the two largest logits apart; were they to differ much,
+    greedy decoding would soon repeat one token. The values are drawn in fp32 and
+    rounded to `dtype`, so that models of different dtypes are roundings of one model.
+
+    Raises:
+        KeyError: the name is not in `FAMILIES`.
+    """
+    if isinstance(family, str):
+        if family not in FAMILIES:
+            raise KeyError(f"no family {family!r} in the registry; known: {', '.join(FAMILIES)}")
+        family = FAMILIES[family]
+    state = torch.get_rng_state()
+    try:
+        model = family.model_class()(family.make_config())
+    finally:
+        torch.set_rng_state(state)
+    generator = torch.Generator().manual_seed(seed)
+    tied = bool(model.config.tie_word_embeddings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_draw(name, parameter, tied, generator))
+    return model.to(dtype).eval()
+
+
+def _draw(name: str, parameter: nn.Parameter, tied: bool, generator: torch.Generator) -> torch.Tensor:
+    """Values for one parameter; a projection's last dimension is its fan-in."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if name.endswith("bias"):
+        return 0.1 * noise
+    if parameter.dim() == 1:  # norm weights
+        return (10 if tied and name == "model.norm.weight" else 1) * (1 + 0.2 * noise)
+    unit = parameter.shape[-1] ** -0.5
+    is_output = "lm_head" in name or (tied and "embed_tokens" in name)
+    if is_output:
+        lengths = torch.exp(0.2 * torch.randn(parameter.shape[0], 1, generator=generator))
+        # Tied rows stay short next to what the layers add, or every token would predict itself; the last norm scales.
+        return (0.3 if tied else 3) * unit * lengths * noise
+    if "embed_tokens" in name:
+        return noise
+    if "gate.weight" in name or "router" in name:
+        return 2 * unit * noise
+    return unit * noise
