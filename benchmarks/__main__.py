@@ -167,6 +167,7 @@ def _compare(figures: dict[str, Any]) -> None:
     for row in figures.get("decode", {}).get("batches", ()):
         if row["batch"] in theirs:
             row["speedup_over_hf"] = theirs[row["batch"]] / row["step_ms"]
+            print(f"batch {row['batch']}: {row['speedup_over_hf']:.2f} times as fast as Hugging Face\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

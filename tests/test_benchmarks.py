@@ -14,6 +14,9 @@ from benchmarks.__main__ import main
 from benchmarks.check import in_float32
 from benchmarks.roofline import Workload, touched_experts
 from benchmarks.shapes import SHAPES, Shape
+from fusecomp.config import EngineConfig
+from fusecomp.errors import RequestError
+from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.step import CompiledStep
 
@@ -125,6 +128,22 @@ def test_fp32_reference_without_a_copy() -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
     torch.testing.assert_close(widened, model.float()(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_repeating_a_step_changes_nothing() -> None:
+    model = SHAPES["tiny"].build(CPU, torch.float32)
+    engine = Engine(model, EngineConfig(enforce_eager=True, max_num_seqs=2, max_model_len=64))
+    with pytest.raises(RequestError, match="no step has run"):
+        engine.repeat_step()
+    for request in "ab":
+        engine.add_request(request, [3, 1, 4, 1, 5], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    served: dict[str, list[int]] = {"a": [], "b": []}
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            served[out.request_id] += out.new_token_ids
+        assert engine.repeat_step().tolist() == [tokens[-1] for tokens in served.values()]
+    ids = torch.tensor([[3, 1, 4, 1, 5, *served["a"][:-1]]])
+    assert served["a"] == served["b"] == model(input_ids=ids).logits[0, 4:].argmax(-1).tolist()
 
 
 def test_touched_experts_are_counted_on_the_last_tokens() -> None:

@@ -86,7 +86,9 @@ class CompiledStep:
             self.report.notes.append(f"{name} runs unfused: {reason}")
         self.report.seconds["probe"] = time.perf_counter() - start
         self._function = torch.compile(
-            self._module.isolated_forward(), backend=StepBackend(self._context, inductor=not config.enforce_eager), fullgraph=True
+            self._module.isolated_forward(),
+            backend=StepBackend(self._context, inductor=not config.enforce_eager),
+            fullgraph=True,
         )
 
     @property
