@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ VERIFY_MODES = ("off", "first")
 C = TypeVar("C")
 
 
-def check_keys(cls: type, keys: Any, where: str) -> None:
-    """Raise `ConfigError` for the first of `keys` that is not a field of dataclass `cls`."""
-    valid = [f.name for f in dataclasses.fields(cls)]
+def check_keys(cls: type, keys: Any, where: str, *, also: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for the first of `keys` that is neither a field of dataclass `cls` nor in `also`."""
+    valid = [*also, *(f.name for f in dataclasses.fields(cls))]
     for key in keys:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1)

@@ -58,3 +58,7 @@ class VerificationError(FusecompError, RuntimeError):
 
 class FallbackError(FusecompError, RuntimeError):
     """A fallback would have been taken under `strict=True`."""
+
+
+class FallbackWarning(UserWarning):
+    """A call was served by the unfused model; the message names the cause. Under `strict=True`: `FallbackError`."""

@@ -45,7 +45,10 @@ class SamplingParams:
             return isinstance(x, int) and not isinstance(x, bool)
 
         def is_real(x: Any) -> bool:
-            return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            try:
+                return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            except OverflowError:  # an integer beyond every float
+                return False
 
         if self.max_tokens is not None and (not is_int(self.max_tokens) or self.max_tokens < 1):
             refuse("max_tokens", "give an integer of at least 1, or None for up to max_model_len")

@@ -1,0 +1,310 @@
+"""Offline inference: `LLM(model).generate(prompts, sampling_params)`, and `explain(model)`.
+
+Names, defaults and the shape of the results are vLLM's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from fusecomp.config import EngineConfig, check_keys
+from fusecomp.errors import ConfigError, FusecompError, RequestError
+from fusecomp.hf import FusedGeneration
+from fusecomp.request import CompletionOutput, RequestOutput, SamplingParams
+from fusecomp.runtime.loading import load_model, load_tokenizer, resolve_device
+from fusecomp.runtime.session import Progress, Session
+
+if TYPE_CHECKING:
+    from fusecomp.report import FusionReport
+
+logger = logging.getLogger("fusecomp")
+
+ERROR_MODES = ("raise", "return")
+
+
+class LLM:
+    """A causal LM behind a fusecomp engine, for lists of prompts.
+
+    Args:
+        model: a folder, a name on the Hugging Face Hub, or an `nn.Module` in memory. A module is put in evaluation
+            mode, and an explicit `dtype` or `device` converts it as `module.to` does; "auto" leaves both.
+        tokenizer: a tokenizer, or the folder of one; None takes the checkpoint's.
+        **other: see `EngineConfig`.
+
+    Raises:
+        ConfigError: an option is unknown (the nearest is named) or invalid.
+        CheckpointError, UnsupportedModelError, CapacityError: the model cannot be loaded, captured or fitted.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        gpu_memory_utilization: float = 0.9,
+        block_size: int = 16,
+        enforce_eager: bool = False,
+        seed: int = 0,
+        strict: bool = False,
+        device: str = "auto",
+        kv_cache_bytes: int | None = None,
+        verify: str = "off",
+        tokenizer: Any = None,
+        **unknown: Any,
+    ) -> None:
+        check_keys(EngineConfig, unknown, "LLM", also=("tokenizer",))
+        config = EngineConfig(
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_bytes=kv_cache_bytes,
+            block_size=block_size,
+            enforce_eager=enforce_eager,
+            seed=seed,
+            strict=strict,
+            verify=verify,
+        )
+        module, own_tokenizer, config = _materialize(model, config)
+        self.config = config
+        self._tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer or own_tokenizer
+        self._vocab_size = _vocab_size(module)
+        self._default_params = _default_sampling_params(module)
+        self._session = Session(module, config)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete `prompts` and return their outputs in the same order.
+
+        Args:
+            prompts: a text, a list of texts, a list of token ids (one prompt), a list of those, or vLLM's dictionaries
+                with "prompt" or "prompt_token_ids".
+            sampling_params: for all prompts, or one each. None takes `get_default_sampling_params()`: as in vLLM,
+                `SamplingParams()` (16 tokens) with temperature, top_k and top_p of the model's `generation_config.json`
+                when that says `do_sample`.
+            use_tqdm: show a progress bar on stderr.
+
+        Raises:
+            RequestError, CapacityError: a prompt cannot be served (empty, too long, ids outside the vocabulary, no
+                tokenizer, ...). Names the index, and is raised before anything runs. A request that fails by itself
+                later comes back with `error` set.
+        """
+        return self.serve(prompts, sampling_params, errors="raise", use_tqdm=use_tqdm)
+
+    def serve(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams | FusecompError] | None = None,
+        *,
+        errors: str = "return",
+        use_tqdm: bool = False,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for callers that must not lose good requests to a bad one.
+
+        Args:
+            sampling_params: may hold an error in a request's place, which is then that request's outcome.
+            errors: "return" gives a request that cannot be served an output with `error` set; "raise" refuses all.
+            on_output: called with the index and the output of each request as it finishes, in order of completion.
+        """
+        if errors not in ERROR_MODES:
+            raise ConfigError(f"errors={errors!r}", where="LLM.serve", remedy=f"use one of {', '.join(ERROR_MODES)}")
+        items = _prompt_list(prompts)
+        params = self._params_for(sampling_params, len(items))
+        requests = [self._encode(item, param) for item, param in zip(items, params, strict=True)]
+        outputs: dict[int, RequestOutput] = {}
+
+        def collect(_: list[Progress], ended: list[Progress]) -> None:
+            for progress in ended:
+                output = self._output(items[progress.index], requests[progress.index], progress)
+                outputs[progress.index] = output
+                bar.advance(len(progress.token_ids))
+                if on_output is not None:
+                    on_output(progress.index, output)
+
+        with _Bar(len(items), use_tqdm) as bar:
+            self._session.run(requests, errors=errors, on_step=collect)
+        return [outputs[index] for index in range(len(items))]
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer; None when the checkpoint has none."""
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when no parameters are given."""
+        return self._default_params
+
+    @property
+    def fusion_report(self) -> FusionReport:
+        """What was rewritten in the model, what was not and why."""
+        return self._session.engine.report
+
+    @property
+    def metrics(self) -> Any:
+        """A snapshot of the engine's counters."""
+        return self._session.engine.metrics
+
+    def _params_for(self, given: Any, count: int) -> list[SamplingParams | FusecompError]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self._default_params] * count
+        params = list(given)
+        if len(params) != count:
+            raise ConfigError(
+                f"{len(params)} sampling_params for {count} prompts",
+                where="LLM.generate",
+                remedy="give one for all, or one each",
+            )
+        return params
+
+    def _encode(
+        self, item: Any, params: SamplingParams | FusecompError
+    ) -> tuple[list[int], SamplingParams] | FusecompError:
+        """The token ids of one prompt with its parameters, or the error that refuses it."""
+        if isinstance(params, FusecompError):
+            return params
+        try:
+            return self._token_ids(item), params
+        except RequestError as error:
+            return error
+
+    def _token_ids(self, item: Any) -> list[int]:
+        if isinstance(item, Mapping):
+            keys = set(item) & {"prompt", "prompt_token_ids"}
+            if not keys or set(item) - keys:
+                raise RequestError(f"a prompt with keys {sorted(item)}", remedy='give "prompt" or "prompt_token_ids"')
+            item = item["prompt_token_ids"] if "prompt_token_ids" in keys else item["prompt"]
+        if isinstance(item, str):
+            if not item:
+                raise RequestError("the prompt is empty", remedy="give at least one character")
+            if self._tokenizer is None:
+                raise RequestError(
+                    "a text prompt, but the model has no tokenizer", remedy="give token ids, or LLM(tokenizer=...)"
+                )
+            try:
+                item = self._tokenizer.encode(item)
+            except (ValueError, TypeError) as error:  # text that is not Unicode, such as half a surrogate pair
+                raise RequestError(
+                    "the prompt cannot be tokenized", why=str(error), remedy="give valid text"
+                ) from error
+        if not isinstance(item, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in item):
+            raise RequestError(f"a prompt of type {type(item).__name__}", remedy="give a text or a list of token ids")
+        if not item:
+            raise RequestError("the prompt is empty", remedy="give at least one token")
+        outside = [i for i in item if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
+        if outside:
+            raise RequestError(
+                f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}",
+                remedy="use the tokenizer of this model",
+            )
+        return list(item)
+
+    def _output(self, item: Any, request: Any, progress: Progress) -> RequestOutput:
+        text = item.get("prompt") if isinstance(item, Mapping) else item
+        ids = [] if isinstance(request, FusecompError) else list(request[0])
+        output = RequestOutput(str(progress.index), text if isinstance(text, str) else None, ids, finished=True)
+        if progress.error is not None:
+            output.error = progress.error
+            return output
+        shown = progress.token_ids
+        if progress.finish_reason == "stop":  # the token that ended the request is in token_ids, not in the text
+            shown = shown[:-1]
+        decoded = "" if self._tokenizer is None else str(self._tokenizer.decode(shown, skip_special_tokens=True))
+        output.outputs.append(CompletionOutput(0, decoded, list(progress.token_ids), progress.finish_reason))
+        return output
+
+
+def explain(model: str | Path | torch.nn.Module, **options: Any) -> FusionReport:
+    """What fusecomp rewrites in `model`, what it does not and why; the options are those of `EngineConfig`."""
+    if isinstance(model, FusedGeneration) and not options:
+        return model.fusion_report
+    check_keys(EngineConfig, options, "explain")
+    module, _, config = _materialize(model, EngineConfig(**options))
+    return Session(module, config).engine.report
+
+
+def _materialize(model: Any, config: EngineConfig) -> tuple[Any, Any, EngineConfig]:
+    """A module in evaluation mode, its tokenizer if it came with one, and `config` with the device settled."""
+    if isinstance(model, str | Path):
+        module, tokenizer = load_model(model, config.dtype, config.device)
+        return module, tokenizer, config.replace(device=str(resolve_device(config.device)))
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}", where="LLM", remedy="give a folder, a Hub name or a torch module"
+        )
+    model.eval()
+    if config.dtype != "auto" or config.device != "auto":
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        model.to(device=None if config.device == "auto" else resolve_device(config.device), dtype=dtype)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return model, None, config.replace(device=str(device))
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}", where="LLM.generate", remedy="give texts or token ids"
+        )
+    if prompts and all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
+        return [list(prompts)]
+    return list(prompts)
+
+
+def _vocab_size(module: Any) -> int | None:
+    """Rows of the embedding: an id past them would read out of bounds."""
+    try:
+        return int(module.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _default_sampling_params(module: Any) -> SamplingParams:
+    config = getattr(module, "generation_config", None)
+    if config is None or not getattr(config, "do_sample", None):
+        return SamplingParams()
+    for name, neutral in (("repetition_penalty", 1.0), ("min_p", None), ("typical_p", 1.0)):
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            logger.warning(
+                "%s=%s of generation_config.json is not applied: LLM.generate does not support it", name, value
+            )
+    given = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+class _Bar:
+    """A tqdm bar that counts finished prompts and shows output tokens per second."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="Processed prompts", unit="prompt", disable=not shown, dynamic_ncols=True)
+        self._tokens = 0
+
+    def advance(self, tokens: int) -> None:
+        """One more prompt is finished, with `tokens` output tokens."""
+        self._tokens += tokens
+        elapsed = self._bar.format_dict["elapsed"] if not self._bar.disable else 0
+        if elapsed:
+            self._bar.set_postfix_str(f"{self._tokens / elapsed:.1f} output tok/s", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

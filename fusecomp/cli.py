@@ -1,0 +1,252 @@
+"""The command line: `fusecomp generate MODEL` and `fusecomp explain MODEL`.
+
+Exit codes: 0 all served; 1 a model could not be loaded or some prompts failed; 2 wrong usage; 130 interrupted.
+Errors are one line on stderr (`--debug` adds the traceback). Results go to stdout or `--output`, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fusecomp import __version__
+from fusecomp.config import DTYPES, VERIFY_MODES, EngineConfig
+from fusecomp.errors import ConfigError, FusecompError
+from fusecomp.files import FORMATS, OutputFile, PromptLine, read_prompts, record_of
+from fusecomp.request import RequestOutput, SamplingParams
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+MAX_REPORTED = 10
+# Flag -> field of SamplingParams; `--seed` is an engine option (the seed of requests that bring none).
+SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": int, "help": "most tokens to generate (default 16)"},
+    "temperature": {"type": float, "help": "0 is greedy (default: generation_config.json when it samples, else 1)"},
+    "top_k": {"type": int, "help": "keep the k most likely tokens; 0 keeps all"},
+    "top_p": {"type": float, "help": "keep the smallest set of this probability; 1 keeps all"},
+    "ignore_eos": {"action": "store_true", "default": None, "help": "do not stop at end-of-sequence ids"},
+}
+
+
+class UsageError(Exception):
+    """The command line cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises instead of printing usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="fusecomp", description="LLM inference of unmodified Hugging Face models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fusecomp {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+
+    generate = verbs.add_parser("generate", help="complete prompts", allow_abbrev=False)
+    generate.set_defaults(run=run_generate, parser=generate)
+    _add_common(generate)
+    generate.add_argument("--tokenizer", metavar="FOLDER", help="default: the model's")
+    prompts = generate.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, or JSONL; - is standard input")
+    files = generate.add_argument_group("files")
+    files.add_argument("--format", choices=FORMATS, help="of the prompts file (default: by its name or first line)")
+    files.add_argument("--output", metavar="FILE", help="write JSONL here instead of text to stdout")
+    sampling = generate.add_argument_group("sampling")
+    for name, settings in SAMPLING_FLAGS.items():
+        sampling.add_argument(_flag(name), **settings)
+    sampling.add_argument(
+        "--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID", help="may be repeated"
+    )
+    _add_engine_options(generate)
+
+    explain = verbs.add_parser("explain", help="show what is fused in a model, what is not and why", allow_abbrev=False)
+    explain.set_defaults(run=run_explain, parser=explain)
+    _add_common(explain)
+    explain.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    _add_engine_options(explain)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        options = _parse(arguments)
+        return options.run(options)
+    except (UsageError, ConfigError) as error:
+        return _fail(error, USAGE, debug)
+    except KeyboardInterrupt:
+        print("fusecomp: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (FusecompError, OSError) as error:
+        return _fail(error, FAILED, debug)
+    except Exception as error:  # a bug, or a library's: still one line
+        return _fail(f"{type(error).__name__}: {error} (--debug shows the traceback)", FAILED, debug)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`fusecomp generate`."""
+    engine_options = _engine_options(options)
+    given = {name: getattr(options, name) for name in (*SAMPLING_FLAGS, "stop_token_ids")}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**sampling)  # refuses wrong values before minutes of loading
+    if options.prompt is not None:
+        if options.format is not None:
+            raise UsageError("--format is for --prompts-file")
+        lines = [PromptLine(number, text) for number, text in enumerate(options.prompt, start=1)]
+    else:
+        lines = read_prompts(options.prompts_file, options.format)
+    output = OutputFile(options.output) if options.output else None
+    try:
+        results, seconds = _serve(options, engine_options, sampling, lines, output)
+        if output is not None:
+            output.commit()
+    except BaseException:
+        if output is not None and (kept := output.abandon()):
+            print(f"fusecomp: {kept} of {len(lines)} results are in {output.partial}", file=sys.stderr)
+        raise
+    if output is None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        for line, result in zip(lines, results, strict=True):
+            _print_result(line, result)
+        sys.stdout.flush()
+    return _summarize(lines, results, seconds)
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    """`fusecomp explain`."""
+    engine_options = _engine_options(options)
+    from fusecomp.api import explain
+
+    report = explain(options.model, **engine_options)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report.summary())
+    return 0
+
+
+def _serve(
+    options: argparse.Namespace,
+    engine_options: dict[str, Any],
+    sampling: dict[str, Any],
+    lines: list[PromptLine],
+    output: OutputFile | None,
+) -> tuple[list[RequestOutput], float]:
+    from fusecomp.api import LLM
+
+    llm = LLM(options.model, tokenizer=options.tokenizer, **engine_options)
+    base = llm.get_default_sampling_params().replace(**sampling)
+    start = time.perf_counter()
+    results = llm.serve(
+        [line.prompt if line.prompt is not None else "" for line in lines],
+        [line.params(base) for line in lines],
+        errors="return",
+        use_tqdm=True,
+        on_output=lambda index, result: output.add(index, record_of(lines[index], result)) if output else None,
+    )
+    return results, time.perf_counter() - start
+
+
+def _print_result(line: PromptLine, result: RequestOutput) -> None:
+    if result.error is not None:
+        print(f"=== {line.id}: error\n{result.error}\n")
+        return
+    completion = result.outputs[0]
+    text = completion.text or f"token ids {completion.token_ids}"
+    prompt = line.prompt if isinstance(line.prompt, str) else ""
+    print(f"=== {line.id}: {len(completion.token_ids)} tokens, {completion.finish_reason}\n{prompt}{text}\n")
+
+
+def _summarize(lines: list[PromptLine], results: list[RequestOutput], seconds: float) -> int:
+    failed = [(line, result) for line, result in zip(lines, results, strict=True) if result.error is not None]
+    for line, result in failed[:MAX_REPORTED]:
+        print(f"fusecomp: prompt {line.id} failed: {_one_line(result.error)}", file=sys.stderr)
+    if len(failed) > MAX_REPORTED:
+        print(f"fusecomp: and {len(failed) - MAX_REPORTED} more", file=sys.stderr)
+    served = [result for result in results if result.error is None]
+    tokens_in = sum(len(result.prompt_token_ids) for result in served)
+    tokens_out = sum(len(result.outputs[0].token_ids) for result in served)
+    print(
+        f"fusecomp: {len(served)} of {len(lines)} prompts served, {len(failed)} failed, in {seconds:.2f} s: "
+        f"{tokens_in} prompt tokens, {tokens_out} output tokens, {tokens_out / max(seconds, 1e-9):.1f} output tok/s",
+        file=sys.stderr,
+    )
+    return FAILED if failed else 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    options, extras = build_parser().parse_known_args(arguments)
+    if extras:
+        unknown = next((extra for extra in extras if extra.startswith("--")), extras[0]).split("=")[0]
+        flags = [flag for action in options.parser._actions for flag in action.option_strings if flag.startswith("--")]
+        near = difflib.get_close_matches(unknown, flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see fusecomp {options.verb} --help"
+        kind = "option" if unknown.startswith("-") else "argument"
+        raise UsageError(f"unknown {kind} {unknown}: {hint}")
+    return options
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of `EngineConfig`, with the field's own documentation."""
+    group = parser.add_argument_group("engine")
+    documentation = re.sub(r"\s+", " ", (EngineConfig.__doc__ or "").split("Attributes:")[-1])
+    names = [f.name for f in dataclasses.fields(EngineConfig)]
+    starts = {name: documentation.index(f" {name}: ") for name in names}
+    kinds = typing.get_type_hints(EngineConfig)
+    choices = {"dtype": DTYPES, "verify": VERIFY_MODES}
+    for f in dataclasses.fields(EngineConfig):
+        end = min((start for start in starts.values() if start > starts[f.name]), default=None)
+        text = documentation[starts[f.name] :][: None if end is None else end - starts[f.name]]
+        text = text.split(": ", 1)[1].strip().rstrip(".").replace("%", "%%")
+        settings: dict[str, Any] = {"default": None, "help": f"{text} (default {f.default})"}
+        if kinds[f.name] is bool:
+            settings["action"] = "store_true"
+        else:
+            kind = next(k for k in (typing.get_args(kinds[f.name]) or (kinds[f.name],)) if k is not type(None))
+            settings |= {"type": kind, "choices": choices.get(f.name)}
+            if f.name not in choices:
+                settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        group.add_argument(_flag(f.name), **settings)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The engine options given, checked before the model is loaded."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(EngineConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    EngineConfig(**given)
+    return given
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_line(message: Any) -> str:
+    return " ".join(str(message).split())
+
+
+def _fail(error: Any, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"fusecomp: error: {_one_line(error)}", file=sys.stderr)
+    return code

@@ -1,0 +1,227 @@
+"""Hugging Face's `generate` contract in terms of engine requests.
+
+In: what `GenerationMixin.generate` was called with, and what it prepared. Out: a `Plan` the engine can serve token for
+token, or the reason why it cannot, as one clause. Nothing is ignored: an option, logits processor or stopping criterion
+that is not known here is a reason.
+
+Legend: B rows of the batch (prompts times `num_return_sequences`), P padded prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation import logits_process, stopping_criteria
+from transformers.generation.configuration_utils import (
+    ALL_STATIC_CACHE_IMPLEMENTATIONS,
+    GenerationConfig,
+    GenerationMode,
+)
+from transformers.generation.utils import GenerationMixin
+
+from fusecomp.errors import CapacityError, RequestError
+from fusecomp.request import SamplingParams
+
+if TYPE_CHECKING:
+    from fusecomp.runtime.session import Progress, Session
+
+# Model inputs the packed step reproduces; `position_ids` are those that `generate` derives from the mask.
+MODEL_INPUTS = {"input_ids", "attention_mask"}
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+# Sampling processors in the order `generate` applies them, which is also the engine's.
+SAMPLERS = (
+    (logits_process.TemperatureLogitsWarper, "temperature"),
+    (logits_process.TopKLogitsWarper, "top_k"),
+    (logits_process.TopPLogitsWarper, "top_p"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine is asked for: one request per row, and the id that fills rows which end early."""
+
+    requests: Sequence[tuple[list[int], SamplingParams]]
+    pad_token_id: int | None
+
+
+def refuse_call(
+    model: Any,
+    stock_class: type[GenerationMixin],
+    generation_config: GenerationConfig | None,
+    *,
+    custom_generate: Any,
+    assistant_model: Any,
+    synced_gpus: bool | None,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call to `generate` cannot be served, judged by its arguments; None when it may be."""
+    if stock_class.generate is not GenerationMixin.generate:
+        return f"{stock_class.__name__} has its own generate"
+    if model.training:
+        return "the model is in training mode (call model.eval())"
+    if model.config.is_encoder_decoder:
+        return "the model is an encoder-decoder"
+    for name, value in (("custom_generate", custom_generate), ("assistant_model", assistant_model)):
+        if value is not None:
+            return f"{name} was given"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if synced_gpus or (synced_gpus is None and distributed and torch.distributed.get_world_size() > 1):
+        return "synced_gpus is needed"
+    options = {k: v for k, v in kwargs.items() if k not in ("tokenizer", "assistant_tokenizer", "trust_remote_code")}
+    if options.get("cache_implementation") == "paged":
+        return "cache_implementation='paged' asks for transformers' own continuous batching"
+    config, inputs = model._prepare_generation_config(generation_config, **options)
+    model._validate_model_kwargs(inputs.copy())  # a misspelt option raises what stock generate raises
+    extra = sorted(name for name, value in inputs.items() if value is not None and name not in MODEL_INPUTS)
+    outputs = [name for name in OUTPUTS if getattr(config, name)]
+    if outputs:
+        return f"{outputs[0]} was asked for"
+    if extra:
+        return f"the model input {extra[0]} was given"
+    return _refuse_config(config)
+
+
+def _refuse_config(config: GenerationConfig) -> str | None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        beams = f" (num_beams={config.num_beams})" if (config.num_beams or 1) > 1 else ""
+        return f"{mode.value.replace('_', ' ')}{beams} was asked for"
+    if config.stop_strings is not None:
+        return "stop_strings was given"
+    if config.token_healing:
+        return "token_healing was asked for"
+    # A dynamic or static cache gives the same tokens as pages do; a quantized or offloaded one is a wish of its own.
+    cache = config.cache_implementation
+    if cache not in (None, "dynamic") and (cache not in ALL_STATIC_CACHE_IMPLEMENTATIONS or "offloaded" in cache):
+        return f"cache_implementation={cache!r} was given"
+    return None
+
+
+def make_plan(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    processors: logits_process.LogitsProcessorList,
+    criteria: stopping_criteria.StoppingCriteriaList,
+    config: GenerationConfig,
+    max_model_len: int,
+) -> Plan | str:
+    """The requests that give what stock decoding would give from the same prepared arguments, or why there are none.
+
+    Args:
+        input_ids: [B, P], left-padded.
+        attention_mask: [B, P] of zeros and ones, or None for all ones.
+        processors, criteria, config: as `generate` prepared them.
+        max_model_len: the engine's limit on prompt plus output.
+    """
+    sampling = _sampling(processors, bool(config.do_sample))
+    if isinstance(sampling, str):
+        return sampling
+    max_length: int | None = None
+    eos_ids: set[int] = set()
+    for criterion in criteria:
+        if type(criterion) is stopping_criteria.MaxLengthCriteria:
+            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+        elif type(criterion) is stopping_criteria.EosTokenCriteria:
+            eos_ids.update(int(i) for i in criterion.eos_token_id.flatten().tolist())
+        else:
+            return f"the stopping criterion {type(criterion).__name__} was given"
+    if max_length is None:
+        return "no length limit was given"
+    max_tokens = max(max_length - input_ids.shape[1], 1)
+    prompts = _unpad(input_ids, attention_mask)
+    if isinstance(prompts, str):
+        return prompts
+    longest = max(map(len, prompts))
+    if longest + max_tokens > max_model_len:
+        return f"{longest} prompt tokens and {max_tokens} new ones exceed max_model_len={max_model_len}"
+    stop_ids = tuple(sorted(i for i in eos_ids if i >= 0))
+    # Rows draw their seeds from torch's generator, so torch.manual_seed governs sampling as it does in `generate`.
+    seeds = torch.randint(2**62, (len(prompts),)).tolist() if config.do_sample else [None] * len(prompts)
+    requests = [
+        (prompt, SamplingParams(max_tokens, seed=seed, stop_token_ids=stop_ids, ignore_eos=True, **sampling))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    pad = config._pad_token_tensor
+    return Plan(requests, None if pad is None else int(pad))
+
+
+def _sampling(processors: logits_process.LogitsProcessorList, do_sample: bool) -> dict[str, Any] | str:
+    """Sampling fields of `SamplingParams` equivalent to `processors`, or the name of the one that has no equivalent."""
+    fields: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
+    order = [cls for cls, _ in SAMPLERS]
+    reached = 0
+    for processor in processors:
+        kind = type(processor)
+        if not do_sample or kind not in order[reached:]:
+            return f"the logits processor {kind.__name__} is not covered"
+        reached = order.index(kind) + 1
+        if getattr(processor, "filter_value", -float("inf")) != -float("inf"):
+            return f"{kind.__name__} has filter_value={processor.filter_value}"  # type: ignore[attr-defined]
+        if getattr(processor, "min_tokens_to_keep", 1) != 1:
+            return f"{kind.__name__} has min_tokens_to_keep={processor.min_tokens_to_keep}"  # type: ignore[attr-defined]
+        name = dict(SAMPLERS)[kind]
+        fields[name] = getattr(processor, name)
+    if fields.get("top_p") == 0:
+        return "top_p=0 was given"
+    return fields
+
+
+def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]] | str:
+    """The rows of `input_ids` without their left padding."""
+    rows = input_ids.tolist()
+    if attention_mask is None:
+        return rows
+    if attention_mask.shape != input_ids.shape:
+        return f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+    prompts = []
+    for index, (row, mask) in enumerate(zip(rows, attention_mask.tolist(), strict=True)):
+        length = sum(1 for bit in mask if bit == 1)
+        if length == 0:
+            return f"attention_mask hides all of row {index}"
+        if any(bit != 0 for bit in mask[:-length]) or any(bit != 1 for bit in mask[-length:]):
+            return f"attention_mask of row {index} is not left padding"
+        prompts.append(row[-length:])
+    return prompts
+
+
+def decode(session: Session, plan: Plan, input_ids: torch.Tensor, streamer: Any) -> torch.Tensor | str:
+    """Serve `plan` and return [B, P + longest output], each row padded as stock decoding pads it.
+
+    When the engine does not admit a row, nothing has run and the reason is returned instead.
+
+    `streamer` gets one [B] tensor per position, as soon as every row has reached it, then `end()`. The prompt was put
+    by `generate` already.
+
+    Raises:
+        RequestError: a row failed while it ran (the others cannot be returned in one tensor without it).
+    """
+    shown = 0
+    pad = 0 if plan.pad_token_id is None else plan.pad_token_id  # without one, no row ends before the others
+
+    def stream(rows: list[Progress], _: list[Progress]) -> None:
+        nonlocal shown
+        if any(row.error is not None for row in rows):
+            return
+        lengths = [len(row.token_ids) for row in rows]
+        reached = min((n for n, row in zip(lengths, rows, strict=True) if not row.finished), default=max(lengths))
+        for at in range(shown, reached):
+            streamer.put(torch.tensor([(row.token_ids[at : at + 1] or [pad])[0] for row in rows]))
+        shown = reached
+
+    try:
+        results = session.run(plan.requests, on_step=stream if streamer is not None else None)
+    except (RequestError, CapacityError) as error:
+        return str(error)
+    for result in results:
+        if result.error is not None:
+            raise RequestError(result.error, where=f"row {result.index} of input_ids")
+    if streamer is not None:
+        streamer.end()
+    longest = max(len(result.token_ids) for result in results)
+    generated = [r.token_ids + [pad] * (longest - len(r.token_ids)) for r in results]
+    new_ids = torch.tensor(generated, dtype=torch.long, device=input_ids.device)
+    return torch.cat([input_ids, new_ids], dim=-1)

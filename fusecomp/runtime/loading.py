@@ -1,0 +1,196 @@
+"""Loads a checkpoint: folder or Hub name -> `PreTrainedModel` in evaluation mode, tokenizer.
+
+Invariants: safetensors and JSON only, no remote code, and no parameter is ever left randomly initialized.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusecomp.config import DTYPES
+from fusecomp.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModelError
+from fusecomp.runtime.checkpoint import check_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("fusecomp")
+
+# What is fetched from the Hub: never a pickle, never code.
+HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "spiece.*")
+
+
+def load_model(
+    path_or_name: str | Path, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the causal LM in a local folder or of a Hub name, and its tokenizer.
+
+    Args:
+        path_or_name: folder written by `save_pretrained`, or a name on the Hugging Face Hub.
+        dtype: "auto" keeps the checkpoint's; otherwise parameters are converted.
+        device: "auto" takes CUDA when there is one.
+
+    Returns:
+        The model, in evaluation mode and without gradients, and its tokenizer (None when the checkpoint has none).
+
+    Raises:
+        CheckpointError: files are missing, truncated, malformed or pickled, or weights do not fit the architecture.
+        UnsupportedModelError: the architecture is not a causal LM of the installed transformers.
+        CapacityError: the device is too small for the weights.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not supported", where="load_model", remedy=f"use one of {DTYPES}")
+    target = resolve_device(device)
+    folder = resolve_folder(path_or_name)
+    check_checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
+    model = _load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype))
+    model.eval().requires_grad_(False)
+    try:
+        return model.to(target), tokenizer  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise CapacityError(
+            f"the weights take {size / 2**30:.1f} GiB, which {target} has not free",
+            where=str(path_or_name),
+            why=str(error).splitlines()[0],
+            remedy="free the device, or load with a smaller dtype",
+        ) from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that option `device` means; `ConfigError` when it does not exist."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r}", where="EngineConfig", remedy='use "auto", "cpu" or "cuda"') from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: no CUDA device is available", where="EngineConfig", remedy='use "auto"')
+    return resolved
+
+
+def resolve_folder(path_or_name: str | Path) -> Path:
+    """The folder of a checkpoint, fetched from the Hub when the name is not a local folder."""
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_name)
+    if path.exists():
+        raise CheckpointError("not a folder", where=name, remedy="give the folder that holds config.json")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except HFValidationError:
+        raise CheckpointError("no such folder", where=name, remedy="check the path") from None
+    except Exception as error:  # the Hub client raises errors of several HTTP libraries
+        raise CheckpointError(
+            "not a local folder, and it could not be fetched from the Hugging Face Hub",
+            where=name,
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}",
+            remedy="check the path or name; without a network, give a folder that was downloaded before",
+        ) from error
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, or None when the folder has no tokenizer files."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizer back ends raise bare Exception on malformed files
+        raise CheckpointError(
+            "the tokenizer could not be loaded",
+            where=str(folder),
+            why=f"{type(error).__name__}: {error}",
+            remedy="restore the tokenizer files, or remove them to serve token ids only",
+        ) from error
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "weights_only": True,
+        # Mismatches are collected instead of raised one by one; they are refused below, never initialized.
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+            model, info = loaded
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "a package that the checkpoint needs is missing", where=str(folder), why=str(error), remedy="install it"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises many classes on inconsistent configurations
+        raise CheckpointError(
+            "transformers could not load the checkpoint",
+            where=str(folder),
+            why=f"{type(error).__name__}: {error}",
+            remedy="check config.json against the weights",
+        ) from error
+    _refuse_incomplete(folder, type(model).__name__, info)
+    return model
+
+
+def _refuse_incomplete(folder: Path, architecture: str, info: dict[str, Any]) -> None:
+    """Raise when transformers had to initialize a parameter that the checkpoint should have brought."""
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    mismatched = [
+        f"{name} (checkpoint {list(there)}, model {list(here)})"
+        for name, there, here in sorted(info["mismatched_keys"], key=str)
+    ]
+    missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})
+    problems = [f"{len(missing)} missing: {some(missing)}"] if missing else []
+    problems += [f"{len(mismatched)} of another shape: {some(mismatched)}"] if mismatched else []
+    problems += [str(message) for message in info["error_msgs"]]
+    if problems:
+        raise CheckpointError(
+            f"the weights do not fit {architecture}: {'; '.join(problems)}",
+            where=str(folder),
+            why="these parameters would have been random",
+            remedy="use the config.json and the weights of one checkpoint",
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        logger.warning("%s: %d tensors are not used by %s: %s", folder, len(unused), architecture, some(unused))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' load report and progress bar: what matters of it is raised or logged here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
