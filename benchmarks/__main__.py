@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
-    add("--profile", action="store_true", help="decode: device time by kernel, per batch size")
+    add("--profile", action="store_true", help="decode, prefill: device time by kernel")
     add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(argv))

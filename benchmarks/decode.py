@@ -13,17 +13,13 @@ A mixture of experts touches what its routing touches: the distinct experts are 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from benchmarks.roofline import touched_experts
-from benchmarks.session import Result, Session, progress, table
-from benchmarks.timing import Samples, time_calls
+from benchmarks.session import Result, Session, kernel_table, progress, table
+from benchmarks.timing import Samples, kernel_times, time_calls
 
 WARM_UP_STEPS = 3
-PROFILED_CALLS = 5
 
 
 class DecodeRun:
@@ -65,28 +61,6 @@ class DecodeRun:
         for request in self.tokens:
             self.engine.abort_request(request)
         assert not self.engine.has_unfinished_requests()
-
-
-def kernel_times(run: Callable[[], Any], top: int = 25) -> list[dict[str, Any]]:
-    """Device time by kernel name of one call, longest first, from the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(PROFILED_CALLS):
-            run()
-        torch.cuda.synchronize()
-    events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
-    return [
-        {
-            "kernel": e.key[:100],
-            "us": round(e.self_device_time_total / PROFILED_CALLS, 1),
-            "launches": round(e.count / PROFILED_CALLS, 1),
-        }
-        for e in events[:top]
-        if e.self_device_time_total > 0
-    ]
 
 
 def _measure(session: Session, batch: int) -> dict[str, Any]:
@@ -163,6 +137,5 @@ def decode(session: Session) -> Result:
     text = "decode (MBU of the graph, or of the step where there is none; tok/s of the step)\n" + table(headers, lines)
     for r in rows:
         if kernels := r.get("kernels"):
-            text += f"\nkernels of one step, batch {r['batch']}\n"
-            text += table(["us", "launches", "kernel"], [[k["us"], k["launches"], k["kernel"]] for k in kernels])
+            text += f"\nkernels of one step, batch {r['batch']}\n{kernel_table(kernels)}"
     return Result({"batches": rows}, text)

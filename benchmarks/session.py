@@ -225,6 +225,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in cells)
 
 
+def kernel_table(kernels: list[dict[str, Any]]) -> str:
+    """What `timing.kernel_times` found."""
+    return table(["us", "launches", "kernel"], [[k["us"], k["launches"], k["kernel"]] for k in kernels])
+
+
 def _cell(x: Any) -> str:
     if x is None:
         return "-"

@@ -10,8 +10,8 @@ import random
 import time
 from typing import Any
 
-from benchmarks.session import Result, Session, progress, table
-from benchmarks.timing import Samples
+from benchmarks.session import Result, Session, kernel_table, progress, table
+from benchmarks.timing import Samples, kernel_times
 
 PREFILL_REPEATS = 3
 
@@ -44,7 +44,7 @@ def prefill(session: Session) -> Result:
     samples = Samples.of(walls)
     flops, tokens = session.workload.prefill_flops(lengths), sum(lengths)
     seconds = samples.median * 1e-3
-    figures = {
+    figures: dict[str, Any] = {
         "prompts": o.prompts,
         "prompt_len": o.prompt_len,
         "max_num_batched_tokens": session.engine.config.max_num_batched_tokens,
@@ -54,11 +54,15 @@ def prefill(session: Session) -> Result:
         "tflop_per_s": flops / seconds / 1e12,
         "share_of_matmul": flops / seconds / session.ceilings.matmul_flops_per_s,
     }
+    profiled = ""
+    if o.profile and session.device.type == "cuda":
+        figures["kernels"] = kernel_times(session.engine.repeat_step, calls=2)
+        profiled = f"\nkernels of the last step\n{kernel_table(figures['kernels'])}"
     line = [f"{o.prompts} x {o.prompt_len}", steps, samples.median, samples.quantile(0.1), samples.quantile(0.9)]
     line += [figures["tokens_per_s"], figures["tflop_per_s"], f"{figures['share_of_matmul']:.1%}"]
     headers = ["prompts", "steps", "wall ms", "p10", "p90", "tok/s", "TFLOP/s", "of matmul"]
     title = f"prefill (steps of at most {figures['max_num_batched_tokens']} tokens)"
-    return Result(figures, f"{title}\n{table(headers, [line])}")
+    return Result(figures, f"{title}\n{table(headers, [line])}{profiled}")
 
 
 def offline(session: Session) -> Result:

@@ -68,6 +68,28 @@ def time_calls(run: Callable[[], Any], device: torch.device, *, calls: int, warm
     return Samples.of([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
 
 
+def kernel_times(run: Callable[[], Any], *, calls: int = 5, top: int = 25) -> list[dict[str, Any]]:
+    """Device time in us by kernel of one call, longest first, from the profiler. GPU only."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in trace.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    return [
+        {
+            "kernel": e.key[:100],
+            "us": round(e.self_device_time_total / calls, 1),
+            "launches": round(e.count / calls, 1),
+        }
+        for e in events[:top]
+    ]
+
+
 def _host_ms(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
