@@ -73,6 +73,7 @@ class Engine:
         self._metrics = Metrics()
         self._sample = torch.compile(sample, dynamic=True) if self.device.type == "cuda" else sample
         self._graphs: GraphRunner | None = None
+        self._latest: tuple[StepBatch, int | None] | None = None
         self._step.seal()
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs(min(config.max_num_seqs, num_blocks))
@@ -113,6 +114,16 @@ class Engine:
         return self._scheduler.has_work
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        return self._step.block_bytes // self.config.block_size
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Size of the KV cache in blocks of `config.block_size` tokens."""
+        return self._scheduler.kv.num_blocks
+
+    @property
     def metrics(self) -> MetricsSnapshot:
         """Totals and gauges now."""
         return self._metrics.snapshot(self._scheduler)
@@ -131,6 +142,7 @@ class Engine:
             return []
         bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
         batch = self._builder.build(step, bucket)
+        self._latest = batch, bucket
         scheduled = time.perf_counter()
         tokens = self._run(batch, bucket).tolist()
         ran = time.perf_counter()
@@ -165,8 +177,22 @@ class Engine:
         positions = batch.tokens[1][batch.logit_indices]
         return self._sample(logits, batch.temperature, top_k, top_p, batch.seeds, positions)
 
-    def prompt_logits(self, prompts: list[list[int]]) -> Tensor:
+    def repeat_step(self) -> Tensor:
+        """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
+
+        Returns: the step's sampled ids [S], on the device and not waited for.
+
+        Raises:
+            RequestError: no step has run.
+        """
+        if self._latest is None:
+            raise RequestError("no step has run", where="repeat_step", remedy="call step() first")
+        return self._run(*self._latest)
+
+    def prompt_logits(self, prompts: list[list[int]], *, decode_last: bool = False) -> Tensor:
         """Logits [S, V] after each prompt, all packed in one step; only while no request lives.
+
+        With `decode_last` every prompt's last token is computed as a decode, on the cached keys of those before it.
 
         Raises:
             RequestError: requests are being served, or the prompts exceed one step or the KV cache.
@@ -181,7 +207,13 @@ class Engine:
             raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")
         ends = list(itertools.accumulate(per_prompt))
         blocks = [list(range(end - n, end)) for n, end in zip(per_prompt, ends, strict=True)]
-        return self._step(self._stand_in_prefill(prompts, blocks))
+        if not decode_last:
+            return self._step(self._stand_in_prefill(prompts, blocks))
+        self._step(self._stand_in_prefill([p[:-1] for p in prompts], blocks))
+        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
+        rows = len(prompts)
+        step = ScheduledStep(seqs, [len(p) - 1 for p in prompts], [1] * rows, [True] * rows, rows, rows, 0)
+        return self._step(self._builder.build(step))
 
     # ------------------------------------------------------------------ start-up
 

@@ -1,0 +1,176 @@
+"""The gate: nothing is reported for an engine whose numbers are wrong.
+
+Three comparisons, against the stock HF model run eagerly in the same dtype and in fp32:
+    1. logits after whole prompts: relative error <= 1.5 times that of the stock model in the same dtype;
+    2. the same for the last token computed as a decode on cached keys;
+    3. tokens served by `Engine.step` (CUDA graphs and sampling included) are arg-maxima of the exact logits, up to
+       what logits with the allowed error could mistake, in the worst case and on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecomp.errors import VerificationError
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.verify import ALLOWED_RATIO, FLOOR, relative_error
+
+# Odd lengths that end inside, at and just past a KV page.
+LENGTHS = (2, 3, 5, 7, 17, 31, 65, 129)
+NEW_TOKENS = 8
+REMEDY = "no figure is reported for a wrong model"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Relative RMS errors against fp32, and how far served tokens are from the exact arg-max.
+
+    All figures are of a handful of random prompts.
+
+    Attributes:
+        prefill_error, decode_error: of the engine's logits.
+        stock_error: of the stock model's logits in the same dtype.
+        token_gap, mean_token_gap: largest exact logit minus that of the token served.
+        allowed_gap, allowed_mean_gap: what logits with the allowed error could mistake.
+        logit_std: spread of the exact logits; a model that answers a constant proves nothing.
+    """
+
+    prefill_error: float
+    decode_error: float
+    stock_error: float
+    token_gap: float
+    allowed_gap: float
+    mean_token_gap: float
+    allowed_mean_gap: float
+    logit_std: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Inside, every module computes in fp32 on the model's own weights, widened one module at a time.
+
+    This needs the memory of one module, where an fp32 copy needs twice the model. The weights' storage is untouched.
+    """
+    saved: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def widen(module: nn.Module, args: tuple) -> None:
+        own = [(p, p.data) for p in module.parameters(recurse=False)]
+        saved[id(module)] = own
+        for parameter, data in own:
+            parameter.data = data.float()
+
+    def restore(module: nn.Module, args: tuple, output: Any) -> None:
+        for parameter, data in saved.pop(id(module), ()):
+            parameter.data = data
+
+    owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    hooks = [m.register_forward_pre_hook(widen) for m in owners]
+    hooks += [m.register_forward_hook(restore, always_call=True) for m in owners]
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if implementation is not None:
+        model.set_experts_implementation("eager")  # the grouped products of HF take bf16 only
+    try:
+        yield
+    finally:
+        if implementation is not None:
+            model.set_experts_implementation(implementation)
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _tail_logits(model: Any, sequences: list[list[int]], keep: int) -> Tensor:
+    """Logits [rows, keep, V] at the last `keep` positions of each sequence, one sequence at a time."""
+    device = next(model.parameters()).device
+    rows = [
+        model(input_ids=torch.tensor([s], device=device), use_cache=False, logits_to_keep=keep).logits[0]
+        for s in sequences
+    ]
+    return torch.stack(rows).float()
+
+
+def _serve(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations of `NEW_TOKENS` tokens, through the serving loop."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    tokens: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"check {i}", prompt, params)
+        tokens[f"check {i}"] = []
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            if out.error is not None:
+                raise VerificationError(out.error, where=out.request_id, remedy=REMEDY)
+            tokens[out.request_id] += out.new_token_ids
+    return list(tokens.values())
+
+
+def check_engine(engine: Engine, model: Any, seed: int = 0) -> CheckResult:
+    """Run the three comparisons on an idle engine.
+
+    Raises:
+        VerificationError: one of them fails.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = LENGTHS[-min(len(LENGTHS), engine.config.max_num_seqs) :]
+    prompts = [torch.randint(0, engine.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    prefill = engine.prompt_logits(prompts).float()
+    decode = engine.prompt_logits(prompts, decode_last=True).float()
+    served = _serve(engine, prompts)
+
+    # Position i of a sequence's tail predicts its i-th served token.
+    sequences = [p + new[:-1] for p, new in zip(prompts, served, strict=True)]
+    stock = _tail_logits(model, sequences, NEW_TOKENS)
+    exact = stock
+    if next(model.parameters()).dtype != torch.float32:
+        with in_float32(model):
+            exact = _tail_logits(model, sequences, NEW_TOKENS)
+    after_prompt = exact[:, 0]
+    chosen = torch.tensor(served, device=exact.device)
+    gap = exact.amax(-1) - exact.gather(-1, chosen[..., None])[..., 0]
+    # An arg-max of logits that are each off by at most e lies within 2 e of the exact maximum. On average, with
+    # independent errors of deviation s, it lies well within 4 s.
+    error = (stock - exact).abs()
+    floor = FLOOR * float(exact.abs().max())
+    result = CheckResult(
+        prefill_error=relative_error(prefill, after_prompt),
+        decode_error=relative_error(decode, after_prompt),
+        stock_error=relative_error(stock[:, 0], after_prompt),
+        token_gap=float(gap.max()),
+        allowed_gap=2 * max(ALLOWED_RATIO * float(error.max()), 10 * floor),
+        mean_token_gap=float(gap.mean()),
+        allowed_mean_gap=4 * max(ALLOWED_RATIO * float(error.square().mean().sqrt()), floor),
+        logit_std=float(after_prompt.std()),
+    )
+    _judge(result, engine.report.model)
+    return result
+
+
+def _judge(result: CheckResult, where: str) -> None:
+    allowed = max(ALLOWED_RATIO * result.stock_error, FLOOR)
+    for path, error in (("prefill", result.prefill_error), ("decode", result.decode_error)):
+        if not error <= allowed:
+            raise VerificationError(
+                f"{path} logits have error {error:.2e} against fp32, allowed {allowed:.2e}", where=where, remedy=REMEDY
+            )
+    for what, gap, limit in (
+        ("a served token is", result.token_gap, result.allowed_gap),
+        ("served tokens are on average", result.mean_token_gap, result.allowed_mean_gap),
+    ):
+        if not gap <= limit:
+            raise VerificationError(
+                f"{what} {gap:.2e} below the best logit, allowed {limit:.2e}", where=where, remedy=REMEDY
+            )
+    if not result.logit_std > 1e-2:
+        raise VerificationError(
+            f"the logits hardly differ (std {result.logit_std:.1e})", where=where, remedy="use weights that tell"
+        )

@@ -1,0 +1,115 @@
+"""`prefill` and `offline`: tokens per second through the serving loop, by the host's clock.
+
+`prefill`: a few long prompts and one new token each, in steps of at most `max_num_batched_tokens` tokens.
+`offline`: many requests at once, input and output lengths uniform, ended by length alone.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from benchmarks.session import Result, Session, kernel_table, progress, table
+from benchmarks.timing import Samples, kernel_times
+
+PREFILL_REPEATS = 3
+
+
+def _drain(session: Session) -> tuple[float, int, int]:
+    """Step until nothing is left; returns wall seconds, steps, and rows that got a token, over all steps."""
+    engine = session.engine
+    steps = advanced = 0
+    start = time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        steps += 1
+        advanced += len(outputs)
+        for out in outputs:
+            if out.error is not None:
+                raise RuntimeError(f"{out.request_id}: {out.error}")
+    return time.perf_counter() - start, steps, advanced
+
+
+def prefill(session: Session) -> Result:
+    """Prompt tokens per second and the share of the measured matmul rate."""
+    o = session.options
+    lengths = [o.prompt_len] * o.prompts
+    walls, steps = [], 0
+    for turn in range(1 + PREFILL_REPEATS * o.repeat):
+        session.add(f"prefill {turn}", session.prompts(lengths, 1000 + turn), [1] * o.prompts)
+        seconds, steps, _ = _drain(session)
+        if turn:  # the first warms up
+            walls.append(seconds * 1e3)
+    samples = Samples.of(walls)
+    flops, tokens = session.workload.prefill_flops(lengths), sum(lengths)
+    seconds = samples.median * 1e-3
+    figures: dict[str, Any] = {
+        "prompts": o.prompts,
+        "prompt_len": o.prompt_len,
+        "max_num_batched_tokens": session.engine.config.max_num_batched_tokens,
+        "steps": steps,
+        "wall": samples.to_dict(),
+        "tokens_per_s": tokens / seconds,
+        "tflop_per_s": flops / seconds / 1e12,
+        "share_of_matmul": flops / seconds / session.ceilings.matmul_flops_per_s,
+    }
+    profiled = ""
+    if o.profile and session.device.type == "cuda":
+        figures["kernels"] = kernel_times(session.engine.repeat_step, calls=2)
+        profiled = f"\nkernels of the last step\n{kernel_table(figures['kernels'])}"
+    line = [f"{o.prompts} x {o.prompt_len}", steps, samples.median, samples.quantile(0.1), samples.quantile(0.9)]
+    line += [figures["tokens_per_s"], figures["tflop_per_s"], f"{figures['share_of_matmul']:.1%}"]
+    headers = ["prompts", "steps", "wall ms", "p10", "p90", "tok/s", "TFLOP/s", "of matmul"]
+    title = f"prefill (steps of at most {figures['max_num_batched_tokens']} tokens)"
+    return Result(figures, f"{title}\n{table(headers, [line])}{profiled}")
+
+
+def offline(session: Session) -> Result:
+    """Throughput of a queue of requests of mixed lengths."""
+    o, engine = session.options, session.engine
+    draw = random.Random(o.seed)
+    pairs = [(draw.randint(*o.lengths), draw.randint(*o.lengths)) for _ in range(o.requests)]
+    # A short run first: whatever is made when first used stays out of the figure.
+    warm = min(8, o.requests)
+    session.add("warm", session.prompts([o.lengths[0]] * warm, 1), [8] * warm)
+    _drain(session)
+    runs = []
+    for turn in range(o.repeat):
+        progress(f"offline, {o.requests} requests")
+        prompts = session.prompts([n for n, _ in pairs], 2000 + turn)
+        before = engine.metrics
+        session.add(f"offline {turn}", prompts, [n for _, n in pairs])
+        wall, steps, advanced = _drain(session)
+        after = engine.metrics
+        made = after.generation_tokens - before.generation_tokens
+        expected = sum(n for _, n in pairs)
+        if made != expected:
+            raise RuntimeError(f"{made} tokens were generated, {expected} were asked for")
+        runs.append(
+            {
+                "wall_s": wall,
+                "output_tokens": made,
+                "output_tokens_per_s": made / wall,
+                "total_tokens_per_s": (made + sum(n for n, _ in pairs)) / wall,
+                "steps": steps,
+                "mean_running": advanced / steps,
+                "host_share": (after.host_seconds - before.host_seconds) / wall,
+                "preemptions": after.preemptions - before.preemptions,
+                "computed_tokens": after.computed_tokens - before.computed_tokens,
+            }
+        )
+    middle = sorted(runs, key=lambda r: r["wall_s"])[len(runs) // 2]
+    figures: dict[str, Any] = {
+        "requests": o.requests,
+        "lengths": list(o.lengths),
+        "max_num_seqs": engine.config.max_num_seqs,
+        "kv_blocks": engine.num_kv_blocks,
+        **middle,
+        "walls_s": [r["wall_s"] for r in runs],
+    }
+    headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted"]
+    line: list[Any] = [o.requests, middle["wall_s"], middle["output_tokens_per_s"], middle["total_tokens_per_s"]]
+    line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
+    title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
+    return Result(figures, f"{title}\n{table(headers, [line])}")

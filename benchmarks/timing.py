@@ -1,0 +1,96 @@
+"""Clocks and statistics: device events on a GPU, the host's clock elsewhere; medians with their spread."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Repeated measurements of one thing; `values` in milliseconds, in the order taken."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Samples:
+        return cls(tuple(values))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def quantile(self, share: float) -> float:
+        """The value below which `share` of the samples lie."""
+        ordered = sorted(self.values)
+        return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, mean and the 10th and 90th percentiles."""
+        return {
+            "median_ms": round(self.median, 5),
+            "mean_ms": round(statistics.fmean(self.values), 5),
+            "p10_ms": round(self.quantile(0.1), 5),
+            "p90_ms": round(self.quantile(0.9), 5),
+            "samples": len(self.values),
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(run: Callable[[], Any], device: torch.device, *, calls: int, warm_up: int = 3) -> Samples:
+    """Time of each of `calls` calls, in ms.
+
+    On a GPU the calls are queued back to back with an event between them and waited for once, so launch overhead
+    shows only where the host cannot keep ahead of the device.
+    """
+    for _ in range(warm_up):
+        run()
+    synchronize(device)
+    if device.type != "cuda":
+        return Samples.of([_host_ms(run) for _ in range(calls)])
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize(device)
+    return Samples.of([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
+
+
+def kernel_times(run: Callable[[], Any], *, calls: int = 5, top: int = 25) -> list[dict[str, Any]]:
+    """Device time in us by kernel of one call, longest first, from the profiler. GPU only."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in trace.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    return [
+        {
+            "kernel": e.key[:100],
+            "us": round(e.self_device_time_total / calls, 1),
+            "launches": round(e.count / calls, 1),
+        }
+        for e in events[:top]
+    ]
+
+
+def _host_ms(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3

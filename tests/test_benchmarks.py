@@ -1,0 +1,152 @@
+"""The benchmarks on the CPU: what they report, and that they refuse to report for a wrong engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import main
+from benchmarks.check import in_float32
+from benchmarks.roofline import Workload, touched_experts
+from benchmarks.shapes import SHAPES, Shape
+from fusecomp.config import EngineConfig
+from fusecomp.errors import RequestError
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.step import CompiledStep
+
+CPU = torch.device("cpu")
+QUICK = ["--device", "cpu", "--enforce-eager", "--batches", "1,3", "--context", "20", "--steps", "4"]
+QUICK += ["--prompts", "2", "--prompt-len", "33", "--requests", "5", "--lengths", "5,12"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Operations this small only wait for a thread pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.ceilings.STREAM_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("benchmarks.ceilings.MATMUL_SIZE", {"cpu": 64})
+
+
+def last_line(capsys: pytest.CaptureFixture) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["decode", "prefill", "offline", "--shape", shape, *QUICK]) == 0
+    result = last_line(capsys)
+    assert {"shape", "device", "torch", "triton", "ceilings", "check", "engine", "benchmarks"} <= result.keys()
+    figures = result["benchmarks"]
+    one, three = figures["decode"]["batches"]
+    assert (one["batch"], three["batch"]) == (1, 3)
+    for row in (one, three):
+        assert row["graph_ms"] is None and row["step_ms"] > 0 and row["bytes"] > 0
+        assert row["step"]["samples"] == 4 and 20 < row["context"] < 40
+    assert three["bytes"] > one["bytes"]
+    assert ("experts_touched" in one) == (shape == "tiny-moe")
+    assert figures["prefill"]["tokens_per_s"] > 0 and figures["prefill"]["share_of_matmul"] > 0
+    assert figures["offline"]["output_tokens"] > 0 and figures["offline"]["output_tokens_per_s"] > 0
+    assert result["check"]["prefill_error"] < 1e-5 and result["check"]["decode_error"] < 1e-5
+
+
+def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None:
+    right = CompiledStep.__call__
+
+    def wrong(self: CompiledStep, batch: Any) -> Tensor:
+        logits = right(self, batch)
+        if decodes_only and int(batch.host_meta[0]) == 0:
+            return logits
+        return logits * (1 + 1e-2 * torch.randn_like(logits))
+
+    monkeypatch.setattr(CompiledStep, "__call__", wrong)
+
+
+def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Engine._run
+    monkeypatch.setattr(Engine, "_run", lambda self, batch, bucket: (right(self, batch, bucket) + 1) % 512)
+
+
+@pytest.mark.parametrize("fault", ["prefill", "decode", "tokens"])
+def test_refuses_a_wrong_engine(fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    if fault == "tokens":
+        wrong_tokens(monkeypatch)
+    else:
+        wrong_logits(monkeypatch, decodes_only=fault == "decode")
+    assert main(["decode", "--shape", "tiny", *QUICK]) == 1
+    out, err = capsys.readouterr()
+    assert "VerificationError" in err and {"prefill": "prefill", "decode": "decode", "tokens": "served"}[fault] in err
+    assert "tok/s" not in out and "{" not in out
+
+
+def test_a_failing_benchmark_leaves_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fail(session: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(main.__globals__["BENCHMARKS"], "prefill", fail)
+    assert main(["prefill", "offline", "--shape", "tiny", *QUICK]) == 1
+    figures = last_line(capsys)["benchmarks"]
+    assert "out of luck" in figures["prefill"]["error"] and figures["offline"]["output_tokens"] > 0
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(SHAPES, "pico-llama", Shape("pico-llama", folder=tmp_path / "absent"))
+    assert main(["decode", "--shape", "pico-llama", *QUICK]) == 1
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+# The weights a step at batch 1 touches, from the shapes' published sizes.
+@pytest.mark.parametrize(
+    ("name", "gigabytes"), [("llama-1b", {1: 2.47}), ("llama-8b", {1: 15.0}), ("qwen3-30b-a3b", {1: 6.06, 8: 25.8})]
+)
+def test_bytes_of_the_full_shapes(name: str, gigabytes: dict[int, float]) -> None:
+    model = SHAPES[name].build(torch.device("meta"), torch.bfloat16)
+    work = Workload.of(model, kv_bytes_per_token=0)
+    for batch, expected in gigabytes.items():
+        assert work.decode_bytes(batch, 0) / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+def test_fp32_reference_without_a_copy() -> None:
+    model = SHAPES["tiny-moe"].build(CPU, torch.bfloat16)
+    storage = {name: p.data_ptr() for name, p in model.named_parameters()}
+    ids = torch.arange(1, 12)[None]
+    before = model(input_ids=ids).logits
+    with in_float32(model):
+        widened = model(input_ids=ids).logits
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    torch.testing.assert_close(widened, model.float()(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_repeating_a_step_changes_nothing() -> None:
+    model = SHAPES["tiny"].build(CPU, torch.float32)
+    engine = Engine(model, EngineConfig(enforce_eager=True, max_num_seqs=2, max_model_len=64))
+    with pytest.raises(RequestError, match="no step has run"):
+        engine.repeat_step()
+    for request in "ab":
+        engine.add_request(request, [3, 1, 4, 1, 5], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    served: dict[str, list[int]] = {"a": [], "b": []}
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            served[out.request_id] += out.new_token_ids
+        assert engine.repeat_step().tolist() == [tokens[-1] for tokens in served.values()]
+    ids = torch.tensor([[3, 1, 4, 1, 5, *served["a"][:-1]]])
+    assert served["a"] == served["b"] == model(input_ids=ids).logits[0, 4:].argmax(-1).tolist()
+
+
+def test_touched_experts_are_counted_on_the_last_tokens() -> None:
+    model = SHAPES["tiny-moe"].build(CPU, torch.float32)
+    assert touched_experts(model, [[1, 2, 3]]) == 2
+    assert 2 <= touched_experts(model, [[1, 2, 3], [9, 8, 7, 6], [5, 5, 5]]) <= 6
