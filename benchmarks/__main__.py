@@ -103,6 +103,7 @@ def run(options: Options) -> dict[str, Any]:
         print(_headline(session), end="\n\n", flush=True)
     for name in chosen:
         progress(f"== {name}")
+        session.clear()
         _try(name, figures, functools.partial(BENCHMARKS[name], session))
     if chosen:
         result |= _account(session)

@@ -132,6 +132,7 @@ class Session:
 
     options: Options
     seconds: dict[str, float] = field(default_factory=dict)
+    _added: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +190,14 @@ class Session:
         ids = [f"{name} {i}" for i in range(len(prompts))]
         for request, prompt, count in zip(ids, prompts, new_tokens, strict=True):
             self.engine.add_request(request, prompt, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True))
+        self._added += ids
         return ids
+
+    def clear(self) -> None:
+        """Abort whatever a benchmark left behind when it failed."""
+        for request in self._added:
+            self.engine.abort_request(request)
+        self._added.clear()
 
     def release_engine(self) -> None:
         """Drop the engine and give its memory back; the model stays."""

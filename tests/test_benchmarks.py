@@ -93,12 +93,14 @@ def test_refuses_a_wrong_engine(fault: str, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_failing_benchmark_leaves_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def fail(session: Any) -> None:
+        session.add("left behind", [[1, 2, 3]], [100])
         raise RuntimeError("out of luck")
 
     monkeypatch.setitem(main.__globals__["BENCHMARKS"], "prefill", fail)
     assert main(["prefill", "offline", "--shape", "tiny", *QUICK]) == 1
     figures = last_line(capsys)["benchmarks"]
     assert "out of luck" in figures["prefill"]["error"] and figures["offline"]["output_tokens"] > 0
+    assert figures["offline"]["steps"] < 40
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
