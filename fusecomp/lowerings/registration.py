@@ -11,19 +11,48 @@ from fusecomp.ops.attention import attention_reference, paged_attention_referenc
 from fusecomp.ops.library import implement, record_fallback
 
 
+def _unit_stride(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dim. Inductor is free to choose layouts, and now and then picks another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     from fusecomp.lowerings.paged_attention.lowering import launch_cache_write
 
-    launch_cache_write(k, v, kv_cache, slots)
+    launch_cache_write(_unit_stride(k), _unit_stride(v), kv_cache, slots)
 
 
-def _paged_attention(q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor, *step: object) -> Tensor:
+def _paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    host_meta: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
     from fusecomp.lowerings.paged_attention.lowering import launch_paged_attention, supports
 
-    if reason := supports(q, k, v, kv_cache, *step):  # type: ignore[arg-type]
+    args = (kv_cache, cu_q_lens, seq_lens, block_tables, host_meta, scale, window, softcap, sinks)
+    reason = supports(
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        page_size=kv_cache.shape[3],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    if reason:
         record_fallback("paged_attention", reason)
-        return paged_attention_reference(q, k, v, kv_cache, *step)  # type: ignore[arg-type]
-    return launch_paged_attention(q, k, v, kv_cache, *step)  # type: ignore[arg-type]
+        return paged_attention_reference(q, k, v, *args)
+    return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
 
 
 @cache
@@ -33,5 +62,3 @@ def register() -> None:
     implement("paged_attention", _paged_attention, "CUDA")
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")
-
-

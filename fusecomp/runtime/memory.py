@@ -21,7 +21,7 @@ LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 
 def text_config(model: Any) -> Any:
     """The configuration of the language model, also inside a multimodal one; None without a config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
