@@ -11,7 +11,14 @@ from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-__all__ = ["counters", "dynamo_settings", "inductor_compile", "mark_unbacked", "recompiles_are_errors"]
+__all__ = [
+    "counters",
+    "dynamo_settings",
+    "inductor_compile",
+    "mark_unbacked",
+    "own_tracing_context",
+    "recompiles_are_errors",
+]
 
 
 def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[str, Any] | None = None) -> Callable:
@@ -20,6 +27,16 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
 
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
     return compiled
+
+
+@contextmanager
+def own_tracing_context(example_inputs: list[Any]) -> Iterator[None]:
+    """A tracing context apart from Dynamo's, so that a part of its graph compiles as a graph of its own."""
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+
+    mode = detect_fake_mode(example_inputs)
+    with tracing(TracingContext(mode)):
+        yield
 
 
 @contextmanager

@@ -30,11 +30,14 @@ def test_every_shape_has_a_configuration(target):
 
 
 def test_splits_follow_rows_and_capacity():
-    def splits(num_rows: int, capacity: int = 32768) -> int:
-        return decode_config(SM90, **SHAPE, num_rows=num_rows, capacity=capacity).num_splits
+    def config(num_rows: int, capacity: int = 32768) -> heuristics.DecodeConfig:
+        return decode_config(SM90, **SHAPE, num_rows=num_rows, capacity=capacity)
 
-    assert splits(1) > splits(8) >= splits(32) >= splits(512) == 1
-    assert splits(1, capacity=64) == 1
+    assert config(1).num_splits > config(512).num_splits == 1
+    assert config(1, capacity=64).num_splits == 1
+    for rows, capacity in itertools.product((1, 8, 32, 256), (200, 4096, 32768)):
+        found = config(rows, capacity)
+        assert (found.num_splits - 1) * found.min_split < capacity
 
 
 def test_source_says_whether_the_entry_was_tuned_for_the_shape():

@@ -62,9 +62,9 @@ def decode_kernel(
     up to 2 * S * H * NS * (D + 1) * 4 of partials. FLOPs: 4 * sum(seq_lens) * H * D. Bound by reading KV.
     A row of length 0 gives zeros.
 
-    Measured on an H200 (benchmarks/attention.py, bf16, H=32, G=8, D=128, B=16; share of a 4.4 TB/s read): 4.1-4.3 TB/s
-    (94-98%) at 32 rows of 4096 keys, 4.4 TB/s at 256 rows of 1024; bound by latency at one row: 6.8 us for 200 keys,
-    7.7 us for 1024, 39 us (77%) for 32768.
+    Measured on an H200 (benchmarks/attention.py, bf16, H=32, G=8, D=128, B=16; share of a 4.4 TB/s read): 4.15 TB/s
+    (94%) at 32 rows of 4096 keys in two splits, 4.4 TB/s at 256 rows of 1024; bound by latency at one row: 6.8 us for
+    200 keys, 7.7 us for 1024, 39 us (77%) for 32768.
     """
     R: tl.constexpr = H // G
     pair = tl.program_id(0)

@@ -219,9 +219,10 @@ def prefill_kernel(
     Bytes: q, k, v and out once, the prefix once per query tile and kv head (L2 serves most of it). Bound by
     matrix rate.
 
-    Measured on an H200 (benchmarks/attention.py, bf16, H=32, G=8, D=128; share of a 770-800 TFLOP/s matmul): 430-441
-    TFLOP/s (55%) at 8 x 2048, 492 at 4 x 4096, 510-574 (64-74%) at 1 x 16384, 565 there with a window of 4096, 456 at
-    2048 new tokens after 14336 cached ones. Short rows pay for each program's start: 157 TFLOP/s at 16 x 256.
+    Measured on an H200 (benchmarks/attention.py, bf16, H=32, G=8, D=128; share of a bf16 matmul's 770-800 TFLOP/s):
+    430-441 TFLOP/s (55%) at 8 x 2048, 492 at 4 x 4096, 510-574 (64-74%) at 1 x 16384, 565 there with a window of
+    4096, 456 at 2048 new tokens after 14336 cached ones. Short rows pay for each program's start: 157 TFLOP/s at
+    16 x 256.
     """
     h = tl.program_id(0) % H
     row = first_row + tl.program_id(0) // H

@@ -1,0 +1,98 @@
+"""Compiles a deep graph once per kind of layer: cut after every attention, compile one of each, call all.
+
+Between two attentions lies the same work in every layer: output projection, norms, MLP or experts, the next
+layer's projections and its attention. The cut graph therefore has as many kinds of pieces as the model has
+kinds of layers, plus its two ends, and compile time no longer grows with depth. Attention is opaque to Inductor,
+so no fusion is lost at a cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from fusecomp._compat import inductor_compile, own_tracing_context
+from fusecomp.ops import OPS
+from fusecomp.patterns.base import fake_value
+
+CUT_AFTER = (OPS.paged_attention, OPS.paged_attention.default)
+
+
+def cut(gm: GraphModule) -> GraphModule:
+    """Split after every `paged_attention`; the result calls `submod_0`, `submod_1`, ... in order."""
+    piece, pieces = 0, {}
+    for node in gm.graph.nodes:
+        pieces[node] = piece
+        if node.op == "call_function" and node.target in CUT_AFTER:
+            piece += 1
+    return split_module(gm, gm, lambda node: pieces[node], keep_original_order=True, keep_original_node_name=True)
+
+
+class _Symbols:
+    """Names sizes by order of appearance, so that pieces that differ only in which symbol they use look alike."""
+
+    def __init__(self) -> None:
+        self._names: dict[Any, str] = {}
+
+    def describe(self, value: Any) -> str:
+        """A fake tensor or size, with what compilation may know of its symbols."""
+        if isinstance(value, Tensor):
+            sizes = [self._size(x) for x in (*value.shape, *value.stride(), value.storage_offset())]
+            return f"{value.dtype} {sizes} {value.device}"
+        return f"{type(value).__name__} {self._size(value)}"
+
+    def _size(self, value: Any) -> str:
+        if not isinstance(value, torch.SymInt):
+            return str(value)
+        expr, known = value.node.expr, ""
+        for symbol in sorted(expr.free_symbols, key=str):
+            if symbol not in self._names:
+                self._names[symbol] = f"z{len(self._names)}"
+                known += f" {value.node.shape_env.var_to_range.get(symbol)}"
+        renamed = expr.xreplace({s: sympy.Symbol(n, integer=True) for s, n in self._names.items()})
+        return f"{renamed}{known}"
+
+
+def structure(gm: GraphModule) -> str:
+    """Hash of everything that compilation depends on, with nodes and symbols named by their order."""
+    number: dict[Node, int] = {}
+    symbols = _Symbols()
+    digest = hashlib.sha256()
+    for i, node in enumerate(gm.graph.nodes):
+        number[node] = i
+        args, kwargs = torch.fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: f"%{number[a]}" if isinstance(a, Node) else a
+        )
+        target = "" if node.op == "placeholder" else node.target
+        seen = symbols.describe(fake_value(node)) if node.op == "placeholder" else ""
+        digest.update(f"{node.op}|{target}|{args}|{kwargs}|{seen}\n".encode())
+    return digest.hexdigest()
+
+
+def compile_pieces(gm: GraphModule) -> tuple[Callable, int, int]:
+    """Compile `gm` piece by piece with Inductor.
+
+    Returns: the callable, the number of pieces, and how many had to be compiled.
+    """
+    whole = cut(gm)
+    compiled: dict[str, Callable] = {}
+    count = 0
+    for name, piece in list(whole.named_children()):
+        if not isinstance(piece, GraphModule):
+            continue
+        count += 1
+        key = structure(piece)
+        if key not in compiled:
+            inputs = [fake_value(n) for n in piece.graph.nodes if n.op == "placeholder"]
+            with own_tracing_context(inputs):
+                compiled[key] = inductor_compile(piece, inputs)
+        delattr(whole, name)
+        setattr(whole, name, compiled[key])
+    return whole.forward, count, len(compiled)
