@@ -34,7 +34,7 @@ def model():
 def serve(engine, seed, aborts):
     """A random scenario; returns tokens and end of every request that was not aborted, and the steps taken ahead."""
     rng, tokens, ends, added, ahead = random.Random(seed), {}, {}, 0, 0
-    waiting = [[rng.randrange(99) for _ in range(rng.choice([1, 2, 5, 30, 100]))] for _ in range(30)]
+    waiting = [[rng.randrange(99) for _ in range(rng.choice([1, 2, 14, 30, 70]))] for _ in range(30)]
     dropped = set()
     while waiting or engine.has_unfinished_requests():
         for _ in range(rng.choice([0, 0, 0, 0, 0, 0, 1, 5])):
@@ -43,7 +43,7 @@ def serve(engine, seed, aborts):
                     temperature=rng.choice([0, 0, 1.0]),
                     top_k=rng.choice([0, 7]),
                     seed=added,
-                    max_tokens=rng.randint(1, 25),
+                    max_tokens=rng.randint(1, 50),
                     stop_token_ids=(11, 12),
                 )
                 engine.add_request(str(added), waiting.pop(), params)
