@@ -18,11 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, activations
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, batched_mm_experts_forward
 
 from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import UNRESOLVED
+from fusecomp.ops.experts import ACTIVATIONS
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
 
 TRACE, PROBE = "fusecomp", "fusecomp_probe"
@@ -116,9 +119,7 @@ def _probe_attention(
 
 def activation_name(act: Any) -> str:
     """Canonical name of an activation module, or its class name when there is none."""
-    from transformers import activations
-
-    if isinstance(act, nn.SiLU | getattr(activations, "SiLUActivation", nn.SiLU)):
+    if isinstance(act, (nn.SiLU, activations.SiLUActivation)):
         return "silu"
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
@@ -135,10 +136,6 @@ def activation_name(act: Any) -> str:
 
 def _experts_reason(module: nn.Module) -> str:
     """Why an experts module cannot become the canonical op; empty when it can."""
-    from transformers.integrations.moe import _default_apply_gate
-
-    from fusecomp.ops.experts import ACTIVATIONS
-
     if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
         return "its gate is custom"
     name = activation_name(module.act_fn)
@@ -148,8 +145,6 @@ def _experts_reason(module: nn.Module) -> str:
 def _trace_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """HF experts function: one canonical op, or HF's own traceable form when the module cannot be expressed."""
     if _experts_reason(module):
-        from transformers.integrations.moe import batched_mm_experts_forward
-
         return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
     return OPS.experts(
@@ -176,9 +171,6 @@ def _probe_experts(module: Any, *args: Tensor) -> Tensor:
 
 
 def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.moe import ExpertsInterface
-
     AttentionInterface.register(TRACE, _trace_attention)
     AttentionInterface.register(PROBE, _probe_attention)
     AttentionMaskInterface.register(PROBE, _probe_mask)
@@ -194,8 +186,6 @@ class Implementations:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from transformers import PreTrainedModel
-
         _register()
         self._slots: list[tuple[Any, str]] = []
         seen = set()

@@ -76,6 +76,7 @@ class Engine:
         self._graphs: GraphRunner | None = None
         self.overlap = self.device.type == "cuda"
         self._flight: Flight | None = None
+        self._launch_seconds = 0.0
         self._runway = Runway(config.max_num_seqs, self.device)
         self._latest: tuple[StepBatch, int | None] | None = None
         self._step.seal()
@@ -142,7 +143,7 @@ class Engine:
         Raises:
             FallbackError: under `strict`, a kernel fell back to its eager reference.
         """
-        start = time.perf_counter()
+        start, self._launch_seconds = time.perf_counter(), 0.0
         flight, self._flight = self._flight, None
         if flight is None:
             step = self._scheduler.schedule()
@@ -159,7 +160,8 @@ class Engine:
         outputs = [self._output(seq) for seq in advanced]
         if self._flight and not any(seq.status is Status.RUNNING for seq in self._flight.step.seqs):
             self._flight = None  # every row it continues has ended: nobody waits for it
-        self._metrics.on_step(flight.step, advanced, time.perf_counter() - arrived + launched - start)
+        host = time.perf_counter() - arrived + launched - start - self._launch_seconds
+        self._metrics.on_step(flight.step, advanced, host)
         self._note_fallbacks()
         return outputs
 
@@ -168,7 +170,10 @@ class Engine:
         bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
         batch = self._builder.build(step, bucket, continues)
         self._latest = batch, bucket
-        return self._runway.launch(step, self._run(batch, bucket))
+        start = time.perf_counter()
+        flight = self._runway.launch(step, self._run(batch, bucket))
+        self._launch_seconds += time.perf_counter() - start
+        return flight
 
     @staticmethod
     def _output(seq: SequenceState) -> StepOutput:
