@@ -80,11 +80,11 @@ def nats_per_token(engine: Engine, windows: list[list[int]]) -> float:
     """The protocol of models/perplexity.py on the engine's own step: chunk by chunk, with the logits of every token."""
     nats, tokens = 0.0, 0
     for window in windows:
-        blocks = list(range(-(-len(window) // engine.config.block_size)))
-        seq = engine._stand_in(0, window, blocks)
+        seq = engine._stand_in(0, window, [])
         logits = []
         for start in range(0, len(window), CHUNK):
             size = min(CHUNK, len(window) - start)
+            seq.blocks = list(range(-(-(start + size) // engine.config.block_size)))  # grown as the scheduler does
             batch = engine._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
             logits.append(engine._step(dataclasses.replace(batch, logit_indices=torch.arange(size))).float())
         scores, wanted = torch.cat(logits)[:-1], torch.tensor(window[1:])
