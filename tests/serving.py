@@ -1,4 +1,4 @@
-"""What tests of whole engines share: families' models and engines, built once a process, and Hugging Face as the oracle.
+"""What tests of whole engines share: families' models and engines, built once a process; Hugging Face as the oracle.
 
 The oracle runs every sequence alone: no batch, no padding, no cache but Hugging Face's own.
 """

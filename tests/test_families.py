@@ -1,4 +1,4 @@
-"""Every family of the registry through the engine: the promised matches, Hugging Face's tokens, the dtype's accuracy."""
+"""Every family of the registry through the engine: the promised matches, Hugging Face's tokens, its accuracy."""
 
 import pytest
 import torch

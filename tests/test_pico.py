@@ -1,4 +1,4 @@
-"""The bundled checkpoints through the whole product, Inductor included: Hugging Face's tokens, and the card's perplexity."""
+"""The bundled checkpoints through the whole product, Inductor included: the same tokens, and the card's perplexity."""
 
 import dataclasses
 import json

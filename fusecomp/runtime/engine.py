@@ -195,7 +195,8 @@ class Engine:
         With `decode_last` every prompt's last token is computed as a decode, on the cached keys of those before it.
 
         Raises:
-            RequestError: requests are being served, a prompt is too short, or the prompts exceed one step or the KV cache.
+            RequestError: requests are being served, a prompt is too short, or the prompts do not fit one step and the
+                KV cache.
         """
         per_prompt = [self._scheduler.kv.blocks_for(len(p)) for p in prompts]
         if self.has_unfinished_requests():
