@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import model_error, pack, within_contract
-from models.registry import FAMILIES, WINDOW
-from tests.serving import engine, hf_greedy, hf_last_logits, model, serve, tokens
+from models.registry import FAMILIES, WINDOW, build
+from tests.serving import CONFIG, engine, hf_greedy, hf_last_logits, model, serve, tokens
 
 pytestmark = pytest.mark.xdist_group("families")
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -85,3 +86,16 @@ def test_error_against_fp32_is_within_the_contract(name, dtype, decode_last):
     else:
         stock = model_error(hf_last_logits(model(name, dtype), flat), exact, routed=routed)
         assert within_contract(error, stock), f"{error:.2e} against the stock model's {stock:.2e}"
+
+
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "inductor"])
+def test_an_engine_of_one_block_serves(inductor):
+    """One row whose whole context is one page: a cache of size 1, where graphs for any size would specialize."""
+    config = CONFIG.replace(max_num_seqs=1, max_model_len=16, enforce_eager=not inductor)
+    served_by = Engine(build("mistral"), config)
+    assert served_by.num_kv_blocks == 1
+    params = SamplingParams(temperature=0, max_tokens=10)
+    requests = [(tokens(173, length, length), params) for length in (1, 5, 12)]
+    expected = [hf_greedy(model("mistral"), prompt, min(10, 16 - len(prompt))).token_ids for prompt, _ in requests]
+    assert [got.token_ids for got in serve(served_by, requests)] == expected
+    assert served_by.report.recompiles == 0
