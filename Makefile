@@ -19,8 +19,9 @@ $(VENV)/.test: $(VENV)/.base
 
 .PHONY: run test lint clean
 run: $(VENV)/.base
-	$(BIN)/fusecomp generate models/pico-llama --max-tokens 48 --temperature 0 --prompt 'def read_file(path):' --prompt 'import os'
-	$(BIN)/fusecomp generate models/pico-moe --max-tokens 48 --temperature 0 --prompt 'def read_file(path):' --prompt 'class Node:'
+	for model in pico-llama pico-moe; do \
+	  $(BIN)/fusecomp generate models/$$model --prompts-file models/prompts.jsonl \
+	    --max-tokens 64 --temperature 0.7 --top-p 0.9 --seed 4 || exit 1; done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -242,6 +242,15 @@ def test_alibi_and_missing_positions_are_refused():
         Engine(build(config), SMALL)
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_batch_are_refused(rope_type):
+    """Frequencies chosen by the longest position in the batch would change when sequences are packed."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 10000.0} | (factors if rope_type == "longrope" else {})
+    with pytest.raises(UnsupportedModelError, match=r"one graph.*modeling_rope_utils"):
+        Engine(build(llama(rope_parameters=rope)), SMALL)
+
+
 def test_training_mode_is_refused():
     with pytest.raises(UnsupportedModelError, match="training mode"):
         Engine(build(llama()).train(), SMALL)

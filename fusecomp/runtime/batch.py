@@ -68,6 +68,7 @@ _BUFFERS = {
     "top_k": torch.int32,
     "top_p": torch.float32,
     "seeds": torch.int64,
+    "continues": torch.int64,
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "seeds")
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
@@ -155,12 +156,16 @@ class BatchBuilder:
         self._all_greedy = True
         self._any_filtered = False
 
-    def build(self, step: ScheduledStep, pad_to: int | None = None) -> StepBatch:
+    def build(
+        self, step: ScheduledStep, pad_to: int | None = None, continues: tuple[torch.Tensor, list[int]] | None = None
+    ) -> StepBatch:
         """Fill the batch of `step`.
 
         Args:
             step: from `Scheduler.schedule`, before the matching `update`.
             pad_to: rows of the decode bucket; only for a step that is all decodes.
+            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and the row
+                of it that each row continues from.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
@@ -185,7 +190,8 @@ class BatchBuilder:
         T = S if step.decode_only else step.num_tokens
         tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
         nd = step.num_decodes
-        tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs if step.decode_only else seqs[:nd])]
+        if continues is None:
+            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs if step.decode_only else seqs[:nd])]
         tokens[1, :nd] = starts[:nd]
         tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
@@ -201,10 +207,21 @@ class BatchBuilder:
             self._copy(staging, "cu_q_lens", n + 1)
             self._copy(staging, "logit_indices", n)
         self._copy(staging, "tokens", 3 * T)
+        if continues is not None:
+            self._continue_from(*continues, staging)
         staging.record()
         self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, ends.max(), S)
         views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
         return self._batch(views, n)
+
+    def _continue_from(self, sampled: torch.Tensor, rows: list[int], staging: _Staging) -> None:
+        """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
+        count = len(rows)
+        if rows[-1] != count - 1:  # rows are ascending: some are missing in between
+            staging.arrays["continues"][:count] = rows
+            self._copy(staging, "continues", count)
+            sampled = sampled[self._device["continues"][:count]]
+        torch.clamp(sampled[:count], min=0, out=self._device["tokens"][:count])
 
     def padding(self, rows: int) -> StepBatch:
         """A decode bucket of `rows` padding rows, safe to run for warm-up and capture: it writes no KV slot.
@@ -310,7 +327,7 @@ class BatchBuilder:
         self._device[name][:size].copy_(staging.tensors[name][:size], non_blocking=True)
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
-        views = {name: buffer[:S] for name, buffer in self._device.items()}
+        views = {name: buffer[:S] for name, buffer in self._device.items() if name != "continues"}
         views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
         views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
         return views

@@ -20,11 +20,12 @@ from fusecomp.report import FusionReport
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import memory
 from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.sampler import greedy, sample
-from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
 
 GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
@@ -73,6 +74,9 @@ class Engine:
         self._metrics = Metrics()
         self._sample = torch.compile(sample, dynamic=True) if self.device.type == "cuda" else sample
         self._graphs: GraphRunner | None = None
+        self.overlap = self.device.type == "cuda"
+        self._flight: Flight | None = None
+        self._runway = Runway(config.max_num_seqs, self.device)
         self._latest: tuple[StepBatch, int | None] | None = None
         self._step.seal()
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -133,24 +137,38 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one step; returns what it gave each request that advanced or ended.
 
+        With `overlap`, the next step is launched before this one's tokens are read, whenever it can be known.
+
         Raises:
             FallbackError: under `strict`, a kernel fell back to its eager reference.
         """
         start = time.perf_counter()
-        step = self._scheduler.schedule()
-        if step is None:
-            return []
-        bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
-        batch = self._builder.build(step, bucket)
-        self._latest = batch, bucket
-        scheduled = time.perf_counter()
-        tokens = self._run(batch, bucket).tolist()
-        ran = time.perf_counter()
-        advanced = self._scheduler.update(step, tokens, self._eos)
+        flight, self._flight = self._flight, None
+        if flight is None:
+            step = self._scheduler.schedule()
+            if step is None:
+                return []
+            flight = self._launch(step)
+        if self.overlap and (ahead := self._scheduler.schedule_ahead(flight.step)) is not None:
+            step, rows = ahead
+            self._flight = self._launch(step, (flight.tokens, rows))
+        launched = time.perf_counter()
+        tokens = flight.token_ids()
+        arrived = time.perf_counter()
+        advanced = self._scheduler.update(flight.step, tokens, self._eos)
         outputs = [self._output(seq) for seq in advanced]
-        self._metrics.on_step(step, advanced, time.perf_counter() - ran + scheduled - start)
+        if self._flight and not any(seq.status is Status.RUNNING for seq in self._flight.step.seqs):
+            self._flight = None  # every row it continues has ended: nobody waits for it
+        self._metrics.on_step(flight.step, advanced, time.perf_counter() - arrived + launched - start)
         self._note_fallbacks()
         return outputs
+
+    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, list[int]] | None = None) -> Flight:
+        """Queue a step's device work; nothing is waited for."""
+        bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
+        batch = self._builder.build(step, bucket, continues)
+        self._latest = batch, bucket
+        return self._runway.launch(step, self._run(batch, bucket))
 
     @staticmethod
     def _output(seq: SequenceState) -> StepOutput:

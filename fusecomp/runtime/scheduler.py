@@ -269,6 +269,31 @@ class Scheduler:
         num_tokens = self.max_num_batched_tokens - budget
         return ScheduledStep(seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted)
 
+    def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, list[int]] | None:
+        """The step after `step`, before the tokens that `step` samples are known: every row of it decodes once more.
+
+        Only for the plain case, in which `schedule` would do the same once it knew them. None when some row of `step`
+        does not sample, a running sequence is not in it, a waiting one could be admitted, blocks run out, or nothing
+        is left because every row reaches its length. A row that turns out to stop at `step` is computed in vain.
+
+        Returns: the step, and for each of its rows the row of `step` whose sampled token it continues from.
+        """
+        if not all(step.samples) or (self._waiting and self._free_rows and self._fits(self._waiting[0])):
+            return None
+        alive = [i for i, seq in enumerate(step.seqs) if seq.status is Status.RUNNING]
+        if len(alive) != len(self._running):
+            return None
+        rows = [i for i in alive if len(step.seqs[i].token_ids) + 1 < step.seqs[i].max_total_tokens]
+        seqs = [step.seqs[i] for i in rows]
+        starts = [len(seq.token_ids) for seq in seqs]
+        for seq, start in zip(seqs, starts, strict=True):
+            if start >= seq.num_slots and not self._grow(seq, start + 1):
+                return None
+        count = len(rows)
+        if count == 0:
+            return None
+        return ScheduledStep(seqs, starts, [1] * count, [True] * count, count, count, 0), rows
+
     def update(
         self, step: ScheduledStep, sampled_token_ids: Sequence[int], eos_ids: Container[int]
     ) -> list[SequenceState]:
@@ -289,7 +314,7 @@ class Scheduler:
             step.seqs, step.num_new_tokens, step.samples, sampled_token_ids, strict=False
         ):
             if seq.status is not Status.RUNNING:
-                continue  # aborted while the step ran
+                continue  # aborted while the step ran, or ended by the token before this one
             seq.num_computed_tokens += size
             if not draws:
                 continue

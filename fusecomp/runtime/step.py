@@ -28,6 +28,13 @@ from fusecomp.runtime.batch import StepBatch
 INLINE_PROOF_LENGTH = 4096
 
 
+def _place(message: str) -> str:
+    """What Dynamo could not capture, and the innermost line of the model's code that it names."""
+    what = " ".join(message.split("\n\n", 1)[0].split())
+    frames = message.partition("from user code:")[2].strip().split("\n\n")[0].split("File ")
+    return f"{what} At {' '.join(frames[-1].split())}" if len(frames) > 1 else what
+
+
 @contextmanager
 def capture_errors(model: str) -> Iterator[None]:
     """Turn Dynamo's failures to capture one full graph into `UnsupportedModelError`."""
@@ -41,7 +48,7 @@ def capture_errors(model: str) -> Iterator[None]:
         raise UnsupportedModelError(
             "the model cannot be captured as one graph for every number of tokens",
             where=model,
-            why=str(error).split("\n\n", 1)[0],
+            why=_place(str(error)),
             remedy="use stock transformers for this model, or rewrite the place named above",
         ) from error
 
