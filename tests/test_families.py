@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fusecomp.backend import StepBackend
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import model_error, pack, within_contract
@@ -99,3 +100,30 @@ def test_an_engine_of_one_block_serves(inductor):
     expected = [hf_greedy(model("mistral"), prompt, min(10, 16 - len(prompt))).token_ids for prompt, _ in requests]
     assert [got.token_ids for got in serve(served_by, requests)] == expected
     assert served_by.report.recompiles == 0
+
+
+def test_an_engine_is_captured_as_if_it_were_the_first(monkeypatch):
+    """Dynamo remembers sizes by source line: another model's must not make this one's heads and pages dynamic."""
+    Engine(build("qwen3"), CONFIG.replace(max_model_len=64, max_num_seqs=1, block_size=32))
+    call, shapes = StepBackend.__call__, {}
+
+    def look(backend, gm, example_inputs):
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor):
+                shapes[node.name] = [size if isinstance(size, int) else "?" for size in value.shape]
+        return call(backend, gm, example_inputs)
+
+    monkeypatch.setattr(StepBackend, "__call__", look)
+    Engine(build("mistral"), CONFIG)
+    inputs = {name: shape for name, shape in shapes.items() if "self" not in name}
+    assert inputs == {
+        "l_tokens_": [3, "?"],
+        "l_logit_indices_": ["?"],
+        "l_cu_q_lens_": ["?"],
+        "l_seq_lens_": ["?"],
+        "l_block_tables_": ["?", 6],
+        "l_host_meta_": [4],
+        "l_kv_caches_0_": ["?", 2, 2, 16, 32],
+        "l_kv_caches_1_": ["?", 2, 2, 16, 32],
+    }
