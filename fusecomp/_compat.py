@@ -41,8 +41,13 @@ def own_tracing_context(example_inputs: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def dynamo_settings() -> Iterator[None]:
-    """Capture settings: floats are constants (a scale must not become an input); one graph, never a silent retry."""
-    with torch._dynamo.config.patch(specialize_float=True, fail_on_recompile_limit_hit=True):
+    """Capture settings: floats are constants (a scale must not become an input); one graph, never a silent retry.
+
+    Sizes are dynamic where they are marked, and nowhere else: otherwise Dynamo remembers the sizes of earlier engines'
+    captures by source line, and one whose sizes differ would be compiled for sizes that never change.
+    """
+    settings = {"specialize_float": True, "fail_on_recompile_limit_hit": True, "automatic_dynamic_shapes": False}
+    with torch._dynamo.config.patch(settings):
         yield
 
 

@@ -65,10 +65,10 @@ _LONG_CONTEXT = {
 }
 _ROUTING = (
     "where two experts' router logits nearly tie, a low-precision run may choose another expert than fp32 does and is "
-    "then wrong by a whole expert; `build` spreads the router, and comparisons are made on the error over all tokens"
+    "then wrong by a whole expert; `build` spreads the router, and comparisons are made on the token in the middle"
 )
-_DENSE = {"paged_attention": 1}
-_SPARSE = {"paged_attention": 1, "experts": 1}
+_DENSE = {"attention": 1, "paged_attention": 1}
+_SPARSE = {**_DENSE, "experts": 1}
 _SMALL = {
     "hidden_size": 96,
     "num_attention_heads": 6,

@@ -218,13 +218,20 @@ class Engine:
         With `decode_last` every prompt's last token is computed as a decode, on the cached keys of those before it.
 
         Raises:
-            RequestError: requests are being served, or the prompts exceed one step or the KV cache.
+            RequestError: requests are being served, a prompt is too short, or the prompts do not fit one step and the
+                KV cache.
         """
         per_prompt = [self._scheduler.kv.blocks_for(len(p)) for p in prompts]
         if self.has_unfinished_requests():
             raise RequestError("requests are being served", where="prompt_logits", remedy="drain the engine first")
+        shortest, config = (2 if decode_last else 1), self.config
+        if not prompts or min(map(len, prompts)) < shortest:
+            raise RequestError("too few tokens", where="prompt_logits", remedy=f"give at least {shortest} a prompt")
+        assert config.max_model_len is not None
         if (
-            sum(map(len, prompts)) > self.config.max_num_batched_tokens
+            len(prompts) > config.max_num_seqs
+            or max(map(len, prompts)) > config.max_model_len
+            or sum(map(len, prompts)) > config.max_num_batched_tokens
             or sum(per_prompt) > self._scheduler.kv.num_blocks
         ):
             raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")

@@ -105,8 +105,12 @@ class CompiledStep:
         return sum(2 * heads * self.block_size * dim * width for _, heads, dim in self.layers)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make (or replace) the KV tensors. Zeros, so that a block's unwritten slots are finite."""
+        """Make (or replace) the KV tensors. Zeros, so that a block's unwritten slots are finite.
+
+        There are at least two blocks, though one may be all that is used: graphs for any number do not serve size 1.
+        """
         self.kv_caches = []
+        num_blocks = max(2, num_blocks)
         for _, heads, dim in self.layers:
             shape = (num_blocks, 2, heads, self.block_size, dim)
             cache = torch.zeros(shape, dtype=self.dtype, device=self.device)

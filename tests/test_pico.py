@@ -1,0 +1,117 @@
+"""The bundled checkpoints through the whole product, Inductor included: the same tokens, and the card's perplexity."""
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusecomp import LLM, SamplingParams
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.scheduler import ScheduledStep
+from models import perplexity
+from models.corpus import parse_heldout
+from tests.serving import hf_greedy
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+LAYERS = {
+    name: json.loads((MODELS / name / "config.json").read_text())["num_hidden_layers"]
+    for name in ("pico-llama", "pico-moe")
+}
+MATCHES = {"pico-llama": ("attention", "paged_attention"), "pico-moe": ("attention", "paged_attention", "experts")}
+# One process a model: what it compiles is used by all of the model's tests.
+checkpoints = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MATCHES]
+)
+CHUNK = 256  # tokens in a step: a window is scored in four chunks, each on the cached keys of those before it
+NUM_PROMPTS, LONGEST, MAX_TOKENS = 64, 400, 24
+
+
+@cache
+def llm(name: str, dtype: str = "float32") -> LLM:
+    return LLM(
+        MODELS / name, dtype=dtype, device="cpu", max_num_seqs=16, max_num_batched_tokens=CHUNK, kv_cache_bytes=1 << 27
+    )
+
+
+@cache
+def tokenizer(name: str):
+    return AutoTokenizer.from_pretrained(MODELS / name, local_files_only=True)
+
+
+def heldout_prompts(name: str) -> list[list[int]]:
+    """64 slices of the held-out files, of 1 to 400 tokens; some are the end of a file, where `eos` is due."""
+    text = perplexity.HELDOUT.read_text(encoding="utf-8")
+    files = [
+        tokenizer(name)(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        for document in parse_heldout(text)
+    ]
+    prompts = []
+    for index in range(NUM_PROMPTS):
+        length = 1 + round(index * (LONGEST - 1) / (NUM_PROMPTS - 1))
+        file = files[index % len(files)]
+        start = len(file) - length if index % 4 == 3 else 977 * index % max(1, len(file) - length)
+        prompts.append(file[max(0, start) :][:length])
+    return prompts
+
+
+@checkpoints
+def test_greedy_tokens_are_those_of_generate(name):
+    prompts = heldout_prompts(name)
+    assert {min(map(len, prompts)), max(map(len, prompts))} == {1, LONGEST}
+    outputs = llm(name).generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
+    stock = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32, local_files_only=True).eval()
+    eos = stock.generation_config.eos_token_id
+    for prompt, output in zip(prompts, outputs, strict=True):
+        (completion,) = output.outputs
+        assert completion.token_ids == hf_greedy(stock, prompt, MAX_TOKENS).token_ids, f"prompt of {len(prompt)} tokens"
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == eos else "length")
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}
+    report = llm(name).fusion_report
+    assert report.counts() == dict.fromkeys(MATCHES[name], LAYERS[name])
+    assert (report.graphs, report.graph_breaks, report.recompiles, report.fallbacks) == (1, 0, 0, {})
+    assert llm(name).metrics.kv_usage == 0
+
+
+def nats_per_token(engine: Engine, windows: list[list[int]]) -> float:
+    """The protocol of models/perplexity.py on the engine's own step: chunk by chunk, with the logits of every token."""
+    nats, tokens = 0.0, 0
+    for window in windows:
+        seq = engine._stand_in(0, window, [])
+        logits = []
+        for start in range(0, len(window), CHUNK):
+            size = min(CHUNK, len(window) - start)
+            seq.blocks = list(range(-(-(start + size) // engine.config.block_size)))  # grown as the scheduler does
+            batch = engine._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
+            logits.append(engine._step(dataclasses.replace(batch, logit_indices=torch.arange(size))).float())
+        scores, wanted = torch.cat(logits)[:-1], torch.tensor(window[1:])
+        nats += float(torch.nn.functional.cross_entropy(scores, wanted, reduction="none").double().sum())
+        tokens += len(wanted)
+    return nats / tokens
+
+
+def check_perplexity(name: str, served_by: LLM, **tolerance: float) -> None:
+    card = json.loads((MODELS / name / "figures.json").read_text(encoding="utf-8"))["heldout_txt_first_windows"]
+    windows, _ = perplexity.heldout_windows(tokenizer(name), perplexity.HELDOUT.read_text(encoding="utf-8"))
+    windows = windows[: card["windows"]]
+    assert sum(map(len, windows)) - len(windows) == card["tokens"]
+    nats = nats_per_token(served_by._session.engine, windows)
+    assert torch.tensor(nats).exp().item() == pytest.approx(card["perplexity"], **tolerance)
+
+
+@checkpoints
+def test_fp32_perplexity_is_the_cards(name):
+    check_perplexity(name, llm(name), rel=1e-4)
+
+
+@checkpoints
+def test_bf16_perplexity_is_the_cards_within_half_a_percent(name):
+    """The card's figure is of the same weights run in fp32."""
+    served_by = llm(name, "bfloat16")
+    check_perplexity(name, served_by, rel=5e-3)
+    report = served_by.fusion_report
+    assert report.counts() == dict.fromkeys(MATCHES[name], LAYERS[name])
+    assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
