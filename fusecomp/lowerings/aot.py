@@ -127,9 +127,12 @@ def _full_cases() -> Iterator[Case]:
     for head_dim, page_size in itertools.product((128, 256), (1, 32, 64)):
         yield Case(head_dim=head_dim, page_size=page_size)
         yield Case("fp16", head_dim, page_size, **EVERY_FEATURE)
-    for head_dim, group in itertools.product((128, 256), (1, 2, 7, 64)):
+    for head_dim, group in itertools.product((128, 256), (1, 2, 7, 32, 64)):
         yield Case(head_dim=head_dim, group=group)
     yield Case("fp32", 80, 1, **EVERY_FEATURE)
+    for head_dim, group in itertools.product((64, 128, 256), (32, 64)):
+        yield Case("fp32", head_dim, group=group, **EVERY_FEATURE)
+    yield Case("bf16", 256, page_size=1, group=64, **EVERY_FEATURE)
     yield Case(head_dim=64, window=128, sinks=True, group=8)
     yield Case(head_dim=256, window=4096, softcap=50.0, group=2)
 
@@ -171,7 +174,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     scalars["stride_table"] = "i32"
     decode = heuristics.decode_config(
         target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=NUM_KV_HEADS, page_size=case.page_size,
-        num_rows=case.num_rows, capacity=CAPACITY,
+        num_rows=case.num_rows, capacity=CAPACITY, group=case.group,
     )  # fmt: skip
     yield Specialization(
         f"decode-{case}-s{case.num_rows}",
@@ -180,7 +183,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {**scalars, "min_tiles": "i32"},
         {
             **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_N": decode.block_n,
-            "BLOCK_R": max(16, heuristics.next_power_of_2(case.group)), "MAX_SPLITS": heuristics.MAX_SPLITS,
+            "BLOCK_R": heuristics.query_block(case.group), "MAX_SPLITS": heuristics.MAX_SPLITS,
         },
         decode.num_warps,
         decode.num_stages,
