@@ -162,6 +162,7 @@ class DecodeCase:
         return heuristics.decode_config(
             lowering.device_target(0), head_dim=layer.head_dim, itemsize=DTYPE.itemsize, num_kv_heads=layer.kv_heads,
             page_size=layer.page_size, num_rows=self.shape.batch, capacity=self.shape.context,
+            group=layer.heads // layer.kv_heads,
         )  # fmt: skip
 
     def launch(self, config: DecodeConfig, i: int = 0) -> None:

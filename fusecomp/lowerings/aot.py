@@ -9,12 +9,13 @@ JSON object per kernel. It needs no GPU: Triton's compiler takes the target as a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import triton
@@ -80,6 +81,7 @@ class Case:
     sinks: bool = False
     num_rows: int = 32
     max_keys: int = 2048
+    aligned: bool = True  # k and v as TMA wants them
 
     @property
     def itemsize(self) -> int:
@@ -87,27 +89,55 @@ class Case:
 
     def __str__(self) -> str:
         marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
+        marks += ["unaligned"] * (not self.aligned)
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
 NUM_KV_HEADS = 8
 CAPACITY = 8192
-SUBSET = (Case(), Case(head_dim=80, page_size=1, window=4096, softcap=50.0, sinks=True))
-FULL = (
-    *(Case(dtype, d) for dtype in ("bf16", "fp32") for d in (64, 80, 128, 256)),
-    Case("fp16", 96),
-    *(Case(page_size=b) for b in (1, 32, 64)),
-    Case(window=4096),
-    Case(softcap=50.0),
-    Case(sinks=True),
-    Case(head_dim=64, window=128, sinks=True, group=8),
-    Case(head_dim=256, window=4096, softcap=50.0, group=2),
-    Case("fp32", 80, 1, window=4096, softcap=50.0, sinks=True),
-    Case(group=1),
-    Case(num_rows=1, max_keys=256),
-    Case(num_rows=256, max_keys=16384),
-)
-CASES = {False: SUBSET, True: tuple(dict.fromkeys((*FULL, *SUBSET)))}
+FEATURES: dict[str, tuple[Any, Any]] = {"window": (0, 4096), "softcap": (0.0, 50.0), "sinks": (False, True)}
+EVERY_FEATURE: dict[str, Any] = {name: values[1] for name, values in FEATURES.items()}
+SUBSET = (Case(), Case(head_dim=80, page_size=1, **EVERY_FEATURE), Case(head_dim=256))
+
+
+def _tuned_cases() -> Iterator[Case]:
+    """Cases that the heuristics answer with each entry of the default table, plain and with every feature."""
+    table = heuristics.load_table(heuristics.DEFAULT_TABLE)
+    for entry in (*table["decode"], *table["prefill"]):
+        case = Case(
+            {2: "bf16", 4: "fp32"}[entry["itemsize"]],
+            entry["head_dim"],
+            entry.get("page", 16),
+            num_rows=max(1, entry.get("pairs", 256) // NUM_KV_HEADS),
+            max_keys=entry.get("keys", 2048),
+        )
+        yield from (case, replace(case, **EVERY_FEATURE))
+
+
+def _full_cases() -> Iterator[Case]:
+    yield from SUBSET
+    yield from _tuned_cases()
+    for dtype, head_dim in itertools.product(("bf16", "fp16", "fp32"), (32, 64, 80, 96, 128, 192, 256)):
+        yield Case(dtype, head_dim)
+    for head_dim, *chosen in itertools.product((128, 256), *FEATURES.values()):
+        features: dict[str, Any] = dict(zip(FEATURES, chosen, strict=True))
+        yield Case(head_dim=head_dim, **features)
+        yield Case(head_dim=head_dim, page_size=1, max_keys=16384, **features)
+        yield Case(head_dim=head_dim, aligned=False, **features)
+    for head_dim, page_size in itertools.product((128, 256), (1, 32, 64)):
+        yield Case(head_dim=head_dim, page_size=page_size)
+        yield Case("fp16", head_dim, page_size, **EVERY_FEATURE)
+    for head_dim, group in itertools.product((128, 256), (1, 2, 7, 32, 64)):
+        yield Case(head_dim=head_dim, group=group)
+    yield Case("fp32", 80, 1, **EVERY_FEATURE)
+    for head_dim, group in itertools.product((64, 128, 256), (32, 64)):
+        yield Case("fp32", head_dim, group=group, **EVERY_FEATURE)
+    yield Case("bf16", 256, page_size=1, group=64, **EVERY_FEATURE)
+    yield Case(head_dim=64, window=128, sinks=True, group=8)
+    yield Case(head_dim=256, window=4096, softcap=50.0, group=2)
+
+
+CASES = {False: SUBSET, True: tuple(dict.fromkeys(_full_cases()))}
 
 
 def specializations(case: Case, target: Target) -> Iterator[Specialization]:
@@ -144,7 +174,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     scalars["stride_table"] = "i32"
     decode = heuristics.decode_config(
         target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=NUM_KV_HEADS, page_size=case.page_size,
-        num_rows=case.num_rows, capacity=CAPACITY,
+        num_rows=case.num_rows, capacity=CAPACITY, group=case.group,
     )  # fmt: skip
     yield Specialization(
         f"decode-{case}-s{case.num_rows}",
@@ -153,13 +183,14 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {**scalars, "min_tiles": "i32"},
         {
             **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_N": decode.block_n,
-            "BLOCK_R": max(16, heuristics.next_power_of_2(case.group)), "MAX_SPLITS": heuristics.MAX_SPLITS,
+            "BLOCK_R": heuristics.query_block(case.group), "MAX_SPLITS": heuristics.MAX_SPLITS,
         },
         decode.num_warps,
         decode.num_stages,
     )  # fmt: skip
 
     prefill = heuristics.prefill_config(target, head_dim=case.head_dim, itemsize=case.itemsize, max_keys=case.max_keys)
+    prefill = replace(prefill, use_tma=prefill.use_tma and case.aligned)
     inputs = {**inputs, **kv, "cu_q_lens": "i32"}
     no_tiles = {} if prefill.use_tma else {"k_tiles": None, "v_tiles": None}
     if prefill.use_tma:
@@ -208,10 +239,14 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
-    """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
+    seen = set()
     for case in CASES[full]:
         for spec in specializations(case, TARGETS[target_name]):
-            yield compile_one(spec, target_name)[0]
+            key = repr(replace(spec, name=""))
+            if key not in seen:
+                seen.add(key)
+                yield compile_one(spec, target_name)[0]
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target, within its shared memory, and without spills where it was tuned."""
+"""Every kernel compiles for every target, within its shared memory, and without a spill where it was tuned (sm_90)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def compile_for(target: str, *options: str) -> list[dict]:
 
 
 def check(found: list[dict], target: str) -> None:
+    """Prints the kernels that spill (bytes a thread on sm_*, registers on gfx*): see `pytest -rA` or `-s`."""
     assert found
-    for kernel in found:
-        assert kernel["shared_bytes"] <= kernel["shared_limit"], kernel
-        if kernel["spills"]:
-            print(f"{target} {kernel['name']}: spills {kernel['spills']}, {kernel['registers']} registers")
+    spilled = [kernel for kernel in found if kernel["spills"]]
+    print(f"{target}: {len(spilled)} of {len(found)} kernels spill")
+    for kernel in spilled:
+        print(f"  {kernel['name']:52} {kernel['spills']:6} spilled, {kernel['registers']} registers")
+    assert [k for k in found if k["shared_bytes"] > k["shared_limit"]] == []
     if target == "sm_90":
-        # Head dim 256 fills the registers with accumulators: its prefill keeps 16 to 32 bytes a thread in local memory.
-        spilled = [k["name"] for k in found if k["spills"] and not ("prefill" in k["name"] and k["spills"] <= 32)]
         assert spilled == []
 
 

@@ -40,6 +40,17 @@ def test_splits_follow_rows_and_capacity():
         assert (found.num_splits - 1) * found.min_split < capacity
 
 
+def test_more_query_heads_get_more_warps():
+    def warps(group: int, head_dim: int = 256, itemsize: int = 2) -> int:
+        shape = {**SHAPE, "head_dim": head_dim, "itemsize": itemsize}
+        return decode_config(SM90, **shape, num_rows=32, capacity=4096, group=group).num_warps
+
+    for head_dim, itemsize in itertools.product((64, 128, 256), (2, 4)):
+        assert warps(1, head_dim, itemsize) == warps(16, head_dim, itemsize)  # as tuned
+    assert warps(64) == 2 * warps(32) == 4 * warps(16)
+    assert warps(64, itemsize=4) == heuristics.MAX_WARPS
+
+
 def test_source_says_whether_the_entry_was_tuned_for_the_shape():
     table = heuristics.load_table(SM90.table)
     assert {"gpu", "measured", "decode", "prefill"} <= table.keys()

@@ -18,6 +18,10 @@ from typing import Any
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
 MAX_SPLITS = 128
+# Registers of a thread that may hold the accumulators in decode, per item size. fp32 products, without matrix units,
+# hold their operands in registers too.
+ACCUMULATOR_REGISTERS = {2: 64, 4: 16}
+MAX_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,28 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
     return entry, f"{table['gpu']} {kind} {shape} ({how})"
 
 
+def query_block(group: int) -> int:
+    """Rows of the query tile of a decode program: the query heads of a kv head, padded to what matrix units take."""
+    return max(16, next_power_of_2(group))
+
+
 def decode_config(
-    target: Target, *, head_dim: int, itemsize: int, num_kv_heads: int, page_size: int, num_rows: int, capacity: int
+    target: Target,
+    *,
+    head_dim: int,
+    itemsize: int,
+    num_kv_heads: int,
+    page_size: int,
+    num_rows: int,
+    capacity: int,
+    group: int = 1,
 ) -> DecodeConfig:
     """Configuration of one decode launch.
 
     Args:
         num_rows: rows of the launch, padding included.
         capacity: the most keys a row can have, in tokens: pages of the block table times B.
+        group: query heads per kv head.
     """
     pairs = num_rows * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs}
@@ -121,6 +139,11 @@ def decode_config(
     programs = config.num_splits * entry["pairs"] * target.num_sms / SM90.num_sms
     splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
     config = replace(config, num_splits=math.ceil(max(splits, 1)))
+    # The table was tuned for up to 16 query heads per kv head; taller accumulators go to more warps.
+    warps = query_block(group) * padded_dim(head_dim) // (32 * ACCUMULATOR_REGISTERS[itemsize])
+    config = replace(config, num_warps=max(config.num_warps, min(warps, MAX_WARPS)))
+    if itemsize == 4 and query_block(group) > 16:
+        config = replace(config, block_n=min(config.block_n, 16))
     return _fit_decode(config, target, padded_dim(head_dim), itemsize)
 
 

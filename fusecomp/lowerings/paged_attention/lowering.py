@@ -153,6 +153,7 @@ def launch_paged_attention(
         decode = heuristics.decode_config(
             target, head_dim=head_dim, itemsize=itemsize, num_kv_heads=kv_cache.shape[2], page_size=kv_cache.shape[3],
             num_rows=num_decodes, capacity=block_tables.shape[1] * kv_cache.shape[3],
+            group=num_heads // kv_cache.shape[2],
         )  # fmt: skip
         run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
     if num_rows > num_decodes:
@@ -193,7 +194,7 @@ def run_decode(
         sinks, pre, post, window, config.min_tiles(), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
         block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
-        BLOCK_R=max(16, heuristics.next_power_of_2(group)), BLOCK_N=config.block_n,
+        BLOCK_R=heuristics.query_block(group), BLOCK_N=config.block_n,
         MAX_SPLITS=heuristics.MAX_SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
         **_hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip

@@ -229,7 +229,8 @@ def prefill_kernel(
     g = h // (H // G)
     token = tl.load(cu_q_lens + row)
     q_len = tl.load(cu_q_lens + row + 1) - token
-    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    # Never negative. Saying so keeps LLVM from taking the sum apart in later addresses, at a register each.
+    m0 = tl.maximum(tl.num_programs(1) - 1 - tl.program_id(1), 0) * BLOCK_M
     if m0 >= q_len:
         return
     prefix = tl.load(seq_lens + row) - q_len
@@ -237,9 +238,10 @@ def prefill_kernel(
     d = tl.arange(0, DP)
     i = m0 + tl.arange(0, BLOCK_M)
     head = tl.full([BLOCK_M], 0, tl.int32) + h
-    q_row = (token + i).to(tl.int64)
-    inside = (i < q_len)[:, None] & (d < D)[None, :]
-    q_MD = tl.load(q + (q_row * stride_qt)[:, None] + (h.to(tl.int64) * stride_qh + d)[None, :], mask=inside, other=0.0)
+    # Past the row's end its last query is read again and not stored; nothing but `i` then lives until the store.
+    q_row = (token + tl.minimum(i, q_len - 1)).to(tl.int64)
+    q_at = q + (q_row * stride_qt)[:, None] + (h.to(tl.int64) * stride_qh + d)[None, :]
+    q_MD = tl.load(q_at, mask=(d < D)[None, :], other=0.0) if DP != D else tl.load(q_at)
     m, l = SINK(sinks, head, i >= 0)
     acc_MD = tl.zeros([BLOCK_M, DP], tl.float32)
 
@@ -279,5 +281,5 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc_MD = acc_MD / l[:, None]
-    to = out + (q_row * (H * D))[:, None] + (h * D + d)[None, :]
-    tl.store(to, acc_MD.to(out.dtype.element_ty), mask=inside)
+    to = out + ((token + i).to(tl.int64) * (H * D))[:, None] + (h * D + d)[None, :]
+    tl.store(to, acc_MD.to(out.dtype.element_ty), mask=(i < q_len)[:, None] & (d < D)[None, :])

@@ -1,0 +1,208 @@
+"""The engine end to end on tiny random models: on a GPU with CUDA graphs, and the same checks eagerly on the CPU.
+
+Every check takes a device. The exact comparisons run in fp32, where greedy tokens are those of Hugging Face; low
+precision is compared with Hugging Face's logits in the same dtype, under the numerics contract.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from functools import cache
+
+import pytest
+import torch
+import transformers
+
+from fusecomp.config import EngineConfig
+from fusecomp.errors import FallbackError
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.graphs import bucket_sizes
+
+BLOCK_SIZES = [1, 16, 32, 64]
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+# Lengths around the block sizes; more prompts than rows, and more tokens than one step takes.
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 3]
+OPTIONS = EngineConfig(max_num_seqs=5, max_num_batched_tokens=64, max_model_len=128, kv_cache_bytes=4 << 20)
+
+MODELS = {
+    "llama": lambda head_dim: transformers.LlamaConfig(
+        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+        pad_token_id=0,
+    ),
+    "qwen3-moe": lambda head_dim: transformers.Qwen3MoeConfig(
+        vocab_size=199, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
+        max_position_embeddings=256, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+
+def variants(names: str, quick: list[tuple], *axes: Iterable):
+    """Parametrize over `device` and `names`: the whole product on a GPU, `quick` on the CPU."""
+    full = [pytest.param("cuda", *values, marks=pytest.mark.gpu) for values in itertools.product(*axes)]
+    return pytest.mark.parametrize(f"device, {names}", [*(("cpu", *values) for values in quick), *full], ids=str)
+
+
+@cache
+def stock(name: str, head_dim: int = 32) -> transformers.PreTrainedModel:
+    """A random fp32 model on the CPU, with logits spread enough that the arg-max is safe."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](head_dim)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.12)
+    model.lm_head.weight.normal_(0, 0.5)
+    return model
+
+
+@cache
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 199, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@cache
+def hf_greedy(name: str, head_dim: int) -> list[list[int]]:
+    """Hugging Face's greedy tokens in fp32, one prompt at a time."""
+    model = stock(name, head_dim)
+    kwargs = {"max_new_tokens": GREEDY.max_tokens, "do_sample": False}
+    return [model.generate(torch.tensor([p]), **kwargs)[0, len(p) :].tolist() for p in prompts()]
+
+
+def make_engine(name: str, device: str, dtype: torch.dtype, head_dim: int = 32, **changes) -> Engine:
+    model = copy.deepcopy(stock(name, head_dim)).to(device, dtype)
+    return Engine(model, OPTIONS.replace(enforce_eager=device == "cpu", **changes))
+
+
+def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    for i, (prompt, params) in enumerate(requests):
+        engine.add_request(str(i), prompt, params)
+    tokens: list[list[int]] = [[] for _ in requests]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            assert output.error is None
+            tokens[int(output.request_id)] += output.new_token_ids
+    return tokens
+
+
+def check_clean(engine: Engine, name: str) -> None:
+    """One graph, compiled once, nothing fallen back (grouped matmul is there for bf16 experts only)."""
+    report = engine.report
+    assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
+    if name == "llama" or engine._step.dtype == torch.bfloat16:
+        assert report.fallbacks == {}
+    else:
+        assert all(key.startswith("experts: ") for key in report.fallbacks)
+    if engine.device.type == "cuda":
+        assert report.cuda_graphs == bucket_sizes(min(5, engine.num_kv_blocks))
+
+
+@variants(
+    "name, head_dim, block_size",
+    [("llama", 32, 1), ("llama", 64, 32), ("qwen3-moe", 32, 64)],
+    MODELS, [32, 64], BLOCK_SIZES,
+)  # fmt: skip
+def test_greedy_tokens_are_those_of_hugging_face(device, name, head_dim, block_size):
+    engine = make_engine(name, device, torch.float32, head_dim, block_size=block_size)
+    assert len(LENGTHS) > engine.config.max_num_seqs
+    assert serve(engine, [(p, GREEDY) for p in prompts()]) == hf_greedy(name, head_dim)
+    assert serve(engine, [(prompts()[4], GREEDY)]) == [hf_greedy(name, head_dim)[4]]  # alone, in the smallest bucket
+    check_clean(engine, name)
+
+
+@variants(
+    "name, head_dim, dtype",
+    [("llama", 32, torch.float16), ("qwen3-moe", 32, torch.bfloat16)],
+    MODELS, [32, 64], [torch.bfloat16, torch.float16],
+)  # fmt: skip
+def test_low_precision(device, name, head_dim, dtype):
+    """Logits obey the contract as prefill and as decode, and served tokens repeat, whole batch or one by one."""
+    engine = make_engine(name, device, dtype, head_dim, max_num_batched_tokens=512)
+    low = copy.deepcopy(stock(name, head_dim)).to(device, dtype)
+    chosen = prompts()[1:6]
+    with torch.no_grad():
+        exact = torch.cat([stock(name, head_dim)(torch.tensor([p])).logits[:, -1] for p in chosen]).double()
+        unfused = torch.cat([low(torch.tensor([p], device=device)).logits[:, -1] for p in chosen]).double().cpu()
+
+    def error(logits: torch.Tensor) -> float:
+        return (logits.double().cpu() - exact).square().mean().sqrt().item()
+
+    for decode_last in (False, True):
+        fused = engine.prompt_logits(chosen, decode_last=decode_last)
+        assert fused.isfinite().all()
+        assert error(fused) <= 1.5 * error(unfused)
+    first = serve(engine, [(p, GREEDY) for p in prompts()])
+    assert [len(tokens) for tokens in first] == [GREEDY.max_tokens] * len(LENGTHS)
+    assert serve(engine, [(p, GREEDY) for p in prompts()]) == first
+    check_clean(engine, name)
+
+
+SAMPLING = {
+    "temperature": SamplingParams(temperature=1.3, max_tokens=10),
+    "top-k": SamplingParams(temperature=1.3, top_k=7, max_tokens=10),
+    "top-p": SamplingParams(temperature=1.3, top_p=0.8, max_tokens=10),
+    "both": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, max_tokens=10),
+}
+
+
+@variants("name", [("qwen3-moe",)], MODELS)
+def test_sampling_repeats_by_seed_whatever_the_batch(device, name):
+    """Alone, among others, in another order, beside greedy rows: the same tokens. Other seeds: other tokens."""
+    engine = make_engine(name, device, torch.float32)
+    seeded = {
+        kind: [(p, params.replace(seed=i)) for i, p in enumerate(prompts()[:5])] for kind, params in SAMPLING.items()
+    }
+    alone = {kind: [serve(engine, [request])[0] for request in requests] for kind, requests in seeded.items()}
+    for kind, requests in seeded.items():
+        assert serve(engine, requests) == alone[kind]
+        assert serve(engine, requests[::-1]) == alone[kind][::-1]
+        mixed = serve(engine, [(prompts()[7], GREEDY), *requests, (prompts()[8], GREEDY)])
+        assert mixed[1:-1] == alone[kind]
+        assert [mixed[0], mixed[-1]] == hf_greedy(name, 32)[7:9]
+        others = [(p, params.replace(seed=params.seed + 100)) for p, params in requests]
+        assert serve(engine, others) != alone[kind]
+    everything = [request for requests in seeded.values() for request in requests]
+    assert serve(engine, everything) == [tokens for kind in seeded for tokens in alone[kind]]
+    check_clean(engine, name)
+
+
+@variants("name, block_size", [("llama", 16)], MODELS, BLOCK_SIZES)
+def test_preempted_requests_come_back_with_the_same_tokens(device, name, block_size):
+    """A cache that holds two of five requests at their longest: rows lose their blocks and are computed again."""
+    width = 2 * 2 * 2 * 32 * 4  # layers, K and V, kv heads, head dim, bytes
+    engine = make_engine(name, device, torch.float32, block_size=block_size, kv_cache_bytes=192 * width)
+    assert engine.num_kv_blocks == 192 // block_size
+    requests = [(p, GREEDY.replace(max_tokens=60)) for p in prompts()[3:8]]
+    tokens = serve(engine, requests)
+    assert engine.metrics.preemptions > 0
+    assert [t[:10] for t in tokens] == hf_greedy(name, 32)[3:8]
+    check_clean(engine, name)
+    if device == "cuda":  # on the CPU the first tokens above are enough
+        roomy = make_engine(name, device, torch.float32, block_size=block_size)
+        assert serve(roomy, requests) == tokens and roomy.metrics.preemptions == 0
+
+
+@pytest.mark.gpu
+def test_strict_serves_a_dense_model_and_refuses_fp32_experts():
+    serve(make_engine("llama", "cuda", torch.float32, strict=True), [(prompts()[2], GREEDY)])
+    with pytest.raises(FallbackError, match="grouped matmul needs bfloat16"):
+        make_engine("qwen3-moe", "cuda", torch.float32, strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_graphs_change_no_token(name, dtype):
+    """CUDA graphs against the compiled step without them.
+
+    In low precision only batches that fill their bucket: a padded GEMM may round otherwise, and bf16 logits tie.
+    """
+    graphs, plain = (make_engine(name, "cuda", dtype, 64) for _ in range(2))
+    plain._graphs = None
+    for rows in range(1, 6) if dtype == torch.float32 else graphs.report.cuda_graphs:
+        requests = [(p, GREEDY) for p in prompts()[:rows]]
+        assert serve(graphs, requests) == serve(plain, requests)
