@@ -47,6 +47,8 @@ def resolve_limits(model: nn.Module, config: EngineConfig) -> EngineConfig:
     """
     source = text_config(model)
     limit = next((getattr(source, n) for n in LENGTH_NAMES if isinstance(getattr(source, n, None), int)), None)
+    if config.max_model_len == 1:
+        raise ConfigError("max_model_len=1 leaves no room for output", where="EngineConfig", remedy="use at least 2")
     if config.max_model_len is None:
         return config.replace(max_model_len=limit or DEFAULT_MAX_MODEL_LEN)
     if limit is not None and config.max_model_len > limit:
