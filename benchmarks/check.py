@@ -30,7 +30,7 @@ REMEDY = "no figure is reported for a wrong model"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Relative RMS errors against fp32 (with experts: of the row in the middle, see `model_error`), and how far served tokens are from the exact arg-max.
+    """Relative RMS errors against fp32, and how far served tokens are from the exact arg-max.
 
     All figures are of a handful of random prompts.
 
