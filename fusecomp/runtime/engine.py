@@ -297,15 +297,19 @@ class Engine:
         self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
         for size in reversed(self._graphs.sizes):
             self._graphs.capture(self._builder.padding(size), GREEDY)
-        # Any finite keys and values do for the check; the blocks are rewritten before they are ever served.
+        # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         for cache in self._step.kv_caches:
-            cache[:largest].normal_()
+            cache.normal_()
         for size in self._graphs.sizes:
-            seqs = [self._stand_in(row, [1, 2, 3], [row]) for row in range(size)]
-            step = ScheduledStep(seqs, [2] * size, [1] * size, [True] * size, size, size, 0)
+            # Two cached tokens and a new one per row, or only a new one where blocks are too few.
+            pages = -(-3 // self.config.block_size)
+            tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
+            blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
+            seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
+            step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
             self._graphs.check(self._builder.build(step, size), GREEDY)
         for cache in self._step.kv_caches:
-            cache[:largest].zero_()
+            cache.zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)
         self.report.seconds["graphs"] = time.perf_counter() - start
 
