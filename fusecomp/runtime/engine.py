@@ -72,6 +72,7 @@ class Engine:
         assert config.max_model_len is not None
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
         self._metrics = Metrics()
+        self._ids = torch.arange(self._step.num_logits, device=self.device)
         self._sample = torch.compile(sample, dynamic=True) if self.device.type == "cuda" else sample
         self._graphs: GraphRunner | None = None
         self.overlap = self.device.type == "cuda"
@@ -198,7 +199,7 @@ class Engine:
             return greedy(logits)
         top_k, top_p = (batch.top_k, batch.top_p) if kind == FILTERED else (None, None)
         positions = batch.tokens[1][batch.logit_indices]
-        return self._sample(logits, batch.temperature, top_k, top_p, batch.seeds, positions)
+        return self._sample(logits, batch.temperature, top_k, top_p, batch.seeds, positions, self._ids)
 
     def repeat_step(self) -> Tensor:
         """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
@@ -307,7 +308,8 @@ class Engine:
             blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
             seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
             step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
-            self._graphs.check(self._builder.build(step, size), GREEDY)
+            batch = self._builder.build(step, size)
+            self._graphs.check(batch, GREEDY, self._step(batch))
         for cache in self._step.kv_caches:
             cache.zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)

@@ -16,6 +16,9 @@ from torch import Tensor
 from fusecomp.errors import VerificationError
 from fusecomp.runtime.batch import StepBatch
 
+# Share of a row's standard deviation within which two logits count as tied.
+TIE_SHARE = 0.05
+
 
 def bucket_sizes(largest: int) -> list[int]:
     """Decode batch sizes to capture: 1, 2, 4, 8, 16, then steps that waste at most a fifth of a step's rows."""
@@ -70,17 +73,22 @@ class GraphRunner:
         graph.replay()
         return tokens
 
-    def check(self, batch: StepBatch, kind: str) -> None:
-        """Compare one replay with the same step run without a graph.
+    def check(self, batch: StepBatch, kind: str, logits: Tensor) -> None:
+        """Compare one replay with the same greedy step run without a graph.
+
+        Args:
+            logits: [S, V] of that step. A library may choose another algorithm while capturing, so a token may differ
+                where its logit is within a small share of the row's spread of the best one.
 
         Raises:
             VerificationError: they disagree.
         """
         size = batch.seq_lens.shape[0]
-        expected = self._run(batch, kind).clone()
-        actual = self.replay(size, kind)
-        if not torch.equal(actual, expected):
-            wrong = (actual != expected).nonzero()[:, 0].tolist()
+        tokens = self.replay(size, kind)
+        rows = logits.float()
+        gap = rows.amax(1) - rows.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+        wrong = ((tokens < 0) | ~(gap <= TIE_SHARE * rows.std(1))).nonzero()[:, 0].tolist()
+        if wrong:
             raise VerificationError(
                 f"the CUDA graph for batch {size} samples other tokens than the step it captured",
                 where=f"rows {wrong[:8]}",

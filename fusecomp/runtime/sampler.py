@@ -49,6 +49,7 @@ def sample(
     top_p: torch.Tensor | None,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one token a row. Everything is computed in float32.
 
@@ -63,18 +64,20 @@ def sample(
         top_p: [N] float32; 1 and more keep all. None: no row has a top-p.
         seeds: [N] int64.
         positions: [N] int64, any number that differs from draw to draw of one seed: the position of the last token.
+        ids: [V] int64, 0 to V - 1; made here when None. Compiled callers give it, because Inductor of torch 2.11
+            multiplies a range made inside by 64-bit constants in 32 bits, and Triton refuses that.
 
     Returns: [N] int64; `INVALID_TOKEN` for bad rows.
     """
+    if ids is None:
+        ids = torch.arange(logits.shape[-1], device=logits.device)
     logits = logits.float()
-    vocab = logits.shape[-1]
     best = logits.amax(dim=-1)
     take_best = temperature < MIN_TEMPERATURE
     if top_k is not None:
         take_best = take_best | (top_k == 1)
     # The maximum becomes 0 before the division, so a small temperature cannot overflow; 1 keeps the order of logits.
     scores = (logits - best[:, None]) / temperature.masked_fill(take_best, 1.0)[:, None]
-    ids = torch.arange(vocab, device=logits.device)
     if top_k is None and top_p is None:
         token = (scores + _noise(seeds, positions, ids, take_best)).argmax(dim=-1)
     else:

@@ -64,6 +64,7 @@ class CompiledStep:
         layers: (layer, kv heads, head dim) per attention call site, in the order of the KV tensors.
         kv_caches: KV tensors [num_blocks, 2, G, block_size, D], set by `allocate`.
         proven_length: longest context the masks are proven for.
+        num_logits: V, known after `warm_up`.
 
     Raises:
         UnsupportedModelError: some attention cannot be proven safe to rewrite.
@@ -77,6 +78,7 @@ class CompiledStep:
         self.report = FusionReport(model=type(model).__name__)
         self._implementations = Implementations(model)
         self._sealed = False
+        self.num_logits = 0
         self.kv_caches: list[Tensor] = []
         start = time.perf_counter()
         probe = run_probe(model, self._implementations, config.max_model_len)
@@ -131,6 +133,7 @@ class CompiledStep:
         start = time.perf_counter()
         with capture_errors(self.report.model):
             logits = self(batch)
+        self.num_logits = logits.shape[1]
         self.report.seconds["capture and compile"] = time.perf_counter() - start
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         return logits
