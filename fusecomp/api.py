@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fusecomp.config import EngineConfig, check_keys
-from fusecomp.errors import ConfigError, FusecompError, RequestError
+from fusecomp.errors import CheckpointError, ConfigError, FusecompError, RequestError
 from fusecomp.hf import FusedGeneration
 from fusecomp.request import CompletionOutput, RequestOutput, SamplingParams
 from fusecomp.runtime.loading import load_model, load_tokenizer, resolve_device
@@ -76,9 +76,10 @@ class LLM:
             strict=strict,
             verify=verify,
         )
+        given = None if tokenizer is None else _tokenizer_of(tokenizer)
         module, own_tokenizer, config = _materialize(model, config)
         self.config = config
-        self._tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer or own_tokenizer
+        self._tokenizer = own_tokenizer if given is None else given
         self._vocab_size = _vocab_size(module)
         self._default_params = _default_sampling_params(module)
         self._session = Session(module, config)
@@ -162,7 +163,14 @@ class LLM:
     def _params_for(self, given: Any, count: int) -> list[SamplingParams | FusecompError]:
         if given is None or isinstance(given, SamplingParams):
             return [given or self._default_params] * count
-        params = list(given)
+        params = list(given) if isinstance(given, Sequence) else [given]
+        strange = [item for item in params if not isinstance(item, SamplingParams | FusecompError)]
+        if strange or not isinstance(given, Sequence):
+            raise ConfigError(
+                f"sampling_params of type {type((strange or [given])[0]).__name__}",
+                where="LLM.generate",
+                remedy="give a SamplingParams for all prompts, or a list with one each",
+            )
         if len(params) != count:
             raise ConfigError(
                 f"{len(params)} sampling_params for {count} prompts",
@@ -187,6 +195,8 @@ class LLM:
             keys = set(item) & {"prompt", "prompt_token_ids"}
             if not keys or set(item) - keys:
                 raise RequestError(f"a prompt with keys {sorted(item)}", remedy='give "prompt" or "prompt_token_ids"')
+            if "prompt_token_ids" in keys and isinstance(item["prompt_token_ids"], str):
+                raise RequestError("prompt_token_ids is a text", remedy='give token ids, or a text as "prompt"')
             item = item["prompt_token_ids"] if "prompt_token_ids" in keys else item["prompt"]
         if isinstance(item, str):
             if not item:
@@ -254,10 +264,24 @@ def _materialize(model: Any, config: EngineConfig) -> tuple[Any, Any, EngineConf
     return model, None, config.replace(device=str(device))
 
 
+def _tokenizer_of(given: Any) -> Any:
+    """The tokenizer a user gave, as an object or as its folder."""
+    if not isinstance(given, str | Path):
+        if not (hasattr(given, "encode") and hasattr(given, "decode")):
+            raise ConfigError(
+                f"tokenizer is a {type(given).__name__}", where="LLM", remedy="give a tokenizer, or the folder of one"
+            )
+        return given
+    tokenizer = load_tokenizer(given)
+    if tokenizer is None:
+        raise ConfigError("no tokenizer files found", where=f"tokenizer={str(given)!r}", remedy="check the folder")
+    return tokenizer
+
+
 def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError(
             f"prompts is a {type(prompts).__name__}", where="LLM.generate", remedy="give texts or token ids"
         )
@@ -285,7 +309,10 @@ def _default_sampling_params(module: Any) -> SamplingParams:
                 "%s=%s of generation_config.json is not applied: LLM.generate does not support it", name, value
             )
     given = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    try:
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    except ConfigError as error:
+        raise CheckpointError(error.what, where="generation_config.json", remedy=error.remedy) from error
 
 
 class _Bar:

@@ -117,6 +117,25 @@ def _probe_attention(
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
 
 
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """The forward hooks on `module` itself, without those that transformers leaves there and that do nothing here."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise for a model with forward hooks: they expect a batch, and would see the packed tokens of all."""
+    for name, module in model.named_modules():
+        if hooks := forward_hooks(module):
+            what = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+            raise UnsupportedModelError(
+                f"a forward hook is registered ({what})",
+                where=name or type(model).__name__,
+                why="it would see the packed tokens of all requests instead of a batch",
+                remedy="remove the hook, or use stock transformers",
+            )
+
+
 def activation_name(act: Any) -> str:
     """Canonical name of an activation module, or its class name when there is none."""
     if isinstance(act, (nn.SiLU, activations.SiLUActivation)):

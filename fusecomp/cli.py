@@ -113,7 +113,7 @@ def run_generate(options: argparse.Namespace) -> int:
         lines = [PromptLine(number, text) for number, text in enumerate(options.prompt, start=1)]
     else:
         lines = read_prompts(options.prompts_file, options.format)
-    output = OutputFile(options.output) if options.output else None
+    output = OutputFile(options.output) if options.output is not None else None
     try:
         results, seconds = _serve(options, engine_options, sampling, lines, output)
         if output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +29,33 @@ def check_keys(cls: type, keys: Any, where: str, *, also: Sequence[str] = ()) ->
             raise ConfigError(f"unknown option {key!r}", where=where, remedy=remedy)
 
 
-def build(cls: type[C], where: str, **options: Any) -> C:
-    """Construct dataclass `cls` from `options`, refusing unknown keys by name."""
-    check_keys(cls, options, where)
-    return cls(**options)
+def refuses_unknown_options(cls: type[C]) -> type[C]:
+    """Make the constructor of dataclass `cls` raise `ConfigError` for a keyword that is none of its fields."""
+    construct: Any = cls.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        check_keys(cls, options, cls.__name__)
+        construct(self, *args, **options)
+
+    cls.__init__ = init  # type: ignore[assignment, method-assign]
+    return cls
 
 
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer, which a bool is not meant to be."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether `value` is a finite number that a float can hold."""
+    try:
+        return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+@refuses_unknown_options
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that shapes an engine. Field names follow vLLM's where the meaning is the same.
@@ -77,8 +99,14 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
+        for name in ("enforce_eager", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                value = getattr(self, name)
+                raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")
+        if not is_int(self.seed):
+            raise ConfigError(f"seed={self.seed!r}", where="EngineConfig", remedy="give an integer")
         share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
+        if not is_real(share) or not 0 < share <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization is {share!r}", where="EngineConfig", remedy="give a share in (0, 1]"
             )
@@ -105,5 +133,5 @@ class EngineConfig:
 
     @staticmethod
     def _positive_int(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_int(value) or value < 1:
             raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give an integer of at least 1")

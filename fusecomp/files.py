@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from fusecomp.config import check_keys
 from fusecomp.errors import ConfigError, FusecompError, RequestError
@@ -139,12 +139,16 @@ class OutputFile:
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         if self.path.is_dir():
             raise ConfigError("is a folder", where=path, remedy="give a file name")
+        if self.path.exists() and not self.path.is_file():  # a device or a pipe, which a rename would replace
+            raise ConfigError("is not a regular file", where=path, remedy="give a file name, or use standard output")
+        if self.path.is_symlink():
+            self.path = self.path.resolve()
         self._records: dict[int, str] = {}
-        self._file: TextIO = self._open(self.partial)
+        self._file: IO[str] = self._open(self.partial, "a")  # what an earlier run left stays until there is better
 
-    def _open(self, path: Path) -> TextIO:
+    def _open(self, path: Path, mode: str) -> IO[str]:
         try:
-            return path.open("w", encoding="utf-8")
+            return path.open(mode, encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 "cannot be written", where=str(path), why=error.strerror or str(error), remedy="give another --output"
@@ -152,9 +156,15 @@ class OutputFile:
 
     def add(self, index: int, record: dict[str, Any]) -> None:
         """Append the record of prompt `index`."""
-        text = json.dumps(record, ensure_ascii=False)
+        try:
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except ValueError:  # Python reads NaN in a line's id, JSON does not have it
+            record = json.loads(json.dumps(record), parse_constant=str)
+            text = json.dumps(record, ensure_ascii=False)
         if not _encodable(text):
             text = json.dumps(record)
+        if not self._records:
+            self._file.truncate(0)
         self._records[index] = text + "\n"
         self._file.write(self._records[index])
         self._file.flush()
@@ -164,7 +174,7 @@ class OutputFile:
         self._file.close()
         ordered = Path(f"{self.path}.tmp-{os.getpid()}")
         try:
-            with self._open(ordered) as file:
+            with self._open(ordered, "w") as file:
                 file.writelines(self._records[index] for index in sorted(self._records))
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,7 +186,7 @@ class OutputFile:
     def abandon(self) -> int:
         """Close without moving into place; an empty partial file is removed. Returns how many records it holds."""
         self._file.close()
-        if not self._records:
+        if not self._records and self.partial.stat().st_size == 0:
             with contextlib.suppress(OSError):
                 self.partial.unlink()
         return len(self._records)

@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import (
 )
 from transformers.generation.utils import GenerationMixin
 
-from fusecomp.errors import CapacityError, RequestError
+from fusecomp.errors import CapacityError, ConfigError, RequestError
 from fusecomp.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -141,10 +141,13 @@ def make_plan(
     stop_ids = tuple(sorted(i for i in eos_ids if i >= 0))
     # Rows draw their seeds from torch's generator, so torch.manual_seed governs sampling as it does in `generate`.
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if config.do_sample else [None] * len(prompts)
-    requests = [
-        (prompt, SamplingParams(max_tokens, seed=seed, stop_token_ids=stop_ids, ignore_eos=True, **sampling))
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    try:
+        requests = [
+            (prompt, SamplingParams(max_tokens, seed=seed, stop_token_ids=stop_ids, ignore_eos=True, **sampling))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    except ConfigError as error:  # an infinite temperature, say
+        return str(error)
     pad = config._pad_token_tensor
     return Plan(requests, None if pad is None else int(pad))
 

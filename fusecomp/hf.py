@@ -2,7 +2,7 @@
 
 A fused model is the same object with the same weights, configuration and `forward`. Only its class changes, to a
 subclass of the same name that overrides `generate`; `unfuse` changes it back. The engine is built at the first call
-that needs it, and built again when weights were changed or moved since.
+that needs it, and built again when weights were changed or moved, or modules given hooks, since.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
+from fusecomp.capture import forward_hooks
 from fusecomp.config import EngineConfig, check_keys
 from fusecomp.errors import ConfigError, FallbackError, FallbackWarning, UnsupportedModelError
 from fusecomp.generation import decode, make_plan, refuse_call
@@ -179,7 +180,7 @@ class FusedState:
             assert self._session is not None
             return self._session
         if self._session is not None:
-            logger.warning("weights were changed or moved since the engine was built: building it again")
+            logger.warning("weights or modules were changed since the engine was built: building it again")
         self._session = self._refusal = None
         try:
             self._session = Session(model, self.config.replace(device=str(model.device)))
@@ -207,10 +208,12 @@ class FusedState:
 
 
 def _fingerprint(model: Any) -> tuple:
-    """Changes when a parameter is replaced, moved or written in place."""
-    return tuple(
+    """Changes when a parameter is replaced, moved or written in place, or a module gets a hook or another `forward`."""
+    weights = tuple(
         (id(p), p.data_ptr() if not p.is_meta else 0, 0 if p.is_inference() else p._version) for p in model.parameters()
     )
+    code = tuple((name, id(vars(m).get("forward")), *map(id, forward_hooks(m))) for name, m in model.named_modules())
+    return weights, code
 
 
 class FusedGeneration:

@@ -6,15 +6,15 @@ Field names are vLLM's. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusecomp.config import check_keys
+from fusecomp.config import check_keys, is_int, is_real, refuses_unknown_options
 from fusecomp.errors import ConfigError
 
 
+@refuses_unknown_options
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when a request ends.
@@ -40,15 +40,6 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def refuse(name: str, remedy: str) -> None:
             raise ConfigError(f"{name}={getattr(self, name)!r}", where="SamplingParams", remedy=remedy)
-
-        def is_int(x: Any) -> bool:
-            return isinstance(x, int) and not isinstance(x, bool)
-
-        def is_real(x: Any) -> bool:
-            try:
-                return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-            except OverflowError:  # an integer beyond every float
-                return False
 
         if self.max_tokens is not None and (not is_int(self.max_tokens) or self.max_tokens < 1):
             refuse("max_tokens", "give an integer of at least 1, or None for up to max_model_len")

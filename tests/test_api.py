@@ -225,3 +225,29 @@ def test_report_and_metrics(llm, tiny_model):
     assert fusecomp.explain(tiny_model, **ENGINE_OPTIONS).summary()
     fused = fusecomp.fuse(tiny_model, **ENGINE_OPTIONS)
     assert fusecomp.explain(fused) is fused.fusion_report
+
+
+@pytest.mark.parametrize("params", ["x", 5, {"max_tokens": 3}, [{"max_tokens": 3}], [None]])
+def test_parameters_of_another_type_are_refused(llm, params):
+    with pytest.raises(ConfigError, match=r"sampling_params( of type|\b).*Remedy: give"):
+        llm.generate(["a"], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("prompts", [b"bytes", {"prompt_token_ids": "text"}])
+def test_prompts_of_another_type_are_refused(llm, prompts):
+    with pytest.raises(RequestError, match="Remedy: give"):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+def test_tokenizer_of_another_type_is_refused(tiny_folder):
+    with pytest.raises(ConfigError, match="tokenizer is a int"):
+        LLM(tiny_folder, tokenizer=5, **ENGINE_OPTIONS)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 2), (2, 2), (2, 5)])
+def test_steps_of_few_tokens(tiny_folder, stock, rows, tokens):
+    """The first, trial step respects the limit on a step's tokens too."""
+    llm = LLM(tiny_folder, **{**ENGINE_OPTIONS, "max_num_seqs": rows}, max_num_batched_tokens=tokens)
+    prompts = [[5, 17, 42, 99], [33, 8]]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [stock_tokens(stock, p) for p in prompts]

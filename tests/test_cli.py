@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -133,6 +135,52 @@ def test_bad_lines_carry_their_error_and_lose_no_other(run, expect, tmp_path):
     assert "prompt 2 failed: line 2: invalid JSON" in err and f"and {len(BAD_LINES) - 10} more" in err
 
 
+def test_extreme_but_valid_lines_are_served(run, tmp_path):
+    """Values beyond the engine's number types mean what the largest ones do; an id that is no JSON is still told."""
+    lines = ['{"prompt": "import os", "temperature": 1e300}', '{"prompt": "a", "temperature": 1, "top_k": 1' + "0" * 30]
+    lines = [lines[0], lines[1] + "}", '{"prompt": "b", "id": NaN}', '{"prompt": "b", "stop_token_ids": [1' + "0" * 30]
+    lines[3] += '], "seed": -1' + "0" * 30 + "}"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    output = ["--output", str(tmp_path / "out")]
+    code, _, err = run("generate", "--prompts-file", str(tmp_path / "in.jsonl"), *output, "--max-tokens", "6")
+    assert code == 0, err
+    assert [len(record["token_ids"]) for record in records(tmp_path / "out")] == [6, 6, 6, 6]
+    assert records(tmp_path / "out")[2]["id"] == "NaN"
+
+
+def test_a_pipe_is_not_replaced(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = run("generate", "--prompt", "a", "--output", str(tmp_path / "pipe"))
+    assert code == 2 and "pipe: is not a regular file" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_is_written_through(run, tmp_path):
+    (tmp_path / "target").write_text("earlier")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert run("generate", "--prompt", "a", "--output", str(tmp_path / "link"), *GREEDY)[0] == 0
+    assert (tmp_path / "link").is_symlink() and len(records(tmp_path / "target")) == 1
+
+
+def test_a_failed_run_keeps_what_an_earlier_one_left(run, tmp_path):
+    (tmp_path / "out.partial").write_text("earlier\n")
+    output = ["--output", str(tmp_path / "out")]
+    assert run("generate", "--prompt", "a", *output, model=tmp_path / "absent")[0] == 1
+    assert (tmp_path / "out.partial").read_text() == "earlier\n"
+    assert run("generate", "--prompt", "a", *output, *GREEDY)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(records(tmp_path / "out")) == 1
+
+
+def test_too_long_is_told_without_internal_names(run):
+    code, out, err = run("generate", "--prompt", "x" * 300, *GREEDY)
+    assert code == 1 and "=== 1: error\nthe prompt has " in out and "request-" not in out + err
+
+
+def test_the_module_runs_the_command_line():
+    call = [sys.executable, "-m", "fusecomp", "--version"]
+    assert subprocess.run(call, check=True, capture_output=True, text=True).stdout.startswith("fusecomp ")
+
+
 def test_bad_lines_of_a_text_file(run, tmp_path):
     (tmp_path / "in.txt").write_bytes(b"import os\n\n\xff\xfe\n" + b"x" * 300 + b"\n")
     code, out, err = run("generate", "--prompts-file", str(tmp_path / "in.txt"), *GREEDY)
@@ -247,6 +295,9 @@ def test_every_engine_field_has_a_documented_flag(capsys):
         (["generate", "m", "--prompts-file", "/dev/null"], "holds no prompts"),
         (["generate", "m", "--prompt", "a", "--output", "/absent/out"], "/absent/out.partial: cannot be written"),
         (["generate", "m", "--prompt", "a", "--output", "/tmp"], "/tmp: is a folder"),
+        (["generate", "m", "--prompt", "a", "--output", ""], "is a folder"),
+        (["generate", "m", "--prompt", "a", "--tokenizer", "/absent"], "'/absent': no tokenizer files found"),
+        (["generate", "m", "--prompt", "a", "--device", "meta"], "device='meta'"),
         (["explain", "m", "--gpu-memory-utilization", "2"], "gpu_memory_utilization is 2.0"),
     ],
 )

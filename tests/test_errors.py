@@ -63,6 +63,18 @@ def change_architecture(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["GhostForCausalLM"]}))
 
 
+def edit(name, **changes):
+    def damage(folder):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def break_generation_config(folder):
+    (folder / "generation_config.json").write_text("{")
+
+
 def pickle_weights(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -74,6 +86,10 @@ def pickle_weights(folder):
         (break_weights, CheckpointError, ["weights not found", "Remedy"]),
         (truncate_weights, CheckpointError, ["model.safetensors", "truncated", "expected", "found", "Remedy"]),
         (change_architecture, UnsupportedModelError, ["GhostForCausalLM", "causal LMs of transformers", "Remedy"]),
+        (edit("config.json", hidden_size=33), CheckpointError, ["config.json: transformers refuses", "33", "Remedy"]),
+        (edit("config.json", model_type="ghost"), UnsupportedModelError, ["of model_type 'ghost'", "Remedy"]),
+        (break_generation_config, CheckpointError, ["generation_config.json", "not valid JSON", "Remedy"]),
+        (edit("generation_config.json", eos_token_id="x"), CheckpointError, ["eos_token_id=('x',)", "Remedy"]),
         (pickle_weights, CheckpointError, ["pickled", "pytorch_model.bin", "Remedy"]),
     ],
 )
@@ -106,9 +122,29 @@ def test_prompts(tiny_folder, capsys, prompt, parts):
     assert all(part in captured.err for part in parts) and "1 of 2 prompts served, 1 failed" in captured.err
 
 
+def test_generation_config_that_cannot_sample(tiny_copy, capsys):
+    edit("generation_config.json", do_sample=True, temperature=-1.0)(tiny_copy)
+    assert cli.main(command(tiny_copy)) == 1
+    assert "generation_config.json: temperature=-1.0. Remedy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("seed", value) for value in ("abc", None, 1.5, True)),
+        *(("strict", "no"), ("enforce_eager", 1), ("gpu_memory_utilization", True), ("device", "meta"), ("device", 5)),
+    ],
+)
+def test_engine_options(tiny_folder, name, value):
+    with pytest.raises(ConfigError, match=rf"EngineConfig: {name}( is|=).*Remedy"):
+        LLM(tiny_folder, **{**ENGINE_OPTIONS, name: value})
+
+
 def test_unknown_options(tiny_folder, capsys):
     with pytest.raises(ConfigError, match=r"LLM: unknown option 'max_num_seq'\. Remedy: did you mean 'max_num_seqs'\?"):
         LLM(tiny_folder, max_num_seq=3)
+    with pytest.raises(ConfigError, match=r"SamplingParams: unknown option 'max_token'.*did you mean 'max_tokens'"):
+        SamplingParams(max_token=3)
     with pytest.raises(ConfigError, match="did you mean 'tokenizer'"):
         LLM(tiny_folder, tokeniser=3)
     with pytest.raises(ConfigError, match="did you mean 'enforce_eager'"):

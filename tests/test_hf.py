@@ -412,6 +412,32 @@ def test_changed_weights_are_noticed(lenient):
     assert not torch.equal(before, after)
 
 
+def test_forward_hooks_send_calls_to_stock_generate(lenient):
+    """A hook expects a batch of rows: the packed step would show it something else, or, once compiled, nothing."""
+    ids = torch.tensor(PROMPTS[:1])
+    before = lenient.generate(ids, max_new_tokens=8)
+    assert not lenient.fusion_fallbacks
+    hook = lenient.lm_head.register_forward_hook(lambda module, args, output: -output)
+    with pytest.warns(FallbackWarning, match="forward hook"):
+        after = lenient.generate(ids, max_new_tokens=8)
+    hook.remove()
+    assert not torch.equal(before, after)
+    assert torch.equal(before, lenient.generate(ids, max_new_tokens=8)) and len(lenient.fusion_fallbacks) == 1
+
+
+def test_hooks_of_transformers_itself_do_not_count(lenient):
+    ids = torch.tensor(PROMPTS[:1])
+    lenient(ids, output_hidden_states=True)
+    lenient.generate(ids, max_new_tokens=2)
+    assert not lenient.fusion_fallbacks
+
+
+def test_infinite_temperature_is_stock(lenient):
+    ids = torch.tensor(PROMPTS[:1])
+    with pytest.warns(FallbackWarning, match="temperature=inf"):
+        assert lenient.generate(ids, do_sample=True, temperature=float("inf"), max_new_tokens=3).shape[1] <= 8
+
+
 def test_failing_streamer_leaves_the_engine_usable(stock, fused):
     class Failing(Recorder):
         def put(self, value):

@@ -57,6 +57,8 @@ class StepBatch:
     filtered: bool
 
 
+# Parameters beyond these mean what these mean: a uniform draw, and all tokens.
+_FLOAT32_MAX, _INT32_MAX = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
 # Tensors whose layout differs between decode and mixed steps, or that change at every step.
 _BUFFERS = {
     "tokens": torch.int64,
@@ -282,8 +284,8 @@ class BatchBuilder:
         row, params = seq.row, seq.params
         self._row_admission[row] = seq.admission
         self._row_blocks[row] = 0
-        self._sampling["temperature"][row] = params.temperature
-        self._sampling["top_k"][row] = max(params.top_k, 0)
+        self._sampling["temperature"][row] = min(params.temperature, _FLOAT32_MAX)
+        self._sampling["top_k"][row] = min(max(params.top_k, 0), _INT32_MAX)
         self._sampling["top_p"][row] = params.top_p
         self._sampling["seeds"][row] = self._request_seed(seq)
         self._greedy[row] = params.greedy

@@ -37,6 +37,8 @@ def check_checkpoint(folder: Path) -> None:
     """
     config = read_json(folder / "config.json", "give a folder written by save_pretrained")
     check_architecture(config, folder / "config.json")
+    if (folder / "generation_config.json").exists():  # transformers would go on without it
+        read_json(folder / "generation_config.json", "restore or remove the file")
     if (folder / "adapter_config.json").exists():
         raise UnsupportedModelError(
             "the folder holds an adapter",
@@ -77,7 +79,9 @@ def check_architecture(config: dict[str, Any], path: Path) -> None:
     known = sorted(set(CAUSAL_LMS.values()))
     if model_type in CAUSAL_LMS and (not architectures or any(name in known for name in architectures)):
         return
-    named = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
+    named = ", ".join(map(str, architectures))
+    if not named or model_type not in CAUSAL_LMS:
+        named = f"{named} of model_type {model_type!r}" if named else f"model_type {model_type!r}"
     near = difflib.get_close_matches(named, known, n=3, cutoff=0.5)
     why = f"it is not among the {len(known)} causal LMs of transformers {transformers.__version__}"
     if "auto_map" in config:

@@ -50,6 +50,7 @@ def load_model(
     target = resolve_device(device)
     folder = resolve_folder(path_or_name)
     check_checkpoint(folder)
+    _check_config(folder)
     tokenizer = load_tokenizer(folder)
     model = _load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype))
     model.eval().requires_grad_(False)
@@ -73,6 +74,8 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r}", where="EngineConfig", remedy='use "auto", "cpu" or "cuda"') from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r}", where="EngineConfig", remedy='use "auto", "cpu" or "cuda"')
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}: no CUDA device is available", where="EngineConfig", remedy='use "auto"')
     return resolved
@@ -117,6 +120,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
             where=str(folder),
             why=f"{type(error).__name__}: {error}",
             remedy="restore the tokenizer files, or remove them to serve token ids only",
+        ) from error
+
+
+def _check_config(folder: Path) -> None:
+    """Raise `CheckpointError` when transformers refuses `config.json`, which the tokenizer would be blamed for."""
+    from transformers import AutoConfig
+
+    try:
+        with _quiet_transformers():
+            AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # validators and model classes raise many kinds
+        raise CheckpointError(
+            "transformers refuses the configuration",
+            where=str(folder / "config.json"),
+            why=f"{type(error).__name__}: {error}",
+            remedy="restore the file",
         ) from error
 
 

@@ -85,7 +85,8 @@ class KVBudget:
             rows = min(max(1, config.max_num_batched_tokens // per_row), config.max_num_seqs)
             self.trial_tokens = TrialStep(rows, per_row)
         else:
-            self.trial_tokens = TrialStep(min(2, config.max_num_seqs), min(3, config.max_model_len))
+            rows = min(2, config.max_num_seqs)
+            self.trial_tokens = TrialStep(rows, min(3, config.max_model_len, config.max_num_batched_tokens // rows))
 
     def begin(self) -> None:
         """Start measuring the trial."""

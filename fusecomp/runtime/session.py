@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fusecomp.config import EngineConfig
-from fusecomp.errors import FusecompError
+from fusecomp.config import EngineConfig, is_int
+from fusecomp.errors import CheckpointError, FusecompError
 from fusecomp.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -104,11 +104,12 @@ class Session:
                     raise request
                 self.engine.add_request(request_id, list(request[0]), request[1])
             except FusecompError as error:
+                # The engine's own name of the request means nothing to the caller.
+                where = f"prompt {index}" if errors == "raise" else error.where if error is request else ""
+                named = type(error)(error.what, where=where, why=error.why, remedy=error.remedy)
                 if errors == "raise":
-                    raise type(error)(
-                        error.what, where=f"prompt {index}", why=error.why, remedy=error.remedy
-                    ) from error
-                progress.error = str(error)
+                    raise named from error
+                progress.error = str(named)
             else:
                 pending[request_id] = progress
         return everything
@@ -163,5 +164,8 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
     for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+            ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+            if not all(is_int(i) for i in ids):
+                raise CheckpointError(f"eos_token_id={ids}", where=type(source).__name__, remedy="give token ids")
+            return ids
     return ()

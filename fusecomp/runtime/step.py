@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusecomp._compat import counters, dynamo_settings, mark_unbacked, recompiles_are_errors
 from fusecomp.backend import CANONICALIZE, StepBackend, run_passes
-from fusecomp.capture import TRACE, Implementations, PackedStep, kv_layout, run_probe
+from fusecomp.capture import TRACE, Implementations, PackedStep, kv_layout, refuse_hooks, run_probe
 from fusecomp.config import EngineConfig
 from fusecomp.errors import RecompileError, UnsupportedModelError
 from fusecomp.patterns.attention import attention_calls
@@ -74,6 +74,7 @@ class CompiledStep:
         assert config.max_model_len is not None
         if model.training:
             raise UnsupportedModelError("the model is in training mode", where=type(model).__name__, remedy=".eval()")
+        refuse_hooks(model)
         self.device, self.dtype, self.block_size = device, dtype, config.block_size
         self.report = FusionReport(model=type(model).__name__)
         self._implementations = Implementations(model)
