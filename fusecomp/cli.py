@@ -12,11 +12,14 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fusecomp import __version__
@@ -133,7 +136,8 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """`fusecomp explain`."""
     engine_options = _engine_options(options)
-    from fusecomp.api import explain
+    with _keeping_interrupts():
+        from fusecomp.api import explain
 
     report = explain(options.model, **engine_options)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.summary())
@@ -147,7 +151,8 @@ def _serve(
     lines: list[PromptLine],
     output: OutputFile | None,
 ) -> tuple[list[RequestOutput], float]:
-    from fusecomp.api import LLM
+    with _keeping_interrupts():
+        from fusecomp.api import LLM
 
     llm = LLM(options.model, tokenizer=options.tokenizer, **engine_options)
     base = llm.get_default_sampling_params().replace(**sampling)
@@ -160,6 +165,30 @@ def _serve(
         on_output=lambda index, result: output.add(index, record_of(lines[index], result)) if output else None,
     )
     return results, time.perf_counter() - start
+
+
+@contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Raise a Ctrl-C of this block at its end when something in it caught that, as imports of libraries do."""
+    seen: list[int] = []
+
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        seen.append(signum)
+        raise KeyboardInterrupt
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _print_result(line: PromptLine, result: RequestOutput) -> None:

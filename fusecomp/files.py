@@ -57,7 +57,8 @@ def read_prompts(path: str, file_format: str | None = None) -> list[PromptLine]:
         raise ConfigError("cannot be read", where=path, why=error.strerror or str(error), remedy="check it") from error
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     if not lines:
-        raise ConfigError("holds no prompts", where=path, remedy="give one prompt a line")
+        where = "standard input" if path == "-" else path
+        raise ConfigError("holds no prompts", where=where, remedy="give one prompt a line")
     if file_format is None:
         file_format = "jsonl" if path.endswith(".jsonl") or (path == "-" and _is_object(lines[0])) else "text"
     parse = _parse_json if file_format == "jsonl" else _parse_text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -241,6 +243,12 @@ def test_output_is_not_replaced_before_it_is_whole(run, tmp_path, monkeypatch):
     assert target.read_text() == "earlier\n"
     assert len(records(tmp_path / "out.jsonl.partial")) == 1
     assert f"1 of 2 results are in {target}.partial" in err and "interrupted" in err
+
+
+def test_an_interrupt_that_a_library_catches_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), cli._keeping_interrupts(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_failure_before_any_result_leaves_no_file(run, tmp_path):
