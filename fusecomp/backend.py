@@ -46,6 +46,7 @@ def run_passes(gm: GraphModule, patterns: Sequence[Pattern], context: PassContex
         report.ops_before = count_ops(gm.graph)
     for pattern in patterns:
         pattern.apply(gm, context)
+        report.sources[pattern.name] = pattern.key()
     report.ops_after = count_ops(gm.graph)
 
 

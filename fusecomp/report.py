@@ -48,6 +48,7 @@ class FusionReport:
         ops_before, ops_after: op counts of the captured graph around the passes.
         cost_bytes, cost_flops: symbolic cost of the canonical ops in T, S, ctx.
         fallbacks: "op: reason" -> times an eager reference ran where a kernel was expected.
+        sources: pattern -> hash of the source that was applied.
         notes: decisions a user should know, such as chosen limits.
     """
 
@@ -66,6 +67,7 @@ class FusionReport:
     cuda_graphs: list[int] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def count(self, pattern: str) -> int:

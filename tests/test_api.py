@@ -221,6 +221,7 @@ def test_progress_bar_is_on_stderr(llm, capsys):
 
 def test_report_and_metrics(llm, tiny_model):
     assert llm.fusion_report.summary() and json.dumps(llm.fusion_report.to_dict())
+    llm.generate([[1, 2]], fusecomp.SamplingParams(max_tokens=2), use_tqdm=False)
     assert llm.metrics.generation_tokens > 0
     assert fusecomp.explain(tiny_model, **ENGINE_OPTIONS).summary()
     fused = fusecomp.fuse(tiny_model, **ENGINE_OPTIONS)

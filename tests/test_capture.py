@@ -270,3 +270,19 @@ def test_stateless_backend(implementation):
         assert float(difference.abs().max()) < 1e-5
     first = "sdpa_attention" if implementation == "sdpa" else "softmax_attention"
     assert last_reports[-1].counts() == {first: 2, "fused_sdpa": 2}
+
+
+def test_backend_is_declared_and_works_by_name():
+    import tomllib
+    from importlib import import_module
+    from importlib.metadata import entry_points
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, name = project["entry-points"]["torch_dynamo_backends"]["fusecomp"].split(":")
+    backend = getattr(import_module(module), name)
+    installed = [point for point in entry_points(group="torch_dynamo_backends") if point.name == "fusecomp"]
+    x = torch.randn(3, 8)
+    layer = nn.Linear(8, 8)
+    compiled = torch.compile(layer, backend="fusecomp" if installed else backend)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6)

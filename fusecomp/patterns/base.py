@@ -85,7 +85,10 @@ class Pattern(ABC):
         return module_path(candidate.node)
 
     def key(self) -> str:
-        """Hash of the pattern's source, part of every compile-cache key."""
+        """Hash of the pattern's source, named in the report beside what it did.
+
+        Passes on Dynamo's graph need it in no cache key: Inductor hashes the rewritten graph itself.
+        """
         return hashlib.sha256(inspect.getsource(inspect.getmodule(type(self))).encode()).hexdigest()  # type: ignore[arg-type]
 
     def apply(self, gm: GraphModule, context: PassContext) -> int:
