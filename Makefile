@@ -1,4 +1,5 @@
-# TORCH is what a bare machine installs first; a GPU machine that already has a torch in range keeps it.
+# TORCH is what a bare machine installs first. With TORCH=torch the environment sees PYTHON's own packages, and keeps its
+# torch when that is in range.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 
 $(VENV)/.base: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(filter torch,$(TORCH)),--system-site-packages) $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e .
 	touch $@
