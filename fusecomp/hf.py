@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fusecomp")
 
+LIBRARIES = ("fusecomp", "torch", "transformers")
+
 
 def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
     """Serve `generate` of a Hugging Face model by a fusecomp engine.
@@ -204,7 +206,15 @@ class FusedState:
         if self._session is not None:
             self._session.engine.report.fallbacks[f"generate: {cause}"] = self.fallbacks[cause]
         if self.fallbacks[cause] == 1:
-            warnings.warn(f"fusecomp: served by stock generate: {cause}", FallbackWarning, stacklevel=4)
+            warnings.warn(f"fusecomp: served by stock generate: {cause}", FallbackWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` that makes a warning point at the user's line, whichever way through transformers led here."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _fingerprint(model: Any) -> tuple:

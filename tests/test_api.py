@@ -252,3 +252,18 @@ def test_steps_of_few_tokens(tiny_folder, stock, rows, tokens):
     prompts = [[5, 17, 42, 99], [33, 8]]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [stock_tokens(stock, p) for p in prompts]
+
+
+def test_engines_built_by_several_threads(tiny_folder, stock):
+    tokens = {}
+
+    def build(index):
+        output = LLM(tiny_folder, **ENGINE_OPTIONS).generate([[5, 17, 42]], GREEDY, use_tqdm=False)[0]
+        tokens[index] = output.outputs[0].token_ids
+
+    threads = [threading.Thread(target=build, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tokens == dict.fromkeys(range(3), stock_tokens(stock, [5, 17, 42]))

@@ -432,6 +432,13 @@ def test_hooks_of_transformers_itself_do_not_count(lenient):
     assert not lenient.fusion_fallbacks
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"repetition_penalty": 1.5}], ids=["early", "late"])
+def test_fallback_warnings_point_at_the_call(lenient, options):
+    with pytest.warns(FallbackWarning) as caught:
+        lenient.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, **options)
+    assert [w.filename for w in caught if w.category is FallbackWarning] == [__file__]
+
+
 def test_infinite_temperature_is_stock(lenient):
     ids = torch.tensor(PROMPTS[:1])
     with pytest.warns(FallbackWarning, match="temperature=inf"):

@@ -6,6 +6,7 @@ Invariants: safetensors and JSON only, no remote code, and no parameter is ever 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fusecomp")
 
+# transformers builds a model, and Dynamo captures one, under settings of the whole process: one thread at a time.
+EXCLUSIVE = threading.RLock()
 # What is fetched from the Hub: never a pickle, never code.
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "spiece.*")
@@ -153,7 +156,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         "output_loading_info": True,
     }
     try:
-        with _quiet_transformers():
+        with EXCLUSIVE, _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
             model, info = loaded
     except ImportError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusecomp.config import EngineConfig, is_int
 from fusecomp.errors import CheckpointError, FusecompError
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.loading import EXCLUSIVE
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ class Session:
     """An engine with the loop that drives it."""
 
     def __init__(self, model: torch.nn.Module, config: EngineConfig) -> None:
-        self.engine = engine_class()(model, config, eos_token_ids=eos_token_ids(model))
+        with EXCLUSIVE:
+            self.engine = engine_class()(model, config, eos_token_ids=eos_token_ids(model))
         self._ids = itertools.count()
         self._lock = threading.Lock()
 
