@@ -46,7 +46,9 @@ def resolve_limits(model: nn.Module, config: EngineConfig) -> EngineConfig:
         ConfigError: the configured length exceeds what the model's positions allow.
     """
     source = text_config(model)
-    limit = next((getattr(source, n) for n in LENGTH_NAMES if isinstance(getattr(source, n, None), int)), None)
+    limit = next(
+        (n for n in (getattr(source, name, None) for name in LENGTH_NAMES) if isinstance(n, int) and n > 0), None
+    )
     if config.max_model_len == 1:
         raise ConfigError("max_model_len=1 leaves no room for output", where="EngineConfig", remedy="use at least 2")
     if config.max_model_len is None:
@@ -85,7 +87,8 @@ class KVBudget:
             rows = min(max(1, config.max_num_batched_tokens // per_row), config.max_num_seqs)
             self.trial_tokens = TrialStep(rows, per_row)
         else:
-            self.trial_tokens = TrialStep(min(2, config.max_num_seqs), min(3, config.max_model_len))
+            rows = min(2, config.max_num_seqs)
+            self.trial_tokens = TrialStep(rows, min(3, config.max_model_len, config.max_num_batched_tokens // rows))
 
     def begin(self) -> None:
         """Start measuring the trial."""
