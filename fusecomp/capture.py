@@ -43,7 +43,7 @@ class Probe:
 
     length: int
     masks: dict[int, MaskSpec] = field(default_factory=dict)
-    heads: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> (kv heads, head dim)
+    calls: list[tuple[int, int, int]] = field(default_factory=list)  # attention calls in order: layer, kv heads, dim
     unfused_experts: dict[str, str] = field(default_factory=dict)
     specs: dict[int, tuple[Tensor, MaskSpec]] = field(default_factory=dict)  # id of mask -> (mask kept alive, spec)
 
@@ -111,7 +111,7 @@ def _probe_attention(
     if layer in _probe.masks and _probe.masks[layer] != spec:
         spec = unknown("the layer attends more than once with different masks")
     _probe.masks[layer] = spec
-    _probe.heads[layer] = (key.shape[1], key.shape[3])
+    _probe.calls.append((layer, key.shape[1], key.shape[3]))
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
@@ -236,17 +236,49 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
     """
     global _probe  # noqa: PLW0603 - HF's registered functions have no other way to find the probe
     device = next(model.parameters()).device
-    ids = torch.arange(6, device=device)[None]
     positions = torch.arange(6, device=device)
-    kwargs = Signature.of(model).arguments(ids, positions[None], positions[-1:], explicit_mask=True)
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    # Some models do not count padding.
+    ids = torch.tensor([[i for i in range(7) if i != padding][:6]], device=device)
+    signature = Signature.of(model)
+    kwargs = signature.arguments(ids, positions[None], positions, explicit_mask=True)
     _probe = probe = Probe(length)
     try:
         with torch.no_grad(), implementations.use(PROBE):
-            model(**kwargs)
+            given = _logits(model(**kwargs))
+            if signature.own_positions:
+                del kwargs[signature.positions]
+                probe.calls.clear()
+                _require_equal_positions(model, given, _logits(model(**kwargs)))
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # foreign code can fail in any way
+        raise UnsupportedModelError(
+            "the model fails on a trial of six tokens",
+            where=type(model).__name__,
+            why=f"{type(error).__name__}: {error}",
+            remedy="check that it runs with stock transformers; if it does, use that",
+        ) from error
     finally:
         _probe = None
     probe.specs.clear()
     return probe
+
+
+def _logits(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def _require_equal_positions(model: nn.Module, given: Tensor, own: Tensor) -> None:
+    """Refuse a model that counts otherwise than 0, 1, 2 when left alone, as RoBERTa does: its tokens would differ."""
+    scale = float(own.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(given, own, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+        raise UnsupportedModelError(
+            "the model's own positions are not 0, 1, 2, ...",
+            where=type(model).__name__,
+            why="its logits with these positions differ from those it computes when it is given none",
+            remedy="use stock transformers for this model",
+        )
 
 
 @dataclass(frozen=True)
@@ -254,6 +286,7 @@ class Signature:
     """Which names a causal LM's `forward` uses for what a packed step gives it."""
 
     positions: str
+    own_positions: bool  # forward can do without being given any
     attention_mask: bool
     use_cache: bool
     logits_to_keep: bool
@@ -277,7 +310,10 @@ class Signature:
                 why="sequences are packed along one axis, so positions must be given",
                 remedy="add a position_ids argument to forward",
             )
-        return cls(positions, *(n in parameters for n in ("attention_mask", "use_cache", "logits_to_keep")))
+        own_positions = parameters[positions].default is not inspect.Parameter.empty
+        return cls(
+            positions, own_positions, *(n in parameters for n in ("attention_mask", "use_cache", "logits_to_keep"))
+        )
 
     def arguments(
         self, ids: Tensor, positions: Tensor, logit_indices: Tensor, *, explicit_mask: bool
@@ -338,7 +374,7 @@ class PackedStep(nn.Module):
         tokens = OPS.step_inputs(tokens, cu_q_lens, seq_lens, block_tables, host_meta, kv_caches)
         arguments = self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices, explicit_mask=self.inline_masks)
         out = self.model(**arguments)
-        logits = out if isinstance(out, Tensor) else out.logits
+        logits = _logits(out)
         return logits[0] if self.signature.logits_to_keep else logits[0, logit_indices]
 
 

@@ -8,7 +8,7 @@ import torch
 
 import fusecomp.ops.attention as attention_ops
 import fusecomp.ops.experts as experts_ops
-from fusecomp.errors import RequestError, VerificationError
+from fusecomp.errors import RequestError, UnsupportedModelError, VerificationError
 from fusecomp.patterns.attention import PagedAttention
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
@@ -103,8 +103,8 @@ def test_rows_that_see_their_neighbours_are_refused(monkeypatch):
 
     first_table.seen = None
     monkeypatch.setattr(attention_ops, "_prefill_row", first_table)
-    with pytest.raises(VerificationError, match="in prefill"):
-        Engine(build("llama"), VERIFIED.replace(block_size=64))
+    with pytest.raises(UnsupportedModelError, match="packed in one step influence each other"):
+        Engine(build("llama"), CONFIG.replace(block_size=64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -61,7 +61,7 @@ def attention_reference(
     sinks: Tensor | None,
     layer: int,
 ) -> Tensor:
-    """Stateless attention of q [B, H, T, D] over k, v [B, G, T, D]; returns [B, H, T, D] in q's dtype.
+    """Stateless attention of q [B, H, T, D] over k [B, G, T, D], v [B, G, T, Dv]; returns [B, H, T, Dv] in q's dtype.
 
     `mask` is "causal" (with `window`) or "bidirectional"; `layer` only identifies the call site.
     """
@@ -77,7 +77,7 @@ def attention_reference(
         allowed = torch.ones(H // G * T, T, dtype=torch.bool, device=q.device)
     row_sinks = None if sinks is None else sinks.view(1, G, H // G, 1).expand(B, G, H // G, T).reshape(B, G, -1)
     out = _masked_softmax_av(grouped, k, v, allowed, scale, softcap, row_sinks)
-    return out.reshape(B, H, T, D).to(q.dtype)
+    return out.reshape(B, H, T, v.shape[3]).to(q.dtype)
 
 
 def cache_write_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
@@ -190,9 +190,7 @@ define(
     "attention(Tensor q, Tensor k, Tensor v, float scale, str mask, int window, float softcap, Tensor? sinks, "
     "int layer) -> Tensor",
     attention_reference,
-    lambda q, k, v, scale, mask, window, softcap, sinks, layer: torch.empty_like(
-        q, memory_format=torch.contiguous_format
-    ),
+    lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[3]),
 )
 define(
     "cache_write(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slots) -> ()",

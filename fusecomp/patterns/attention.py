@@ -60,6 +60,8 @@ class InterfaceAttention(Pattern):
         mask = context.masks.get(candidate.layer)
         if mask is None:
             return f"the probe saw no attention call of layer {candidate.layer}"
+        if not all(isinstance(x, int | float) for x in (candidate.scale, candidate.softcap)):
+            return "its scale or softcap is computed at run time"
         return f"mask is {mask}" if mask.kind == UNKNOWN else None
 
     def emit(self, candidate: Call, gm: GraphModule, context: PassContext) -> str:
@@ -99,6 +101,14 @@ class PagedAttention(Pattern):
         marker = step_marker(candidate.node.graph)
         if marker is None:
             return "the graph has no paged inputs"
+        kv_caches, index = marker.args[5], len(context.layers)
+        if index >= len(kv_caches):  # type: ignore[arg-type]
+            return f"there are only {len(kv_caches)} KV tensors: the trial run made fewer attention calls"  # type: ignore[arg-type]
+        cache = fake_value(kv_caches[index])  # type: ignore[index]
+        if (cache.shape[2], cache.shape[4]) != (k.shape[1], k.shape[3]):
+            return (
+                f"its KV tensor has {cache.shape[2]} heads of {cache.shape[4]}, its keys {k.shape[1]} of {k.shape[3]}"
+            )
         return None
 
     def emit(self, candidate: Call, gm: GraphModule, context: PassContext) -> str:

@@ -6,6 +6,7 @@ activations has no meaning outside a run, and asking for it raises `NotProvable`
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,42 @@ def step_tokens(graph: torch.fx.Graph) -> Node | None:
     return None
 
 
+# What these return depends on the shape of their argument, not on its values.
+SHAPE_ONLY = {f"{prefix}{kind}" for kind in ("ones", "zeros", "full", "empty") for prefix in ("new_", "")} | {
+    *("ones_like", "zeros_like", "full_like", "empty_like", "size", "dim", "numel", "sym_size", "getattr")
+}
+
+
+def _reads_ids(node: Node) -> bool:
+    """Whether `node` is the packed step's row of token ids."""
+    source = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
+    return (
+        isinstance(source, Node)
+        and source.target in (OPS.step_inputs, OPS.step_inputs.default)
+        and node.args[1] in (0, slice(0, 1, None))
+    )
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def storage(node: Any) -> int | None:
+    """Identity of the memory behind a node's value: views of one tensor share it."""
+    value = fake_value(node) if isinstance(node, Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def writers(node: Node) -> list[Node]:
+    """Nodes that change the value of `node` in place, through itself or through any view of the same memory."""
+    memory = storage(node)
+    return [
+        other
+        for other in node.graph.nodes
+        if mutates(other) and any(arg is node or (memory is not None and storage(arg) == memory) for arg in other.args)
+    ]
+
+
 def static_length(tensor: Tensor, dim: int) -> int | None:
     """Size of `dim` when the graph fixes it."""
     size = tensor.shape[dim]
@@ -61,6 +98,7 @@ def evaluate(target: Node, length_like: Any, inputs: Inputs, given: dict[Node, T
     """
     tokens = step_tokens(target.graph)
     values: dict[Node, Any] = dict(given or {})
+    from_ids: set[Node] = set()
     # Iterative post-order: captured graphs are deeper than Python's recursion limit.
     stack: list[tuple[Node, bool]] = [(target, False)]
     while stack:
@@ -71,12 +109,18 @@ def evaluate(target: Node, length_like: Any, inputs: Inputs, given: dict[Node, T
             if node.target in (OPS.step_inputs, OPS.step_inputs.default):
                 values[node] = inputs.tokens()
                 continue
-            if writer := next((user for user in node.users if mutates(user)), None):
+            # What writes and is read by its result (x *= 2) is evaluated like any other operation.
+            if writer := next((other for other in writers(node) if other is not node), None):
                 raise NotProvable(f"{node.name} is changed in place by {writer.name}")
             stack.append((node, True))
             stack.extend((arg, False) for arg in node.all_input_nodes if arg not in values)
             continue
         values[node] = inputs.tokens() if node is tokens else _compute(node, values, length_like, inputs)
+        tainted = any(arg in from_ids for arg in node.all_input_nodes)
+        if _reads_ids(node) or (tainted and _name(node) not in SHAPE_ONLY):
+            from_ids.add(node)
+    if target in from_ids:
+        raise NotProvable("the mask depends on token ids")
     return values[target]
 
 

@@ -19,11 +19,10 @@ from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
-from fusecomp.patterns.evaluate import Inputs, NotProvable, evaluate, static_length
-from fusecomp.patterns.masks import CAUSAL, UNKNOWN, MaskSpec, classify_matrix, unknown
+from fusecomp.patterns.evaluate import writers
+from fusecomp.patterns.masks import CAUSAL, UNKNOWN, MaskSpec, unknown
+from fusecomp.patterns.scores import ScoreFacts, fit_scores, mask_from_node
 
-# Added to a masked score; models use finfo.min, -inf, -1e9 or -1e4.
-MASKED_BELOW = -9.9e3
 MATMULS = (torch.matmul, operator.matmul, torch.bmm)
 SOFTMAXES = (F.softmax, torch.softmax)
 
@@ -40,95 +39,6 @@ def is_call(node: Any, functions: tuple, method: str = "") -> bool:
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-@dataclass
-class ScoreFacts:
-    """What lies between q @ k^T and the softmax: scale, softcap (0 for none), and the mask."""
-
-    scale: float
-    softcap: float
-    mask: MaskSpec
-
-
-def proof_length(q: Tensor, context: PassContext) -> int:
-    """Positions to evaluate: the graph's own length when it is fixed, else what the context asks for."""
-    return static_length(q, -2) or context.proof_length
-
-
-def mask_from_node(node: Node, q: Tensor, context: PassContext) -> MaskSpec:
-    """Classify a boolean or additive mask node by evaluating it."""
-    length = proof_length(q, context)
-    try:
-        masks = [evaluate(node, q.shape[-2], Inputs(length, seed)) for seed in (0, 1)]
-    except NotProvable as error:
-        return unknown(str(error))
-    visible = []
-    for mask in masks:
-        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask < MASKED_BELOW)).all()):
-            return unknown("the mask adds a bias to visible scores")
-        visible.append(mask if mask.dtype == torch.bool else mask == 0)
-    if not torch.equal(visible[0], visible[1]):
-        return unknown("the mask depends on token ids")
-    try:
-        return classify_matrix(_one_matrix(visible[0], length))
-    except NotProvable as error:
-        return unknown(str(error))
-
-
-def _one_matrix(values: Tensor, length: int) -> Tensor:
-    """The [length, length] matrix that every batch row and head shares."""
-    matrices = values.expand(*values.shape[:-2], length, length).reshape(-1, length, length)
-    if not bool((matrices == matrices[:1]).all()):
-        raise NotProvable("the mask depends on the batch row or on the head")
-    return matrices[0]
-
-
-def fit_scores(final: Node, scores: Node, q: Tensor, context: PassContext) -> ScoreFacts:
-    """Fit `final = softcap(scale * scores) + mask` by evaluating the chain on constant scores."""
-    length = proof_length(q, context)
-
-    def chain(value: float | Tensor, seed: int = 0) -> Tensor:
-        given = {scores: torch.zeros(1, 1, length, length) + value}
-        out = evaluate(final, q.shape[-2], Inputs(length, seed), given)
-        return _one_matrix(out.float(), length)
-
-    try:
-        at = {x: chain(x) for x in (0.0, 1e-3, 1.0, -2.0, 30.0, 1e6)}
-        other_ids = chain(0.0, seed=1)
-        varied = 4 * torch.randn(length, length, generator=torch.Generator().manual_seed(2))
-        at_varied = chain(varied)
-    except NotProvable as error:
-        return ScoreFacts(0.0, 0.0, unknown(str(error)))
-    visible = at[0.0] > MASKED_BELOW
-    if not bool(visible.any()):
-        return ScoreFacts(0.0, 0.0, unknown("every score is masked"))
-    if not torch.equal(visible, other_ids > MASKED_BELOW):
-        return ScoreFacts(0.0, 0.0, unknown("the mask depends on token ids"))
-    seen = {x: values[visible] for x, values in at.items()}
-    # A masked score must stay far below any visible one whatever it was before (the largest probe aside).
-    if any(bool((at[x][~visible] > MASKED_BELOW / 2).any()) for x in (1.0, -2.0, 30.0)):
-        return ScoreFacts(0.0, 0.0, unknown("masking scales scores instead of replacing or lowering them"))
-    if bool((seen[0.0] != 0).any()):
-        return ScoreFacts(0.0, 0.0, unknown("a bias is added to visible scores (ALiBi or relative positions?)"))
-    if any(bool((v != v[0]).any()) for v in seen.values()):
-        return ScoreFacts(0.0, 0.0, unknown("the scale depends on the position"))
-    point = {x: float(v[0]) for x, v in seen.items()}
-    scale, softcap = point[1.0], 0.0
-    if not math.isclose(point[30.0], 30 * scale, rel_tol=1e-3):
-        scale, softcap = point[1e-3] / 1e-3, point[1e6]
-        fitted = {x: softcap * math.tanh(scale * x / softcap) if softcap > 0 else math.nan for x in point}
-        if not all(math.isclose(fitted[x], point[x], rel_tol=1e-3, abs_tol=1e-6) for x in point):
-            return ScoreFacts(0.0, 0.0, unknown("scores go through a function that is neither a scale nor a softcap"))
-    elif not math.isclose(point[-2.0], -2 * scale, rel_tol=1e-5):
-        return ScoreFacts(0.0, 0.0, unknown("scores go through a non-linear function"))
-    # Constant scores cannot show that one score changes another (a mean, a rank): varied ones must fit as well.
-    fit = softcap * torch.tanh(scale * varied / softcap) if softcap else scale * varied
-    if not torch.allclose(at_varied[visible], fit[visible], rtol=1e-3, atol=1e-5) or bool(
-        (at_varied[~visible] > MASKED_BELOW / 2).any()
-    ):
-        return ScoreFacts(0.0, 0.0, unknown("what becomes of a score depends on other scores"))
-    return ScoreFacts(scale, softcap, classify_matrix(visible))
 
 
 def shared_heads(node: Any) -> Any:
@@ -264,6 +174,7 @@ class SoftmaxAttention(_RawAttention):
             values = final.args[1]
             candidate = RawCandidate(final, q, keys, shared_heads(values), [scores, node], refusal=refusal)
             candidate.refusal = candidate.refusal or self._second_users(scores, node)
+            candidate.refusal = candidate.refusal or self._changed(scores, node, final)
             transposed = self._untranspose(keys)
             candidate.swap_keys = transposed is None
             candidate.k = keys if transposed is None else shared_heads(transposed)
@@ -326,6 +237,19 @@ class SoftmaxAttention(_RawAttention):
                     stack.append(user)
                     if user.op == "output" or len(chain) > 32:
                         return "the scores have a second user"
+        return ""
+
+    @staticmethod
+    def _changed(scores: Node, softmax: Node, final: Node) -> str:
+        """Refuse when an operand is written in place after it was read, or a score other than through its only user."""
+        order = {node: i for i, node in enumerate(scores.graph.nodes)}
+        for operand in (scores.args[0], scores.args[1], softmax):
+            for writer in writers(operand):  # type: ignore[arg-type]
+                if order[scores] < order[writer] < order[final]:
+                    return f"{operand} is changed in place by {writer.name}"
+        changes = writers(scores)
+        if changes and not (len(scores.users) == 1 and changes[0] in scores.users and changes[0].users):
+            return f"the scores are changed in place by {changes[0].name}"
         return ""
 
     @staticmethod

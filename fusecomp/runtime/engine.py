@@ -24,6 +24,7 @@ from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
+from fusecomp.runtime.packing import MOST_BLOCKS, check_packing
 from fusecomp.runtime.sampler import greedy, sample
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
@@ -81,6 +82,7 @@ class Engine:
         self._runway = Runway(config.max_num_seqs, self.device)
         self._latest: tuple[StepBatch, int | None] | None = None
         self._step.seal()
+        self._check_packing()
         if self.device.type == "cuda" and not config.enforce_eager:
             self._capture_graphs(min(config.max_num_seqs, num_blocks))
         if config.verify == "first":
@@ -291,6 +293,14 @@ class Engine:
         seq = SequenceState(f"stand-in {row}", tokens, SamplingParams(temperature=0.0))
         seq.row, seq.admission, seq.blocks = row, next(self._stand_ins), blocks
         return seq
+
+    def _check_packing(self) -> None:
+        """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
+        start = time.perf_counter()
+        check_packing(self)
+        for cache in self._step.kv_caches:
+            cache[:MOST_BLOCKS].zero_()
+        self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
         """Capture and check the greedy graph of every bucket, largest first."""

@@ -46,7 +46,9 @@ def resolve_limits(model: nn.Module, config: EngineConfig) -> EngineConfig:
         ConfigError: the configured length exceeds what the model's positions allow.
     """
     source = text_config(model)
-    limit = next((getattr(source, n) for n in LENGTH_NAMES if isinstance(getattr(source, n, None), int)), None)
+    limit = next(
+        (n for n in (getattr(source, name, None) for name in LENGTH_NAMES) if isinstance(n, int) and n > 0), None
+    )
     if config.max_model_len == 1:
         raise ConfigError("max_model_len=1 leaves no room for output", where="EngineConfig", remedy="use at least 2")
     if config.max_model_len is None:

@@ -44,7 +44,12 @@ def capture_errors(model: str) -> Iterator[None]:
         if isinstance(error.inner_exception, UnsupportedModelError):
             raise error.inner_exception from error
         raise
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+    except (
+        torch._dynamo.exc.Unsupported,
+        torch._dynamo.exc.UserError,
+        torch._dynamo.exc.TorchRuntimeError,
+        torch._dynamo.exc.InternalTorchDynamoError,
+    ) as error:
         raise UnsupportedModelError(
             "the model cannot be captured as one graph for every number of tokens",
             where=model,
@@ -61,7 +66,7 @@ class CompiledStep:
         config: with `max_model_len` resolved.
 
     Attributes:
-        layers: (layer, kv heads, head dim) per attention call site, in the order of the KV tensors.
+        layers: (layer, kv heads, head dim) per attention call site, in the order of the calls and of the KV tensors.
         kv_caches: KV tensors [num_blocks, 2, G, block_size, D], set by `allocate`.
         proven_length: longest context the masks are proven for.
         num_logits: V, known after `warm_up`.
@@ -84,9 +89,10 @@ class CompiledStep:
         start = time.perf_counter()
         probe = run_probe(model, self._implementations, config.max_model_len)
         self._context = PassContext(self.report, probe.masks, min(config.max_model_len, INLINE_PROOF_LENGTH))
-        self._module = PackedStep(model, config.max_num_batched_tokens, inline_masks=not probe.heads)
-        if probe.heads:
-            self.layers = [(layer, *probe.heads[layer]) for layer in sorted(probe.heads)]
+        # The bound is at least the length of the trial captures.
+        self._module = PackedStep(model, max(config.max_num_batched_tokens, 6), inline_masks=not probe.calls)
+        if probe.calls:
+            self.layers = probe.calls
             self.proven_length = config.max_model_len
         else:
             self.layers = self._layout_from_graph()
