@@ -69,7 +69,9 @@ def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None
         logits = right(self, batch)
         if decodes_only and int(batch.host_meta[0]) == 0:
             return logits
-        return logits * (1 + 1e-2 * torch.randn_like(logits))
+        # The same error in every row, and small: the engine's own start-up check lets it pass.
+        noise = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0))
+        return logits * (1 + 5e-3 * noise)
 
     monkeypatch.setattr(CompiledStep, "__call__", wrong)
 
