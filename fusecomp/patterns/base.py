@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -85,11 +86,19 @@ class Pattern(ABC):
         return module_path(candidate.node)
 
     def key(self) -> str:
-        """Hash of the pattern's source, named in the report beside what it did.
+        """Hash of the sources the pattern is made of, named in the report beside what it did.
 
         Passes on Dynamo's graph need it in no cache key: Inductor hashes the rewritten graph itself.
         """
-        return hashlib.sha256(inspect.getsource(inspect.getmodule(type(self))).encode()).hexdigest()  # type: ignore[arg-type]
+        package, sources, stack = __name__.rpartition(".")[0], {}, [type(self).__module__]
+        while stack:
+            name = stack.pop()
+            if name in sources:
+                continue
+            sources[name] = inspect.getsource(sys.modules[name])
+            homes = {getattr(value, "__module__", None) or "" for value in vars(sys.modules[name]).values()}
+            stack.extend(home for home in homes if home.startswith(f"{package}."))
+        return hashlib.sha256("".join(sources[name] for name in sorted(sources)).encode()).hexdigest()
 
     def apply(self, gm: GraphModule, context: PassContext) -> int:
         """Run the pattern over `gm`; returns the number of matches."""
