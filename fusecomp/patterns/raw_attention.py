@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +102,9 @@ class _RawAttention(Pattern):
             return f"mask is unknown: {facts.mask.reason}"
         return None
 
+    @abstractmethod
     def facts(self, candidate: RawCandidate, context: PassContext) -> ScoreFacts:
         """Scale, softcap and mask of a structurally sound candidate."""
-        raise NotImplementedError
 
     def emit(self, candidate: RawCandidate, gm: GraphModule, context: PassContext) -> str:
         facts = candidate.facts

@@ -29,7 +29,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Relative RMS error; NaN or infinity in `actual` gives infinity."""
     if not bool(torch.isfinite(actual).all()):
         return float("inf")
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
+    return float((actual.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
 
 
 def model_error(actual: Tensor, exact: Tensor, *, routed: bool) -> float:

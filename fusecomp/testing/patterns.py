@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from fusecomp._compat import dynamo_settings
 from fusecomp.patterns.base import Example, PassContext, Pattern
 from fusecomp.report import FusionReport
+from fusecomp.runtime.verify import relative_error
 
 
 def run_rewritten(function: Callable, inputs: tuple, rewrite: Callable[[GraphModule], None]) -> tuple[Any, GraphModule]:
@@ -69,11 +69,3 @@ def check_pattern(
         exact, unfused = reference(*exact_inputs), reference(*inputs)
     limit = max(1.5 * relative_error(unfused, exact), 2e-6)
     assert relative_error(output, exact) <= limit, (relative_error(output, exact), limit)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Relative RMS error in fp64; NaN or inf in `actual` gives inf."""
-    a, e = actual.double(), expected.double()
-    if not bool(torch.isfinite(a).all()):
-        return float("inf")
-    return float((a - e).norm() / e.norm().clamp(min=1e-30))

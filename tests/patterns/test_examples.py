@@ -7,7 +7,8 @@ from fusecomp.backend import CANONICALIZE, PAGE, STATELESS
 from fusecomp.patterns.attention import remove_step_marker
 from fusecomp.patterns.base import PassContext, count_ops
 from fusecomp.patterns.masks import MaskSpec, unknown
-from fusecomp.testing.patterns import check_pattern, new_context, relative_error, run_rewritten
+from fusecomp.runtime.verify import relative_error
+from fusecomp.testing.patterns import check_pattern, new_context, run_rewritten
 
 PATTERNS = {p.name: p for p in (*CANONICALIZE, *PAGE, *STATELESS)}
 CASES = [pytest.param(p, e, id=f"{p.name}-{e.name}") for p in (*CANONICALIZE, *PAGE) for e in p.examples()]
