@@ -12,13 +12,19 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 __all__ = [
+    "compiler_settings",
     "counters",
     "dynamo_settings",
+    "inductor_artifact",
     "inductor_compile",
+    "load_artifact",
     "mark_unbacked",
     "own_tracing_context",
     "recompiles_are_errors",
 ]
+
+# They decide how, not what, Inductor compiles.
+SETTINGS_WITHOUT_EFFECT = {"compile_threads", "worker_start_method", "debug_dir_root"}
 
 
 def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[str, Any] | None = None) -> Callable:
@@ -27,6 +33,50 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
 
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
     return compiled
+
+
+def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[str, Any] | None = None) -> Any:
+    """Like `inductor_compile`, for a graph that returns a tuple; the result's `save(path=...)` writes it to a file.
+
+    The ambient tracing context supplies the symbols.
+    """
+    from torch._inductor import standalone_compile
+
+    options = {"config_patches": patches or {}}
+    return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
+
+
+def load_artifact(path: str) -> Callable:
+    """The callable that an `inductor_artifact` was saved as. Loading runs code from the file."""
+    from torch._inductor import CompiledArtifact
+
+    return CompiledArtifact.load(path=path, format="binary")
+
+
+def compiler_settings() -> dict[str, Any]:
+    """Every setting of Dynamo, AOTAutograd and Inductor that may change what they produce, by name."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    configs = {"dynamo": torch._dynamo.config, "aot": torch._functorch.config, "inductor": torch._inductor.config}
+    settings = {}
+    for name, config in configs.items():
+        for key, value in config.save_config_portable().items():  # type: ignore[attr-defined]
+            if key not in SETTINGS_WITHOUT_EFFECT and not key.startswith("trace."):
+                settings[f"{name}.{key}"] = _plain(value)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 @contextmanager

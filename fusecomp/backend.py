@@ -10,6 +10,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -29,7 +30,7 @@ from fusecomp.patterns.attention import (
 from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
-from fusecomp.pieces import compile_pieces
+from fusecomp.pieces import CompiledPieces, compile_pieces
 from fusecomp.report import FusionReport
 
 lowerings.register()
@@ -73,6 +74,9 @@ class StepBackend:
         self.context = context
         self.inductor = inductor
         self.graphs: list[GraphModule] = []
+        # What the last capture was compiled to and its inputs, until `CompiledStep` has stored them.
+        self.pieces: CompiledPieces | None = None
+        self.inputs: list[Any] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
         report, start = self.context.report, time.perf_counter()
@@ -87,10 +91,11 @@ class StepBackend:
         if not self.inductor:
             return gm.forward
         start = time.perf_counter()
-        compiled, pieces, kinds = compile_pieces(gm)
+        self.pieces, self.inputs = compile_pieces(gm), example_inputs
         report.seconds["inductor"] = time.perf_counter() - start
+        kinds, pieces = len(self.pieces.artifacts), len(self.pieces.kinds)
         report.notes.append(f"compiled {kinds} kinds of {pieces} pieces, cut after each attention")
-        return compiled
+        return self.pieces.whole.forward
 
     def _require_all_paged(self, gm: GraphModule) -> None:
         report = self.context.report

@@ -71,6 +71,8 @@ class EngineConfig:
             from `max_num_seqs * max_model_len` capped at 1 GiB on the CPU).
         block_size: tokens per KV page.
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
+        compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
+            start of the same model loads it.
         seed: seed of requests that bring none.
         strict: a fallback raises instead of being reported.
         verify: "first" compares the rewritten model with the original and with fp32 before serving, for a receipt
@@ -86,6 +88,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enforce_eager: bool = False
+    compile_cache: bool = True
     seed: int = 0
     strict: bool = False
     verify: str = "off"
@@ -99,7 +102,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
-        for name in ("enforce_eager", "strict"):
+        for name in ("enforce_eager", "compile_cache", "strict"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")

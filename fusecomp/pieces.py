@@ -9,7 +9,8 @@ so no fusion is lost at a cut.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -18,21 +19,54 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from fusecomp._compat import inductor_compile, own_tracing_context
+from fusecomp._compat import inductor_artifact, own_tracing_context
 from fusecomp.ops import OPS
 from fusecomp.patterns.base import fake_value
 
 CUT_AFTER = (OPS.paged_attention, OPS.paged_attention.default)
 
 
+@dataclass(frozen=True)
+class CompiledPieces:
+    """A graph cut into pieces, each compiled.
+
+    Attributes:
+        whole: calls the pieces by name, in order.
+        kinds: name of a piece -> its kind.
+        artifacts: kind -> what pieces of that kind were compiled to.
+    """
+
+    whole: GraphModule
+    kinds: dict[str, str]
+    artifacts: dict[str, Any]
+
+
 def cut(gm: GraphModule) -> GraphModule:
-    """Split after every `paged_attention`; the result calls `submod_0`, `submod_1`, ... in order."""
+    """Split after every `paged_attention`; calls of `submod_0`, `submod_1`, ... remain, in order; each returns a tuple."""
     piece, pieces = 0, {}
     for node in gm.graph.nodes:
         pieces[node] = piece
         if node.op == "call_function" and node.target in CUT_AFTER:
             piece += 1
-    return split_module(gm, gm, lambda node: pieces[node], keep_original_order=True, keep_original_node_name=True)
+    whole = split_module(gm, gm, lambda node: pieces[node], keep_original_order=True, keep_original_node_name=True)
+    for node in whole.graph.find_nodes(op="call_module", sort=False):
+        _return_tuple(whole, node)
+    whole.recompile()
+    return whole
+
+
+def _return_tuple(whole: GraphModule, call: Node) -> None:
+    """Make a piece that returns one tensor return a tuple of it: only such graphs become artefacts."""
+    piece = whole.get_submodule(str(call.target))
+    if not isinstance(piece, GraphModule):
+        return
+    output = piece.graph.output_node()
+    if isinstance(output.args[0], Node):
+        output.args = ((output.args[0],),)
+        piece.recompile()
+        with whole.graph.inserting_after(call):
+            only = whole.graph.call_function(operator.getitem, (call, 0))
+        call.replace_all_uses_with(only, delete_user_cb=lambda user: user is not only)
 
 
 class _Symbols:
@@ -76,23 +110,19 @@ def structure(gm: GraphModule) -> str:
     return digest.hexdigest()
 
 
-def compile_pieces(gm: GraphModule) -> tuple[Callable, int, int]:
-    """Compile `gm` piece by piece with Inductor.
-
-    Returns: the callable, the number of pieces, and how many had to be compiled.
-    """
+def compile_pieces(gm: GraphModule) -> CompiledPieces:
+    """Compile `gm` piece by piece with Inductor; equal pieces once."""
     whole = cut(gm)
-    compiled: dict[str, Callable] = {}
-    count = 0
+    kinds: dict[str, str] = {}
+    artifacts: dict[str, Any] = {}
     for name, piece in list(whole.named_children()):
         if not isinstance(piece, GraphModule):
             continue
-        count += 1
-        key = structure(piece)
-        if key not in compiled:
+        kind = kinds[name] = structure(piece)
+        if kind not in artifacts:
             inputs = [fake_value(n) for n in piece.graph.nodes if n.op == "placeholder"]
             with own_tracing_context(inputs):
-                compiled[key] = inductor_compile(piece, inputs)
+                artifacts[kind] = inductor_artifact(piece, inputs)
         delattr(whole, name)
-        setattr(whole, name, compiled[key])
-    return whole.forward, count, len(compiled)
+        setattr(whole, name, artifacts[kind])
+    return CompiledPieces(whole, kinds, artifacts)

@@ -48,6 +48,7 @@ class FusionReport:
         ops_before, ops_after: op counts of the captured graph around the passes.
         cost_bytes, cost_flops: symbolic cost of the canonical ops in T, S, ctx.
         fallbacks: "op: reason" -> times an eager reference ran where a kernel was expected.
+        program: whether the compiled step was loaded from the store or compiled, and why.
         sources: pattern -> hash of the source that was applied.
         notes: decisions a user should know, such as chosen limits.
     """
@@ -67,6 +68,7 @@ class FusionReport:
     cuda_graphs: list[int] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    program: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -91,6 +93,8 @@ class FusionReport:
         if not self.near_misses:
             lines.append("  no near misses")
         lines.append(f"  graphs {self.graphs}, graph breaks {self.graph_breaks}, recompiles {self.recompiles}")
+        if self.program:
+            lines.append(f"  program {self.program}")
         if self.ops_before:
             before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
             lines.append(f"  captured ops {before} -> {after}")

@@ -1,7 +1,8 @@
 """The compiled step: a model, its KV tensors, and the one function `logits = step(batch)` that runs both.
 
-Capture order: probe (eager, a few tokens) -> KV layout -> Dynamo + passes + Inductor on a first batch. After
-`seal()`, anything that would compile again is an error that names the guard that failed.
+Order: probe (eager, a few tokens) -> a stored program, when there is one for this very model and probe -> otherwise KV
+layout, then Dynamo + passes + Inductor on a first batch, then storing. After `seal()`, anything that would compile
+again is an error that names the guard that failed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
 from fusecomp.runtime.batch import StepBatch
+from fusecomp.runtime.program import StepProgram
+from fusecomp.runtime.program_cache import ProgramCache
 
 # Masks written inline in a model are evaluated as [T, T] matrices: this bounds T, and with it max_model_len.
 INLINE_PROOF_LENGTH = 4096
@@ -33,6 +36,18 @@ def _place(message: str) -> str:
     what = " ".join(message.split("\n\n", 1)[0].split())
     frames = message.partition("from user code:")[2].strip().split("\n\n")[0].split("File ")
     return f"{what} At {' '.join(frames[-1].split())}" if len(frames) > 1 else what
+
+
+def _step_tensors(batch: StepBatch) -> tuple[Tensor, ...]:
+    """What the packed step takes before its KV tensors, in the order of `PackedStep.forward`."""
+    return (
+        batch.tokens,
+        batch.logit_indices,
+        batch.cu_q_lens,
+        batch.seq_lens,
+        batch.block_tables,
+        batch.host_meta,
+    )
 
 
 @contextmanager
@@ -91,7 +106,12 @@ class CompiledStep:
         self._context = PassContext(self.report, probe.masks, min(config.max_model_len, INLINE_PROOF_LENGTH))
         # The bound is at least the length of the trial captures.
         self._module = PackedStep(model, max(config.max_num_batched_tokens, 6), inline_masks=not probe.calls)
-        if probe.calls:
+        self.report.seconds["probe"] = time.perf_counter() - start
+        self._cache = ProgramCache(model, config, probe, device, dtype, self.report)
+        self._program = self._find_program()
+        if self._program is not None:
+            pass
+        elif probe.calls:
             self.layers = probe.calls
             self.proven_length = config.max_model_len
         else:
@@ -100,12 +120,14 @@ class CompiledStep:
         self.report.layers = len(self.layers)
         for name, reason in probe.unfused_experts.items():
             self.report.notes.append(f"{name} runs unfused: {reason}")
-        self.report.seconds["probe"] = time.perf_counter() - start
-        self._function = torch.compile(
-            self._module.isolated_forward(),
-            backend=StepBackend(self._context, inductor=not config.enforce_eager),
-            fullgraph=True,
-        )
+        self._backend = StepBackend(self._context, inductor=not config.enforce_eager)
+        self._function = torch.compile(self._module.isolated_forward(), backend=self._backend, fullgraph=True)
+
+    def _find_program(self) -> StepProgram | None:
+        if (found := self._cache.find()) is None:
+            return None
+        self.layers, self.proven_length = found.layers, found.proven_length
+        return found.program
 
     @property
     def block_bytes(self) -> int:
@@ -127,7 +149,11 @@ class CompiledStep:
             self.kv_caches.append(cache)
 
     def warm_up(self, batch: StepBatch) -> Tensor:
-        """First call: capture and compile for every T, S and number of blocks."""
+        """First call: capture and compile for every T, S and number of blocks, unless a stored program was found."""
+        if self._program is not None:
+            logits = self(batch)
+            self.num_logits = logits.shape[1]
+            return logits
         for tensor, dim in (
             (batch.tokens, 1),
             (batch.logit_indices, 0),
@@ -136,13 +162,21 @@ class CompiledStep:
             (batch.block_tables, 0),
         ):
             mark_unbacked(tensor, dim)
-        breaks = sum(counters["graph_break"].values())
+        breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
         start = time.perf_counter()
         with capture_errors(self.report.model):
             logits = self(batch)
         self.num_logits = logits.shape[1]
         self.report.seconds["capture and compile"] = time.perf_counter() - start
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
+        self._cache.store(
+            self._backend,
+            _step_tensors(batch),
+            self.kv_caches,
+            self.report.notes[notes:],
+            self.layers,
+            self.proven_length,
+        )
         return logits
 
     def seal(self) -> None:
@@ -155,16 +189,22 @@ class CompiledStep:
         Raises:
             RecompileError: the step would be compiled again after `seal`.
         """
+        if self._program is not None:
+            return self._run_program(self._program, batch)
         with torch.no_grad(), self._implementations.use(TRACE), dynamo_settings(), self._guarded():
-            return self._function(
-                batch.tokens,
-                batch.logit_indices,
-                batch.cu_q_lens,
-                batch.seq_lens,
-                batch.block_tables,
-                batch.host_meta,
-                self.kv_caches,
+            return self._function(*_step_tensors(batch), self.kv_caches)
+
+    def _run_program(self, program: StepProgram, batch: StepBatch) -> Tensor:
+        if self._sealed and (name := program.changed()):
+            self.report.recompiles += 1
+            raise RecompileError(
+                "the step would be compiled again while serving",
+                where=self.report.model,
+                why=f"{name} is not what it was when the engine started",
+                remedy="do not change the model while its engine lives",
             )
+        with torch.no_grad():
+            return program(_step_tensors(batch), self.kv_caches)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

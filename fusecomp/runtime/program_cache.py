@@ -1,0 +1,177 @@
+"""Finds a stored step program for a model, or stores the one just compiled; says which, and why.
+
+Nothing here is fatal: a program that cannot be described, read or written means compiling, and the report's line
+`program` names the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecomp._compat import load_artifact
+from fusecomp.config import EngineConfig
+from fusecomp.report import FusionReport, Match, NearMiss
+from fusecomp.runtime.artifacts import ArtifactStore, Stored, Unusable, enabled_by_environment
+from fusecomp.runtime.identity import Undescribable, identity
+from fusecomp.runtime.program import Plan, StepProgram, Unplannable, plan_of, references
+
+if TYPE_CHECKING:
+    from fusecomp.backend import StepBackend
+    from fusecomp.capture import Probe
+
+logger = logging.getLogger("fusecomp")
+
+# What a capture writes into the report, and a warm start restores.
+REPORTED = ("matches", "near_misses", "graphs", "graph_breaks", "ops_before", "ops_after", "cost_bytes", "cost_flops")
+REPORTED += ("sources",)
+
+
+@dataclass
+class Found:
+    """A stored program, ready to run."""
+
+    program: StepProgram
+    layers: list[tuple[int, int, int]]
+    proven_length: int
+
+
+class ProgramCache:
+    """The stored programs as one engine sees them. `report.program` says what became of its own.
+
+    Args:
+        probe: what the model's own mask functions were proven to be: part of the identity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        probe: Probe,
+        device: torch.device,
+        dtype: torch.dtype,
+        report: FusionReport,
+    ) -> None:
+        self._model, self._report = model, report
+        self._parts: dict[str, Any] | None = None
+        self._reason = ""
+        if config.enforce_eager:
+            report.program = "not compiled (enforce_eager)"
+        elif not config.compile_cache:
+            report.program = "compiled; stored programs are off (compile_cache=False)"
+        elif not enabled_by_environment():
+            report.program = "compiled; stored programs are off (FUSECOMP_COMPILE_CACHE=0)"
+        else:
+            self._store = ArtifactStore()
+            try:
+                self._parts = identity(model, config, probe, device, dtype)
+            except Undescribable as error:
+                report.program = f"compiled, not stored: {error}"
+
+    def find(self, merge: Callable[[list[str]], Tensor] | None = None) -> Found | None:
+        """The stored program of this model, loaded."""
+        if self._parts is None:
+            return None
+        start = time.perf_counter()
+        lookup = self._store.look_up(self._parts)
+        if lookup.found is None:
+            self._miss(lookup.reason, warning=lookup.warning)
+            return None
+        try:
+            found = self._load(lookup.found, merge)
+        except Exception as error:  # artefacts are unpickled and run: anything may be wrong with them
+            self._miss(f"the stored program {lookup.found.key[:12]} fails to load ({type(error).__name__}: {error})")
+            return None
+        self._report.program = f"loaded {lookup.found.key[:12]} from {self._store.programs}"
+        self._report.seconds["load program"] = time.perf_counter() - start
+        logger.info("%s: %s", self._report.model, self._report.program)
+        return found
+
+    def _load(self, stored: Stored, merge: Callable[[list[str]], Tensor] | None) -> Found:
+        record = stored.record
+        plan = Plan.from_json(record["plan"])
+        pieces = {kind: load_artifact(str(stored.files[name])) for kind, name in record["pieces"].items()}
+        program = StepProgram(plan, pieces, self._model, merge)
+        restore(self._report, record["report"])
+        return Found(program, [tuple(layer) for layer in record["layers"]], record["proven_length"])
+
+    def store(
+        self,
+        backend: StepBackend,
+        step: Sequence[Tensor],
+        kv_caches: Sequence[Tensor],
+        notes: list[str],
+        layers: list[tuple[int, int, int]],
+        proven_length: int,
+    ) -> None:
+        """Store what `backend` has compiled on these inputs. `notes` are those that the capture made."""
+        pieces, inputs = backend.pieces, backend.inputs
+        backend.pieces, backend.inputs = None, []
+        if self._parts is None or pieces is None:
+            return
+        try:
+            refs = references(self._model, step, kv_caches)
+            plan = plan_of(pieces, backend.graphs[-1].graph, inputs, refs)
+            names = {kind: f"piece-{kind[:16]}.bin" for kind in pieces.artifacts}
+            files = {names[kind]: _bytes(artifact) for kind, artifact in pieces.artifacts.items()}
+            record = {
+                "plan": plan.to_json(),
+                "pieces": names,
+                "report": snapshot(self._report) | {"notes": notes},
+                "layers": layers,
+                "proven_length": proven_length,
+            }
+            key = self._store.save(self._parts, record, files)
+        except (Unplannable, Unusable) as error:
+            self._report.program = f"compiled, not stored: {error}"
+            if isinstance(error, Unusable):
+                logger.warning("%s: %s", self._report.model, self._report.program)
+        else:
+            self._report.program = f"compiled ({self._reason}); stored as {key[:12]} in {self._store.programs}"
+        logger.info("%s: %s", self._report.model, self._report.program)
+
+    def _miss(self, reason: str, *, warning: bool = True) -> None:
+        self._reason = reason
+        self._report.program = f"compiled ({reason})"
+        if warning:
+            logger.warning("%s: %s", self._report.model, reason)
+
+
+def _bytes(artifact: Any) -> bytes:
+    """An artefact as Inductor writes it.
+
+    Raises:
+        Unplannable: Inductor cannot.
+    """
+    with tempfile.TemporaryDirectory(prefix="fusecomp-") as folder:
+        path = Path(folder) / "piece"
+        try:
+            artifact.save(path=str(path))
+        except Exception as error:  # pickling fails in many ways
+            raise Unplannable(f"a compiled piece cannot be saved ({type(error).__name__}: {error})") from error
+        return path.read_bytes()
+
+
+def snapshot(report: FusionReport) -> dict[str, Any]:
+    """What a capture wrote into `report`, as JSON values."""
+    whole = asdict(report)
+    return {name: whole[name] for name in REPORTED}
+
+
+def restore(report: FusionReport, stored: Mapping[str, Any]) -> None:
+    """Write a snapshot back."""
+    known = {f.name for f in fields(FusionReport)}
+    for name in REPORTED:
+        assert name in known
+        setattr(report, name, stored[name])
+    report.matches = [Match(**match) for match in stored["matches"]]
+    report.near_misses = [NearMiss(**miss) for miss in stored["near_misses"]]
+    report.notes += stored["notes"]
