@@ -42,7 +42,7 @@ class CompiledPieces:
 
 
 def cut(gm: GraphModule) -> GraphModule:
-    """Split after every `paged_attention`; calls of `submod_0`, `submod_1`, ... remain, in order; each returns a tuple."""
+    """Split after every `paged_attention`; what remains calls `submod_0`, `submod_1`, ..., which return tuples."""
     piece, pieces = 0, {}
     for node in gm.graph.nodes:
         pieces[node] = piece

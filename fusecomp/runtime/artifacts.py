@@ -186,7 +186,7 @@ class ArtifactStore:
                 _require_private(folder, os.stat(folder, follow_symlinks=False))
                 stored = _read_record(folder)["parts"]
                 same = sum(stored.get(name) == value for name, value in wanted.items())
-                changed = [text for name in wanted for text in differences(stored.get(name), wanted[name], name)]
+                changed = [text for name in wanted for text in differences(stored.get(name), wanted[name], name, 1)]
                 candidate = same, folder.stat().st_mtime, changed, folder.name
             except (Unusable, OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import fusecomp
 from fusecomp._compat import compiler_settings
 
 if TYPE_CHECKING:
@@ -104,12 +103,11 @@ def _installed(name: str) -> bool:
 
 @functools.cache
 def _own_source() -> str:
-    """Version and hash of fusecomp's own code and tables."""
-    assert fusecomp.__file__ is not None
-    folder, digest = Path(fusecomp.__file__).parent, hashlib.sha256()
+    """Hash of fusecomp's own code and tables."""
+    folder, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return f"{fusecomp.__version__} {digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -161,7 +159,7 @@ def _buffer_contents(model: nn.Module, *, read_by_proofs: bool) -> dict[str, str
     for name, buffer in model.named_buffers():
         if buffer.nbytes <= LARGEST_PROVEN_BUFFER:
             data = buffer.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-            contents[name] = hashlib.sha256(data.numpy()).hexdigest()[:16]
+            contents[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
         elif read_by_proofs:
             raise Undescribable(f"buffer {name} has {buffer.nbytes} bytes, and the model's masks may depend on it")
     return contents
@@ -192,7 +190,7 @@ class _Description:
 
     def value(self, value: Any) -> Any:
         """A JSON value that is equal for equal values, in this process and the next."""
-        if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+        if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
             return value
         if isinstance(value, list | tuple):
             return [type(value).__name__, *map(self.value, value)]
@@ -272,7 +270,7 @@ class _Description:
         ]
 
     def _need_source(self, module: str) -> None:
-        if module.split(".")[0] not in PACKAGES or module.startswith("transformers.models."):
+        if module.split(".", maxsplit=1)[0] not in PACKAGES or module.startswith("transformers.models."):
             self._roots.add(module)
 
     def _config(self, config: Any) -> str:

@@ -26,6 +26,10 @@ INPUT, CALL, ITEM = "input", "call", "item"
 Ref = list[Any]  # [kind, name or index ...]
 
 
+# Place, piece or None, its arguments or (place, index), and the places that nothing reads afterwards.
+Instruction = tuple[int, Callable | None, Any, list[int]]
+
+
 class Unplannable(Exception):
     """The capture does something that a plan cannot express; the message says what."""
 
@@ -84,6 +88,7 @@ def plan_of(pieces: CompiledPieces, graph: Graph, inputs: Sequence[Any], refs: M
     }
     number: dict[Node, int] = {}
     instructions: list[list[Any]] = []
+    instruction: list[Any]
     for node in pieces.whole.graph.nodes:
         if node.op == "output":
             results = node.args[0]
@@ -197,10 +202,8 @@ class StepProgram:
         return ""
 
 
-def _with_last_uses(
-    plan: Plan, pieces: Mapping[str, Callable]
-) -> Iterable[tuple[int, Callable | None, Any, list[int]]]:
-    """(place, piece or None, its arguments or (place, index), places nothing reads afterwards) of each call and item."""
+def _with_last_uses(plan: Plan, pieces: Mapping[str, Callable]) -> Iterable[Instruction]:
+    """The calls and items of a plan, in order."""
     last: dict[int, int] = {}
     for i, (op, *facts) in enumerate(plan.instructions):
         used = [v for how, v in facts[1] if how == "at"] if op == CALL else facts[:1] if op == ITEM else []

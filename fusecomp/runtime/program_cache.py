@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fusecomp")
 
 # What a capture writes into the report, and a warm start restores.
-REPORTED = ("matches", "near_misses", "graphs", "graph_breaks", "ops_before", "ops_after", "cost_bytes", "cost_flops")
-REPORTED += ("sources",)
+REPORTED = (
+    *("matches", "near_misses", "graphs", "graph_breaks", "ops_before", "ops_after"),
+    *("cost_bytes", "cost_flops", "sources"),
+)
 
 
 @dataclass
