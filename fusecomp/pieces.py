@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import _get_qualified_name
 from torch.fx.passes.split_module import split_module
 
-from fusecomp._compat import inductor_artifact, own_tracing_context
+from fusecomp._compat import own_tracing_context
+from fusecomp.fusion import compile_fused
 from fusecomp.ops import OPS
-from fusecomp.patterns.base import fake_value
+from fusecomp.patterns.base import Pattern, fake_value, module_path
+from fusecomp.report import FusionReport
 
 CUT_AFTER = (OPS.paged_attention, OPS.paged_attention.default)
 
@@ -104,17 +108,27 @@ def structure(gm: GraphModule) -> str:
         args, kwargs = torch.fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: f"%{number[a]}" if isinstance(a, Node) else a
         )
-        target = "" if node.op == "placeholder" else node.target
+        target = "" if node.op == "placeholder" else _target_name(node.target)
         seen = symbols.describe(fake_value(node)) if node.op == "placeholder" else ""
         digest.update(f"{node.op}|{target}|{args}|{kwargs}|{seen}\n".encode())
     return digest.hexdigest()
 
 
-def compile_pieces(gm: GraphModule) -> CompiledPieces:
-    """Compile `gm` piece by piece with Inductor; equal pieces once."""
+def _target_name(target: Any) -> str:
+    """A name that is the same in every process, where a repr may hold an address."""
+    return target if isinstance(target, str) else _get_qualified_name(target)
+
+
+def compile_pieces(gm: GraphModule, fuse: Sequence[Pattern], report: FusionReport) -> CompiledPieces:
+    """Compile `gm` piece by piece with Inductor, equal pieces once; `fuse` is applied to the ATen graph of each.
+
+    Args:
+        report: receives what the fuse stage did, for every piece.
+    """
     whole = cut(gm)
     kinds: dict[str, str] = {}
     artifacts: dict[str, Any] = {}
+    done: dict[str, tuple[GraphModule, FusionReport]] = {}
     for name, piece in list(whole.named_children()):
         if not isinstance(piece, GraphModule):
             continue
@@ -122,7 +136,17 @@ def compile_pieces(gm: GraphModule) -> CompiledPieces:
         if kind not in artifacts:
             inputs = [fake_value(n) for n in piece.graph.nodes if n.op == "placeholder"]
             with own_tracing_context(inputs):
-                artifacts[kind] = inductor_artifact(piece, inputs)
+                artifacts[kind], fused = compile_fused(piece, inputs, fuse, kind)
+            done[kind] = piece, fused
+        _record(report, *done[kind], piece)
         delattr(whole, name)
         setattr(whole, name, artifacts[kind])
     return CompiledPieces(whole, kinds, artifacts)
+
+
+def _record(report: FusionReport, first: GraphModule, fused: FusionReport, piece: GraphModule) -> None:
+    """Add what was done to `first` to the report, as done to the structurally equal `piece`."""
+    pairs = zip(first.graph.nodes, piece.graph.nodes, strict=True)
+    places = {module_path(a): module_path(b) for a, b in pairs if a.op != "placeholder"}
+    report.matches += [replace(m, where=places.get(m.where, m.where)) for m in fused.matches]
+    report.near_misses += [replace(m, where=places.get(m.where, m.where)) for m in fused.near_misses]

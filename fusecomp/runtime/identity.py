@@ -44,7 +44,7 @@ NEUTRAL = {
 }
 # Fields of a model's configuration that its forward pass does not read.
 NEUTRAL_CONFIG = {"_name_or_path", "transformers_version"}
-ENGINE_FIELDS = ("max_model_len", "max_num_batched_tokens", "block_size")
+ENGINE_FIELDS = ("max_model_len", "max_num_batched_tokens", "block_size", "fuse", "disabled_patterns")
 # A mask proof reads buffers, up to this size each; larger ones hold weights.
 LARGEST_PROVEN_BUFFER = 64 << 20
 
@@ -66,7 +66,7 @@ def identity(
     return {
         **versions(),
         "device": _device(device),
-        "engine": {name: getattr(config, name) for name in ENGINE_FIELDS} | {"dtype": str(dtype)},
+        "engine": {name: described.value(getattr(config, name)) for name in ENGINE_FIELDS} | {"dtype": str(dtype)},
         "settings": compiler_settings() | _torch_settings(device),
         "model config": described.configs,
         "model code": described.code(),

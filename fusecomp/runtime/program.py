@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusecomp.patterns.base import fake_value
+from fusecomp.patterns.linear import stack_parameters
 from fusecomp.pieces import CompiledPieces
 from fusecomp.runtime.identity import NEUTRAL
 
@@ -67,6 +68,38 @@ def references(model: nn.Module, step: Sequence[Tensor], kv_caches: Sequence[Ten
     for name, tensor in model.named_buffers():
         refs[id(tensor)] = [BUFFER, name]
     return refs
+
+
+def merged_reference(merged: Tensor, model: nn.Module) -> Ref:
+    """What a stacked weight is made of: (parameter or None for zeros, rows) in order.
+
+    Raises:
+        Unplannable: its memory holds something else.
+    """
+    memory, row = merged.untyped_storage().data_ptr(), merged.stride(0)
+    inside = [(p.storage_offset(), p.shape[0], name) for name, p in model.named_parameters() if _lies_in(p, memory)]
+    parts: list[list[Any]] = []
+    at, end = merged.storage_offset(), merged.storage_offset() + merged.numel()
+    for offset, rows, name in sorted(inside):
+        if at <= offset < end:
+            if gap := offset - at:
+                parts.append([None, gap // row])
+            parts.append([name, rows])
+            at = offset + rows * row
+    if at > end or not any(name for name, _ in parts):
+        raise Unplannable("a stacked weight is not made of the model's parameters")
+    return [MERGED, [*parts, *([[None, (end - at) // row]] if at < end else [])]]
+
+
+def _lies_in(parameter: Tensor, memory: int) -> bool:
+    return parameter.untyped_storage().data_ptr() == memory
+
+
+def merge_parameters(parts: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """The stacked weight that `merged_reference` describes; the parameters become views of it."""
+    given = [None if name is None else parameters[name] for name, _ in parts]
+    like = next(p for p in given if p is not None)
+    return stack_parameters(given, [rows for _, rows in parts], like)
 
 
 def plan_of(pieces: CompiledPieces, graph: Graph, inputs: Sequence[Any], refs: Mapping[int, Ref]) -> Plan:
@@ -139,19 +172,12 @@ class StepProgram:
 
     Args:
         pieces: kind -> callable.
-        merge: makes the tensor that the passes merged from several parameters, given their names.
 
     Raises:
         KeyError: the plan names what the model or `pieces` lack.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        pieces: Mapping[str, Callable],
-        model: nn.Module,
-        merge: Callable[[list[str]], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, pieces: Mapping[str, Callable], model: nn.Module) -> None:
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self._fixed: list[tuple[int, Tensor]] = []
         self._given: list[tuple[int, bool, int]] = []  # place, whether a KV tensor, which
@@ -165,8 +191,7 @@ class StepProgram:
             elif kind == SIZE:
                 self._sizes.append((i, inputs[name[0]][0], name[1]))
             elif kind == MERGED:
-                assert merge is not None
-                self._fixed.append((i, merge(name[0])))
+                self._fixed.append((i, merge_parameters(name[0], parameters)))
             else:
                 self._fixed.append((i, (parameters if kind == PARAMETER else buffers)[name[0]]))
         self._instructions = list(_with_last_uses(plan, pieces))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.report import FusionReport, Match, NearMiss
 from fusecomp.runtime.artifacts import ArtifactStore, Stored, Unusable, enabled_by_environment
 from fusecomp.runtime.identity import Undescribable, identity
-from fusecomp.runtime.program import Plan, StepProgram, Unplannable, plan_of, references
+from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
 
 if TYPE_CHECKING:
     from fusecomp.backend import StepBackend
@@ -78,7 +78,7 @@ class ProgramCache:
             except Undescribable as error:
                 report.program = f"compiled, not stored: {error}"
 
-    def find(self, merge: Callable[[list[str]], Tensor] | None = None) -> Found | None:
+    def find(self) -> Found | None:
         """The stored program of this model, loaded."""
         if self._parts is None:
             return None
@@ -88,7 +88,7 @@ class ProgramCache:
             self._miss(lookup.reason, warning=lookup.warning)
             return None
         try:
-            found = self._load(lookup.found, merge)
+            found = self._load(lookup.found)
         except Exception as error:  # artefacts are unpickled and run: anything may be wrong with them
             self._miss(f"the stored program {lookup.found.key[:12]} fails to load ({type(error).__name__}: {error})")
             return None
@@ -97,11 +97,11 @@ class ProgramCache:
         logger.info("%s: %s", self._report.model, self._report.program)
         return found
 
-    def _load(self, stored: Stored, merge: Callable[[list[str]], Tensor] | None) -> Found:
+    def _load(self, stored: Stored) -> Found:
         record = stored.record
         plan = Plan.from_json(record["plan"])
         pieces = {kind: load_artifact(str(stored.files[name])) for kind, name in record["pieces"].items()}
-        program = StepProgram(plan, pieces, self._model, merge)
+        program = StepProgram(plan, pieces, self._model)
         restore(self._report, record["report"])
         return Found(program, [tuple(layer) for layer in record["layers"]], record["proven_length"])
 
@@ -121,6 +121,8 @@ class ProgramCache:
             return
         try:
             refs = references(self._model, step, kv_caches)
+            for merged in backend.context.merged:
+                refs[id(merged.tensor)] = merged_reference(merged.tensor, self._model)
             plan = plan_of(pieces, backend.graphs[-1].graph, inputs, refs)
             names = {kind: f"piece-{kind[:16]}.bin" for kind in pieces.artifacts}
             files = {names[kind]: _bytes(artifact) for kind, artifact in pieces.artifacts.items()}

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp._compat import counters, dynamo_settings, mark_unbacked, recompiles_are_errors
-from fusecomp.backend import CANONICALIZE, StepBackend, run_passes
+from fusecomp.backend import CANONICALIZE, MERGE, StepBackend, enabled, run_passes
 from fusecomp.capture import TRACE, Implementations, PackedStep, kv_layout, refuse_hooks, run_probe
 from fusecomp.config import EngineConfig
-from fusecomp.errors import RecompileError, UnsupportedModelError
+from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
+from fusecomp.fusion import FUSE
 from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
@@ -120,7 +121,7 @@ class CompiledStep:
         self.report.layers = len(self.layers)
         for name, reason in probe.unfused_experts.items():
             self.report.notes.append(f"{name} runs unfused: {reason}")
-        self._backend = StepBackend(self._context, inductor=not config.enforce_eager)
+        self._backend = self._new_backend(config)
         self._function = torch.compile(self._module.isolated_forward(), backend=self._backend, fullgraph=True)
 
     def _find_program(self) -> StepProgram | None:
@@ -128,6 +129,21 @@ class CompiledStep:
             return None
         self.layers, self.proven_length = found.layers, found.proven_length
         return found.program
+
+    def _new_backend(self, config: EngineConfig) -> StepBackend:
+        names = [p.name for p in (*MERGE, *FUSE)]
+        for name in config.disabled_patterns:
+            if name not in names:
+                raise ConfigError(
+                    f"unknown pattern {name!r}", where="disabled_patterns", remedy=f"patterns are {', '.join(names)}"
+                )
+        fuses = config.fuse == "always" or (config.fuse == "auto" and self.device.type == "cuda")
+        return StepBackend(
+            self._context,
+            inductor=not config.enforce_eager,
+            merge=enabled(MERGE, config.disabled_patterns) if config.fuse != "never" else (),
+            fuse=enabled(FUSE, config.disabled_patterns) if fuses else (),
+        )
 
     @property
     def block_bytes(self) -> int:

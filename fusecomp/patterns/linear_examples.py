@@ -1,0 +1,1 @@
+"""Callables in which linears share an input, and in which they must stay apart."""
