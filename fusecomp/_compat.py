@@ -27,6 +27,7 @@ __all__ = [
     "own_tracing_context",
     "real_tensors",
     "recompiles_are_errors",
+    "traced_guards",
 ]
 
 # They decide how, not what, Inductor compiles.
@@ -73,7 +74,8 @@ def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[
     """
     from torch._inductor import standalone_compile
 
-    options = {"config_patches": patches or {}}
+    # A check of sizes is no state; torch 2.11 does not know that, and would not make an artefact.
+    options = {"config_patches": {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | (patches or {})}
     return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
 
 
@@ -118,6 +120,15 @@ def own_tracing_context(example_inputs: list[Any]) -> Iterator[None]:
     mode = detect_fake_mode(example_inputs)
     with tracing(TracingContext(mode)):
         yield
+
+
+def traced_guards() -> list[str]:
+    """What the trace now being compiled has read, as Dynamo names it: the names of its guards."""
+    from torch._guards import TracingContext
+
+    guards = TracingContext.get().guards_context.dynamo_guards
+    names = [guard.name for guard in guards]
+    return [str(name() if callable(name) else name) for name in names]  # a method in torch 2.11
 
 
 @contextmanager

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import operator
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fusecomp import lowerings
-from fusecomp._compat import inductor_compile
+from fusecomp._compat import inductor_compile, traced_guards
 from fusecomp.errors import UnsupportedModelError
-from fusecomp.ops.cost import ZERO, op_cost
+from fusecomp.ops.cost import ZERO, Cost, op_cost
 from fusecomp.patterns.attention import (
     InterfaceAttention,
     PagedAttention,
     StatelessAttention,
     attention_calls,
+    number_calls,
     remove_step_marker,
     step_marker,
 )
-from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value, own_graph
+from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value, module_path, op_name, own_graph
 from fusecomp.patterns.linear import MergedLinears
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
@@ -58,16 +59,25 @@ def run_passes(gm: GraphModule, patterns: Sequence[Pattern], context: PassContex
     report.ops_after = count_ops(gm.graph)
 
 
-def total_cost(graph: torch.fx.Graph) -> tuple[str, str]:
-    """Symbolic bytes and FLOPs of all canonical ops of a step."""
-    total = ZERO
+def count_by_place(graph: torch.fx.Graph) -> dict[str, Counter[str]]:
+    """Calls per target, by the path of the module they were traced in."""
+    places: dict[str, Counter[str]] = {}
     for node in graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            places.setdefault(module_path(node), Counter())[op_name(node)] += 1
+    return places
+
+
+def total_cost(nodes: Iterable[Node]) -> Cost:
+    """Symbolic bytes and FLOPs of the canonical ops among `nodes`."""
+    total = ZERO
+    for node in nodes:
         name = str(node.target).removeprefix("fusecomp.").split(".")[0]
         if node.op == "call_function" and str(node.target).startswith("fusecomp."):
             total = total + op_cost(
                 name, tuple(fake_value(a) if isinstance(a, torch.fx.Node) else a for a in node.args)
             )
-    return str(total.bytes), str(total.flops)
+    return total
 
 
 class StepBackend:
@@ -89,18 +99,24 @@ class StepBackend:
         self.inductor = inductor
         self.merge, self.fuse = merge, fuse
         self.graphs: list[GraphModule] = []
-        # What the last capture was compiled to and its inputs, until `CompiledStep` has stored them.
+        # Of the last capture: what it was compiled to, its inputs, what it read, ops by module before the passes.
         self.pieces: CompiledPieces | None = None
         self.inputs: list[Any] = []
+        self.read: list[str] = []
+        self.ops_by_place: dict[str, Counter[str]] = {}
 
     def __call__(self, gm: GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
         report, start = self.context.report, time.perf_counter()
         gm = own_graph(gm)  # Dynamo reads its graph's inputs again after the backend returns
+        self.read = traced_guards()
+        number_calls(gm.graph, self.context.calls)
+        self.ops_by_place = count_by_place(gm.graph)
         run_passes(gm, (*CANONICALIZE, *PAGE, *self.merge), self.context)
         self._require_all_paged(gm)
         self._require_positions(gm)
         remove_step_marker(gm)
-        report.cost_bytes, report.cost_flops = total_cost(gm.graph)
+        cost = total_cost(gm.graph.nodes)
+        report.cost_bytes, report.cost_flops = str(cost.bytes), str(cost.flops)
         report.graphs += 1
         self.graphs.append(gm)
         report.seconds["passes"] = time.perf_counter() - start

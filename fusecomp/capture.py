@@ -24,7 +24,7 @@ from transformers.integrations.moe import ExpertsInterface, _default_apply_gate,
 from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
 from fusecomp.ops import OPS
-from fusecomp.ops.attention import UNRESOLVED
+from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED
 from fusecomp.ops.experts import ACTIVATIONS
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
 
@@ -45,6 +45,8 @@ class Probe:
     masks: dict[int, MaskSpec] = field(default_factory=dict)
     calls: list[tuple[int, int, int]] = field(default_factory=list)  # attention calls in order: layer, kv heads, dim
     unfused_experts: dict[str, str] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)  # what the pass ran on, at positions 0, 1, 2, ...
+    logits: Tensor | None = None  # [V] of the last of them
     specs: dict[int, tuple[Tensor, MaskSpec]] = field(default_factory=dict)  # id of mask -> (mask kept alive, spec)
 
 
@@ -70,7 +72,10 @@ def _default_scale(query: Tensor, scaling: float | None) -> float:
 def _trace_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """HF attention function: emits the canonical op; the mask is filled in from the probe by `InterfaceAttention`."""
+    """HF attention function: emits the canonical op; the mask is filled in from the probe by `InterfaceAttention`.
+
+    The layer is filled in too, by the order of the calls: reading `layer_idx` here would hide whether the model does.
+    """
     out = OPS.attention(
         query,
         key,
@@ -80,7 +85,7 @@ def _trace_attention(
         0,
         kwargs.get("softcap") or 0.0,
         kwargs.get("s_aux"),
-        module.layer_idx,
+        UNNUMBERED,
     )
     return out.transpose(1, 2), None
 
@@ -246,6 +251,7 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
     try:
         with torch.no_grad(), implementations.use(PROBE):
             given = _logits(model(**kwargs))
+            probe.tokens, probe.logits = ids[0].tolist(), given[0, -1].clone()
             if signature.own_positions:
                 del kwargs[signature.positions]
                 probe.calls.clear()

@@ -15,6 +15,7 @@ from fusecomp.ops.library import define
 QUERY_CHUNK = 512
 
 UNRESOLVED, CAUSAL, BIDIRECTIONAL = "unresolved", "causal", "bidirectional"
+UNNUMBERED = -1  # the layer of a call that came through HF's interface, until `number_calls`
 
 
 def _masked_softmax_av(

@@ -6,7 +6,7 @@ Passes, in order: `InterfaceAttention`, `SdpaAttention`, `SoftmaxAttention` (raw
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.ops.attention import BIDIRECTIONAL, CAUSAL, UNRESOLVED
+from fusecomp.ops.attention import BIDIRECTIONAL, CAUSAL, UNNUMBERED, UNRESOLVED
 from fusecomp.patterns.base import BITWISE, TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.patterns.raw_attention import is_call
@@ -45,6 +45,14 @@ class Call:
 def attention_calls(graph: torch.fx.Graph) -> list[Call]:
     """Every canonical attention node in graph order."""
     return [Call(node, *node.args) for node in graph.nodes if is_call(node, ATTENTION)]
+
+
+def number_calls(graph: torch.fx.Graph, layers: Sequence[int]) -> None:
+    """Give the calls that came through HF's interface their layers, which the probe saw in the same order."""
+    calls = [call for call in attention_calls(graph) if call.layer == UNNUMBERED]
+    if len(calls) == len(layers):  # otherwise they keep none, and no mask is proven for them
+        for call, layer in zip(calls, layers, strict=True):
+            call.node.args = (*call.node.args[:8], layer)
 
 
 class InterfaceAttention(Pattern):

@@ -46,6 +46,7 @@ class PassContext:
     Attributes:
         report: receives matches and near misses.
         masks: mask proven by the probe per `layer_idx`, for attention that came through HF's interface.
+        calls: `layer_idx` of each attention call that comes through HF's interface, in order.
         proof_length: longest context that inline masks are evaluated to.
         layers: attention call sites in graph order, filled by canonicalization: (layer, kv heads, head dim).
         merged: inputs that passes appended to the graph, in order.
@@ -53,6 +54,7 @@ class PassContext:
 
     report: FusionReport
     masks: dict[int, MaskSpec] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
     proof_length: int = 1024
     layers: list[tuple[int, int, int]] = field(default_factory=list)
     merged: list[MergedWeight] = field(default_factory=list)
@@ -197,12 +199,12 @@ def module_path(node: Node) -> str:
     return path.replace("._modules[", ".").replace("model.model.", "model.")
 
 
+def op_name(node: Node) -> str:
+    """Readable name of what a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
 def count_ops(graph: torch.fx.Graph) -> dict[str, int]:
     """Calls per target, by readable name."""
-    names: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            names[
-                node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            ] += 1
+    names = Counter(op_name(node) for node in graph.nodes if node.op in ("call_function", "call_method"))
     return dict(sorted(names.items()))

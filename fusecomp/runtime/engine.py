@@ -24,7 +24,7 @@ from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
-from fusecomp.runtime.packing import MOST_BLOCKS, check_packing
+from fusecomp.runtime.packing import MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy, sample
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
@@ -81,6 +81,7 @@ class Engine:
         self._launch_seconds = 0.0
         self._runway = Runway(config.max_num_seqs, self.device)
         self._latest: tuple[StepBatch, int | None] | None = None
+        self._confirm_program()
         self._step.seal()
         self._check_packing()
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -280,6 +281,24 @@ class Engine:
         greedy(logits)
         del logits
         return budget.end()
+
+    def _confirm_program(self) -> None:
+        """Try a program that no trace of the whole model made on the probe's prompt; compile anew when it is wrong."""
+        trial = self._step.trial
+        if self._step.confirm("" if trial is None else self._difference(*trial)):
+            return
+        self._step.warm_up(self._stand_in_prefill([[1]], [[0]]))
+        self._step.confirm("")
+
+    def _difference(self, prompt: list[int], expected: Tensor) -> str:
+        """How the logits after `prompt` differ from those expected by more than rounding; empty when they do not."""
+        try:
+            actual = self.prompt_logits([prompt])
+        except RequestError as error:
+            return str(error)
+        errors = row_errors(actual, expected[None])
+        allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, OTHER_SHAPES[1])
+        return f"{errors[0]:.2g} (relative)" if errors and errors[0] > allowed else ""
 
     def _stand_in_prefill(self, prompts: list[list[int]], blocks: list[list[int]]) -> StepBatch:
         """A batch of whole prompts outside the scheduler, on the given blocks."""

@@ -24,7 +24,7 @@ from fusecomp.runtime.identity import NEUTRAL
 STEP, KV, PARAMETER, BUFFER, SIZE, MERGED = "step", "kv", "parameter", "buffer", "size", "merged"
 STEP_INPUTS = ("tokens", "logit_indices", "cu_q_lens", "seq_lens", "block_tables", "host_meta")
 INPUT, CALL, ITEM = "input", "call", "item"
-Ref = list[Any]  # [kind, name or index ...]
+Ref = list[Any]  # [kind, name or index]; [SIZE, ref of the tensor, dim]; [MERGED, [[parameter or None, rows], ...]]
 
 
 # Place, piece or None, its arguments or (place, index), and the places that nothing reads afterwards.
@@ -116,9 +116,11 @@ def plan_of(pieces: CompiledPieces, graph: Graph, inputs: Sequence[Any], refs: M
     placeholders = list(graph.find_nodes(op="placeholder"))
     if len(placeholders) != len(inputs):
         raise Unplannable(f"the graph has {len(placeholders)} inputs and was given {len(inputs)}")
-    by_name = {
-        node.name: _input_ref(node, value, placeholders, refs) for node, value in zip(placeholders, inputs, strict=True)
-    }
+    given = zip(placeholders, inputs, strict=True)
+    by_name = {node.name: _input_ref(node, value, refs) for node, value in given if isinstance(value, Tensor)}
+    for node in placeholders:
+        if node.name not in by_name:
+            by_name[node.name] = _size_ref(node, placeholders, by_name)
     number: dict[Node, int] = {}
     instructions: list[list[Any]] = []
     instruction: list[Any]
@@ -142,18 +144,20 @@ def plan_of(pieces: CompiledPieces, graph: Graph, inputs: Sequence[Any], refs: M
     raise Unplannable("the graph has no output")
 
 
-def _input_ref(node: Node, value: Any, placeholders: list[Node], refs: Mapping[int, Ref]) -> Ref:
-    if isinstance(value, Tensor):
-        if id(value) not in refs:
-            raise Unplannable(f"input {node.name} is a tensor that is neither a parameter nor a buffer of the model")
-        return refs[id(value)]
+def _input_ref(node: Node, value: Tensor, refs: Mapping[int, Ref]) -> Ref:
+    if id(value) not in refs:
+        raise Unplannable(f"input {node.name} is a tensor that is neither a parameter nor a buffer of the model")
+    return refs[id(value)]
+
+
+def _size_ref(node: Node, placeholders: list[Node], by_name: Mapping[str, Ref]) -> Ref:
     symbol = fake_value(node)
     if isinstance(symbol, torch.SymInt):
-        for i, other in enumerate(placeholders):
+        for other in placeholders:
             fake = fake_value(other)
             for dim, size in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
                 if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
-                    return [SIZE, i, dim]
+                    return [SIZE, by_name[other.name], dim]
     raise Unplannable(f"input {node.name} is neither a tensor nor one of their sizes")
 
 
@@ -183,13 +187,14 @@ class StepProgram:
         self._given: list[tuple[int, bool, int]] = []  # place, whether a KV tensor, which
         self._sizes: list[tuple[int, int, int]] = []  # place, place of the tensor, dim
         inputs = [(i, facts[0]) for i, (op, *facts) in enumerate(plan.instructions) if op == INPUT]
+        places = {str(ref): i for i, ref in inputs}
         for i, (kind, *name) in inputs:
             if kind == STEP:
                 self._given.append((i, False, STEP_INPUTS.index(name[0])))
             elif kind == KV:
                 self._given.append((i, True, name[0]))
             elif kind == SIZE:
-                self._sizes.append((i, inputs[name[0]][0], name[1]))
+                self._sizes.append((i, places[str(name[0])], name[1]))
             elif kind == MERGED:
                 self._fixed.append((i, merge_parameters(name[0], parameters)))
             else:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusecomp._compat import load_artifact
 from fusecomp.config import EngineConfig
 from fusecomp.report import FusionReport, Match, NearMiss
 from fusecomp.runtime.artifacts import ArtifactStore, Stored, Unusable, enabled_by_environment
 from fusecomp.runtime.identity import Undescribable, identity
-from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
+from fusecomp.runtime.program import Plan, StepProgram, Unplannable
 
 if TYPE_CHECKING:
-    from fusecomp.backend import StepBackend
     from fusecomp.capture import Probe
 
 logger = logging.getLogger("fusecomp")
@@ -51,6 +50,9 @@ class ProgramCache:
 
     Args:
         probe: what the model's own mask functions were proven to be: part of the identity.
+
+    Attributes:
+        parts: the identity; None for a model that is not compiled or cannot be described.
     """
 
     def __init__(
@@ -63,27 +65,29 @@ class ProgramCache:
         report: FusionReport,
     ) -> None:
         self._model, self._report = model, report
-        self._parts: dict[str, Any] | None = None
+        self.parts: dict[str, Any] | None = None
+        self._store: ArtifactStore | None = None
         self._reason = ""
         if config.enforce_eager:
             report.program = "not compiled (enforce_eager)"
-        elif not config.compile_cache:
-            report.program = "compiled; stored programs are off (compile_cache=False)"
-        elif not enabled_by_environment():
-            report.program = "compiled; stored programs are off (FUSECOMP_COMPILE_CACHE=0)"
-        else:
+            return
+        off = "compile_cache=False" if not config.compile_cache else "FUSECOMP_COMPILE_CACHE=0"
+        if config.compile_cache and enabled_by_environment():
             self._store = ArtifactStore()
-            try:
-                self._parts = identity(model, config, probe, device, dtype)
-            except Undescribable as error:
+        else:
+            report.program = f"compiled; stored programs are off ({off})"
+        try:
+            self.parts = identity(model, config, probe, device, dtype)
+        except Undescribable as error:
+            if self._store is not None:
                 report.program = f"compiled, not stored: {error}"
 
     def find(self) -> Found | None:
         """The stored program of this model, loaded."""
-        if self._parts is None:
+        if self.parts is None or self._store is None:
             return None
         start = time.perf_counter()
-        lookup = self._store.look_up(self._parts)
+        lookup = self._store.look_up(self.parts)
         if lookup.found is None:
             self._miss(lookup.reason, warning=lookup.warning)
             return None
@@ -105,27 +109,26 @@ class ProgramCache:
         restore(self._report, record["report"])
         return Found(program, [tuple(layer) for layer in record["layers"]], record["proven_length"])
 
+    def refuse(self, reason: str) -> None:
+        """Note why the program that was found is not used after all."""
+        self._miss(reason)
+
     def store(
         self,
-        backend: StepBackend,
-        step: Sequence[Tensor],
-        kv_caches: Sequence[Tensor],
+        plan: Plan | Unplannable,
+        artifacts: Mapping[str, Any],
         notes: list[str],
         layers: list[tuple[int, int, int]],
         proven_length: int,
     ) -> None:
-        """Store what `backend` has compiled on these inputs. `notes` are those that the capture made."""
-        pieces, inputs = backend.pieces, backend.inputs
-        backend.pieces, backend.inputs = None, []
-        if self._parts is None or pieces is None:
+        """Store what was compiled. `notes` are those that the capture made."""
+        if self.parts is None or self._store is None:
             return
         try:
-            refs = references(self._model, step, kv_caches)
-            for merged in backend.context.merged:
-                refs[id(merged.tensor)] = merged_reference(merged.tensor, self._model)
-            plan = plan_of(pieces, backend.graphs[-1].graph, inputs, refs)
-            names = {kind: f"piece-{kind[:16]}.bin" for kind in pieces.artifacts}
-            files = {names[kind]: _bytes(artifact) for kind, artifact in pieces.artifacts.items()}
+            if isinstance(plan, Unplannable):
+                raise plan
+            names = {kind: f"piece-{kind[:16]}.bin" for kind in artifacts}
+            files = {names[kind]: _bytes(artifact) for kind, artifact in artifacts.items()}
             record = {
                 "plan": plan.to_json(),
                 "pieces": names,
@@ -133,7 +136,7 @@ class ProgramCache:
                 "layers": layers,
                 "proven_length": proven_length,
             }
-            key = self._store.save(self._parts, record, files)
+            key = self._store.save(self.parts, record, files)
         except (Unplannable, Unusable) as error:
             self._report.program = f"compiled, not stored: {error}"
             if isinstance(error, Unusable):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
 from fusecomp.runtime.batch import StepBatch
-from fusecomp.runtime.program import StepProgram
-from fusecomp.runtime.program_cache import ProgramCache
+from fusecomp.runtime.depth import Outline, extend, extend_report, outline, reads_layer_index, shortened
+from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
+from fusecomp.runtime.program_cache import ProgramCache, restore, snapshot
 
 # Masks written inline in a model are evaluated as [T, T] matrices: this bounds T, and with it max_model_len.
 INLINE_PROOF_LENGTH = 4096
@@ -104,7 +106,8 @@ class CompiledStep:
         self.kv_caches: list[Tensor] = []
         start = time.perf_counter()
         probe = run_probe(model, self._implementations, config.max_model_len)
-        self._context = PassContext(self.report, probe.masks, min(config.max_model_len, INLINE_PROOF_LENGTH))
+        self._config, self._probe = config, probe
+        self._context = self._new_context(self.report, len(probe.calls))
         # The bound is at least the length of the trial captures.
         self._module = PackedStep(model, max(config.max_num_batched_tokens, 6), inline_masks=not probe.calls)
         self.report.seconds["probe"] = time.perf_counter() - start
@@ -121,8 +124,10 @@ class CompiledStep:
         self.report.layers = len(self.layers)
         for name, reason in probe.unfused_experts.items():
             self.report.notes.append(f"{name} runs unfused: {reason}")
-        self._backend = self._new_backend(config)
+        self._backend = self._new_backend(config, self._context)
         self._function = torch.compile(self._module.isolated_forward(), backend=self._backend, fullgraph=True)
+        self._outline = self._new_outline(model)
+        self._unstored: tuple[Plan | Unplannable, dict[str, Any], list[str]] | None = None
 
     def _find_program(self) -> StepProgram | None:
         if (found := self._cache.find()) is None:
@@ -130,7 +135,24 @@ class CompiledStep:
         self.layers, self.proven_length = found.layers, found.proven_length
         return found.program
 
-    def _new_backend(self, config: EngineConfig) -> StepBackend:
+    def _new_outline(self, model: nn.Module) -> Outline | None:
+        """Which layers to trace for all; None to trace them all."""
+        parts, probe = self._cache.parts, self._probe
+        if parts is None or not probe.calls or self._program is not None:
+            return None
+        found = outline(model, parts)
+        if isinstance(found, str):
+            self.report.notes.append(f"all layers are traced: {found}")
+            return None
+        return found
+
+    def _new_context(self, report: FusionReport, calls: int) -> PassContext:
+        """For a trace that makes the first `calls` of the probe's attention calls."""
+        probe, length = self._probe, min(self._config.max_model_len or 0, INLINE_PROOF_LENGTH)
+        layers = [layer for layer, _, _ in probe.calls[:calls]]
+        return PassContext(report, dict(probe.masks), calls=layers, proof_length=length)
+
+    def _new_backend(self, config: EngineConfig, context: PassContext) -> StepBackend:
         names = [p.name for p in (*MERGE, *FUSE)]
         for name in config.disabled_patterns:
             if name not in names:
@@ -139,7 +161,7 @@ class CompiledStep:
                 )
         fuses = config.fuse == "always" or (config.fuse == "auto" and self.device.type == "cuda")
         return StepBackend(
-            self._context,
+            context,
             inductor=not config.enforce_eager,
             merge=enabled(MERGE, config.disabled_patterns) if config.fuse != "never" else (),
             fuse=enabled(FUSE, config.disabled_patterns) if fuses else (),
@@ -166,34 +188,102 @@ class CompiledStep:
 
     def warm_up(self, batch: StepBatch) -> Tensor:
         """First call: capture and compile for every T, S and number of blocks, unless a stored program was found."""
-        if self._program is not None:
-            logits = self(batch)
-            self.num_logits = logits.shape[1]
-            return logits
-        for tensor, dim in (
-            (batch.tokens, 1),
-            (batch.logit_indices, 0),
-            (batch.cu_q_lens, 0),
-            (batch.seq_lens, 0),
-            (batch.block_tables, 0),
-        ):
-            mark_unbacked(tensor, dim)
-        breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
         start = time.perf_counter()
-        with capture_errors(self.report.model):
+        compiles = self._program is None
+        if compiles:
+            for tensor, dim in (
+                (batch.tokens, 1),
+                (batch.logit_indices, 0),
+                (batch.cu_q_lens, 0),
+                (batch.seq_lens, 0),
+                (batch.block_tables, 0),
+            ):
+                mark_unbacked(tensor, dim)
+            if self._outline is not None:
+                self._program = self._program_from_prefix(self._outline, batch)
+        if self._program is None:
+            logits = self._capture(batch)
+        else:
             logits = self(batch)
         self.num_logits = logits.shape[1]
-        self.report.seconds["capture and compile"] = time.perf_counter() - start
-        self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
-        self._cache.store(
-            self._backend,
-            _step_tensors(batch),
-            self.kv_caches,
-            self.report.notes[notes:],
-            self.layers,
-            self.proven_length,
-        )
+        if compiles:
+            self.report.seconds["capture and compile"] = time.perf_counter() - start
         return logits
+
+    def _capture(self, batch: StepBatch) -> Tensor:
+        """Trace the whole model; the function that Dynamo makes runs it."""
+        breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
+        with capture_errors(self.report.model):
+            logits = self(batch)
+        self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
+        if (pieces := self._backend.pieces) is not None:
+            plan = self._plan(self._backend, batch, self.kv_caches)
+            self._unstored = plan, pieces.artifacts, self.report.notes[notes:]
+        return logits
+
+    def _program_from_prefix(self, whole: Outline, batch: StepBatch) -> StepProgram | None:
+        """Trace as many layers as show all there are, and make the program of the whole model from them."""
+        report, breaks = FusionReport(), sum(counters["graph_break"].values())
+        model, caches = self._module.model, self.kv_caches[: whole.prefix]
+        backend = self._new_backend(self._config, self._new_context(report, whole.prefix))
+        module = PackedStep(shortened(model, whole.path, whole.prefix), self._module.max_tokens, inline_masks=False)
+        function = torch.compile(module.isolated_forward(), backend=backend, fullgraph=True)
+        try:
+            with torch.no_grad(), self._implementations.use(TRACE), dynamo_settings(), capture_errors(report.model):
+                function(*_step_tensors(batch), caches)
+            graph, pieces, plan = backend.graphs[-1].graph, backend.pieces, self._plan(backend, batch, caches)
+            assert pieces is not None
+            if isinstance(plan, Unplannable):
+                raise plan
+            if reads_layer_index(backend.read):
+                raise Unplannable("the model's code reads its layer_idx")
+            plan = extend(plan, whole)
+            program = StepProgram(plan, pieces.artifacts, model)
+        except (Unplannable, UnsupportedModelError) as error:
+            self.report.notes.append(f"all layers are traced: {error}")
+            return None
+        extend_report(report, whole, backend.ops_by_place, graph)
+        report.graph_breaks = sum(counters["graph_break"].values()) - breaks
+        report.notes.append(f"traced {whole.prefix} layers, which stand for {len(whole.kinds)}")
+        restore(self.report, snapshot(report) | {"notes": report.notes})
+        self.report.seconds |= report.seconds
+        self._unstored = plan, pieces.artifacts, report.notes
+        return program
+
+    def _plan(self, backend: StepBackend, batch: StepBatch, kv_caches: list[Tensor]) -> Plan | Unplannable:
+        """The plan of what `backend` has just compiled, or why there is none. Lets go of the capture's inputs."""
+        pieces, inputs, model = backend.pieces, backend.inputs, self._module.model
+        backend.pieces, backend.inputs = None, []
+        assert pieces is not None
+        try:
+            refs = references(model, _step_tensors(batch), kv_caches)
+            for merged in backend.context.merged:
+                refs[id(merged.tensor)] = merged_reference(merged.tensor, model)
+            return plan_of(pieces, backend.graphs[-1].graph, inputs, refs)
+        except Unplannable as error:
+            return error
+
+    @property
+    def trial(self) -> tuple[list[int], Tensor] | None:
+        """Tokens of a prompt and the logits [V] after it that the model itself computed, to `confirm` a program by."""
+        probe = self._probe
+        return None if self._program is None or probe.logits is None else (probe.tokens, probe.logits)
+
+    def confirm(self, difference: str) -> bool:
+        """Keep the program, and store it if it is new; or, when something differs, go back to tracing everything.
+
+        Returns: whether the step is ready; otherwise it must be warmed up again.
+        """
+        if difference and self._program is not None:
+            reason = f"the program's logits differ from the model's: {difference}"
+            self.report.notes.append(f"all layers are traced: {reason}")
+            self._cache.refuse(reason)
+            self._program = self._outline = self._unstored = None
+            return False
+        if self._unstored is not None:
+            self._cache.store(*self._unstored, self.layers, self.proven_length)
+            self._unstored = None
+        return True
 
     def seal(self) -> None:
         """From here on a recompile is an error."""
@@ -245,7 +335,7 @@ class CompiledStep:
         rows = [torch.tensor(x, dtype=torch.int32, device=self.device) for x in ([0, 6], [6], [[0]])]
         meta = torch.tensor([0, 6, 6, 1], dtype=torch.int32)
         mark_unbacked(tokens, 1)
-        context = PassContext(FusionReport(), dict(self._context.masks), self._context.proof_length)
+        context = self._new_context(FusionReport(), 0)
 
         def canonicalize(gm: torch.fx.GraphModule) -> list[tuple[int, int, int]]:
             run_passes(gm, CANONICALIZE, context)
