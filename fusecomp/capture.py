@@ -45,8 +45,6 @@ class Probe:
     masks: dict[int, MaskSpec] = field(default_factory=dict)
     calls: list[tuple[int, int, int]] = field(default_factory=list)  # attention calls in order: layer, kv heads, dim
     unfused_experts: dict[str, str] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)  # what the pass ran on, at positions 0, 1, 2, ...
-    logits: Tensor | None = None  # [V] of the last of them
     specs: dict[int, tuple[Tensor, MaskSpec]] = field(default_factory=dict)  # id of mask -> (mask kept alive, spec)
 
 
@@ -240,18 +238,12 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
     A model without HF's attention interface yields an empty probe: its attention is matched in the graph.
     """
     global _probe  # noqa: PLW0603 - HF's registered functions have no other way to find the probe
-    device = next(model.parameters()).device
-    positions = torch.arange(6, device=device)
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    # Some models do not count padding.
-    ids = torch.tensor([[i for i in range(7) if i != padding][:6]], device=device)
     signature = Signature.of(model)
-    kwargs = signature.arguments(ids, positions[None], positions, explicit_mask=True)
+    kwargs = _trial_arguments(model, signature)
     _probe = probe = Probe(length)
     try:
         with torch.no_grad(), implementations.use(PROBE):
             given = _logits(model(**kwargs))
-            probe.tokens, probe.logits = ids[0].tolist(), given[0, -1].clone()
             if signature.own_positions:
                 del kwargs[signature.positions]
                 probe.calls.clear()
@@ -269,6 +261,29 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
         _probe = None
     probe.specs.clear()
     return probe
+
+
+def _trial_arguments(model: nn.Module, signature: Signature) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    ids, positions = torch.tensor([trial_tokens(model)], device=device), torch.arange(6, device=device)
+    return signature.arguments(ids, positions[None], positions, explicit_mask=True)
+
+
+def trial_tokens(model: nn.Module) -> list[int]:
+    """Six tokens to try a model on. None is padding: some models do not count that."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return [i for i in range(7) if i != padding][:6]
+
+
+def stock_logits(model: nn.Module) -> Tensor | None:
+    """Logits [6, V] after each of `trial_tokens` as the model itself computes them; None when it cannot."""
+    try:
+        with torch.no_grad():
+            return _logits(model(**_trial_arguments(model, Signature.of(model))))[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # stock implementations may need packages that ours does not
+        return None
 
 
 def _logits(out: Any) -> Tensor:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from fusecomp._compat import counters, dynamo_settings, mark_unbacked, recompiles_are_errors
 from fusecomp.backend import CANONICALIZE, MERGE, StepBackend, enabled, run_passes
-from fusecomp.capture import TRACE, Implementations, PackedStep, kv_layout, refuse_hooks, run_probe
+from fusecomp.capture import (
+    TRACE,
+    Implementations,
+    PackedStep,
+    kv_layout,
+    refuse_hooks,
+    run_probe,
+    stock_logits,
+    trial_tokens,
+)
 from fusecomp.config import EngineConfig
 from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
 from fusecomp.fusion import FUSE
@@ -126,6 +135,7 @@ class CompiledStep:
             self.report.notes.append(f"{name} runs unfused: {reason}")
         self._backend = self._new_backend(config, self._context)
         self._function = torch.compile(self._module.isolated_forward(), backend=self._backend, fullgraph=True)
+        self._notes = len(self.report.notes)
         self._outline = self._new_outline(model)
         self._unstored: tuple[Plan | Unplannable, dict[str, Any], list[str]] | None = None
 
@@ -263,11 +273,11 @@ class CompiledStep:
         except Unplannable as error:
             return error
 
-    @property
-    def trial(self) -> tuple[list[int], Tensor] | None:
-        """Tokens of a prompt and the logits [V] after it that the model itself computed, to `confirm` a program by."""
-        probe = self._probe
-        return None if self._program is None or probe.logits is None else (probe.tokens, probe.logits)
+    def trial(self) -> tuple[list[int], Tensor | None] | None:
+        """A prompt and the model's own logits [6, V] after each token, to `confirm` a new program by, if there is one."""
+        if self._program is None or self._unstored is None:
+            return None
+        return trial_tokens(self._module.model), stock_logits(self._module.model)
 
     def confirm(self, difference: str) -> bool:
         """Keep the program, and store it if it is new; or, when something differs, go back to tracing everything.
@@ -276,8 +286,10 @@ class CompiledStep:
         """
         if difference and self._program is not None:
             reason = f"the program's logits differ from the model's: {difference}"
-            self.report.notes.append(f"all layers are traced: {reason}")
             self._cache.refuse(reason)
+            fresh = FusionReport()
+            restore(self.report, snapshot(fresh) | {"notes": []})
+            self.report.notes[self._notes :] = [f"all layers are traced: {reason}"]
             self._program = self._outline = self._unstored = None
             return False
         if self._unstored is not None:

@@ -167,9 +167,7 @@ class WithConstant(nn.Module):
         self.factor = [torch.full((1,), 2.0)]
 
     def forward(self, input_ids, position_ids=None, use_cache=None, logits_to_keep=0):
-        out = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_to_keep
-        )
+        out = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_to_keep)
         return out.logits * self.factor[0]
 
 
