@@ -60,11 +60,11 @@ class Outline:
 
 
 def outline(model: nn.Module, parts: Mapping[str, Any]) -> Outline | str:
-    """The outline of a model from its identity, or why it has none."""
+    """The outline of a model from its identity, or why it has none; empty when it has few layers."""
     calls = [call[0] for call in parts["probe"]["calls"]]
     depth = len(calls)
     if depth < FEWEST_LAYERS:
-        return "it has few layers"
+        return ""
     if calls != list(range(depth)):
         return "its attention calls are not one a layer, in order"
     path = next((n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and _holds(m, depth)), None)

@@ -152,7 +152,7 @@ class CompiledStep:
             return None
         found = outline(model, parts)
         if isinstance(found, str):
-            self.report.notes.append(f"all layers are traced: {found}")
+            self.report.notes += [f"all layers are traced: {found}"] if found else []
             return None
         return found
 
@@ -222,13 +222,13 @@ class CompiledStep:
 
     def _capture(self, batch: StepBatch) -> Tensor:
         """Trace the whole model; the function that Dynamo makes runs it."""
-        breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
+        breaks = sum(counters["graph_break"].values())
         with capture_errors(self.report.model):
             logits = self(batch)
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         if (pieces := self._backend.pieces) is not None:
             plan = self._plan(self._backend, batch, self.kv_caches)
-            self._unstored = plan, pieces.artifacts, self.report.notes[notes:]
+            self._unstored = plan, pieces.artifacts, self.report.notes[self._notes :]
         return logits
 
     def _program_from_prefix(self, whole: Outline, batch: StepBatch) -> StepProgram | None:
@@ -274,7 +274,7 @@ class CompiledStep:
             return error
 
     def trial(self) -> tuple[list[int], Tensor | None] | None:
-        """A prompt and the model's own logits [6, V] after each token, to `confirm` a new program by, if there is one."""
+        """A prompt and the model's own logits [6, V] after each of its tokens, to `confirm` a new program by."""
         if self._program is None or self._unstored is None:
             return None
         return trial_tokens(self._module.model), stock_logits(self._module.model)
