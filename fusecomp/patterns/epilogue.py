@@ -117,11 +117,7 @@ def flat(operand: Node) -> Node:
     if fake.dim() == 0:
         return functional.call(operand.graph, aten.reshape.default, (operand, [1]), operand)
     at = next((i for i, s in enumerate(fake.shape) if functional.size_key(s) != 1), 0)
-    size: Any = fake.shape[at]
-    if isinstance(size, torch.SymInt):
-        size = operand.graph.call_function(aten.sym_size.int, (operand, at))
-        size.meta["val"] = fake.shape[at]
-    return functional.call(operand.graph, aten.reshape.default, (operand, [size]), operand)
+    return functional.call(operand.graph, aten.reshape.default, (operand, [functional.size_node(operand, at)]), operand)
 
 
 def read_region(node: Node) -> MatmulRegion:

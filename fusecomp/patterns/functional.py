@@ -127,10 +127,13 @@ def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
     return values[region[-1]]
 
 
-def token_count(like: Node) -> Node:
-    """A node for T of the token tensor [T, N] `like`, inserted at the current point."""
-    node = like.graph.call_function(aten.sym_size.int, (like, 0))
-    node.meta["val"] = fake_value(like).shape[0]
+def size_node(tensor: Node, dim: int) -> Any:
+    """Size of `dim` as an argument for a call: a number, or a node inserted at the current point."""
+    size = fake_value(tensor).shape[dim]
+    if isinstance(size, int):
+        return size
+    node = tensor.graph.call_function(aten.sym_size.int, (tensor, dim))
+    node.meta["val"] = size
     return node
 
 
@@ -151,7 +154,7 @@ def reshaped(source: Node, like: Node) -> Node:
     if shape == [size_key(s) for s in fake_value(source).shape]:
         return source
     rows, _ = token_shape(like)  # type: ignore[misc]
-    sizes = [token_count(source) if key == rows and rows != 1 else key for key in shape[:-1]]
+    sizes = [size_node(source, 0) if key == rows and rows != 1 else key for key in shape[:-1]]
     return call(source.graph, aten.reshape.default, (source, [*sizes, shape[-1]]), like)
 
 
@@ -163,6 +166,4 @@ def as_rows(source: Node, width: int) -> Node:
     at = next((i for i, s in enumerate(fake.shape[:-1]) if size_key(s) != 1), None)
     if at is None:
         return call(source.graph, aten.reshape.default, (source, [1, width]), source)
-    rows = source.graph.call_function(aten.sym_size.int, (source, at))
-    rows.meta["val"] = fake.shape[at]
-    return call(source.graph, aten.reshape.default, (source, [rows, width]), source)
+    return call(source.graph, aten.reshape.default, (source, [size_node(source, at), width]), source)
