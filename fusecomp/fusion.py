@@ -42,7 +42,7 @@ class FusePass(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.ran = True
         for pattern in self.patterns:
-            pattern.apply(graph.owning_module, self.context)
+            pattern.apply(graph.owning_module, self.context)  # type: ignore[arg-type]
 
     def key(self) -> str:
         """Hash of every pattern's sources, in order."""
@@ -57,7 +57,9 @@ class FusePass(CustomGraphPass):
         return {"patterns": [p.name for p in self.patterns], "key": self.key()}
 
 
-def compile_fused(gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str) -> tuple[Callable, FusionReport]:
+def compile_fused(
+    gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str
+) -> tuple[Callable, FusionReport]:
     """Compile one piece with the fuse stage.
 
     Args:

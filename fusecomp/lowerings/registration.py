@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.library import implement, record_fallback
+from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.norm import NormSpec, norm_reference
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -55,10 +58,39 @@ def _paged_attention(
     return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
 
 
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+) -> Tensor:
+    from fusecomp.lowerings.linear.lowering import launch_linear, supports
+
+    parsed = Program.from_text(program)
+    reason = supports(x, weight, operands, parsed)
+    if reason:
+        record_fallback("linear", reason)
+        return linear_reference(x, weight, norm_weight, norm_bias, operands, program)
+    return launch_linear(x, weight, norm_weight, norm_bias, operands, parsed)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+    from fusecomp.lowerings.linear.lowering import DTYPES, launch_norm_op
+
+    if x.dtype not in DTYPES:
+        record_fallback("norm", f"dtype {x.dtype} is none of fp32, fp16, bf16")
+        return norm_reference(x, weight, bias, spec)
+    return launch_norm_op(x, weight, bias, NormSpec.from_text(spec))
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
     implement("cache_write", _cache_write, "CUDA")
     implement("paged_attention", _paged_attention, "CUDA")
+    implement("linear", _linear, "CUDA")
+    implement("norm", _norm, "CUDA")
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -8,4 +8,15 @@ from fusecomp.ops import attention, experts, linear, norm
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
-__all__ = ["COSTS", "OPS", "Cost", "attention", "experts", "linear", "norm", "op_cost", "record_fallback", "take_fallbacks"]
+__all__ = [
+    "COSTS",
+    "OPS",
+    "Cost",
+    "attention",
+    "experts",
+    "linear",
+    "norm",
+    "op_cost",
+    "record_fallback",
+    "take_fallbacks",
+]

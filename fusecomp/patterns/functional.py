@@ -100,7 +100,9 @@ def cone(target: Node, stop: Callable[[Node], bool], limit: int) -> list[Node] |
 def leaves(region: Iterable[Node]) -> list[Node]:
     """Inputs of a region, in order of first use."""
     members = set(region)
-    return list(dict.fromkeys(arg for node in members_in_order(members) for arg in node.all_input_nodes if arg not in members))
+    return list(
+        dict.fromkeys(arg for node in members_in_order(members) for arg in node.all_input_nodes if arg not in members)
+    )
 
 
 def members_in_order(members: set[Node]) -> list[Node]:
@@ -118,7 +120,7 @@ def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
     values = dict(given)
     for node in region:
         if is_call(node, CAST) and node.args[1] in FLOATS:
-            values[node] = values[node.args[0]]
+            values[node] = values[node.args[0]]  # type: ignore[index]
             continue
         args, kwargs = torch.fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: values[a] if isinstance(a, Node) else a
@@ -142,7 +144,9 @@ def call(graph: torch.fx.Graph, target: Any, args: tuple, like: Node | None = No
     node = graph.call_function(target, args)
     fake_args = torch.fx.node.map_aggregate(args, lambda a: fake_value(a) if isinstance(a, Node) else a)
     if like is not None:
-        node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "original_aten")})
+        node.meta.update(
+            {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "original_aten")}
+        )
     with torch.no_grad():
         node.meta["val"] = target(*fake_args)
     return node

@@ -16,7 +16,9 @@ T, K = 5, 24
 class Projections(nn.Module):
     """Linears of one input, combined by `combine`."""
 
-    def __init__(self, widths: Sequence[int], combine: Callable, biases: Sequence[bool] = (), tied: bool = False) -> None:
+    def __init__(
+        self, widths: Sequence[int], combine: Callable, biases: Sequence[bool] = (), tied: bool = False
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         biases = biases or [False] * len(widths)
@@ -29,7 +31,7 @@ class Projections(nn.Module):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.combine(x.to(self.layers[0].weight.dtype), *self.layers)
+        return self.combine(x.to(next(self.parameters()).dtype), *self.layers)
 
 
 def _separate(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -62,7 +64,9 @@ def _inputs(dtype: torch.dtype) -> tuple:
 def merging_examples() -> list[Example]:
     """Groups of every kind that models use, and what must be left alone."""
 
-    def example(name: str, widths: Sequence[int], combine: Callable, *, matches: int = 1, reason: str = "", **facts: object) -> Example:
+    def example(
+        name: str, widths: Sequence[int], combine: Callable, *, matches: int = 1, reason: str = "", **facts: object
+    ) -> Example:
         return Example(name, Projections(widths, combine, **facts), _inputs, matches, reason)  # type: ignore[arg-type]
 
     return [

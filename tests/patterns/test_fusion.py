@@ -44,7 +44,9 @@ UNARY = {
 @st.composite
 def chains(draw):
     """A random chain of pointwise operations with operands of every layout."""
-    steps = draw(st.lists(st.sampled_from([*UNARY, "row", "full", "column", "scalar", "reuse"]), min_size=1, max_size=6))
+    steps = draw(
+        st.lists(st.sampled_from([*UNARY, "row", "full", "column", "scalar", "reuse"]), min_size=1, max_size=6)
+    )
     return steps, draw(st.integers(1, 9)), draw(st.sampled_from([torch.float32, torch.bfloat16]))
 
 
@@ -64,9 +66,13 @@ def test_any_chain_is_one_linear(case):
     def function(x, w, row, full, column, scalar):
         y = first = F.linear(x, w)
         for step in steps:
-            y = {"row": y + row, "full": y * full, "column": y * column, "scalar": y - scalar, "reuse": y + first}.get(
-                step
-            ) if step not in UNARY else UNARY[step](y)
+            y = (
+                {"row": y + row, "full": y * full, "column": y * column, "scalar": y - scalar, "reuse": y + first}.get(
+                    step
+                )
+                if step not in UNARY
+                else UNARY[step](y)
+            )
         return y
 
     context = new_context()
@@ -89,7 +95,9 @@ def test_norm_of_another_epsilon_is_another_norm():
             return F.linear(F.rms_norm(x, (16,), g, eps), w)
 
         inputs = (torch.randn(1, 3, 16) * 1e-2, torch.randn(8, 16), torch.randn(16))
-        output, _ = run_fused(function, inputs, lambda gm, c=context: [p.apply(gm, c) for p in (LinearEpilogue(), Norm())])
+        output, _ = run_fused(
+            function, inputs, lambda gm, c=context: [p.apply(gm, c) for p in (LinearEpilogue(), Norm())]
+        )
         assert relative_error(output, function(*inputs)) < 1e-5
         seen += [m.detail for m in context.report.matches if m.pattern == "norm"]
     assert "1e-06" in seen[0] and "0.001" in seen[1]

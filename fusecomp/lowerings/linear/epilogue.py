@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import math
 from functools import cache
 from typing import Any
 
@@ -76,7 +77,7 @@ def _literal(argument: Any) -> str:
     if isinstance(argument, str):
         return argument
     value = float(argument)
-    if value != value or value in (float("inf"), -float("inf")):
+    if not math.isfinite(value):
         return f'float("{value}")'
     return f"({value!r})"
 
