@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, target_of, tma_reads, uses_pdl
 from fusecomp.lowerings.linear.norm import launch_norm
-from fusecomp.lowerings.linear.persistent import persistent_kernel
+from fusecomp.lowerings.linear.persistent import persistent_kernel, stream_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 
 
@@ -97,37 +97,68 @@ def run_persistent(
     """EPILOGUE(x @ weight^T) by the persistent kernel, without TMA where x or weight is not aligned for it."""
     num_tokens, k = x.shape
     n = weight.shape[0] // groups
-    use_tma = config.use_tma and tma_reads(x) and tma_reads(weight) and (groups == 1 or n % 8 == 0)
+    use_tma = config.use_tma and tma_reads(x) and tma_reads(weight)
     x_tiles = w_tiles = None
     if use_tma:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [config.block_t, config.block_k])
         w_tiles = _weight_tiles(weight, n, k, groups, config)
     out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
+    use_pdl = uses_pdl(x)
+    options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    constants = {
+        "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": use_tma, "USE_PDL": use_pdl, "EPILOGUE": epilogue,
+    }  # fmt: skip
+    tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
+    num_sms = target_of(x).num_sms
+    if config.stream and tiles_t <= num_sms:
+        lanes = min(num_sms // tiles_t, tiles_n * triton.cdiv(k, config.block_k))
+        programs = lanes * tiles_t
+        parts = torch.empty(
+            (programs, groups * config.block_t * config.block_n), dtype=torch.float32, device=x.device
+        )
+        stream_kernel[(programs,)](
+            x, weight, x_tiles, w_tiles, out, args, strides, parts, _flags(weight, programs), num_tokens, x.stride(0),
+            out.stride(0), MOST=triton.cdiv(lanes, tiles_n), **constants, **options,
+        )  # fmt: skip
+        return out
     buffer = out
     if config.splits > 1:
         buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
-    items = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(n, config.block_n) * config.splits
-    programs = min(items, target_of(x).num_sms * config.per_sm)
-    use_pdl = uses_pdl(x)
-    options = {"launch_pdl": True} if use_pdl else {}
+    programs = min(tiles_t * tiles_n * config.splits, num_sms * config.per_sm)
     persistent_kernel[(programs,)](
         x, weight, x_tiles, w_tiles, buffer, args, strides, num_tokens, x.stride(0), out.stride(0),
-        N=n, K=k, G=groups, BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_T=config.group_t, SPLITS=config.splits, SUBTILES=config.subtiles, SWAP=config.swap, USE_TMA=use_tma,
-        FLATTEN=config.flatten, WARP_SPECIALIZE=config.warp_specialize and use_tma, USE_PDL=use_pdl,
-        EPILOGUE=epilogue, num_warps=config.num_warps, num_stages=config.num_stages, **options,
+        GROUP_T=config.group_t, SPLITS=config.splits, **constants, **options,
     )  # fmt: skip
     if config.splits > 1:
         launch_pointwise(buffer, out, epilogue, args, strides, groups)
     return out
 
 
+_stream_flags: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _flags(weight: Tensor, count: int) -> Tensor:
+    """int32 zeros, which every launch leaves at zero.
+
+    They are kept per weight, because launches that share a weight follow one another. Zeros made during a capture hold
+    only once the graph runs, so those are not kept: warm up before capturing.
+    """
+    key = (weight.device, weight.data_ptr())
+    flags = _stream_flags.get(key)
+    if flags is None or len(flags) < count:
+        flags = torch.zeros(max(256, count), dtype=torch.int32, device=weight.device)
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _stream_flags[key] = flags
+    return flags
+
+
 def _weight_tiles(weight: Tensor, n: int, k: int, groups: int, config: LargeConfig) -> TensorDescriptor:
-    """Blocks of G * block_n rows; those of two groups alternate every 8 rows."""
+    """Blocks of block_n rows, or of as many from each of the two groups."""
     if groups == 1:
         return TensorDescriptor(weight, [n, k], [k, 1], [config.block_n, config.block_k])
-    block = [config.block_n // 8, 2, 8, config.block_k]
-    return TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], block)
+    return TensorDescriptor(weight, [2, n, k], [n * k, k, 1], [2, config.block_n, config.block_k])
 
 
 def _check(

@@ -33,9 +33,10 @@ class LargeConfig:
         method: "persistent"; "cublas", with the epilogue as a kernel of its own; "cublas_addmm", with the residual or
             the bias as its third operand.
         block_t, block_n, block_k: the tile: tokens, features per group, columns of K.
-        swap: features on the row side of the MMA.
+        swap: features on the row side of the MMA; one group only.
         splits: parts of K, summed by the epilogue's kernel.
-        subtiles: pieces in which a tile is finished.
+        stream: deal the K steps of all tiles out evenly instead of whole tiles.
+        pieces: parts in which a tile is finished.
         group_t: tiles of tokens that share a weight tile before the next one.
         per_sm: programs per multiprocessor.
     """
@@ -46,14 +47,13 @@ class LargeConfig:
     block_k: int = 64
     swap: bool = False
     splits: int = 1
-    subtiles: int = 2
+    stream: bool = False
+    pieces: int = 2
     group_t: int = 8
     num_warps: int = 8
     num_stages: int = 3
     per_sm: int = 1
     use_tma: bool = True
-    flatten: bool = True
-    warp_specialize: bool = False
     source: str = ""
 
     def constants(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class LargeConfig:
 
 
 # Where nothing was measured: no TMA, products of one warp.
-PLAIN = LargeConfig(block_t=128, block_n=128, block_k=32, num_stages=3, subtiles=1, use_tma=False, flatten=False)
+PLAIN = LargeConfig(block_t=128, block_n=128, block_k=32, num_stages=3, pieces=1, use_tma=False)
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -141,16 +141,12 @@ def tma_reads(tensor: Tensor) -> bool:
 
 
 def norm_block(num_tokens: int, k: int) -> tuple[int, int, int]:
-    """(rows per program, columns held at once, warps) of a norm."""
+    """(rows per program, columns held at once, warps) of a norm: short latency for few tokens, then loads in flight."""
     block_k = min(next_power_of_2(k), MAX_BLOCK_K)
-    block_t = 1 if num_tokens < 1024 else max(1, min(4, 4096 // block_k))
-    per_warp = 512 if num_tokens < 1024 else 1024  # elements: latency counts first, then loads in flight
-    return block_t, block_k, max(1, min(16, block_t * block_k // per_warp))
+    return 1, block_k, max(1, min(16, block_k // (256 if num_tokens < 1024 else 512)))
 
 
-def pointwise_block(num_tokens: int, n: int) -> tuple[int, int, int]:
+def pointwise_block(n: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program of the standalone epilogue."""
     block_n = min(1024, next_power_of_2(n))
-    block_t = 1 if num_tokens < 1024 else 2
-    return block_t, block_n, max(1, min(4, block_t * block_n // 256))
-
+    return max(1, 256 // block_n), block_n, 4

@@ -71,7 +71,7 @@ def launch_pointwise(
         raise ValueError(f"epilogue: {list(acc.shape)} {acc.stride()} is no [S, T, {groups} * N] for {list(out.shape)}")
     if num_tokens == 0:
         return out
-    block_t, block_n, num_warps = pointwise_block(num_tokens, n)
+    block_t, block_n, num_warps = pointwise_block(n)
     use_pdl = uses_pdl(acc)
     options = {"launch_pdl": True} if use_pdl else {}
     pointwise_kernel[(triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),)](
