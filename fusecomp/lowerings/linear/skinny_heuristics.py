@@ -35,6 +35,7 @@ class SkinnyConfig:
         splits: programs that share the same features, each with its part of K.
         num_stages: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
         prefetch: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
+        lead: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
     """
 
     block_t: int
@@ -44,6 +45,7 @@ class SkinnyConfig:
     num_warps: int
     num_stages: int
     prefetch: int = 0
+    lead: int = 0
     source: str = ""
 
 

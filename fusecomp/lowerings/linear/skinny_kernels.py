@@ -112,6 +112,7 @@ def skinny_kernel(
     SPLITS: tl.constexpr,
     PIPELINED: tl.constexpr,
     PREFETCH: tl.constexpr,  # tiles that the L2 is asked for before the wait
+    LEAD: tl.constexpr,  # tiles before its last at which a program lets the next launch begin; 0 lets it at once
     EVEN_K: tl.constexpr,
     NORM: tl.constexpr,
     EXACT_NORM: tl.constexpr,
@@ -154,7 +155,8 @@ def skinny_kernel(
             ahead = lo + FIRST_AHEAD + i
             if ahead < hi:
                 _prefetch(row_at, ahead * BLOCK_K, k, BLOCK_K)
-        gdc_launch_dependents()
+        if LEAD == 0:
+            gdc_launch_dependents()
 
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
@@ -175,6 +177,9 @@ def skinny_kernel(
                 if EXACT_NORM:
                     scale = _scale(_sum_squares(x_at, cols[:, None], live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
                 v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            if USE_PDL and LEAD > 0:
+                if tile == tl.maximum(hi - LEAD, lo):
+                    gdc_launch_dependents()
             squares = _add_squares(squares, v, SUM_SQUARES)
             y = _normalize(v, g, scale, NORM)
             if tile + 1 < hi:
@@ -194,6 +199,9 @@ def skinny_kernel(
             w_next = _load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
             v_next = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
             g_next = _load_factors(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            if USE_PDL and LEAD > 0:
+                if tile == tl.maximum(hi - LEAD, lo + 1):
+                    gdc_launch_dependents()
             squares = _add_squares(squares, v, SUM_SQUARES)
             acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
             w, v, g = w_next, v_next, g_next
