@@ -221,7 +221,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {
             **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "H": heads, "G": NUM_KV_HEADS,
             "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
-            "MAX_SPLITS": heuristics.MAX_SPLITS if decode.num_splits > 1 else 1, "COMBINED": decode.combined(),
+            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits), "COMBINED": decode.combined(),
         },
         decode.num_warps,
         decode.num_stages,

@@ -93,8 +93,9 @@ def _rope_attention(
     if reason:
         record_fallback("rope_attention", reason)
         return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
-    vectors = (None if x is None else _unit_stride(x) for x in (q, k, v, cos, sin, q_norm, k_norm))
-    return launch_rope_attention(*vectors, *rest)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
+    return launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest)
 
 
 @cache

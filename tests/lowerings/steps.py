@@ -112,11 +112,10 @@ class RopeInputs:
 
 
 def make_rope(step: Step, rope: Rope, *, table_dtype: torch.dtype, weights: bool = True, seed: int = 0) -> RopeInputs:
-    """Random tables [T, columns] (the columns of a wider tensor) and weights for a step."""
+    """Tables [T, columns] (the columns of a wider tensor) of unrelated cosines and sines, and weights for a step."""
     torch.manual_seed(seed)
     tokens, _, head_dim = step.q.shape
-    options = {"dtype": table_dtype, "device": step.q.device}
-    tables = torch.randn(2, tokens, max(rope.columns(), 1) + 3, **options)
+    tables = torch.randn(2, tokens, max(rope.columns(), 1) + 3, device=step.q.device).mul(9).cos().to(table_dtype)
     tables[:, :, rope.columns() :] = NOT_A_NUMBER
     norms = torch.randn(2, head_dim, dtype=step.q.dtype, device=step.q.device)
     cos, sin = tables if rope.dims else (None, None)

@@ -68,7 +68,7 @@ def decode_kernel(
     PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,  # 1: the grid has one split, and the code no combination
+    MAX_SPLITS: tl.constexpr,  # NS, or a power of two above it; 1 leaves the code for splits out
     COMBINED: tl.constexpr,  # fp32 partial sums in registers at once when splits are combined
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
@@ -100,31 +100,10 @@ def decode_kernel(
     g = pair % G
     pdl_wait(USE_PDL)
     seq_len = tl.load(seq_lens + row)
-
-    r = tl.arange(0, BLOCK_R)
-    d = tl.arange(0, DP)
-    n = tl.arange(0, BLOCK_N)
-    head = g * R + r
-    head_mask = r < R
-    one = tl.full([1, 1], 1, tl.int1)
-    cos_1D, sin_1D = rope_rows(cos, sin, row, one, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
-    rp = tl.arange(0, RP)
-    q_RD = rotated_heads(
-        q + row * stride_qt + (g * R + rp)[:, None] * stride_qh, (rp < R)[:, None], d, cos_1D, sin_1D, q_norm, eps,
-        D, DP, ROT, STYLE, NORM,
-    ).to(q.dtype.element_ty)  # fmt: skip
-    # Matrix units want 16 rows: the heads repeat, and what the repetitions give is not stored.
-    q_RD = tl.reshape(tl.broadcast_to(q_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
+    table = block_tables + row * stride_table
     keys = seq_len  # that lie in pages
     if NEW_KEY:
-        new_k_1D = rotated_heads(
-            k + row * stride_kt + g * stride_kg + tl.zeros([1, 1], tl.int32), one, d, cos_1D, sin_1D, k_norm, eps,
-            D, DP, ROT, STYLE, NORM,
-        ).to(kv_cache.dtype.element_ty)  # fmt: skip
-        new_v_1D = tl.load(v + row * stride_vt + g * stride_vg + d, mask=d < D, other=0.0)[None, :]
-        slot = tl.load(slots + row)
         keys = tl.maximum(seq_len - 1, 0)
-
     first = 0
     if WINDOWED:
         first = tl.maximum(seq_len - window, 0)
@@ -140,9 +119,30 @@ def decode_kernel(
             return
         lo += split * per_split
         hi = tl.minimum(lo + per_split, hi)
-    table = block_tables + row * stride_table
     k_base = kv_cache + g.to(tl.int64) * stride_g
     v_base = k_base + stride_v
+
+    r = tl.arange(0, BLOCK_R)
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK_N)
+    head = g * R + r
+    head_mask = r < R
+    one = tl.full([1, 1], 1, tl.int1)
+    cos_1D, sin_1D = rope_rows(cos, sin, row, one, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
+    rp = tl.arange(0, RP)
+    heads_RD = rotated_heads(
+        q + row * stride_qt + (g * R + rp)[:, None] * stride_qh, (rp < R)[:, None], d, cos_1D, sin_1D, q_norm, eps,
+        D, DP, ROT, STYLE, NORM,
+    ).to(q.dtype.element_ty)  # fmt: skip
+    # Matrix units want 16 rows: the heads repeat, and what the repetitions give is not stored.
+    q_RD = tl.reshape(tl.broadcast_to(heads_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
+    if NEW_KEY:
+        new_k_1D = rotated_heads(
+            k + row * stride_kt + g * stride_kg + tl.zeros([1, 1], tl.int32), one, d, cos_1D, sin_1D, k_norm, eps,
+            D, DP, ROT, STYLE, NORM,
+        ).to(kv_cache.dtype.element_ty)  # fmt: skip
+        new_v_1D = tl.load(v + row * stride_vt + g * stride_vg + d, mask=d < D, other=0.0)[None, :]
+        slot = tl.load(slots + row)
 
     m, l = SINK(sinks, head, head_mask)
     if MAX_SPLITS > 1 and split > 0:  # the sink enters the denominator once
@@ -156,8 +156,9 @@ def decode_kernel(
         page_at = k_base + slot // PAGE * stride_page + slot % PAGE * stride_slot + d[None, :]
         tl.store(page_at, new_k_1D, mask=kept)
         tl.store(page_at + stride_v, new_v_1D, mask=kept)
-        dots_R1 = tl.sum(q_RD.to(tl.float32) * new_k_1D.to(tl.float32), 1, keep_dims=True)
-        x_R = tl.where(owner, tl.sum(SCORE(dots_R1, pre), 1) * post, float("-inf"))
+        dots_R = tl.sum(heads_RD.to(tl.float32) * new_k_1D.to(tl.float32), 1)
+        dots_R = tl.reshape(tl.broadcast_to(dots_R[None, :], (BLOCK_R // RP, RP)), (BLOCK_R,))
+        x_R = tl.where(owner, tl.sum(SCORE(dots_R[:, None], pre), 1) * post, float("-inf"))
         m_new = tl.maximum(m, x_R)
         p_R = tl.exp2(x_R - m_new)
         l = l * tl.exp2(m - m_new) + p_R
@@ -222,7 +223,7 @@ def _combine(
 ):
     """Weigh the `used` partial results of one row and kv head by exp2(lse) and store [R, D] of the output."""
     RP: tl.constexpr = triton.next_power_of_2(R)
-    CHUNK: tl.constexpr = max(COMBINED // (RP * DP), 1)  # splits in flight at once
+    CHUNK: tl.constexpr = min(max(COMBINED // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
     base = pair.to(tl.int64) * num_splits
