@@ -10,12 +10,9 @@ from torch import Tensor
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.library import implement, record_fallback
-<<<<<<< HEAD
-from fusecomp.ops.rope import Rope, rope_attention_reference
-=======
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
->>>>>>> main
+from fusecomp.ops.rope import Rope, rope_attention_reference
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -62,7 +59,6 @@ def _paged_attention(
     return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
 
 
-<<<<<<< HEAD
 def _rope_attention(
     q: Tensor,
     k: Tensor,
@@ -103,7 +99,8 @@ def _rope_attention(
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
     return launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest)
-=======
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -129,7 +126,6 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> T
         record_fallback("norm", f"dtype {x.dtype} is none of fp32, fp16, bf16")
         return norm_reference(x, weight, bias, spec)
     return launch_norm_op(x, weight, bias, NormSpec.from_text(spec))
->>>>>>> main
 
 
 @cache
@@ -137,11 +133,8 @@ def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
     implement("cache_write", _cache_write, "CUDA")
     implement("paged_attention", _paged_attention, "CUDA")
-<<<<<<< HEAD
     implement("rope_attention", _rope_attention, "CUDA")
-=======
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
->>>>>>> main
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")
