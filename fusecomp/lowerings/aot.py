@@ -219,7 +219,8 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {**inputs, **weights, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
         {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"},
         {
-            **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "H": heads, "G": NUM_KV_HEADS,
+            **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
+            "H": heads, "G": NUM_KV_HEADS,
             "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
             "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits), "COMBINED": decode.combined(),
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.paged_attention.pieces import pdl_wait
+from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -39,6 +39,7 @@ def cache_write_kernel(
     Slots are distinct by contract, so the order of programs does not matter.
     """
     pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     g = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, DP)

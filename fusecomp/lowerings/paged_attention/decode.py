@@ -19,7 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.paged_attention.pieces import pdl_wait, rope_rows, rotated_heads, tile_offsets, tile_pages
+from fusecomp.lowerings.paged_attention.pieces import (
+    pdl_launch,
+    pdl_wait,
+    rope_rows,
+    rotated_heads,
+    tile_offsets,
+    tile_pages,
+)
 
 
 @triton.jit(
@@ -79,6 +86,7 @@ def decode_kernel(
     PAIRS: tl.constexpr,
     NORM: tl.constexpr,
     USE_PDL: tl.constexpr,
+    LAUNCH_EARLY: tl.constexpr,  # let the next kernel start at once, not when the keys are read
 ):
     """Output rows [S, H, D] of the decode part of a step.
 
@@ -99,6 +107,7 @@ def decode_kernel(
     row = (pair // G).to(tl.int64)
     g = pair % G
     pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL and LAUNCH_EARLY)
     seq_len = tl.load(seq_lens + row)
     table = block_tables + row * stride_table
     keys = seq_len  # that lie in pages
@@ -188,6 +197,7 @@ def decode_kernel(
         acc_RD = tl.dot(p_RN.to(v_ND.dtype), v_ND, acc_RD, input_precision="ieee")
         m = m_new
 
+    pdl_launch(USE_PDL and not LAUNCH_EARLY)
     acc_RD = acc_RD / tl.where(l > 0, l, 1.0)[:, None]
     if MAX_SPLITS == 1 or used == 1:
         to = out + row * (H * D) + head[:, None] * D + d[None, :]

@@ -202,6 +202,15 @@ def _fit_prefill(config: PrefillConfig, target: Target, dp: int, itemsize: int) 
     return config
 
 
+def launches_early(pairs: int) -> bool:
+    """Whether a decode launch of `pairs` rows times kv heads lets the next kernel start at its own start.
+
+    A small one leaves most of the GPU to it. A large one would share its multiprocessors unevenly: the next kernel's
+    programs take whatever places are free at that moment.
+    """
+    return pairs <= 64
+
+
 def cache_write_block(num_tokens: int) -> int:
     """Tokens per program of the cache write: enough programs for a decode step, wide tiles for a prefill."""
     return max(1, min(32, next_power_of_2(num_tokens) // 64))

@@ -82,12 +82,18 @@ def tile_offsets(pages, start, stride_page, stride_slot, PAGE: tl.constexpr, BLO
 
 @triton.jit
 def pdl_wait(USE_PDL: tl.constexpr):
-    """With programmatic dependent launch: wait for all earlier work, then let the next kernel's programs start.
+    """With programmatic dependent launch: wait for all earlier work.
 
     Every program runs this before it reads anything that a kernel of the step wrote and before it writes anything.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def pdl_launch(USE_PDL: tl.constexpr):
+    """With programmatic dependent launch: the next kernel's programs may start once all of this one's came here."""
+    if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.paged_attention.pieces import pdl_wait, rope_rows, rotated_heads
+from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rope_rows, rotated_heads
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -58,6 +58,7 @@ def rope_cache_kernel(
     Bytes: T * (2 * H + 5 * G) * D * itemsize, plus 2 * T * ROT of cos and sin. Bound by memory.
     """
     pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = (t < num_tokens)[:, None]
     slot = tl.load(slots + t, mask=t < num_tokens, other=-1)
