@@ -221,6 +221,9 @@ def _written(attention: Node) -> Written | str:
     assert isinstance(call, Node) and isinstance(cache, Node)
     if call.kwargs["k"] is not k or call.kwargs["v"] is not v:
         return "the keys or values that are written are not those it is given"
+    dtypes = {fake_value(x).dtype for x in (attention, k, v, cache)}
+    if len(dtypes) > 1:
+        return f"its tensors have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if call.kwargs.get("_kv_cache_base_index") != 0 or len(call.kwargs["_all_bases"]) != 1:  # type: ignore[arg-type]
         return "the cache is a view of another tensor"
     readers = [user for user in cache.users if user is not attention and user < attention]
@@ -251,7 +254,7 @@ def chains(target: Node) -> Iterator[Chain]:
     shape = fake_value(target).shape
     members = set(whole)
     for source in sorted({*members, *functional.leaves(members), target}):
-        orders = list(_orders(source, shape))
+        orders = list(_orders(source, fake_value(target)))
         if not orders:
             continue
         below = functional.descendants(source)
@@ -267,12 +270,12 @@ def chains(target: Node) -> Iterator[Chain]:
             yield from _widened(Chain(Heads(source, order), tuple(region), tables, vectors), shape)
 
 
-def _orders(node: Node, shape: Any) -> Iterator[tuple[int, int, int]]:
-    """Dims of `node` that can be those of [T, N, D] `shape`, the likeliest order first."""
+def _orders(node: Node, like: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Dims of `node` that can be those of `like` [T, N, D], which has the same dtype; the likeliest order first."""
     fake = fake_value(node)
-    if not isinstance(fake, Tensor) or fake.dtype not in FLOATS or not 3 <= fake.dim() <= 5:
+    if not isinstance(fake, Tensor) or fake.dtype != like.dtype or not 3 <= fake.dim() <= 5:
         return
-    sizes, wanted = [size_key(s) for s in fake.shape], [size_key(s) for s in shape]
+    sizes, wanted = [size_key(s) for s in fake.shape], [size_key(s) for s in like.shape]
     for order in itertools.permutations(range(fake.dim()), 3):
         rest = [size for dim, size in enumerate(sizes) if dim not in order]
         if [sizes[dim] for dim in order] == wanted and all(size == 1 for size in rest) and order[2] > order[0]:
