@@ -23,9 +23,10 @@ from fusecomp._compat import CustomGraphPass, inductor_cache_dir, inductor_compi
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
+from fusecomp.patterns.rope import RopeAttention
 from fusecomp.report import FusionReport, Match, NearMiss
 
-FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm())
+FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm(), RopeAttention())
 
 
 class FusePass(CustomGraphPass):

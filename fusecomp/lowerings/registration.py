@@ -13,6 +13,7 @@ from fusecomp.ops.attention import attention_reference, paged_attention_referenc
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
+from fusecomp.ops.rope import Rope, rope_attention_reference
 from fusecomp.ops.sampling import greedy_reference
 
 
@@ -60,6 +61,48 @@ def _paged_attention(
     return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
 
 
+def _rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    kv_cache: Tensor,
+    slots: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    host_meta: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    rope: str,
+) -> Tensor:
+    from fusecomp.lowerings.paged_attention import lowering
+    from fusecomp.lowerings.paged_attention.rope import launch_rope_attention, supports
+
+    rest = (kv_cache, slots, cu_q_lens, seq_lens, block_tables, host_meta, scale, window, softcap, sinks, rope)
+    reason = supports(Rope.parse(rope), head_dim=q.shape[2], cos=cos, sin=sin) or lowering.supports(
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        page_size=kv_cache.shape[3],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    if reason:
+        record_fallback("rope_attention", reason)
+        return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
+    return launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest)
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -101,6 +144,7 @@ def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
     implement("cache_write", _cache_write, "CUDA")
     implement("paged_attention", _paged_attention, "CUDA")
+    implement("rope_attention", _rope_attention, "CUDA")
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
