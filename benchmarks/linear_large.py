@@ -3,8 +3,8 @@
     python -m benchmarks.linear_large                     # the committed choices, chains and peers
     python -m benchmarks.linear_large --tune --out DIR    # sweep, write DIR/<gpu>_large.json
 
-A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct weights in
-one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a failed check
+A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct weights
+in one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a failed check
 ends the run before any timing.
 
 Legend: T tokens, N output features of one group, K input features, G groups.
@@ -159,17 +159,13 @@ def candidates(layer: Layer, tokens: int) -> Iterator[LargeConfig]:
     wide = LargeConfig(block_t=128, block_n=256 // g, num_stages=4, pieces=4)
     square = LargeConfig(block_t=128, block_n=128 // g, num_stages=6, pieces=2)
     small = LargeConfig(block_t=128, block_n=128 // g, num_warps=4, num_stages=3, pieces=2, per_sm=2)
-    whole = [wide, small]
+    whole = [wide, small, replace(wide, pieces=2)]
     if tokens <= 512:
         whole.append(square)
-        yield replace(wide, stream=True)
-        yield replace(square, stream=True)
     if g == 1:
         whole.append(replace(square, swap=True))
         if tokens > 128:
             whole.append(replace(wide, swap=True, block_t=256, block_n=128))
-        if tokens <= 512:
-            yield replace(square, swap=True, stream=True)
     for config in whole:
         yield config
         tiles = math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
@@ -250,8 +246,11 @@ def tune(case: Case) -> dict[str, Any]:
 
 
 def write_table(path: Path, environment: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """A table with one line per entry."""
-    body = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    """A table with one line per entry; shapes that were not tuned keep their entries."""
+    shape = ("groups", "n", "k", "kind", "tokens")
+    kept = large_heuristics.load_table(large_heuristics.DEFAULT_TABLE)["entries"]
+    merged = {tuple(entry[key] for key in shape): entry for entry in (*kept, *entries)}
+    body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
     path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
 
@@ -273,7 +272,9 @@ class Weights:
         return cls(model, layers, head, 1 + 0.1 * torch.randn(model.hidden, dtype=DTYPE, device="cuda"))
 
 
-def linear(x: Tensor, weight: Tensor, epilogue: str, args: tuple[Tensor, ...] = (), scale: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, epilogue: str, args: tuple[Tensor, ...] = (), scale: Tensor | None = None
+) -> Tensor:
     kernel, groups, _, hint = EPILOGUES[epilogue]
     norm = "" if scale is None else "rms"
     return large.launch_large(
@@ -399,7 +400,7 @@ def main() -> None:
                 break
             entries.append(tune(case))
             seconds = entries[-1]["us"] * 1e-6
-            extra = f"library {entries[-1]['library_us']} persistent {entries[-1]['persistent_us']} {entries[-1]['persistent']}"
+            extra = "library {library_us} persistent {persistent_us} {persistent}".format(**entries[-1])
             write_table(args.out / f"{large_heuristics.target_of(pool).table}_large.json", environment, entries)
         else:
             config = large_heuristics.large_config(

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, target_of, tma_reads, uses_pdl
 from fusecomp.lowerings.linear.norm import launch_norm
-from fusecomp.lowerings.linear.persistent import persistent_kernel, stream_kernel
+from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 
 
@@ -43,7 +43,8 @@ def launch_large(
         norm_kind: "", "rms" or "layer"; the `norm_*` after it are `launch_norm`'s.
         epilogue: a Triton function (accs, args, strides, m, n, mask) -> fp32 tile.
         args, strides: the epilogue's operands and their row strides in elements.
-        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]), "other".
+        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]) or
+            "other".
 
     Raises:
         ValueError: a shape, stride, dtype or hint other than these.
@@ -112,17 +113,6 @@ def run_persistent(
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
     num_sms = target_of(x).num_sms
-    if config.stream and tiles_t <= num_sms:
-        lanes = min(num_sms // tiles_t, tiles_n * triton.cdiv(k, config.block_k))
-        programs = lanes * tiles_t
-        parts = torch.empty(
-            (programs, groups * config.block_t * config.block_n), dtype=torch.float32, device=x.device
-        )
-        stream_kernel[(programs,)](
-            x, weight, x_tiles, w_tiles, out, args, strides, parts, _flags(weight, programs), num_tokens, x.stride(0),
-            out.stride(0), MOST=triton.cdiv(lanes, tiles_n), **constants, **options,
-        )  # fmt: skip
-        return out
     buffer = out
     if config.splits > 1:
         buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
@@ -136,24 +126,6 @@ def run_persistent(
     return out
 
 
-_stream_flags: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _flags(weight: Tensor, count: int) -> Tensor:
-    """int32 zeros, which every launch leaves at zero.
-
-    They are kept per weight, because launches that share a weight follow one another. Zeros made during a capture hold
-    only once the graph runs, so those are not kept: warm up before capturing.
-    """
-    key = (weight.device, weight.data_ptr())
-    flags = _stream_flags.get(key)
-    if flags is None or len(flags) < count:
-        flags = torch.zeros(max(256, count), dtype=torch.int32, device=weight.device)
-        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _stream_flags[key] = flags
-    return flags
-
-
 def _weight_tiles(weight: Tensor, n: int, k: int, groups: int, config: LargeConfig) -> TensorDescriptor:
     """Blocks of block_n rows, or of as many from each of the two groups."""
     if groups == 1:
@@ -165,7 +137,9 @@ def _check(
     x: Tensor, weight: Tensor, args: tuple[Tensor, ...], strides: tuple[int, ...], groups: int, kind_hint: str
 ) -> None:
     if groups not in (1, 2) or weight.shape[0] % groups:
-        raise ValueError(f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported")
+        raise ValueError(
+            f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported"
+        )
     if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(f"linear: x {list(x.shape)} {x.dtype} does not fit weight {list(weight.shape)} {weight.dtype}")
     if x.stride(-1) != 1 or not weight.is_contiguous():

@@ -1,7 +1,7 @@
 """How each large-M matmul of `linear` runs: a measured choice per shape, the nearest entry otherwise.
 
-Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds for
-every replay. Legend: T tokens, N output features of one group, K input features, G groups.
+Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds
+for every replay. Legend: T tokens, N output features of one group, K input features, G groups.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class LargeConfig:
         block_t, block_n, block_k: the tile: tokens, features per group, columns of K.
         swap: features on the row side of the MMA; one group only.
         splits: parts of K, summed by the epilogue's kernel.
-        stream: deal the K steps of all tiles out evenly instead of whole tiles.
         pieces: parts in which a tile is finished.
         group_t: tiles of tokens that share a weight tile before the next one.
         per_sm: programs per multiprocessor.
@@ -47,7 +46,6 @@ class LargeConfig:
     block_k: int = 64
     swap: bool = False
     splits: int = 1
-    stream: bool = False
     pieces: int = 2
     group_t: int = 8
     num_warps: int = 8
@@ -112,7 +110,8 @@ def large_config(target: Target, *, n: int, k: int, groups: int, tokens: int, it
 
     entry = min(table["entries"], key=distance)
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
-    source = f"{table['gpu']} large n={entry['n']} k={entry['k']} groups={entry['groups']} {entry['kind']} tokens={entry['tokens']} ({how})"
+    shape = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "kind", "tokens"))
+    source = f"{table['gpu']} large {shape} ({how})"
     config = LargeConfig(**entry["config"], source=source)
     if config.method == "cublas_addmm" and (groups > 1 or kind not in ("residual", "bias")):
         config = replace(config, method="cublas")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,4 +79,3 @@ def launch_pointwise(
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-
