@@ -45,6 +45,10 @@ def test_every_shape_has_a_choice(target):
             if config.method == "persistent":
                 assert target.has_tma and itemsize == 2
                 assert not (config.swap and groups == 2)
+                stage = (config.block_t + groups * config.block_n) * config.block_k * itemsize
+                assert (
+                    config.num_stages * stage + 4 * config.block_t * config.block_n // config.pieces < target.smem_bytes
+                )
 
 
 def test_measured_shapes_get_their_own_entry():
@@ -107,11 +111,15 @@ def test_committed_choices(entry):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(EPILOGUES))
-def test_unaligned_and_captured(name):
-    """Shapes that TMA cannot read, and replays of a captured launch."""
+def test_tails_and_captures(name):
+    """Shapes that TMA cannot read, by the library and by the kernel, and replays of a captured launch."""
     kernel, groups, _, hint = EPILOGUES[name]
-    config = LargeConfig(block_n=64)
-    for n, k, tokens in ((1000, 777, 130), (520, 1032, 257)):
+    for n, k, tokens, config in (
+        (1000, 777, 130, LargeConfig(block_n=64)),
+        (1000, 777, 130, large_heuristics.PLAIN),
+        (520, 1032, 257, LargeConfig(block_n=64)),
+        (520, 1032, 257, LargeConfig(block_n=64, splits=3)),
+    ):
         x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
         weight = torch.randn(groups * n, k, dtype=torch.bfloat16, device="cuda") / k**0.5
         args = make_args(name, tokens, n, torch.bfloat16, "cuda")

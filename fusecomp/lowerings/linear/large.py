@@ -70,11 +70,11 @@ def run_matmul(
     groups: int,
     kind_hint: str,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) as `config` says; arguments as for `launch_large`."""
+    """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments as `launch_large`'s."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
     if num_tokens == 0:
         return torch.empty((0, n), dtype=out_dtype, device=x.device)
-    if config.method == "persistent":
+    if config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight))):
         return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
     if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
         return torch.addmm(args[0], x, weight.t())
@@ -95,12 +95,11 @@ def run_persistent(
     strides: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) by the persistent kernel, without TMA where x or weight is not aligned for it."""
+    """EPILOGUE(x @ weight^T) by the persistent kernel; for `use_tma` x and weight must be aligned."""
     num_tokens, k = x.shape
     n = weight.shape[0] // groups
-    use_tma = config.use_tma and tma_reads(x) and tma_reads(weight)
     x_tiles = w_tiles = None
-    if use_tma:
+    if config.use_tma:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [config.block_t, config.block_k])
         w_tiles = _weight_tiles(weight, n, k, groups, config)
     out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
@@ -109,7 +108,7 @@ def run_persistent(
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = {
         "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": use_tma, "USE_PDL": use_pdl, "EPILOGUE": epilogue,
+        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl, "EPILOGUE": epilogue,
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
     num_sms = target_of(x).num_sms

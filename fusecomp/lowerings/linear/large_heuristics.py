@@ -117,7 +117,7 @@ def large_config(target: Target, *, n: int, k: int, groups: int, tokens: int, it
         config = replace(config, method="cublas")
     if how == "nearest":
         config = replace(config, splits=_fitting_splits(config, n=n, k=k, tokens=tokens, num_sms=target.num_sms))
-    return config
+    return _fit(config, target, groups, itemsize)
 
 
 def _fitting_splits(config: LargeConfig, *, n: int, k: int, tokens: int, num_sms: int) -> int:
@@ -126,6 +126,20 @@ def _fitting_splits(config: LargeConfig, *, n: int, k: int, tokens: int, num_sms
         return 1
     tiles = math.ceil(tokens / config.block_t) * math.ceil(n / config.block_n)
     return max(1, min(config.splits, num_sms // tiles, k // (4 * config.block_k)))
+
+
+def _fit(config: LargeConfig, target: Target, groups: int, itemsize: int) -> LargeConfig:
+    """More pieces, then fewer stages, until a tile in fp32 fits beside the stages: other epilogues need that much."""
+
+    def need(c: LargeConfig) -> int:
+        stages = c.num_stages * (c.block_t + groups * c.block_n) * c.block_k * itemsize
+        return stages + 4 * c.block_t * c.block_n // c.pieces + 1024
+
+    while need(config) > target.smem_bytes and config.pieces < 8:
+        config = replace(config, pieces=2 * config.pieces)
+    while need(config) > target.smem_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def _without_table(target: Target, *, n: int, k: int, groups: int, itemsize: int, kind: str) -> LargeConfig:

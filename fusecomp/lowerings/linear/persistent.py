@@ -91,8 +91,9 @@ def _finish(
         next_t = first_t + HALF if SWAP else first_t
         next_n = first_n if SWAP else first_n + HALF
         left, right = _halves(accs[0], ROWS, COLUMNS)
-        lefts, rights = (left,), (right,)
-        if G == 2:
+        if G == 1:
+            lefts, rights = (left,), (right,)
+        else:
             left1, right1 = _halves(accs[1], ROWS, COLUMNS)
             lefts, rights = (left, left1), (right, right1)
         _finish(
@@ -115,6 +116,27 @@ def _finish(
         else:
             result = EPILOGUE(accs, args, strides, m, n, mask)
             tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefetch(w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Ask for the first 512 bytes of each row of a weight tile to be brought into the L2.
+    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 4)[None, :]
+    n = tl.minimum(first_n + row % BLOCK_N, N - 1)
+    column = tl.minimum(k + part * 64, K - 1)
+    where = w + (row // BLOCK_N * N + n).to(tl.int64) * K + column
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _place(item, tiles_t, TILES_N: tl.constexpr, GROUP_T: tl.constexpr, SPLITS: tl.constexpr):
+    # (split, tile of tokens, tile of features) of an item.
+    split, tile = item % SPLITS, item // SPLITS
+    group, inside = tile // (GROUP_T * TILES_N), tile % (GROUP_T * TILES_N)
+    height = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+    return split, group * GROUP_T + inside % height, inside // height
 
 
 @triton.jit
@@ -199,22 +221,21 @@ def persistent_kernel(
 
     Program p of P does items p, p + P, ...: one split of one tile each, GROUP_T tiles of tokens sharing each weight
     tile before the next one, so that a wave of programs reads few distinct tiles. The loads of the next item are in
-    flight during the epilogue. Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
+    flight during the epilogue. With USE_PDL the first weights are on their way before the kernel before has ended. Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_T
     COLUMNS: tl.constexpr = BLOCK_T if SWAP else BLOCK_N
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        split, _, tile_n = _place(tl.program_id(0), tiles_t, TILES_N, GROUP_T, SPLITS)
+        _prefetch(w, tile_n * BLOCK_N, split * STEPS * BLOCK_K, N, K, G, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
     for item in tl.range(tl.program_id(0), tiles_t * (TILES_N * SPLITS), tl.num_programs(0), flatten=USE_TMA):
-        split, tile = item % SPLITS, item // SPLITS
-        group, inside = tile // (GROUP_T * TILES_N), tile % (GROUP_T * TILES_N)
-        height = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
-        first_t = (group * GROUP_T + inside % height) * BLOCK_T
-        first_n = inside // height * BLOCK_N
+        split, tile_t, tile_n = _place(item, tiles_t, TILES_N, GROUP_T, SPLITS)
+        first_t, first_n = tile_t * BLOCK_T, tile_n * BLOCK_N
         acc = _zeros(G, BLOCK_T, BLOCK_N, SWAP)
         for step in range(STEPS):
             acc = _multiply(
