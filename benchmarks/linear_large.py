@@ -4,8 +4,8 @@
     python -m benchmarks.linear_large --tune --out DIR    # sweep, write DIR/<gpu>_large.json
 
 A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct
-weights in one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a failed check
-ends the run before any timing.
+weights in one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a
+failed check ends the run.
 
 Legend: T tokens, N output features of one group, K input features, G groups.
 """

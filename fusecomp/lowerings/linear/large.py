@@ -70,7 +70,7 @@ def run_matmul(
     groups: int,
     kind_hint: str,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments as `launch_large`'s."""
+    """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments of `launch_large`."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
     if num_tokens == 0:
         return torch.empty((0, n), dtype=out_dtype, device=x.device)
@@ -108,7 +108,8 @@ def run_persistent(
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = {
         "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl, "EPILOGUE": epilogue,
+        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl,
+        "EPILOGUE": epilogue,
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
     num_sms = target_of(x).num_sms

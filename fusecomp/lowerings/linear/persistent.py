@@ -221,7 +221,8 @@ def persistent_kernel(
 
     Program p of P does items p, p + P, ...: one split of one tile each, GROUP_T tiles of tokens sharing each weight
     tile before the next one, so that a wave of programs reads few distinct tiles. The loads of the next item are in
-    flight during the epilogue. With USE_PDL the first weights are on their way before the kernel before has ended. Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
+    flight during the epilogue. With USE_PDL the first weights are on their way before the kernel before has ended.
+    Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
     """
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
