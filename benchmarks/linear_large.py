@@ -3,9 +3,9 @@
     python -m benchmarks.linear_large                     # the committed choices, chains and peers
     python -m benchmarks.linear_large --tune --out DIR    # sweep, write DIR/<gpu>_large.json
 
-A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct weights in
-one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a failed check
-ends the run before any timing.
+A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct
+weights in one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a
+failed check ends the run.
 
 Legend: T tokens, N output features of one group, K input features, G groups.
 """
@@ -160,16 +160,14 @@ def candidates(layer: Layer, tokens: int) -> Iterator[LargeConfig]:
     square = LargeConfig(block_t=128, block_n=128 // g, num_stages=6, pieces=2)
     small = LargeConfig(block_t=128, block_n=128 // g, num_warps=4, num_stages=3, pieces=2, per_sm=2)
     whole = [wide, small]
+    if g == 2:
+        whole.append(replace(wide, pieces=2))
     if tokens <= 512:
         whole.append(square)
-        yield replace(wide, stream=True)
-        yield replace(square, stream=True)
     if g == 1:
         whole.append(replace(square, swap=True))
         if tokens > 128:
             whole.append(replace(wide, swap=True, block_t=256, block_n=128))
-        if tokens <= 512:
-            yield replace(square, swap=True, stream=True)
     for config in whole:
         yield config
         tiles = math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
@@ -208,6 +206,8 @@ def build(job: tuple[Layer, LargeConfig]) -> str:
 def build_all(jobs: list[tuple[Layer, LargeConfig]]) -> None:
     """Compile all jobs on several processes; those that fail are reported again when they are timed."""
     start = time.time()
+    if not jobs:
+        return
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
         for text in pool.imap_unordered(build, jobs, chunksize=1):
             if text:
@@ -229,7 +229,12 @@ def check(case: Case, config: LargeConfig) -> float:
 def tune(case: Case) -> dict[str, Any]:
     """The table's entry for one layer and number of tokens: each candidate once, then the best again, in turns."""
     library = library_choices(case.layer)
-    first = [(case.seconds(config), config) for config in candidates(case.layer, case.tokens)]
+    first = []
+    for config in candidates(case.layer, case.tokens):
+        try:
+            first.append((case.seconds(config), config))
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"{case.layer} {config.constants()}: {error}", flush=True)
     first.sort(key=lambda pair: pair[0])
     finalists = library + [config for _, config in first[:2]]
     times: dict[LargeConfig, list[float]] = {config: [] for config in finalists}
@@ -250,8 +255,11 @@ def tune(case: Case) -> dict[str, Any]:
 
 
 def write_table(path: Path, environment: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """A table with one line per entry."""
-    body = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    """A table with one line per entry; shapes that were not tuned keep their entries."""
+    shape = ("groups", "n", "k", "kind", "tokens")
+    kept = large_heuristics.load_table(large_heuristics.DEFAULT_TABLE)["entries"]
+    merged = {tuple(entry[key] for key in shape): entry for entry in (*kept, *entries)}
+    body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
     path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
 
@@ -273,7 +281,9 @@ class Weights:
         return cls(model, layers, head, 1 + 0.1 * torch.randn(model.hidden, dtype=DTYPE, device="cuda"))
 
 
-def linear(x: Tensor, weight: Tensor, epilogue: str, args: tuple[Tensor, ...] = (), scale: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, epilogue: str, args: tuple[Tensor, ...] = (), scale: Tensor | None = None
+) -> Tensor:
     kernel, groups, _, hint = EPILOGUES[epilogue]
     norm = "" if scale is None else "rms"
     return large.launch_large(
@@ -339,8 +349,8 @@ def chain_seconds(layer: Callable, weights: Weights, split: bool, tokens: int, h
     return bench(run, 1, replays=9 if tokens < 1024 else 5)
 
 
-def measure_chains(name: str, tokens: list[int], inductor: bool) -> list[dict[str, Any]]:
-    """Rows of chain times in ms: ours, the library with our other kernels, Inductor merged and unmerged."""
+def measure_chains(name: str, tokens: list[int], variants: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Chain times in ms: "ours", "library" (with our other kernels), "merged" and "stock" (both by Inductor)."""
     weights = Weights.random(MODELS[name])
     model = weights.model
     rows = []
@@ -352,15 +362,16 @@ def measure_chains(name: str, tokens: list[int], inductor: bool) -> list[dict[st
         head = count <= 1024
         flops = sum(part.flops(count) for part in model.parts()) * model.layers + head * model.head().flops(count)
         row: dict[str, Any] = {"model": name, "tokens": count, "head": head}
-        row["ours"] = chain_seconds(our_layer, weights, False, count, head)
-        with mock.patch.object(large_heuristics, "large_config", library):
-            row["library"] = chain_seconds(our_layer, weights, False, count, head)
-        if inductor:
-            with torch.no_grad():
-                row["inductor merged"] = chain_seconds(torch.compile(merged_layer), weights, False, count, head)
-                row["inductor stock"] = chain_seconds(torch.compile(stock_layer), weights, True, count, head)
-        row["ours again"] = chain_seconds(our_layer, weights, False, count, head)
-        row = {key: round(value * 1e3, 4) if isinstance(value, float) else value for key, value in row.items()}
+        for variant in (*variants, variants[0]):
+            if variant == "library":
+                with mock.patch.object(large_heuristics, "large_config", library):
+                    found = chain_seconds(our_layer, weights, False, count, head)
+            else:
+                layer = our_layer if variant == "ours" else merged_layer if variant == "merged" else stock_layer
+                with torch.no_grad():
+                    layer = layer if layer is our_layer else torch.compile(layer, dynamic=False)
+                    found = chain_seconds(layer, weights, variant == "stock", count, head)
+            row[f"{variant} again" if variant in row else variant] = round(found * 1e3, 4)
         row["TFLOP/s"] = round(flops / row["ours"] / 1e9, 1)
         rows.append(row)
         print(row, flush=True)
@@ -373,16 +384,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--chains", nargs="*", type=int, default=[128, 256, 8192], help="tokens of the chains")
-    parser.add_argument("--inductor", action="store_true", help="time the torch.compile'd chains too")
+    parser.add_argument("--inductor", nargs="*", type=int, default=[256], help="tokens of the torch.compile'd chains")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=120.0, help="tune no further shape after this long")
     args = parser.parse_args()
     begin = time.time()
     layers = list(dict.fromkeys(layer for name in args.models for layer in LAYERS[name]))
     cases = [(layer, tokens) for tokens in args.tokens for layer in layers if not (layer.n > 65536 and tokens > 512)]
-    if args.tune:
-        build_all(list(dict.fromkeys((layer, c) for layer, tokens in cases for c in candidates(layer, tokens))))
     device = torch.device("cuda")
+    target = large_heuristics.device_target(0)
+
+    def committed(layer: Layer, tokens: int) -> LargeConfig:
+        return large_heuristics.large_config(
+            target, n=layer.n, k=layer.k, groups=layer.groups, tokens=tokens, itemsize=2, kind=layer.kind
+        )
+
+    choices = candidates if args.tune else lambda *shape: [committed(*shape)]
+    jobs = [(layer, config) for layer, tokens in cases for config in choices(layer, tokens)]
+    build_all(list(dict.fromkeys(job for job in jobs if job[1].method == "persistent")))
     ceilings = measure_ceilings(device)
     environment = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
@@ -399,13 +418,10 @@ def main() -> None:
                 break
             entries.append(tune(case))
             seconds = entries[-1]["us"] * 1e-6
-            extra = f"library {entries[-1]['library_us']} persistent {entries[-1]['persistent_us']} {entries[-1]['persistent']}"
-            write_table(args.out / f"{large_heuristics.target_of(pool).table}_large.json", environment, entries)
+            extra = "library {library_us} persistent {persistent_us} {persistent}".format(**entries[-1])
+            write_table(args.out / f"{target.table}_large.json", environment, entries)
         else:
-            config = large_heuristics.large_config(
-                large_heuristics.target_of(pool), n=layer.n, k=layer.k, groups=layer.groups, tokens=tokens, itemsize=2,
-                kind=layer.kind,
-            )  # fmt: skip
+            config = committed(layer, tokens)
             extra = f"error {check(case, config):.2f} {config.method} {config.constants()}"
             seconds = case.seconds(config)
         share = layer.flops(tokens) / seconds / ceilings.matmul_flops_per_s
@@ -413,9 +429,11 @@ def main() -> None:
         print(f"{tokens:5d} {layer!s:32} {seconds * 1e6:9.2f} us {share:6.1%}  {extra}", flush=True)
     chains = []
     if not args.tune:
-        for name in args.models:
-            if name in MODELS:
-                chains += measure_chains(name, args.chains, args.inductor)
+        names = [name for name in args.models if name in MODELS]
+        for name in names:
+            chains += measure_chains(name, args.chains, ("ours", "library"))
+        for name in names:
+            chains += measure_chains(name, args.inductor, ("ours", "merged", "stock"))
     result = {**environment, "matmuls": rows, "chains": chains}
     (args.out / "linear_large.json").write_text(json.dumps(result))
     print(json.dumps(result))

@@ -44,15 +44,15 @@ class Specialization:
     """One kernel with everything its compilation depends on.
 
     Args:
-        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type.
-        scalars: type of each scalar argument.
+        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type, or a tuple of them.
+        scalars: type of each scalar argument, or a tuple of types.
         constants: value of each constexpr argument; `None` for an absent tensor.
     """
 
     name: str
     kernel: Any
-    pointers: dict[str, str]
-    scalars: dict[str, str]
+    pointers: dict[str, Any]
+    scalars: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -253,10 +253,14 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
 def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]:
     """Compile one specialization; returns its resources and Triton's compiled kernel."""
     target = TARGETS[target_name]
-    signature, attrs = {}, {}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], list] = {}
     for index, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
             signature[name] = "constexpr"
+        elif isinstance(kinds := spec.pointers.get(name, spec.scalars.get(name)), tuple):
+            signature[name] = tuple(f"*{kind}" if name in spec.pointers else kind for kind in kinds)
+            attrs |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kinds))}
         elif name in spec.pointers:
             kind = spec.pointers[name]
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
@@ -284,13 +288,15 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
-    seen = set()
-    for case in CASES[full]:
-        for spec in specializations(case, TARGETS[target_name]):
-            key = repr(replace(spec, name=""))
-            if key not in seen:
-                seen.add(key)
-                yield compile_one(spec, target_name)[0]
+    from fusecomp.lowerings.linear import large_aot  # imports this module
+
+    target, seen = TARGETS[target_name], set()
+    attention = (spec for case in CASES[full] for spec in specializations(case, target))
+    for spec in itertools.chain(attention, large_aot.specializations(target)):
+        key = repr(replace(spec, name=""))
+        if key not in seen:
+            seen.add(key)
+            yield compile_one(spec, target_name)[0]
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

@@ -19,5 +19,6 @@ __all__ = [
     "op_cost",
     "record_fallback",
     "rope",
+    "sampling",
     "take_fallbacks",
 ]

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, target_of, tma_reads, uses_pdl
 from fusecomp.lowerings.linear.norm import launch_norm
-from fusecomp.lowerings.linear.persistent import persistent_kernel, stream_kernel
+from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 
 
@@ -43,7 +43,8 @@ def launch_large(
         norm_kind: "", "rms" or "layer"; the `norm_*` after it are `launch_norm`'s.
         epilogue: a Triton function (accs, args, strides, m, n, mask) -> fp32 tile.
         args, strides: the epilogue's operands and their row strides in elements.
-        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]), "other".
+        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]) or
+            "other".
 
     Raises:
         ValueError: a shape, stride, dtype or hint other than these.
@@ -69,11 +70,11 @@ def run_matmul(
     groups: int,
     kind_hint: str,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) as `config` says; arguments as for `launch_large`."""
+    """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments of `launch_large`."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
     if num_tokens == 0:
         return torch.empty((0, n), dtype=out_dtype, device=x.device)
-    if config.method == "persistent":
+    if config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight))):
         return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
     if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
         return torch.addmm(args[0], x, weight.t())
@@ -94,12 +95,11 @@ def run_persistent(
     strides: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) by the persistent kernel, without TMA where x or weight is not aligned for it."""
+    """EPILOGUE(x @ weight^T) by the persistent kernel; for `use_tma` x and weight must be aligned."""
     num_tokens, k = x.shape
     n = weight.shape[0] // groups
-    use_tma = config.use_tma and tma_reads(x) and tma_reads(weight)
     x_tiles = w_tiles = None
-    if use_tma:
+    if config.use_tma:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [config.block_t, config.block_k])
         w_tiles = _weight_tiles(weight, n, k, groups, config)
     out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
@@ -108,21 +108,11 @@ def run_persistent(
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = {
         "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": use_tma, "USE_PDL": use_pdl, "EPILOGUE": epilogue,
+        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl,
+        "EPILOGUE": epilogue,
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
     num_sms = target_of(x).num_sms
-    if config.stream and tiles_t <= num_sms:
-        lanes = min(num_sms // tiles_t, tiles_n * triton.cdiv(k, config.block_k))
-        programs = lanes * tiles_t
-        parts = torch.empty(
-            (programs, groups * config.block_t * config.block_n), dtype=torch.float32, device=x.device
-        )
-        stream_kernel[(programs,)](
-            x, weight, x_tiles, w_tiles, out, args, strides, parts, _flags(weight, programs), num_tokens, x.stride(0),
-            out.stride(0), MOST=triton.cdiv(lanes, tiles_n), **constants, **options,
-        )  # fmt: skip
-        return out
     buffer = out
     if config.splits > 1:
         buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
@@ -136,24 +126,6 @@ def run_persistent(
     return out
 
 
-_stream_flags: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _flags(weight: Tensor, count: int) -> Tensor:
-    """int32 zeros, which every launch leaves at zero.
-
-    They are kept per weight, because launches that share a weight follow one another. Zeros made during a capture hold
-    only once the graph runs, so those are not kept: warm up before capturing.
-    """
-    key = (weight.device, weight.data_ptr())
-    flags = _stream_flags.get(key)
-    if flags is None or len(flags) < count:
-        flags = torch.zeros(max(256, count), dtype=torch.int32, device=weight.device)
-        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _stream_flags[key] = flags
-    return flags
-
-
 def _weight_tiles(weight: Tensor, n: int, k: int, groups: int, config: LargeConfig) -> TensorDescriptor:
     """Blocks of block_n rows, or of as many from each of the two groups."""
     if groups == 1:
@@ -165,7 +137,9 @@ def _check(
     x: Tensor, weight: Tensor, args: tuple[Tensor, ...], strides: tuple[int, ...], groups: int, kind_hint: str
 ) -> None:
     if groups not in (1, 2) or weight.shape[0] % groups:
-        raise ValueError(f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported")
+        raise ValueError(
+            f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported"
+        )
     if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(f"linear: x {list(x.shape)} {x.dtype} does not fit weight {list(weight.shape)} {weight.dtype}")
     if x.stride(-1) != 1 or not weight.is_contiguous():

@@ -1,7 +1,7 @@
 """The persistent matmul of the large-M side of `linear`: Triton kernel and its helpers, no launches.
 
-Legend: T tokens, N output features, K input features, G accumulator groups (2 for gate and up, merged by rows), S splits
-of K. A tile is BLOCK_T tokens by BLOCK_N features of every group.
+Legend: T tokens, N output features, K input features, G accumulator groups (2 for gate and up, merged by rows),
+S splits of K. A tile is BLOCK_T tokens by BLOCK_N features of every group.
 """
 
 from __future__ import annotations
@@ -65,58 +65,12 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _leave(accs, where, G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
-    # Write G fp32 tiles [ROWS, COLUMNS] to scratch at `where`, in PIECES halves of halves, each row-major.
-    if PIECES > 1:
-        HALF: tl.constexpr = COLUMNS // 2
-        left, right = _halves(accs[0], ROWS, COLUMNS)
-        lefts, rights = (left,), (right,)
-        if G == 2:
-            left1, right1 = _halves(accs[1], ROWS, COLUMNS)
-            lefts, rights = (left, left1), (right, right1)
-        _leave(lefts, where, G, ROWS, HALF, PIECES // 2)
-        _leave(rights, where + G * ROWS * HALF, G, ROWS, HALF, PIECES // 2)
-    else:
-        within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        for g in tl.static_range(G):
-            tl.store(where + g * (ROWS * COLUMNS) + within, accs[g])
-
-
-@triton.jit
-def _take(acc, where, others, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr):
-    # acc plus the tiles that `others`, at most MOST, programs left at where, where + step, ...
-    within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    for other in tl.static_range(MOST):
-        acc += tl.load(where + other * step + within, mask=(within >= 0) & (other < others), other=0.0)
-    return acc
-
-
-# Calls, because Triton does not pipeline a loop that has a barrier or another loop inside.
-@triton.jit(noinline=True)
-def _raise_flag(flag):
-    tl.debug_barrier()  # all of the program's stores precede the release
-    tl.atomic_xchg(flag, 1, sem="release", scope="gpu")
-
-
-@triton.jit(noinline=True)
-def _wait_for(flags, count, step):
-    # Until flags, flags + step, ... are raised, `count` of them; lowers each.
-    for other in range(count):
-        while tl.atomic_cas(flags + other * step, 1, 0, sem="acquire", scope="gpu") != 1:
-            pass
-    tl.debug_barrier()
-
-
-@triton.jit
 def _finish(
     accs,
     out,
     args,
     strides,
     split,
-    where,
-    others,
-    step,
     first_t,
     first_n,
     num_tokens,
@@ -127,29 +81,28 @@ def _finish(
     COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
-    MOST: tl.constexpr,
     SWAP: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    # Write accs, G tiles [ROWS, COLUMNS]: features by tokens when swapped, tokens by features otherwise. The store wants
-    # another layout than the MMA leaves, and PIECES pieces need that much less shared memory to get it.
+    # Write accs, G tiles [ROWS, COLUMNS]: features by tokens when swapped, tokens by features otherwise. The store
+    # wants another layout than the MMA leaves, and PIECES pieces need that much less shared memory to get it.
     if PIECES > 1:
         HALF: tl.constexpr = COLUMNS // 2
         next_t = first_t + HALF if SWAP else first_t
         next_n = first_n if SWAP else first_n + HALF
-        next_where = where + G * ROWS * HALF if MOST else where
         left, right = _halves(accs[0], ROWS, COLUMNS)
-        lefts, rights = (left,), (right,)
-        if G == 2:
+        if G == 1:
+            lefts, rights = (left,), (right,)
+        else:
             left1, right1 = _halves(accs[1], ROWS, COLUMNS)
             lefts, rights = (left, left1), (right, right1)
         _finish(
-            lefts, out, args, strides, split, where, others, step, first_t, first_n, num_tokens, stride_o,
-            N, G, ROWS, HALF, PIECES // 2, SPLITS, MOST, SWAP, EPILOGUE,
+            lefts, out, args, strides, split, first_t, first_n, num_tokens, stride_o,
+            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, EPILOGUE,
         )  # fmt: skip
         _finish(
-            rights, out, args, strides, split, next_where, others, step, next_t, next_n, num_tokens, stride_o,
-            N, G, ROWS, HALF, PIECES // 2, SPLITS, MOST, SWAP, EPILOGUE,
+            rights, out, args, strides, split, next_t, next_n, num_tokens, stride_o,
+            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, EPILOGUE,
         )  # fmt: skip
     else:
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -161,14 +114,29 @@ def _finish(
             for g in tl.static_range(G):
                 tl.store(target + g * N, accs[g], mask=mask)
         else:
-            sums = accs
-            if MOST > 0:
-                first = _take(accs[0], where, others, step, ROWS, COLUMNS, MOST)
-                sums = (first,)
-                if G == 2:
-                    sums = (first, _take(accs[1], where + ROWS * COLUMNS, others, step, ROWS, COLUMNS, MOST))
-            result = EPILOGUE(sums, args, strides, m, n, mask)
+            result = EPILOGUE(accs, args, strides, m, n, mask)
             tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefetch(w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Ask for the first 512 bytes of each row of a weight tile to be brought into the L2.
+    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 4)[None, :]
+    n = tl.minimum(first_n + row % BLOCK_N, N - 1)
+    column = tl.minimum(k + part * 64, K - 1)
+    where = w + (row // BLOCK_N * N + n).to(tl.int64) * K + column
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _place(item, tiles_t, TILES_N: tl.constexpr, GROUP_T: tl.constexpr, SPLITS: tl.constexpr):
+    # (split, tile of tokens, tile of features) of an item.
+    split, tile = item % SPLITS, item // SPLITS
+    group, inside = tile // (GROUP_T * TILES_N), tile % (GROUP_T * TILES_N)
+    height = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+    return split, group * GROUP_T + inside % height, inside // height
 
 
 @triton.jit
@@ -244,31 +212,31 @@ def persistent_kernel(
     USE_PDL: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    """out[T, N] = EPILOGUE(x @ w^T), or with SPLITS > 1 the fp32 sums out[S, T, G * N] of each split, without EPILOGUE.
+    """out[T, N] = EPILOGUE(x @ w^T), or with SPLITS > 1 the fp32 sums out[S, T, G * N] of each split, no EPILOGUE.
 
     x [T, K] with row stride stride_x, w [G * N, K] contiguous, both of one 16-bit or fp32 type; fp32 accumulation; out
-    [T, N] with row stride stride_o. With USE_TMA x_tiles and w_tiles describe them: x in blocks [BLOCK_T, BLOCK_K], w in
-    [BLOCK_N, BLOCK_K], or for two groups, seen as [2, N, K], in [2, BLOCK_N, BLOCK_K].
+    [T, N] with row stride stride_o. With USE_TMA x_tiles and w_tiles describe them: x in blocks [BLOCK_T, BLOCK_K], w
+    in [BLOCK_N, BLOCK_K], or for two groups, seen as [2, N, K], in [2, BLOCK_N, BLOCK_K].
     SWAP (one group only) puts the features on the row side of the MMA and the tokens on its column side.
 
-    Program p of P does items p, p + P, ...: one split of one tile each, GROUP_T tiles of tokens sharing each weight tile
-    before the next one, so that a wave of programs reads few distinct tiles. The loads of the next item are in flight
-    during the epilogue. Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
+    Program p of P does items p, p + P, ...: one split of one tile each, GROUP_T tiles of tokens sharing each weight
+    tile before the next one, so that a wave of programs reads few distinct tiles. The loads of the next item are in
+    flight during the epilogue. With USE_PDL the first weights are on their way before the kernel before has ended.
+    Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_T
     COLUMNS: tl.constexpr = BLOCK_T if SWAP else BLOCK_N
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        split, _, tile_n = _place(tl.program_id(0), tiles_t, TILES_N, GROUP_T, SPLITS)
+        _prefetch(w, tile_n * BLOCK_N, split * STEPS * BLOCK_K, N, K, G, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
     for item in tl.range(tl.program_id(0), tiles_t * (TILES_N * SPLITS), tl.num_programs(0), flatten=USE_TMA):
-        split, tile = item % SPLITS, item // SPLITS
-        group, inside = tile // (GROUP_T * TILES_N), tile % (GROUP_T * TILES_N)
-        height = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
-        first_t = (group * GROUP_T + inside % height) * BLOCK_T
-        first_n = inside // height * BLOCK_N
+        split, tile_t, tile_n = _place(item, tiles_t, TILES_N, GROUP_T, SPLITS)
+        first_t, first_n = tile_t * BLOCK_T, tile_n * BLOCK_N
         acc = _zeros(G, BLOCK_T, BLOCK_N, SWAP)
         for step in range(STEPS):
             acc = _multiply(
@@ -276,81 +244,6 @@ def persistent_kernel(
                 N, K, G, BLOCK_T, BLOCK_N, BLOCK_K, SWAP, USE_TMA,
             )  # fmt: skip
         _finish(
-            _groups(acc, G, BLOCK_T, BLOCK_N), out, args, strides, split, None, 0, 0, first_t, first_n, num_tokens, stride_o,
-            N, G, ROWS, COLUMNS, PIECES, SPLITS, 0, SWAP, EPILOGUE,
+            _groups(acc, G, BLOCK_T, BLOCK_N), out, args, strides, split, first_t, first_n, num_tokens, stride_o,
+            N, G, ROWS, COLUMNS, PIECES, SPLITS, SWAP, EPILOGUE,
         )  # fmt: skip
-
-
-@triton.jit
-def stream_kernel(
-    x,
-    w,
-    x_tiles,
-    w_tiles,
-    out,
-    args,
-    strides,
-    parts,
-    flags,
-    num_tokens,
-    stride_x,
-    stride_o,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    MOST: tl.constexpr,
-    SWAP: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):
-    """out[T, N] = EPILOGUE(x @ w^T) with the K steps of all tiles dealt out evenly; operands as for `persistent_kernel`.
-
-    For few tokens, where whole tiles do not fill the card. The programs form lanes of one program per tile of tokens, so
-    that a weight is read by all of them at the same time. A lane takes a contiguous range of the steps of all tiles of
-    features: the end of one, perhaps some whole ones, the beginning of another. Who has a tile's beginning finishes it; the others
-    leave their sums in parts fp32[P, G * BLOCK_T * BLOCK_N] and raise flags int32[P], which the finisher lowers again.
-    Sums are added in a fixed order. A program waits only for programs of lower numbers, which leave their sums first
-    of all, so the launch ends even if not all programs run at once.
-    """
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    tiles_t = tl.cdiv(num_tokens, BLOCK_T)
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    TOTAL: tl.constexpr = TILES_N * STEPS
-    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_T
-    COLUMNS: tl.constexpr = BLOCK_T if SWAP else BLOCK_N
-    SLOT: tl.constexpr = G * BLOCK_T * BLOCK_N
-    program = tl.program_id(0)
-    lanes = tl.num_programs(0) // tiles_t
-    first_t = program % tiles_t * BLOCK_T
-    lane = lanes - 1 - program // tiles_t  # the first programs take the last steps
-    start, stop = lane * TOTAL // lanes, (lane + 1) * TOTAL // lanes
-    acc = _zeros(G, BLOCK_T, BLOCK_N, SWAP)
-    for step in range(start, stop):
-        tile = step // STEPS
-        acc = _multiply(
-            acc, x, w, x_tiles, w_tiles, first_t, tile * BLOCK_N, step % STEPS * BLOCK_K, num_tokens, stride_x,
-            N, K, G, BLOCK_T, BLOCK_N, BLOCK_K, SWAP, USE_TMA,
-        )  # fmt: skip
-        if (step % STEPS == STEPS - 1) | (step == stop - 1):
-            accs = _groups(acc, G, BLOCK_T, BLOCK_N)
-            if start > tile * STEPS:
-                _leave(accs, parts + program.to(tl.int64) * SLOT, G, ROWS, COLUMNS, PIECES)
-                _raise_flag(flags + program)
-            else:
-                # The lane that has the tile's last step, less this one.
-                others = ((tile + 1) * STEPS * lanes - 1) // TOTAL - lane
-                _wait_for(flags + program - tiles_t, others, -tiles_t)
-                _finish(
-                    accs, out, args, strides, 0, parts + (program - tiles_t).to(tl.int64) * SLOT, others,
-                    -tiles_t * SLOT, first_t, tile * BLOCK_N, num_tokens, stride_o,
-                    N, G, ROWS, COLUMNS, PIECES, 1, MOST, SWAP, EPILOGUE,
-                )  # fmt: skip
-            acc = _zeros(G, BLOCK_T, BLOCK_N, SWAP)

@@ -51,10 +51,10 @@ def pointwise_kernel(
     mask = (m < num_tokens) & (n < N)
     first = _sum_of_splits(acc, num_tokens, m, n, mask, G * N, SPLITS)
     if G == 1:
-        accs = (first,)
+        result = EPILOGUE((first,), args, strides, m, n, mask)
     else:
-        accs = (first, _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS))
-    result = EPILOGUE(accs, args, strides, m, n, mask)
+        second = _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS)
+        result = EPILOGUE((first, second), args, strides, m, n, mask)
     tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -79,4 +79,3 @@ def launch_pointwise(
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-
