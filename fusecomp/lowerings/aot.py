@@ -41,18 +41,19 @@ class Specialization:
     """One kernel with everything its compilation depends on.
 
     Args:
-        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type.
-        scalars: type of each scalar argument.
+        pointers: element type of each pointer argument ("bf16", "i32", ...), a descriptor type, or a tuple of types.
+        scalars: type of each scalar argument, or a tuple of types.
         constants: value of each constexpr argument; `None` for an absent tensor.
     """
 
     name: str
     kernel: Any
-    pointers: dict[str, str]
-    scalars: dict[str, str]
+    pointers: dict[str, Any]
+    scalars: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    launch_pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
             signature[name] = "constexpr"
         elif name in spec.pointers:
             kind = spec.pointers[name]
+            if isinstance(kind, tuple):
+                signature[name] = tuple(f"*{element}" for element in kind)
+                attrs |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
+                continue
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
             if not kind.startswith("tensordesc"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
@@ -227,7 +232,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+    options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.launch_pdl:
+        options["launch_pdl"] = True
+    compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":
         registers, spills = _cuda_usage(compiled)
     else:
@@ -240,13 +248,16 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
+    from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
+
+    target = TARGETS[target_name]
+    attention = (spec for case in CASES[full] for spec in specializations(case, target))
     seen = set()
-    for case in CASES[full]:
-        for spec in specializations(case, TARGETS[target_name]):
-            key = repr(replace(spec, name=""))
-            if key not in seen:
-                seen.add(key)
-                yield compile_one(spec, target_name)[0]
+    for spec in itertools.chain(attention, skinny_specializations(target, full=full)):
+        key = repr(replace(spec, name=""))
+        if key not in seen:
+            seen.add(key)
+            yield compile_one(spec, target_name)[0]
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class SkinnyConfig:
         num_stages: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
         prefetch: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
         lead: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
+        ahead: tiles whose inputs are in flight.
     """
 
     block_t: int
@@ -46,6 +47,7 @@ class SkinnyConfig:
     num_stages: int
     prefetch: int = 0
     lead: int = 0
+    ahead: int = 1
     source: str = ""
 
 
