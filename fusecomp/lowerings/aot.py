@@ -43,6 +43,7 @@ class Specialization:
     Args:
         pointers: element type of each pointer argument ("bf16", "i32", ...), a descriptor type, or a tuple of types.
         scalars: type of each scalar argument, or a tuple of types.
+        aligned: scalars that are multiples of 16, besides strides.
         constants: value of each constexpr argument; `None` for an absent tensor.
     """
 
@@ -54,6 +55,7 @@ class Specialization:
     num_warps: int
     num_stages: int
     launch_pdl: bool = False
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = spec.scalars[name]
-            if name.startswith("stride") and name != "stride_table":
+            if name in spec.aligned or (name.startswith("stride_") and name != "stride_table"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)

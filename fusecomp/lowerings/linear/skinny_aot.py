@@ -73,4 +73,5 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
             constants |= dict.fromkeys(scratch)
     name = f"skinny-{dtype}-n{n}-k{k}-g{groups}-t{tokens}-norm{norm}"
     kernel = gemv_kernel if config.block_t == 1 else skinny_kernel
-    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl)
+    aligned = tuple(name for name, value in (("n", n), ("k", k)) if value % 16 == 0)
+    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl, aligned)

@@ -304,7 +304,8 @@ def _shift(queue, last, true):
     shifted = ()
     for i in tl.static_range(1, len(queue)):
         shifted += (tl.where(true, queue[i], last),)
-    return shifted + (last,)
+    shifted += (last,)
+    return shifted
 
 
 @triton.jit
