@@ -215,7 +215,8 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
 def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]:
     """Compile one specialization; returns its resources and Triton's compiled kernel."""
     target = TARGETS[target_name]
-    signature, attrs = {}, {}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], list] = {}
     for index, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
             signature[name] = "constexpr"
