@@ -98,7 +98,9 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
         return
     stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
     for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (2, 4, 8)):
-        if not tokens <= t <= max(2 * tokens, 16) or r < t or (t >= 64 and r == 64) or r // w != (32 if r == 256 else 16):
+        if not tokens <= t <= max(2 * tokens, 16) or r < t or (t >= 64 and r == 64):
+            continue
+        if r // w != (32 if r == 256 else 16):
             continue
         for s in stages[k]:
             held = r * k * 2 * s // (1 if s > 1 else 2)  # bytes in flight
@@ -192,9 +194,11 @@ class Tuner:
     def tune(self, pools: dict[str, list[SkinnyConfig]], budget: float) -> None:
         """Take the best of each pool; the largest layers first, and twice where they depend on each other."""
         start = time.time()
+        done: set[str] = set()
         for name in ("gate_up", "down", "qkv", "o", "gate_up", "down", "lm_head"):
-            again = name in self.log and len(pools[name]) > 8
+            again = name in done
             pool = [c for _, c in self.log[name][:6]] if again else pools[name]
+            done.add(name)
             results = []
             for config in pool:
                 if time.time() - start > budget:

@@ -44,8 +44,9 @@ class Specialization:
     """One kernel with everything its compilation depends on.
 
     Args:
-        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type, or a tuple of them.
+        pointers: element type of each pointer argument ("bf16", "i32", ...), a descriptor type, or a tuple of types.
         scalars: type of each scalar argument, or a tuple of types.
+        aligned: scalars that are multiples of 16, besides strides.
         constants: value of each constexpr argument; `None` for an absent tensor.
     """
 
@@ -56,6 +57,7 @@ class Specialization:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = spec.scalars[name]
-            if name.startswith("stride") and name != "stride_table":
+            if name in spec.aligned or (name.startswith("stride_") and name != "stride_table"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
@@ -288,11 +290,13 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
-    from fusecomp.lowerings.linear import large_aot  # imports this module
+    from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
+    from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
 
     target, seen = TARGETS[target_name], set()
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
-    for spec in itertools.chain(attention, large_aot.specializations(target)):
+    linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
+    for spec in itertools.chain(attention, linear):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)
