@@ -73,8 +73,8 @@ _ROUTING = (
 )
 _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
-_DENSE_FUSED = {"linear": 4, "norm": 2}
-_SPARSE_FUSED = {"linear": 3, "norm": 2}
+_DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
+_SPARSE_FUSED = {"linear": 3, "norm": 2, "rope_attention": 1}
 _HEAD_FUSED = {"linear": 1}
 _SMALL = {
     "hidden_size": 96,
