@@ -57,13 +57,16 @@ def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Call
     def run(graph: GraphModule, inputs: Any, **_: Any) -> Callable:
         rewrite(graph)
         graph.recompile()
-        call = torch.fx.Interpreter(graph).boxed_run
-        call_boxed: Any = lambda args: call(args)  # noqa: E731
-        call_boxed._boxed_call = True
-        return call_boxed
+        interpreter = torch.fx.Interpreter(graph)
+
+        def call(args: list[Any]) -> Any:
+            return interpreter.boxed_run(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
 
     with functorch_config.patch(enable_autograd_cache=False):
-        compiled: Any = compile_fx(gm, example_inputs, inner_compile=run)
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=run)  # type: ignore[arg-type]
     return compiled
 
 

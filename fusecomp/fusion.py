@@ -24,9 +24,10 @@ from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
+from fusecomp.patterns.rope import RopeAttention
 from fusecomp.report import FusionReport, Match, NearMiss
 
-FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm())
+FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm(), RopeAttention())
 
 
 class FusePass(CustomGraphPass):
@@ -43,7 +44,7 @@ class FusePass(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.ran = True
         for pattern in self.patterns:
-            pattern.apply(graph.owning_module, self.context)
+            pattern.apply(graph.owning_module, self.context)  # type: ignore[arg-type]
 
     def key(self) -> str:
         """Hash of every pattern's sources, in order."""
@@ -58,7 +59,9 @@ class FusePass(CustomGraphPass):
         return {"patterns": [p.name for p in self.patterns], "key": self.uuid()}
 
 
-def compile_fused(gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str) -> tuple[Callable, FusionReport]:
+def compile_fused(
+    gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str
+) -> tuple[Callable, FusionReport]:
     """Compile one piece with the fuse stage.
 
     Args:

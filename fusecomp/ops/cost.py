@@ -46,6 +46,14 @@ def _cache_write(k: Any, *_: Any) -> Cost:
     return Cost(4 * T * int(k.shape[-2]) * int(k.shape[-1]) * k.element_size(), sympy.Integer(0))
 
 
+def _rope_attention(q: Any, k: Any, *args: Any) -> Cost:
+    """Raw k and v are read and written to the cache; cos and sin are counted as one row of each per token."""
+    cos, sin = args[1], args[2]
+    tables = sum(T * int(x.shape[-1]) * x.element_size() for x in (cos, sin) if x is not None)
+    attention = _paged_attention(q, k, *(None,) * 7, args[12])
+    return attention + _cache_write(k) + Cost(tables, sympy.Integer(0))
+
+
 def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any, *_: Any) -> Cost:
     E, K = int(up.shape[0]), int(index.shape[1])
     per_expert = up[0].numel() + down[0].numel()
@@ -70,6 +78,7 @@ def _norm(x: Any, *_: Any) -> Cost:
 COSTS: dict[str, Callable[..., Cost]] = {
     "paged_attention": _paged_attention,
     "cache_write": _cache_write,
+    "rope_attention": _rope_attention,
     "experts": _experts,
     "linear": _linear,
     "norm": _norm,

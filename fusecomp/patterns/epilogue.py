@@ -47,8 +47,22 @@ BINARY = {
 }
 UNARY = {
     getattr(aten, name).default: name
-    for name in ("neg", "abs", "exp", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sigmoid", "tanh", "erf")
-    + ("sin", "cos", "relu")
+    for name in [  # of both aten and a program
+        "neg",
+        "abs",
+        "exp",
+        "log",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "sigmoid",
+        "tanh",
+        "erf",
+        "sin",
+        "cos",
+        "relu",
+    ]
 }
 CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
@@ -117,11 +131,7 @@ def flat(operand: Node) -> Node:
     if fake.dim() == 0:
         return functional.call(operand.graph, aten.reshape.default, (operand, [1]), operand)
     at = next((i for i, s in enumerate(fake.shape) if functional.size_key(s) != 1), 0)
-    size: Any = fake.shape[at]
-    if isinstance(size, torch.SymInt):
-        size = operand.graph.call_function(aten.sym_size.int, (operand, at))
-        size.meta["val"] = fake.shape[at]
-    return functional.call(operand.graph, aten.reshape.default, (operand, [size]), operand)
+    return functional.call(operand.graph, aten.reshape.default, (operand, [functional.size_node(operand, at)]), operand)
 
 
 def read_region(node: Node) -> MatmulRegion:
@@ -199,8 +209,9 @@ class _Growth:
         wanted = {0: (0, width // 2), 1: (width // 2, width)}
         found: dict[int, Node] = {}
         for user in slices:
-            dim, start, end, *step = [*user.args[1:], *([0, 0, width][len(user.args) - 1 :])]
-            if dim not in (-1, fake_value(user).dim() - 1) or step not in ([], [1]):
+            given: tuple[Any, ...] = user.args[1:]
+            dim, start, end = (*given, *(0, 0, width)[len(given) :])[:3]
+            if dim not in (-1, fake_value(user).dim() - 1) or given[3:] not in ((), (1,)):
                 return []
             part = next((i for i, (a, b) in wanted.items() if start == a and min(end, width) == b), None)
             if part is None or part in found:
@@ -260,7 +271,8 @@ class _Growth:
             return ("mul", base, base)
         if node.target in CLAMPS:
             return self._clamp(node)
-        function = BINARY.get(node.target) or UNARY.get(node.target)  # type: ignore[arg-type]
+        target: Any = node.target
+        function = BINARY.get(target) or UNARY.get(target)
         if function is None:
             return None
         if function == "relu":
@@ -293,7 +305,11 @@ class _Growth:
             return True
         before = (len(self.steps), len(self.layouts), dict(self.inputs))
         step = self._step(node)
-        if step is None or not any(isinstance(a, str) and a[0] in "at" for a in step[1:]) or len(self.steps) > MAX_STEPS:
+        if (
+            step is None
+            or not any(isinstance(a, str) and a[0] in "at" for a in step[1:])
+            or len(self.steps) > MAX_STEPS
+        ):
             del self.steps[before[0] :], self.layouts[before[1] :]
             self.inputs = before[2]
             return False

@@ -100,7 +100,9 @@ def cone(target: Node, stop: Callable[[Node], bool], limit: int) -> list[Node] |
 def leaves(region: Iterable[Node]) -> list[Node]:
     """Inputs of a region, in order of first use."""
     members = set(region)
-    return list(dict.fromkeys(arg for node in members_in_order(members) for arg in node.all_input_nodes if arg not in members))
+    return list(
+        dict.fromkeys(arg for node in members_in_order(members) for arg in node.all_input_nodes if arg not in members)
+    )
 
 
 def members_in_order(members: set[Node]) -> list[Node]:
@@ -118,7 +120,7 @@ def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
     values = dict(given)
     for node in region:
         if is_call(node, CAST) and node.args[1] in FLOATS:
-            values[node] = values[node.args[0]]
+            values[node] = values[node.args[0]]  # type: ignore[index]
             continue
         args, kwargs = torch.fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: values[a] if isinstance(a, Node) else a
@@ -127,10 +129,13 @@ def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
     return values[region[-1]]
 
 
-def token_count(like: Node) -> Node:
-    """A node for T of the token tensor [T, N] `like`, inserted at the current point."""
-    node = like.graph.call_function(aten.sym_size.int, (like, 0))
-    node.meta["val"] = fake_value(like).shape[0]
+def size_node(tensor: Node, dim: int) -> Any:
+    """Size of `dim` as an argument for a call: a number, or a node inserted at the current point."""
+    size = fake_value(tensor).shape[dim]
+    if isinstance(size, int):
+        return size
+    node = tensor.graph.call_function(aten.sym_size.int, (tensor, dim))
+    node.meta["val"] = size
     return node
 
 
@@ -139,7 +144,9 @@ def call(graph: torch.fx.Graph, target: Any, args: tuple, like: Node | None = No
     node = graph.call_function(target, args)
     fake_args = torch.fx.node.map_aggregate(args, lambda a: fake_value(a) if isinstance(a, Node) else a)
     if like is not None:
-        node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "original_aten")})
+        node.meta.update(
+            {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "original_aten")}
+        )
     with torch.no_grad():
         node.meta["val"] = target(*fake_args)
     return node
@@ -151,7 +158,7 @@ def reshaped(source: Node, like: Node) -> Node:
     if shape == [size_key(s) for s in fake_value(source).shape]:
         return source
     rows, _ = token_shape(like)  # type: ignore[misc]
-    sizes = [token_count(source) if key == rows and rows != 1 else key for key in shape[:-1]]
+    sizes = [size_node(source, 0) if key == rows and rows != 1 else key for key in shape[:-1]]
     return call(source.graph, aten.reshape.default, (source, [*sizes, shape[-1]]), like)
 
 
@@ -163,6 +170,4 @@ def as_rows(source: Node, width: int) -> Node:
     at = next((i for i, s in enumerate(fake.shape[:-1]) if size_key(s) != 1), None)
     if at is None:
         return call(source.graph, aten.reshape.default, (source, [1, width]), source)
-    rows = source.graph.call_function(aten.sym_size.int, (source, at))
-    rows.meta["val"] = fake.shape[at]
-    return call(source.graph, aten.reshape.default, (source, [rows, width]), source)
+    return call(source.graph, aten.reshape.default, (source, [size_node(source, at), width]), source)

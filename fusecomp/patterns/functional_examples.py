@@ -18,7 +18,9 @@ def values(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], tuple]:
 
     def make(dtype: torch.dtype) -> tuple:
         generator = torch.Generator().manual_seed(0)
-        return tuple((torch.randn(s, generator=generator) / (s[-1] ** 0.5 if len(s) == 2 else 1)).to(dtype) for s in shapes)
+        return tuple(
+            (torch.randn(s, generator=generator) / (s[-1] ** 0.5 if len(s) == 2 else 1)).to(dtype) for s in shapes
+        )
 
     return make
 

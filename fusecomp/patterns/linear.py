@@ -94,18 +94,19 @@ class MergedLinears(Pattern):
         widths = [fake_value(w).shape[0] for w in candidate.weights]
         with graph.inserting_before(first):
             merged = graph.call_function(F.linear, (source, weight, bias))
-            with torch.no_grad():
-                _describe(merged, first, F.linear(*(n if n is None else fake_value(n) for n in merged.args)))
+            fake = fake_value(source)
+            _describe(merged, first, fake.new_empty((*fake.shape[:-1], sum(widths))))
         start = 0
         for old, width in zip(candidate.linears, widths, strict=True):
             with graph.inserting_before(old):
-                part = graph.call_function(operator.getitem, (merged, (Ellipsis, slice(start, start + width))))
-                _describe(part, old, fake_value(merged)[..., start : start + width])
+                where: Any = (Ellipsis, slice(start, start + width))
+                part = graph.call_function(operator.getitem, (merged, where))
+                _describe(part, old, fake_value(merged)[where])
             old.replace_all_uses_with(part)
             graph.erase_node(old)
             start += width
-        paths = [module_path(n) for n in candidate.linears]
-        return f"{' + '.join(path.rpartition('.')[2] for path in paths)}: {' + '.join(map(str, widths))} rows of one weight"
+        names = " + ".join(module_path(n).rpartition(".")[2] for n in candidate.linears)
+        return f"{names}: {' + '.join(map(str, widths))} rows of one weight"
 
     def _append(self, gm: GraphModule, parts: Sequence[Node | None], group: LinearGroup, context: PassContext) -> Node:
         """A new placeholder, after the last, for the stack of `parts`; a missing bias is zeros."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -153,17 +154,22 @@ def read_norm(y: Node) -> NormCandidate | None:
     for source in sorted({*whole, *functional.leaves(whole)} - {y}, reverse=True):
         if token_shape(source) != shape or fake_value(source).dtype not in FLOATS:
             continue
-        region = functional.cone(y, lambda node, source=source: node is source or not is_call(node, *ALLOWED), MAX_NODES)
+        region = functional.cone(y, partial(_is_outside, source), MAX_NODES)
         if region is None or not any(is_call(node, *REDUCTIONS) for node in region):
             continue
         vectors = [leaf for leaf in functional.leaves(region) if leaf is not source and not _is_size(leaf)]
         if source not in functional.leaves(region) or not all(_is_vector(leaf, shape[1]) for leaf in vectors):
             continue
-        while functional.is_widening(source) or skip_reshapes(source) is not source:
-            region = [source, *region]
-            source = source.args[0]  # type: ignore[assignment]
-        return NormCandidate(y, source, tuple(region), tuple(vectors), _readers(y))
+        origin: Node = source
+        while functional.is_widening(origin) or skip_reshapes(origin) is not origin:
+            region = [origin, *region]
+            origin = origin.args[0]  # type: ignore[assignment]
+        return NormCandidate(y, origin, tuple(region), tuple(vectors), _readers(y))
     return None
+
+
+def _is_outside(source: Node, node: Node) -> bool:
+    return node is source or not is_call(node, *ALLOWED)
 
 
 def _is_size(node: Node) -> bool:

@@ -1,0 +1,209 @@
+"""The linear layers of a whole model as one chain of launches, ours and its peer with cuBLAS; no attention.
+
+Each layer: qkv(norm) -> o(+ residual) -> gate and up(norm, swiglu) -> down(+ residual); last, lm_head(norm). Weights
+are distinct, so they come from memory at every launch. The input of o is a slice of qkv's output.
+
+Legend: T tokens, N features, K inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusecomp.lowerings.linear.skinny import run_skinny
+from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
+from fusecomp.lowerings.linear.skinny_kernels import plain
+
+EPS = 1e-5
+
+
+@triton.jit
+def residual(accs, args, strides, m, n, mask):
+    return accs[0] + tl.load(args[0] + m * strides[0] + n, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def swiglu(accs, args, strides, m, n, mask):
+    g = accs[0]
+    return (g / (1 + tl.exp(-g))) * accs[1]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of a model's linear layers."""
+
+    n: int
+    k: int
+    epilogue: Any
+    norm: bool = False
+    groups: int = 1
+
+    @property
+    def numel(self) -> int:
+        return self.groups * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Model:
+    layers: int
+    hidden: int
+    qkv: int
+    ffn: int
+    vocab: int = 128256
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        return {
+            "qkv": Kind(self.qkv, self.hidden, plain, norm=True),
+            "o": Kind(self.hidden, self.hidden, residual),
+            "gate_up": Kind(self.ffn, self.hidden, swiglu, norm=True, groups=2),
+            "down": Kind(self.hidden, self.ffn, residual),
+            "lm_head": Kind(self.vocab, self.hidden, plain, norm=True),
+        }
+
+
+MODELS = {"llama-8b": Model(32, 4096, 6144, 14336), "llama-1b": Model(16, 2048, 3072, 8192)}
+Configs = dict[str, SkinnyConfig]
+
+
+def bench(run: Callable[[], object], replays: int = 15) -> float:
+    """Median seconds of one replay of `run`, captured in a CUDA graph; run it once before."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+class Chain:
+    """Weights and buffers of the first `layers` layers of a model, and lm_head if `head`."""
+
+    def __init__(self, model: Model, layers: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.model, self.dtype = model, dtype
+        counts = {name: 1 if name == "lm_head" else layers for name in model.kinds}
+        self.weights: dict[str, list[Tensor]] = {
+            name: [self.random(kind.groups * kind.n, kind.k) * kind.k**-0.5 for _ in range(counts[name])]
+            for name, kind in model.kinds.items()
+        }
+        self.norms = [1 + 0.2 * self.random(model.hidden) for _ in range(2 * layers + 1)]
+        self.layers = layers
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device="cuda")
+
+    def bytes(self, head: bool = True) -> int:
+        return sum(w.nbytes for name, ws in self.weights.items() for w in ws if head or name != "lm_head")
+
+    def launch(self, name: str, i: int, x: Tensor, out: Tensor, added: Tensor | None, config: SkinnyConfig, pdl: bool):
+        kind = self.model.kinds[name]
+        norm = {"qkv": 2 * i, "gate_up": 2 * i + 1, "lm_head": -1}.get(name, 0)
+        args, strides = ((), ()) if added is None else ((added,), (added.stride(0),))
+        run_skinny(
+            config, x, self.weights[name][i], out, self.norms[norm] if kind.norm else None, EPS if kind.norm else None,
+            False, kind.epilogue, args, strides, kind.groups, pdl,
+        )  # fmt: skip
+        return out
+
+    def ours(self, x: Tensor, configs: Configs, pdl: bool, head: bool = True) -> Callable[[], Tensor]:
+        """A function that launches the whole chain on x [T, hidden] and returns what it wrote last."""
+        empty = {name: x.new_empty(len(x), kind.n) for name, kind in self.model.kinds.items()}
+        h1, h2 = torch.empty_like(x), torch.empty_like(x)
+
+        def run() -> Tensor:
+            h = x
+            for i in range(self.layers):
+                qkv = self.launch("qkv", i, h, empty["qkv"], None, configs["qkv"], pdl)
+                mid = self.launch("o", i, qkv[:, : self.model.hidden], h1, h, configs["o"], pdl)
+                act = self.launch("gate_up", i, mid, empty["gate_up"], None, configs["gate_up"], pdl)
+                h = self.launch("down", i, act, h2, mid, configs["down"], pdl)
+            return self.launch("lm_head", 0, h, empty["lm_head"], None, configs["lm_head"], pdl) if head else h
+
+        return run
+
+    def peer(self, x: Tensor, head: bool = True) -> Callable[[], Tensor]:
+        """The same with cuBLAS, and norms and activation compiled by Inductor; residuals are added by cuBLAS."""
+        norm, act = torch.compile(_norm), torch.compile(_swiglu)
+
+        def run() -> Tensor:
+            h = x
+            for i in range(self.layers):
+                qkv = torch.mm(norm(h, self.norms[2 * i]), self.weights["qkv"][i].T)
+                mid = torch.addmm(h, qkv[:, : self.model.hidden], self.weights["o"][i].T)
+                up = torch.mm(norm(mid, self.norms[2 * i + 1]), self.weights["gate_up"][i].T)
+                h = torch.addmm(mid, act(up), self.weights["down"][i].T)
+            return torch.mm(norm(h, self.norms[-1]), self.weights["lm_head"][0].T) if head else h
+
+        return run
+
+    def single(self, name: str, x: Tensor, config: SkinnyConfig | None, pdl: bool) -> tuple[Callable[[], None], int]:
+        """(launches of one kind over all its weights, their number); with cuBLAS alone where config is None."""
+        kind = self.model.kinds[name]
+        x = self.random(len(x), kind.k)
+        out, added = self.random(len(x), kind.n), self.random(len(x), kind.n) if kind.epilogue is residual else None
+        wide = self.random(len(x), kind.n * kind.groups)
+        count = len(self.weights[name])
+
+        def run() -> None:
+            for i, weight in enumerate(self.weights[name]):
+                if config is not None:
+                    self.launch(name, i, x, out, added, config, pdl)
+                elif added is not None:
+                    torch.addmm(added, x, weight.T, out=wide)
+                else:
+                    torch.mm(x, weight.T, out=wide)
+
+        return run, count
+
+    def check(self, name: str, tokens: int, config: SkinnyConfig, pdl: bool) -> float:
+        """Error of one launch over that of the unfused layer in its dtype, both against fp32.
+
+        Raises:
+            AssertionError: it is above 1.5, or a second launch differs.
+        """
+        kind = self.model.kinds[name]
+        x, added = self.random(tokens, kind.k) * 3, self.random(tokens, kind.n) if kind.epilogue is residual else None
+        out, again = (torch.full((tokens, kind.n), float("nan"), dtype=self.dtype, device="cuda") for _ in range(2))
+        self.launch(name, 0, x, out, added, config, pdl)
+        self.launch(name, 0, x, again, added, config, pdl)
+        exact, plain_result = (self._reference(name, x.to(d), added, d) for d in (torch.float32, self.dtype))
+        error, unfused = ((y.float() - exact).norm().item() for y in (out, plain_result))
+        assert error <= 1.5 * unfused, f"{name} {tokens} {config}: error {error:.3g}, unfused {unfused:.3g}"
+        assert torch.equal(out, again), f"{name} {tokens} {config}: a second launch differs"
+        return error / unfused
+
+    def _reference(self, name: str, x: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
+        kind = self.model.kinds[name]
+        if kind.norm:
+            x = _norm(x, self.norms[-1 if name == "lm_head" else {"qkv": 0, "gate_up": 1}[name]].to(dtype))
+        y = x @ self.weights[name][0].to(dtype).T
+        if kind.groups == 2:
+            y = _swiglu(y)
+        return y if added is None else y + added.to(dtype)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(1, keepdim=True) + EPS)).to(x.dtype) * weight
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, 1)
+    return torch.nn.functional.silu(gate) * up
