@@ -40,7 +40,10 @@ def __getattr__(name: str) -> Any:
         return import_module("fusecomp.errors")
     if name not in _HOMES:
         raise AttributeError(f"module 'fusecomp' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES[name]), name)
+    from fusecomp.imports import without_collection
+
+    with without_collection():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -75,11 +75,14 @@ def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[
 
     The ambient tracing context supplies the symbols.
     """
+    from torch._functorch import config as functorch_config
     from torch._inductor import standalone_compile
 
-    # A check of sizes is no state; torch 2.11 does not know that, and would not make an artefact.
+    # torch 2.11 does not know that a check of sizes is no state. What has no cache key becomes an artefact nevertheless:
+    # ours are found by a key of our own.
     options = {"config_patches": {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | (patches or {})}
-    return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
+    with functorch_config.patch(bypass_autograd_cache_key=True):
+        return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
 
 
 def load_artifact(path: str) -> Callable:

@@ -329,15 +329,16 @@ class Engine:
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
-        """Capture and check the greedy graph of every bucket, largest first."""
+        """Capture and check the greedy graph of every bucket, largest first.
+
+        The step whose logits the check takes also is the one that must run before its capture.
+        """
         start = time.perf_counter()
         self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
-        for size in reversed(self._graphs.sizes):
-            self._graphs.capture(self._builder.padding(size), GREEDY)
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         for cache in self._step.kv_caches:
             cache.normal_()
-        for size in self._graphs.sizes:
+        for size in reversed(self._graphs.sizes):
             # Two cached tokens and a new one per row, or only a new one where blocks are too few.
             pages = -(-3 // self.config.block_size)
             tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
@@ -345,7 +346,11 @@ class Engine:
             seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
             step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
             batch = self._builder.build(step, size)
-            self._graphs.check(batch, GREEDY, self._step(batch))
+            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
+            logits = self._step(batch)
+            greedy(logits)
+            self._graphs.capture(batch, GREEDY, ran=True)
+            self._graphs.check(batch, GREEDY, logits)
         for cache in self._step.kv_caches:
             cache.zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)

@@ -47,17 +47,14 @@ class GraphRunner:
         at = bisect_left(self.sizes, rows)
         return self.sizes[at] if at < len(self.sizes) else None
 
-    def capture(self, batch: StepBatch, kind: str) -> None:
+    def capture(self, batch: StepBatch, kind: str, *, ran: bool = False) -> None:
         """Capture the step for the batch's size, from a batch that announces the longest possible context.
 
-        The step runs once before, uncaptured, so that lazy initialisation stays out of the graph.
+        Unless this very batch `ran` before, the step runs once, so that lazy initialisation stays out of the graph.
         """
         size = batch.seq_lens.shape[0]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        if not ran:
             self._run(batch, kind)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             tokens = self._run(batch, kind)

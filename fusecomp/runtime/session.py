@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusecomp.config import EngineConfig, is_int
 from fusecomp.errors import CheckpointError, FusecompError
+from fusecomp.imports import without_collection
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.loading import EXCLUSIVE
 
@@ -44,7 +45,8 @@ class Progress:
 
 def engine_class() -> type[Engine]:
     """The engine sessions drive. Imported late: it brings the compiler."""
-    from fusecomp.runtime.engine import Engine
+    with without_collection():
+        from fusecomp.runtime.engine import Engine
 
     return Engine
 
