@@ -36,7 +36,7 @@ def _scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x,
     residual,

@@ -186,7 +186,7 @@ def _groups(acc, G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
         return (gate, up)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def persistent_kernel(
     x,
     w,

@@ -22,7 +22,7 @@ def _sum_of_splits(acc, num_tokens, m, n, mask, WIDTH: tl.constexpr, SPLITS: tl.
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def pointwise_kernel(
     acc,
     out,
