@@ -24,7 +24,6 @@ from fusecomp.patterns.attention import (
     PagedAttention,
     StatelessAttention,
     attention_calls,
-    number_calls,
     remove_step_marker,
     step_marker,
 )
@@ -109,7 +108,6 @@ class StepBackend:
         report, start = self.context.report, time.perf_counter()
         gm = own_graph(gm)  # Dynamo reads its graph's inputs again after the backend returns
         self.read = traced_guards()
-        number_calls(gm.graph, self.context.calls)
         self.ops_by_place = count_by_place(gm.graph)
         run_passes(gm, (*CANONICALIZE, *PAGE, *self.merge), self.context)
         self._require_all_paged(gm)

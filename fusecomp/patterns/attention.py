@@ -61,6 +61,10 @@ class InterfaceAttention(Pattern):
     name = "attention"
     numerics = BITWISE
 
+    def apply(self, gm: GraphModule, context: PassContext) -> int:
+        number_calls(gm.graph, context.calls or list(context.masks))
+        return super().apply(gm, context)
+
     def find(self, graph: torch.fx.Graph) -> Iterable[Call]:
         return [call for call in attention_calls(graph) if call.mask == UNRESOLVED]
 

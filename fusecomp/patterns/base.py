@@ -46,7 +46,8 @@ class PassContext:
     Attributes:
         report: receives matches and near misses.
         masks: mask proven by the probe per `layer_idx`, for attention that came through HF's interface.
-        calls: `layer_idx` of each attention call that comes through HF's interface, in order.
+        calls: `layer_idx` of each attention call that comes through HF's interface, in order; when empty, each layer of
+            `masks` makes one.
         proof_length: longest context that inline masks are evaluated to.
         layers: attention call sites in graph order, filled by canonicalization: (layer, kv heads, head dim).
         merged: inputs that passes appended to the graph, in order.
