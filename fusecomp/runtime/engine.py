@@ -30,6 +30,8 @@ from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, 
 from fusecomp.runtime.step import CompiledStep
 
 GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
+# Relative error of logits above which a program is another model's, whatever the dtype.
+WRONG_PROGRAM = 0.05
 
 
 @dataclass(frozen=True)
@@ -283,29 +285,31 @@ class Engine:
         return budget.end()
 
     def _confirm_program(self) -> None:
-        """Try a program that no trace of the whole model made on the probe's prompt; compile anew when it is wrong."""
+        """Try a program that no trace of the whole model made here on a prompt; compile anew when it is wrong."""
         trial = self._step.trial()
         if self._step.confirm("" if trial is None else self._difference(*trial)):
             return
         self._step.warm_up(self._stand_in_prefill([[1]], [[0]]))
         self._step.confirm("")
 
-    def _difference(self, prompt: list[int], expected: Tensor | None) -> str:
+    def _difference(self, prompt: list[int], expected: Tensor | None) -> str | None:
         """How the logits after each token of `prompt` differ from those expected by more than rounding; empty if not.
 
-        The row in the middle is judged: nearly tied routing scores may spoil one, a wrong program spoils all.
+        None when there is nothing to compare. The row in the middle is judged: nearly tied routing scores may spoil
+        one, a wrong program spoils all.
         """
         if expected is None:
-            return "the model itself computes none"
-        ends = range(max(1, len(prompt) + 1 - self.config.max_num_seqs), len(prompt) + 1)
-        try:
-            actual = self.prompt_logits([prompt[:end] for end in ends])
-        except RequestError as error:
-            return str(error)
-        errors = sorted(row_errors(actual, expected[ends.start - 1 :]))
-        allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, OTHER_SHAPES[1])
-        middle = errors[len(errors) // 2] if errors else 0.0
-        return f"{middle:.2g} (relative)" if middle > allowed else ""
+            return None
+        for first in range(1, len(prompt) + 1):  # as many prompts as fit one step
+            try:
+                actual = self.prompt_logits([prompt[:end] for end in range(first, len(prompt) + 1)])
+            except RequestError:
+                continue
+            errors = sorted(row_errors(actual, expected[first - 1 :]))
+            middle = errors[len(errors) // 2] if errors else 0.0
+            allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, WRONG_PROGRAM)
+            return f"{middle:.2g} (relative)" if middle > allowed else ""
+        return None
 
     def _stand_in_prefill(self, prompts: list[list[int]], blocks: list[list[int]]) -> StepBatch:
         """A batch of whole prompts outside the scheduler, on the given blocks."""

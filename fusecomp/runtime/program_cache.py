@@ -43,6 +43,7 @@ class Found:
     program: StepProgram
     layers: list[tuple[int, int, int]]
     proven_length: int
+    notes: list[str]
 
 
 class ProgramCache:
@@ -107,7 +108,8 @@ class ProgramCache:
         pieces = {kind: load_artifact(str(stored.files[name])) for kind, name in record["pieces"].items()}
         program = StepProgram(plan, pieces, self._model)
         restore(self._report, record["report"])
-        return Found(program, [tuple(layer) for layer in record["layers"]], record["proven_length"])
+        layers = [tuple(layer) for layer in record["layers"]]
+        return Found(program, layers, record["proven_length"], record["report"]["notes"])
 
     def refuse(self, reason: str) -> None:
         """Note why the program that was found is not used after all."""

@@ -121,6 +121,7 @@ class CompiledStep:
         self._module = PackedStep(model, max(config.max_num_batched_tokens, 6), inline_masks=not probe.calls)
         self.report.seconds["probe"] = time.perf_counter() - start
         self._cache = ProgramCache(model, config, probe, device, dtype, self.report)
+        self._capture_notes: list[str] = []  # what the capture noted, which is stored with its program
         self._program = self._find_program()
         if self._program is not None:
             pass
@@ -135,14 +136,13 @@ class CompiledStep:
             self.report.notes.append(f"{name} runs unfused: {reason}")
         self._backend = self._new_backend(config, self._context)
         self._function = torch.compile(self._module.isolated_forward(), backend=self._backend, fullgraph=True)
-        self._notes = len(self.report.notes)
         self._outline = self._new_outline(model)
         self._unstored: tuple[Plan | Unplannable, dict[str, Any], list[str]] | None = None
 
     def _find_program(self) -> StepProgram | None:
         if (found := self._cache.find()) is None:
             return None
-        self.layers, self.proven_length = found.layers, found.proven_length
+        self.layers, self.proven_length, self._capture_notes = found.layers, found.proven_length, found.notes
         return found.program
 
     def _new_outline(self, model: nn.Module) -> Outline | None:
@@ -152,9 +152,14 @@ class CompiledStep:
             return None
         found = outline(model, parts)
         if isinstance(found, str):
-            self.report.notes += [f"all layers are traced: {found}"] if found else []
+            if found:
+                self._note(f"all layers are traced: {found}")
             return None
         return found
+
+    def _note(self, note: str) -> None:
+        self._capture_notes.append(note)
+        self.report.notes.append(note)
 
     def _new_context(self, report: FusionReport, calls: int) -> PassContext:
         """For a trace that makes the first `calls` of the probe's attention calls."""
@@ -222,13 +227,14 @@ class CompiledStep:
 
     def _capture(self, batch: StepBatch) -> Tensor:
         """Trace the whole model; the function that Dynamo makes runs it."""
-        breaks = sum(counters["graph_break"].values())
+        breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
         with capture_errors(self.report.model):
             logits = self(batch)
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         if (pieces := self._backend.pieces) is not None:
             plan = self._plan(self._backend, batch, self.kv_caches)
-            self._unstored = plan, pieces.artifacts, self.report.notes[self._notes :]
+            self._capture_notes += self.report.notes[notes:]
+            self._unstored = plan, pieces.artifacts, self._capture_notes
         return logits
 
     def _program_from_prefix(self, whole: Outline, batch: StepBatch) -> StepProgram | None:
@@ -253,13 +259,14 @@ class CompiledStep:
             raise
         except Exception as error:  # whatever is wrong: tracing all layers works, or says it better
             what = str(error) if isinstance(error, Unplannable) else f"{type(error).__name__}: {str(error)[:200]}"
-            self.report.notes.append(f"all layers are traced: {what}")
+            self._note(f"all layers are traced: {what}")
             return None
         extend_report(report, whole, backend.ops_by_place, graph)
         report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         report.notes.append(f"traced {whole.prefix} layers, which stand for {len(whole.kinds)}")
         restore(self.report, snapshot(report) | {"notes": report.notes})
         self.report.seconds |= report.seconds
+        self._capture_notes = report.notes
         self._unstored = plan, pieces.artifacts, report.notes
         return program
 
@@ -277,22 +284,29 @@ class CompiledStep:
             return error
 
     def trial(self) -> tuple[list[int], Tensor | None] | None:
-        """A prompt and the model's own logits [6, V] after each of its tokens, to `confirm` a new program by."""
-        if self._program is None or self._unstored is None:
+        """A prompt and the model's own logits [6, V] after each of its tokens, to `confirm` a program by."""
+        if self._program is None:
             return None
         return trial_tokens(self._module.model), stock_logits(self._module.model)
 
-    def confirm(self, difference: str) -> bool:
+    def confirm(self, difference: str | None) -> bool:
         """Keep the program, and store it if it is new; or, when something differs, go back to tracing everything.
+
+        Args:
+            difference: between its logits and the model's; None when there is none to be had: then a program that was
+                stored is kept, since it was confirmed before, and a new one is not.
 
         Returns: whether the step is ready; otherwise it must be warmed up again.
         """
+        if difference is None:
+            difference = "" if self._unstored is None else "they cannot be compared"
         if difference and self._program is not None:
-            reason = f"the program's logits differ from the model's: {difference}"
+            reason = f"the program's logits are not the model's: {difference}"
             self._cache.refuse(reason)
-            fresh = FusionReport()
-            restore(self.report, snapshot(fresh) | {"notes": []})
-            self.report.notes[self._notes :] = [f"all layers are traced: {reason}"]
+            restore(self.report, snapshot(FusionReport()) | {"notes": []})
+            self.report.notes = [note for note in self.report.notes if note not in self._capture_notes]
+            self._capture_notes = []
+            self._note(f"all layers are traced: {reason}")
             self._program = self._outline = self._unstored = None
             return False
         if self._unstored is not None:

@@ -31,7 +31,7 @@ def without_codegen(monkeypatch):
         stage = patches["post_grad_custom_pre_pass"]
         return functional_backend(gm, example_inputs, lambda graph: stage(graph.graph))
 
-    monkeypatch.setattr(fusion, "inductor_compile", compile_graph)
+    monkeypatch.setattr(fusion, "inductor_artifact", compile_graph)
 
 
 @pytest.mark.parametrize(("name", "dtype"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))

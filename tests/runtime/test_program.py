@@ -21,6 +21,7 @@ from fusecomp.runtime import identity as identity_module
 from fusecomp.runtime.artifacts import differences
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.identity import Undescribable, identity
+from fusecomp.runtime.program import StepProgram
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, kv_cache_bytes=1 << 20)
 PROMPTS = [[5], [7, 11, 13, 90, 2], list(range(1, 21))]
@@ -146,6 +147,15 @@ def test_an_artefact_that_does_not_load_compiles_again_with_the_reason(cache, mo
 
     monkeypatch.setattr("fusecomp.runtime.program_cache.load_artifact", load)
     assert "fails to load (RuntimeError: no such operator)" in Engine(llama(), CONFIG).report.program
+
+
+def test_a_program_that_computes_something_else_compiles_again_with_the_reason(cache, monkeypatch):
+    expected = serve(Engine(llama(), CONFIG))
+    call = StepProgram.__call__
+    monkeypatch.setattr(StepProgram, "__call__", lambda self, *args: -call(self, *args))
+    engine = Engine(llama(), CONFIG)
+    assert "the program's logits are not the model's" in engine.report.program
+    assert serve(engine) == expected
 
 
 def test_the_store_can_be_turned_off(cache, monkeypatch):
