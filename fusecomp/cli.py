@@ -248,10 +248,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         text = documentation[starts[f.name] :][: None if end is None else end - starts[f.name]]
         text = text.split(": ", 1)[1].strip().rstrip(".").replace("%", "%%")
         settings: dict[str, Any] = {"default": None, "help": f"{text} (default {f.default})"}
-        flag = _flag(f.name)
         if kinds[f.name] is bool and f.default:
-            flag, settings = _flag(f"no_{f.name}"), {"default": None, "dest": f.name, "action": "store_false"}
-            settings["help"] = f"do not {text}"
+            settings["action"] = argparse.BooleanOptionalAction
         elif kinds[f.name] is bool:
             settings["action"] = "store_true"
         else:
@@ -259,7 +257,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
             settings |= {"type": kind, "choices": choices.get(f.name)}
             if f.name not in choices:
                 settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-        group.add_argument(flag, **settings)
+        group.add_argument(_flag(f.name), **settings)
 
 
 def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
