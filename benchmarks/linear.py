@@ -90,35 +90,36 @@ def measure(chain: Chain, tokens: int, ceiling: float) -> dict:
 
 
 def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
-    """Tiles worth a try; splits for one to four programs per multiprocessor."""
+    """Tiles worth a try; for the tile kernel, splits for one to four programs per multiprocessor."""
     if tokens == 1:
         for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8)):
             if 64 <= r * k * 2 // (32 * w) <= 256 and k <= kind.k * 1.2:
-                yield SkinnyConfig(1, r, k, 1, w, 1)
-        return
+                yield SkinnyConfig("vector", 1, r, k, w)
+    for t, r, steps, w in itertools.product((8, 16, 32, 64), (8, 16, 32, 64), (1, 2, 4, 8), (2, 4, 8)):
+        fits = max(t, 16) * r // 32 + (r + t) * steps // 2 <= 160  # registers of a thread
+        if fits and tokens <= t <= max(2 * tokens, 8) and r <= min(2 * max(t, 16), 64 // w) and 8 <= r * steps <= 128:
+            yield SkinnyConfig("warp", t, r, steps * w * 32, w)
     stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
-    for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (2, 4, 8)):
-        if not tokens <= t <= max(2 * tokens, 16) or r < t or (t >= 64 and r == 64):
+    for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (64, 128, 256), (64, 128, 256), (4, 8)):
+        if not (2 <= tokens <= t <= max(2 * tokens, 16)) or r < t or (t >= 64 and r == 64):
             continue
         if r // w != (32 if r == 256 else 16):
             continue
         for s in stages[k]:
             held = r * k * 2 * s // (1 if s > 1 else 2)  # bytes in flight
-            if not 16 << 10 <= held <= 130 << 10 or (s == 1 and held // w > 8 << 10):
-                continue
-            if t * max(k, r) // (32 * w) > 64:
+            if not 16 << 10 <= held <= 130 << 10 or (s == 1 and held // w > 8 << 10) or t * max(k, r) // (32 * w) > 64:
                 continue
             for splits in split_counts(kind, r, k):
-                yield SkinnyConfig(t, r, k, splits, w, s)
+                yield SkinnyConfig("tile", t, r, k, w, splits, s)
 
 
 def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
     """The same tile with other ways to overlap with its neighbours."""
-    if config.block_t == 1:
+    if config.kernel != "tile":
         yield config
         return
-    for prefetch, lead in itertools.product((0, 2, 6), (0, 1, 4)):
-        yield replace(config, prefetch=prefetch, lead=lead)
+    for ahead, lead in itertools.product((1, 2), (0, 1, 4)):
+        yield replace(config, ahead=ahead, lead=lead)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
@@ -228,14 +229,14 @@ class Tuner:
         return entries
 
 
-def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float) -> list[dict]:
+def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float, kernels: list[str]) -> list[dict]:
     """Tiles and splits first, then how the best of them overlap with their neighbours."""
     chains = {shape: Chain(MODELS[shape], layers or TUNE_LAYERS[shape]) for shape in shapes}
     tuners = [Tuner(shape, chain, t) for shape, chain in chains.items() for t in tokens]
     for stage in range(2):
         pools = [
             {
-                name: list(candidates(kind, tuner.tokens)) if stage == 0
+                name: [c for c in candidates(kind, tuner.tokens) if c.kernel in kernels] if stage == 0
                 else [r for _, c in tuner.log[name][:3] for r in refinements(c)]
                 for name, kind in tuner.chain.model.kinds.items()
             }
@@ -254,8 +255,8 @@ def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float
 
 
 def _brief(seconds: float, c: SkinnyConfig) -> str:
-    tile = f"t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} p{c.prefetch} l{c.lead}"
+    tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
+    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} a{c.ahead} l{c.lead}"
 
 
 def main() -> None:
@@ -265,12 +266,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tuning per number of tokens")
+    parser.add_argument("--kernels", default="vector,warp,tile", help="tuning: those to try")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]
     result: dict = {"gpu": torch.cuda.get_device_name()}
     if args.tune:
-        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget)
+        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget, args.kernels.split(","))
     else:
         ceiling = read_bandwidth(torch.device("cuda"))
         result["read_TB_s"] = round(ceiling / 1e12, 3)

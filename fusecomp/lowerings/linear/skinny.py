@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,7 +57,7 @@ def run_skinny(
     _require(x.stride(1) == 1 and out.stride(1) == 1, "the last dimensions of x and out must be contiguous")
     _require(out.shape[0] == tokens, "x and out must have the same tokens")
     _require(groups in (1, 2), "groups must be 1 or 2")
-    _require(config.block_t > 1 or tokens == 1, "block_t = 1 serves one token")
+    _require(config.kernel != "vector" or tokens == 1, "the vector kernel serves one token")
     norm = 0 if eps is None else 1 if norm_weight is None else 3 if plus_one else 2
     common = {
         "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
@@ -67,8 +68,15 @@ def run_skinny(
         common["launch_pdl"] = True
     norm_weight = norm_weight if norm >= 2 else None
     blocks = _cdiv(n, config.block_r // groups)
-    if config.block_t == 1:
+    if config.kernel == "vector":
         gemv_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
+        return
+    if config.kernel == "warp":
+        warp_kernel[(blocks * _cdiv(tokens, config.block_t),)](
+            x, weight, out, norm_weight, tuple(args), tuple(strides), tokens, n, k, eps or 0.0, x.stride(0),
+            out.stride(0), BLOCK_T=config.block_t, WARPS=config.num_warps,
+            EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
+        )  # fmt: skip
         return
     per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
     splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty

@@ -11,6 +11,7 @@ import triton.language as tl
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
 from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
 
@@ -59,12 +60,16 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         pointers["norm_weight"] = dtype
     else:
         constants["norm_weight"] = None
-    if config.block_t > 1:
+    exact = norm > 0 and dtype == "fp16"
+    if config.kernel == "warp":
+        scalars |= dict.fromkeys(("num_tokens", "stride_x", "stride_out"), "i32")
+        constants |= {"BLOCK_T": config.block_t, "WARPS": config.num_warps, "EXACT_NORM": exact}
+    if config.kernel == "tile":
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
         constants |= {
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "PIPELINED": config.num_stages - 1,
             "AHEAD": config.ahead,
-            "PREFETCH": config.prefetch, "LEAD": config.lead, "EXACT_NORM": norm > 0 and dtype == "fp16",
+            "PREFETCH": config.prefetch, "LEAD": config.lead, "EXACT_NORM": exact,
         }  # fmt: skip
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
@@ -72,6 +77,6 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         else:
             constants |= dict.fromkeys(scratch)
     name = f"skinny-{dtype}-n{n}-k{k}-g{groups}-t{tokens}-norm{norm}"
-    kernel = gemv_kernel if config.block_t == 1 else skinny_kernel
+    kernel = {"vector": gemv_kernel, "warp": warp_kernel, "tile": skinny_kernel}[config.kernel]
     aligned = tuple(name for name, value in (("n", n), ("k", k)) if value % 16 == 0)
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl, aligned)

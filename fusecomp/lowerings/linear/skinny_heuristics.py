@@ -29,22 +29,24 @@ class SkinnyConfig:
     """Configuration of one launch.
 
     Attributes:
-        block_t: tokens of a program; 1 is the matrix-vector kernel, which serves no more.
+        kernel: "vector" (one token), "warp" (few: operands straight from memory) or "tile" (more: shared memory).
+        block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
-        splits: programs that share the same features, each with its part of K.
-        num_stages: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
-        prefetch: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
-        lead: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
-        ahead: tiles whose inputs are in flight.
+        splits: tile: programs that share the same features, each with its part of K.
+        num_stages: tile: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
+        prefetch: tile: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
+        lead: tile: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
+        ahead: tile: tiles whose inputs are in flight.
     """
 
+    kernel: str
     block_t: int
     block_r: int
     block_k: int
-    splits: int
     num_warps: int
-    num_stages: int
+    splits: int = 1
+    num_stages: int = 1
     prefetch: int = 0
     lead: int = 0
     ahead: int = 1
@@ -81,7 +83,7 @@ def skinny_config(target: Target, *, n: int, k: int, groups: int, tokens: int, i
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
     shape = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     config = SkinnyConfig(**entry["config"], source=f"{table['gpu']} {SECTION} {shape} ({how})")
-    if how == "nearest" and config.block_t > 1:
+    if how == "nearest" and config.kernel == "tile":
         config = replace(config, splits=_splits(config, entry, target, n * groups, k))
     if k * itemsize % 16:  # narrow loads, which asynchronous copies cannot do: small tiles in registers
         config = replace(config, block_k=min(config.block_k, 32 if config.block_t > 1 else 512), num_stages=1)

@@ -300,10 +300,11 @@ def _spread(cols, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _shift(queue, last, true):
-    """Drop the first, append `last`. The pipeline refuses loops that hand a value on unchanged, hence the selection."""
+    """Drop the first, append `last`. The pipeline refuses loops that hand a value on unchanged, hence the selection;
+    not from `last`, which may still be loading."""
     shifted = ()
     for i in tl.static_range(1, len(queue)):
-        shifted += (tl.where(true, queue[i], last),)
+        shifted += (tl.where(true, queue[i], queue[0]),)
     shifted += (last,)
     return shifted
 
