@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
-from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_tile import tile_kernel
+from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +45,7 @@ def run_skinny(
         norm_weight: [K], or None for a norm without weight.
         eps: RMSNorm's; None for no norm.
         plus_one: the norm's factor is 1 + norm_weight.
-        epilogue: Triton function (accs, args, strides, m, n, mask) -> fp32 tile; `skinny_kernels.plain` does nothing.
+        epilogue: Triton function (accs, args, strides, m, n, mask) -> fp32 tile; `skinny_pieces.plain` does nothing.
         args: operands of the epilogue, with their row strides in `strides`.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
 
@@ -69,7 +70,7 @@ def run_skinny(
     norm_weight = norm_weight if norm >= 2 else None
     blocks = _cdiv(n, config.block_r // groups)
     if config.kernel == "vector":
-        gemv_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
+        vector_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
         return
     if config.kernel == "warp":
         warp_kernel[(blocks * _cdiv(tokens, config.block_t),)](
@@ -87,7 +88,7 @@ def run_skinny(
         partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
         part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = _counters(x.device, teams)
-    skinny_kernel[(teams * splits,)](
+    tile_kernel[(teams * splits,)](
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, AHEAD=config.ahead,

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
-from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_tile import tile_kernel
+from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
@@ -77,6 +78,6 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         else:
             constants |= dict.fromkeys(scratch)
     name = f"skinny-{dtype}-n{n}-k{k}-g{groups}-t{tokens}-norm{norm}"
-    kernel = {"vector": gemv_kernel, "warp": warp_kernel, "tile": skinny_kernel}[config.kernel]
+    kernel = {"vector": vector_kernel, "warp": warp_kernel, "tile": tile_kernel}[config.kernel]
     aligned = tuple(name for name, value in (("n", n), ("k", k)) if value % 16 == 0)
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl, aligned)

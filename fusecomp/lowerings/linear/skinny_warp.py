@@ -4,7 +4,7 @@ Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR, 
 BN = BR / G, BT tokens of a program (8, or a multiple of 16), W warps.
 
 The warps of a program share its features and divide K between them; they meet once, at the end. So the loop has no
-barrier and no shared memory, and programs are small and many, as in `gemv_kernel`.
+barrier and no shared memory, and programs are small and many, as in `vector_kernel`.
 
 The product of a warp wants each thread to hold columns {4t .. 4t+3} and {16+4t .. 16+4t+3} of every 32, t = 0..3. A
 16-byte load gives it 8t .. 8t+7. As a sum over K may run in any order, both operands take loaded column 8t + 4h + l
@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.skinny_kernels import _factor, _groups, _load_inputs, _load_weight, _scale
+from fusecomp.lowerings.linear.skinny_pieces import (
+    load_inputs,
+    load_weight,
+    norm_factor,
+    rms_scale,
+    split_groups,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -48,7 +54,7 @@ def warp_kernel(
 ):
     """BT tokens and BN features per program, over all of K.
 
-    NORM, EXACT_NORM: as in `skinny_kernel`. dtypes: x, weight, norm_weight, out fp16 or bf16; sums fp32.
+    dtypes: x, weight, norm_weight, out fp16 or bf16; sums fp32.
     Bytes: G * N * K * itemsize, plus T * K * itemsize from the L1 or L2 per BN features. FLOPs: 2 * T * G * N * K.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
@@ -65,7 +71,7 @@ def warp_kernel(
     x_at = x + token.to(tl.int64) * stride_x + x_cols
     live = token < num_tokens
 
-    w = _load_weight(w_at, w_cols < k, EVEN_K)
+    w = load_weight(w_at, w_cols < k, EVEN_K)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -77,11 +83,11 @@ def warp_kernel(
         for start in range(0, k, BLOCK_K):
             v = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
             squares = _add_squares(squares, v, STEPS, True)
-        scale = _scale(_join_squares(squares), k, eps)  # [BT]
+        scale = rms_scale(_join_squares(squares), k, eps)  # [BT]
         scale = tl.broadcast_to(tl.reshape(scale, [1, BLOCK_T // 8, 1, 8, 1]), [STEPS, BLOCK_T // 8, WARPS, 8, 32])
         scale = tl.reshape(scale, [STEPS * BLOCK_T * WARPS, 32])
     for start in range(0, k - BLOCK_K, BLOCK_K):
-        w_next = _load_weight(w_at + start + BLOCK_K, start + BLOCK_K + w_cols < k, EVEN_K)
+        w_next = load_weight(w_at + start + BLOCK_K, start + BLOCK_K + w_cols < k, EVEN_K)
         v = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
         squares = _add_squares(squares, v, STEPS, SUM_SQUARES)
         v = _normalize(v, norm_weight, scale, start + x_cols, k, EVEN_K, NORM)
@@ -95,14 +101,14 @@ def warp_kernel(
 
     y = tl.trans(tl.sum(acc, 0))  # [BR, BT]
     if SUM_SQUARES:
-        rms = _scale(_join_squares(squares), k, eps)
+        rms = rms_scale(_join_squares(squares), k, eps)
         if BLOCK_T == 8:
             rms = tl.reshape(tl.trans(tl.join(rms, rms)), [BT])
         y *= rms[None, :]
     features = (first + tl.arange(0, BLOCK_N))[:, None]
     tokens = (first_t + tl.arange(0, BT)).to(tl.int64)[None, :]
     mask = (features < n) & (tokens < tl.minimum(num_tokens, first_t + BLOCK_T))
-    y = EPILOGUE(_groups(y, G), args, strides, tokens, features, mask)
+    y = EPILOGUE(split_groups(y, G), args, strides, tokens, features, mask)
     tl.store(out + tokens * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -129,8 +135,8 @@ def _load_x(at, cols, live, k, EVEN_K: tl.constexpr):
 @triton.jit
 def _normalize(v, norm_weight, scale, cols, k, EVEN_K: tl.constexpr, NORM: tl.constexpr):
     if NORM > 1:
-        g = _load_inputs(norm_weight + cols, cols < k, EVEN_K)
-        return (v.to(tl.float32) * scale * _factor(g, NORM)).to(v.dtype)
+        g = load_inputs(norm_weight + cols, cols < k, EVEN_K)
+        return (v.to(tl.float32) * scale * norm_factor(g, NORM)).to(v.dtype)
     elif NORM == 1:
         return (v.to(tl.float32) * scale).to(v.dtype)
     else:
