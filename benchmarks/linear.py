@@ -95,9 +95,10 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
         for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8)):
             if 64 <= r * k * 2 // (32 * w) <= 256 and k <= kind.k * 1.2:
                 yield SkinnyConfig("vector", 1, r, k, w)
-    for t, r, steps, w in itertools.product((8, 16, 32, 64), (8, 16, 32, 64), (1, 2, 4, 8), (2, 4, 8)):
-        fits = max(t, 16) * r // 32 + (r + t) * steps // 2 <= 160  # registers of a thread
-        if fits and tokens <= t <= max(2 * tokens, 8) and r <= min(2 * max(t, 16), 64 // w) and 8 <= r * steps <= 128:
+    t = max(8, triton.next_power_of_2(tokens))
+    for r, steps, w in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), (2, 4, 8)):
+        registers = max(t, 16) * r // 32 + (2 * r + 3 * t) * steps // 2
+        if registers <= 160 and r * w <= 128 and 16 <= r * steps <= 64:
             yield SkinnyConfig("warp", t, r, steps * w * 32, w)
     stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
     for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (64, 128, 256), (64, 128, 256), (4, 8)):

@@ -18,13 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.skinny_pieces import (
-    load_inputs,
-    load_weight,
-    norm_factor,
-    rms_scale,
-    split_groups,
-)
+from fusecomp.lowerings.linear.skinny_pieces import load_norm, load_weight, norm_factor, rms_scale, split_groups
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -70,41 +64,42 @@ def warp_kernel(
     token += first_t
     x_at = x + token.to(tl.int64) * stride_x + x_cols
     live = token < num_tokens
+    _, g_cols = _tile(STEPS, 1, WARPS)
 
     w = load_weight(w_at, w_cols < k, EVEN_K)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
-    SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
     acc = tl.zeros([WARPS, BT, BLOCK_R], tl.float32)
-    squares = tl.zeros([BLOCK_T // 8, WARPS, 8, 4], tl.float32)
+    gram = tl.zeros([WARPS, BT, BLOCK_T], tl.float32)
+    SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
     scale = 1.0
     if EXACT_NORM:
         for start in range(0, k, BLOCK_K):
             v = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
-            squares = _add_squares(squares, v, STEPS, True)
-        scale = rms_scale(_join_squares(squares), k, eps)  # [BT]
-        scale = tl.broadcast_to(tl.reshape(scale, [1, BLOCK_T // 8, 1, 8, 1]), [STEPS, BLOCK_T // 8, WARPS, 8, 32])
+            gram = tl.dot(_left(v, STEPS, WARPS), _right(v, STEPS, WARPS), gram)
+        scale = tl.reshape(rms_scale(_diagonal(gram, 0), k, eps), [BLOCK_T // 8, 8])
+        scale = tl.broadcast_to(scale[None, :, None, :, None], [STEPS, BLOCK_T // 8, WARPS, 8, 32])
         scale = tl.reshape(scale, [STEPS * BLOCK_T * WARPS, 32])
-    for start in range(0, k - BLOCK_K, BLOCK_K):
-        w_next = load_weight(w_at + start + BLOCK_K, start + BLOCK_K + w_cols < k, EVEN_K)
-        v = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
-        squares = _add_squares(squares, v, STEPS, SUM_SQUARES)
-        v = _normalize(v, norm_weight, scale, start + x_cols, k, EVEN_K, NORM)
-        acc = tl.dot(_tokens(v, STEPS, WARPS), _weights(w, STEPS, WARPS), acc)
-        w = w_next
-    start = tl.cdiv(k, BLOCK_K) * BLOCK_K - BLOCK_K
-    v = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
-    squares = _add_squares(squares, v, STEPS, SUM_SQUARES)
-    v = _normalize(v, norm_weight, scale, start + x_cols, k, EVEN_K, NORM)
-    acc = tl.dot(_tokens(v, STEPS, WARPS), _weights(w, STEPS, WARPS), acc)
+    v = _load_x(x_at, x_cols, live, k, EVEN_K)
+    g = load_norm(norm_weight, g_cols, k, EVEN_K, NORM)
+    for start in range(BLOCK_K, k, BLOCK_K):  # loads one tile, multiplies the one before
+        w_next = load_weight(w_at + start, start + w_cols < k, EVEN_K)
+        v_next = _load_x(x_at + start, start + x_cols, live, k, EVEN_K)
+        g_next = load_norm(norm_weight, start + g_cols, k, EVEN_K, NORM)
+        if SUM_SQUARES:
+            gram = tl.dot(_left(v, STEPS, WARPS), _right(v, STEPS, WARPS), gram)
+        acc = tl.dot(
+            _left(_normalize(v, g, scale, STEPS, NORM, EXACT_NORM), STEPS, WARPS), _right(w, STEPS, WARPS), acc
+        )
+        w, v, g = w_next, v_next, g_next
+    if SUM_SQUARES:
+        gram = tl.dot(_left(v, STEPS, WARPS), _right(v, STEPS, WARPS), gram)
+    acc = tl.dot(_left(_normalize(v, g, scale, STEPS, NORM, EXACT_NORM), STEPS, WARPS), _right(w, STEPS, WARPS), acc)
 
     y = tl.trans(tl.sum(acc, 0))  # [BR, BT]
     if SUM_SQUARES:
-        rms = rms_scale(_join_squares(squares), k, eps)
-        if BLOCK_T == 8:
-            rms = tl.reshape(tl.trans(tl.join(rms, rms)), [BT])
-        y *= rms[None, :]
+        y *= rms_scale(_diagonal(gram, 1), k, eps)[None, :]
     features = (first + tl.arange(0, BLOCK_N))[:, None]
     tokens = (first_t + tl.arange(0, BT)).to(tl.int64)[None, :]
     mask = (features < n) & (tokens < tl.minimum(num_tokens, first_t + BLOCK_T))
@@ -133,35 +128,30 @@ def _load_x(at, cols, live, k, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _normalize(v, norm_weight, scale, cols, k, EVEN_K: tl.constexpr, NORM: tl.constexpr):
+def _normalize(v, g, scale, STEPS: tl.constexpr, NORM: tl.constexpr, EXACT_NORM: tl.constexpr):
     if NORM > 1:
-        g = load_inputs(norm_weight + cols, cols < k, EVEN_K)
+        g = tl.reshape(g, [STEPS, 1, g.shape[0] // STEPS, 32])  # the same for all eights of tokens
+        g = tl.broadcast_to(g, [STEPS, v.shape[0] // (STEPS * g.shape[2]), g.shape[2], 32])
+        g = tl.reshape(g, [v.shape[0], 32])
+    if NORM == 2 and not EXACT_NORM:
+        return v * g  # rounded once, as from fp32, in half the instructions
+    elif NORM > 0:
         return (v.to(tl.float32) * scale * norm_factor(g, NORM)).to(v.dtype)
-    elif NORM == 1:
-        return (v.to(tl.float32) * scale).to(v.dtype)
     else:
         return v
 
 
 @triton.jit
-def _add_squares(squares, v, STEPS: tl.constexpr, SUM_SQUARES: tl.constexpr):
-    """squares [BT / 8, W, 8, 4]: what each thread holds of a token, in a thread."""
-    if SUM_SQUARES:
-        v = v.to(tl.float32)
-        parts = tl.reshape(v * v, [STEPS, squares.shape[0], squares.shape[1], 8, 4, 8])
-        squares += tl.sum(tl.sum(parts, 5), 0)
-    return squares
+def _diagonal(gram, AXIS: tl.constexpr):
+    """Products of tokens with tokens [W, BT, T] -> sums of squares, [T] or [BT]: cheap, as the matrix units idle."""
+    total = tl.sum(gram, 0)
+    same = tl.arange(0, total.shape[0])[:, None] == tl.arange(0, total.shape[1])[None, :]
+    return tl.sum(tl.where(same, total, 0.0), AXIS)
 
 
 @triton.jit
-def _join_squares(squares):
-    """[BT / 8, W, 8, 4] -> [BT]"""
-    return tl.reshape(tl.sum(tl.sum(squares, 3), 1), [squares.shape[0] * 8])
-
-
-@triton.jit
-def _tokens(v, STEPS: tl.constexpr, WARPS: tl.constexpr):
-    """Loaded inputs -> [W, BT, BK / W], the product's left operand; 8 tokens are filled up to 16 by zeros."""
+def _left(v, STEPS: tl.constexpr, WARPS: tl.constexpr):
+    """Loaded rows -> [W, BT, BK / W], the product's left operand; 8 tokens are filled up to 16 by zeros."""
     EIGHTS: tl.constexpr = v.shape[0] // (STEPS * WARPS * 8)
     if EIGHTS == 1:
         v = tl.reshape(tl.join(v, tl.zeros_like(v)), [STEPS, WARPS, 8, 4, 2, 4, 2])  # s w r t h l e
@@ -172,8 +162,8 @@ def _tokens(v, STEPS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _weights(w, STEPS: tl.constexpr, WARPS: tl.constexpr):
-    """Loaded weights -> [W, BK / W, BR], the product's right operand."""
+def _right(w, STEPS: tl.constexpr, WARPS: tl.constexpr):
+    """Loaded rows -> [W, BK / W, BR], the product's right operand."""
     EIGHTS: tl.constexpr = w.shape[0] // (STEPS * WARPS * 8)
     w = tl.reshape(w, [STEPS, EIGHTS, WARPS, 8, 4, 2, 4])  # s e w r t h l
     return tl.reshape(tl.permute(w, [2, 0, 5, 4, 6, 1, 3]), [WARPS, STEPS * 32, EIGHTS * 8])  # w, s h t l, e r

@@ -26,7 +26,7 @@ NORMS = ["none", "unit", "weight", "plus one"]
 
 
 def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
+    """The interpreter keeps bf16 as the bits of uint16, and would multiply those bits as integers."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -34,6 +34,17 @@ def _float32(handle: TensorHandle) -> TensorHandle:
 
 _create_dot = InterpreterBuilder.create_dot
 InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+_create_fmul = InterpreterBuilder.create_fmul
+
+
+def _multiply(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle) -> TensorHandle:
+    if a.dtype.scalar != tl.bfloat16:
+        return _create_fmul(self, a, b)
+    product = torch.from_numpy(_float32(a).data * _float32(b).data).bfloat16()
+    return TensorHandle(product.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+
+InterpreterBuilder.create_fmul = _multiply
 
 
 @pytest.fixture(autouse=True)
