@@ -100,18 +100,16 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
         registers = max(t, 16) * r // 32 + (2 * r + 3 * t) * steps // 2
         if registers <= 160 and r * w <= 128 and 16 <= r * steps <= 64:
             yield SkinnyConfig("warp", t, r, steps * w * 32, w)
-    stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
-    for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (64, 128, 256), (64, 128, 256), (4, 8)):
-        if not (2 <= tokens <= t <= max(2 * tokens, 16)) or r < t or (t >= 64 and r == 64):
-            continue
-        if r // w != (32 if r == 256 else 16):
-            continue
-        for s in stages[k]:
-            held = r * k * 2 * s // (1 if s > 1 else 2)  # bytes in flight
-            if not 16 << 10 <= held <= 130 << 10 or (s == 1 and held // w > 8 << 10) or t * max(k, r) // (32 * w) > 64:
-                continue
-            for splits in split_counts(kind, r, k):
-                yield SkinnyConfig("tile", t, r, k, w, splits, s)
+    if tokens == 1:
+        return
+    t = max(8, triton.next_power_of_2(tokens))
+    small = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3)]
+    large = [(128, 64, 8, 4), (128, 64, 8, 6), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4)]
+    tiles = {8: small, 16: [*small, large[2]], 32: [*small[:2], *large[:3]], 64: large, 128: [*large[:1], *large[2:4]]}
+    for r, k, w, s in tiles.get(t, []):
+        for splits, early in itertools.product(split_counts(kind, r, k), (True, False)):
+            if early if t == 8 else not early if t == 128 else True:
+                yield SkinnyConfig("tile", t, r, k, w, splits, s, early=early)
 
 
 def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
@@ -119,8 +117,8 @@ def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
     if config.kernel != "tile":
         yield config
         return
-    for ahead, lead in itertools.product((1, 2), (0, 1, 4)):
-        yield replace(config, ahead=ahead, lead=lead)
+    for lead in (0, 1, 4):
+        yield replace(config, lead=lead)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
@@ -230,11 +228,13 @@ class Tuner:
         return entries
 
 
-def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float, kernels: list[str]) -> list[dict]:
+def tune(
+    shapes: list[str], tokens: list[int], layers: int | None, budget: float, kernels: list[str], stages: int
+) -> list[dict]:
     """Tiles and splits first, then how the best of them overlap with their neighbours."""
     chains = {shape: Chain(MODELS[shape], layers or TUNE_LAYERS[shape]) for shape in shapes}
     tuners = [Tuner(shape, chain, t) for shape, chain in chains.items() for t in tokens]
-    for stage in range(2):
+    for stage in range(stages):
         pools = [
             {
                 name: [c for c in candidates(kind, tuner.tokens) if c.kernel in kernels] if stage == 0
@@ -257,7 +257,7 @@ def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float
 
 def _brief(seconds: float, c: SkinnyConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} a{c.ahead} l{c.lead}"
+    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} e{c.early:d} l{c.lead}"
 
 
 def main() -> None:
@@ -267,13 +267,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tuning per number of tokens")
+    parser.add_argument("--stages", type=int, default=2, help="tuning: 1 leaves the overlap with neighbours as it is")
     parser.add_argument("--kernels", default="vector,warp,tile", help="tuning: those to try")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]
     result: dict = {"gpu": torch.cuda.get_device_name()}
     if args.tune:
-        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget, args.kernels.split(","))
+        result["tuned"] = tune(
+            args.shape.split(","), tokens, args.layers, args.budget, args.kernels.split(","), args.stages
+        )
     else:
         ceiling = read_bandwidth(torch.device("cuda"))
         result["read_TB_s"] = round(ceiling / 1e12, 3)

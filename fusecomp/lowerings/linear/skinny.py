@@ -91,8 +91,8 @@ def run_skinny(
     tile_kernel[(teams * splits,)](
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
-        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, AHEAD=config.ahead,
-        PREFETCH=config.prefetch, LEAD=config.lead,
+        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
+        LEAD=config.lead,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
 

@@ -69,8 +69,8 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
         constants |= {
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "PIPELINED": config.num_stages - 1,
-            "AHEAD": config.ahead,
-            "PREFETCH": config.prefetch, "LEAD": config.lead, "EXACT_NORM": exact,
+            "EARLY": config.early,
+            "LEAD": config.lead, "EXACT_NORM": exact,
         }  # fmt: skip
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:

@@ -35,9 +35,8 @@ class SkinnyConfig:
         block_k: columns of a weight tile.
         splits: tile: programs that share the same features, each with its part of K.
         num_stages: tile: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
-        prefetch: tile: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
         lead: tile: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
-        ahead: tile: tiles whose inputs are in flight.
+        early: tile: the pipeline holds weights alone and begins before the kernel before ends.
     """
 
     kernel: str
@@ -47,9 +46,8 @@ class SkinnyConfig:
     num_warps: int
     splits: int = 1
     num_stages: int = 1
-    prefetch: int = 0
     lead: int = 0
-    ahead: int = 1
+    early: bool = True
     source: str = ""
 
 

@@ -48,8 +48,7 @@ def tile_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     PIPELINED: tl.constexpr,  # tiles that the compiler's pipeline has in flight; 0 keeps one in registers
-    AHEAD: tl.constexpr,  # tiles whose inputs are in flight
-    PREFETCH: tl.constexpr,  # tiles that the L2 is asked for before the wait
+    EARLY: tl.constexpr,  # weights, not inputs, go through the pipeline, which then begins before the wait
     LEAD: tl.constexpr,  # tiles before its last at which a program lets the next launch begin; 0 lets it at once
     EVEN_K: tl.constexpr,
     NORM: tl.constexpr,
@@ -87,16 +86,14 @@ def tile_kernel(
     scale = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
     start = lo * BLOCK_K
-    if not PIPELINED:
+    if PIPELINED == 0:
         w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
     if USE_PDL and LEAD == 0:
         gdc_launch_dependents()
-    if PIPELINED:
-        # Inputs and factors of the next AHEAD tiles. Loads of nothing: the loop carries them in their loads' layout.
-        vs, gs = (), ()
-        for i in tl.static_range(AHEAD):
-            vs += (tl.load(x_at, mask=live & (num_tokens < 0), other=0.0),)
-            gs += (load_norm(norm_weight, _spread(start + i * BLOCK_K + cols, BLOCK_T), k, False, NORM),)
+    if PIPELINED > 0 and EARLY:
+        # A load of nothing: the loop carries the inputs in the layout of their loads.
+        v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)
+        g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         for tile in range(lo, hi):
             # The pipeline asks for the weights of its first stages before the loop, hence the wait is within: it and
             # all loads of inputs stand in branches, which the pipeline leaves in their place.
@@ -104,33 +101,43 @@ def tile_kernel(
             w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
             if tile == lo:
                 if USE_PDL:
-                    for i in tl.static_range(PREFETCH):
-                        if lo + PIPELINED + i < hi:
-                            _prefetch(row_at, (lo + PIPELINED + i) * BLOCK_K, k, BLOCK_K)
                     gdc_wait()
                 if EXACT_NORM:
-                    scale = rms_scale(_sum_squares(x_at, cols[:, None], live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
-                vs = ()
-                for i in tl.static_range(AHEAD):
-                    at = start + i * BLOCK_K
-                    vs += (_load_tokens(x_at + at, at + cols[:, None], live, k, False),)
+                    scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+                v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
             if USE_PDL and LEAD > 0:
                 if tile == tl.maximum(hi - LEAD, lo):
                     gdc_launch_dependents()
-            squares = _add_squares(squares, vs[0], SUM_SQUARES)
-            y = _normalize(vs[0], gs[0], scale, NORM)
-            v, g = vs[0], gs[0]
-            if tile + AHEAD < hi:
-                start += AHEAD * BLOCK_K
+            squares = _add_squares(squares, v, SUM_SQUARES)
+            y = _normalize(v, g, scale, NORM)
+            if tile + 1 < hi:
+                start += BLOCK_K
                 v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
                 g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
-            vs, gs = _shift(vs, v, tile < hi), _shift(gs, g, tile < hi)
             acc = tl.dot(w, y, acc, input_precision="ieee")
+    elif PIPELINED > 0:
+        if USE_PDL:
+            for i in tl.static_range(PIPELINED):
+                if lo + i < hi:
+                    _prefetch(row_at, (lo + i) * BLOCK_K, k, BLOCK_K)
+            gdc_wait()
+        if EXACT_NORM:
+            scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+        for tile in range(lo, hi):
+            start = tile * BLOCK_K
+            w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
+            v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            if USE_PDL and LEAD > 0:
+                if tile == tl.maximum(hi - LEAD, lo):
+                    gdc_launch_dependents()
+            squares = _add_squares(squares, v, SUM_SQUARES)
+            acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
     else:
         if USE_PDL:
             gdc_wait()
         if EXACT_NORM:
-            scale = rms_scale(_sum_squares(x_at, cols[:, None], live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+            scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
         v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
         g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         for tile in range(lo + 1, hi):  # loads one tile, multiplies the one before
@@ -189,17 +196,6 @@ def _spread(cols, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _shift(queue, last, true):
-    """Drop the first, append `last`. The pipeline refuses loops that hand a value on unchanged, hence the selection;
-    not from `last`, which may still be loading."""
-    shifted = ()
-    for i in tl.static_range(1, len(queue)):
-        shifted += (tl.where(true, queue[i], queue[0]),)
-    shifted += (last,)
-    return shifted
-
-
-@triton.jit
 def _add_squares(squares, v, SUM_SQUARES: tl.constexpr):
     """Adds the squares of 8 neighbours along K, which stay within a thread."""
     if SUM_SQUARES:
@@ -221,7 +217,7 @@ def _sum_squares(x_at, cols, live, k, BLOCK_T: tl.constexpr, BLOCK_K: tl.constex
     """[BT] sums of squares of whole tokens."""
     squares = tl.zeros([BLOCK_K, BLOCK_T], tl.float32)
     for start in range(0, k, BLOCK_K):
-        v = _load_tokens(x_at + start, start + cols, live, k, False).to(tl.float32)
+        v = _load_tokens(x_at + start, start + cols[:, None], live, k, False).to(tl.float32)
         squares += v * v
     return tl.sum(squares, 0)
 

@@ -95,7 +95,8 @@ def warp_kernel(
         w, v, g = w_next, v_next, g_next
     if SUM_SQUARES:
         gram = tl.dot(_left(v, STEPS, WARPS), _right(v, STEPS, WARPS), gram)
-    acc = tl.dot(_left(_normalize(v, g, scale, STEPS, NORM, EXACT_NORM), STEPS, WARPS), _right(w, STEPS, WARPS), acc)
+    v = _normalize(v, g, scale, STEPS, NORM, EXACT_NORM)
+    acc = tl.dot(_left(v, STEPS, WARPS), _right(w, STEPS, WARPS), acc)
 
     y = tl.trans(tl.sum(acc, 0))  # [BR, BT]
     if SUM_SQUARES:
