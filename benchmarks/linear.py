@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -95,12 +95,6 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
         for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8)):
             if 64 <= r * k * 2 // (32 * w) <= 256 and k <= kind.k * 1.2:
                 yield SkinnyConfig("vector", 1, r, k, w)
-    t = max(8, triton.next_power_of_2(tokens))
-    for r, steps, w in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), (2, 4, 8)):
-        registers = max(t, 16) * r // 32 + (2 * r + 3 * t) * steps // 2
-        if registers <= 160 and r * w <= 128 and 16 <= r * steps <= 64:
-            yield SkinnyConfig("warp", t, r, steps * w * 32, w)
-    if tokens == 1:
         return
     t = max(8, triton.next_power_of_2(tokens))
     small = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3)]
@@ -110,15 +104,6 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
         for splits, early in itertools.product(split_counts(kind, r, k), (True, False)):
             if early if t == 8 else not early if t == 128 else True:
                 yield SkinnyConfig("tile", t, r, k, w, splits, s, early=early)
-
-
-def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
-    """The same tile with other ways to overlap with its neighbours."""
-    if config.kernel != "tile":
-        yield config
-        return
-    for lead in (0, 1, 4):
-        yield replace(config, lead=lead)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
@@ -178,10 +163,11 @@ class Tuner:
         self.shape, self.chain, self.tokens = shape, chain, tokens
         self.x = chain.random(tokens, chain.model.hidden)
         self.configs = default_configs(chain.model, tokens)
+        self.kinds = chain.model.kinds
         self.log: dict[str, list[tuple[float, SkinnyConfig]]] = {}
 
     def job(self, name: str, config: SkinnyConfig) -> Job:
-        return job(name, self.chain.model.kinds[name], self.tokens, config)
+        return job(name, self.kinds[name], self.tokens, config)
 
     def seconds(self, name: str, config: SkinnyConfig, replays: int) -> float:
         try:
@@ -216,7 +202,7 @@ class Tuner:
     def entries(self) -> list[dict]:
         """Table entries of what was found, checked."""
         entries = []
-        for name, kind in self.chain.model.kinds.items():
+        for name, kind in self.kinds.items():
             self.chain.check(name, self.tokens, self.configs[name], True)
             config = {k: v for k, v in asdict(self.configs[name]).items() if k != "source"}
             tried = [_brief(s, c) for s, c in self.log.get(name, [])]
@@ -228,26 +214,15 @@ class Tuner:
         return entries
 
 
-def tune(
-    shapes: list[str], tokens: list[int], layers: int | None, budget: float, kernels: list[str], stages: int
-) -> list[dict]:
-    """Tiles and splits first, then how the best of them overlap with their neighbours."""
+def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float) -> list[dict]:
+    """Table entries for every shape and number of tokens."""
     chains = {shape: Chain(MODELS[shape], layers or TUNE_LAYERS[shape]) for shape in shapes}
     tuners = [Tuner(shape, chain, t) for shape, chain in chains.items() for t in tokens]
-    for stage in range(stages):
-        pools = [
-            {
-                name: [c for c in candidates(kind, tuner.tokens) if c.kernel in kernels] if stage == 0
-                else [r for _, c in tuner.log[name][:3] for r in refinements(c)]
-                for name, kind in tuner.chain.model.kinds.items()
-            }
-            for tuner in tuners
-        ]  # fmt: skip
-        failed = prepare([t.job(n, c) for t, pool in zip(tuners, pools, strict=True) for n in pool for c in pool[n]])
-        for tuner, pool in zip(tuners, pools, strict=True):
-            tuner.tune({n: [c for c in cs if tuner.job(n, c) not in failed] for n, cs in pool.items()}, budget)
+    pools = [{name: list(candidates(k, tuner.tokens)) for name, k in tuner.kinds.items()} for tuner in tuners]
+    failed = prepare([t.job(n, c) for t, pool in zip(tuners, pools, strict=True) for n in pool for c in pool[n]])
     entries = []
-    for tuner in tuners:
+    for tuner, pool in zip(tuners, pools, strict=True):
+        tuner.tune({n: [c for c in cs if tuner.job(n, c) not in failed] for n, cs in pool.items()}, budget)
         try:
             entries += tuner.entries()
         except AssertionError as error:
@@ -257,7 +232,7 @@ def tune(
 
 def _brief(seconds: float, c: SkinnyConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} e{c.early:d} l{c.lead}"
+    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} e{c.early:d}"
 
 
 def main() -> None:
@@ -267,8 +242,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tuning per number of tokens")
-    parser.add_argument("--stages", type=int, default=2, help="tuning: 1 leaves the overlap with neighbours as it is")
-    parser.add_argument("--kernels", default="vector,warp,tile", help="tuning: those to try")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]

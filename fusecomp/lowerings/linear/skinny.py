@@ -14,7 +14,6 @@ from torch import Tensor
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
-from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,13 +71,6 @@ def run_skinny(
     if config.kernel == "vector":
         vector_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
         return
-    if config.kernel == "warp":
-        warp_kernel[(blocks * _cdiv(tokens, config.block_t),)](
-            x, weight, out, norm_weight, tuple(args), tuple(strides), tokens, n, k, eps or 0.0, x.stride(0),
-            out.stride(0), BLOCK_T=config.block_t, WARPS=config.num_warps,
-            EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
-        )  # fmt: skip
-        return
     per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
     splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
     teams = blocks * _cdiv(tokens, config.block_t)
@@ -92,7 +84,7 @@ def run_skinny(
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
-        LEAD=config.lead,
+
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
-from fusecomp.lowerings.linear.skinny_warp import warp_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
 
@@ -62,15 +61,11 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
     else:
         constants["norm_weight"] = None
     exact = norm > 0 and dtype == "fp16"
-    if config.kernel == "warp":
-        scalars |= dict.fromkeys(("num_tokens", "stride_x", "stride_out"), "i32")
-        constants |= {"BLOCK_T": config.block_t, "WARPS": config.num_warps, "EXACT_NORM": exact}
     if config.kernel == "tile":
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
         constants |= {
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "PIPELINED": config.num_stages - 1,
-            "EARLY": config.early,
-            "LEAD": config.lead, "EXACT_NORM": exact,
+            "EARLY": config.early, "EXACT_NORM": exact,
         }  # fmt: skip
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
@@ -78,6 +73,6 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         else:
             constants |= dict.fromkeys(scratch)
     name = f"skinny-{dtype}-n{n}-k{k}-g{groups}-t{tokens}-norm{norm}"
-    kernel = {"vector": vector_kernel, "warp": warp_kernel, "tile": tile_kernel}[config.kernel]
+    kernel = {"vector": vector_kernel, "tile": tile_kernel}[config.kernel]
     aligned = tuple(name for name, value in (("n", n), ("k", k)) if value % 16 == 0)
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl, aligned)

@@ -29,14 +29,13 @@ class SkinnyConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" (one token), "warp" (few: operands straight from memory) or "tile" (more: shared memory).
+        kernel: "vector" for one token, "tile" for more.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
         splits: tile: programs that share the same features, each with its part of K.
         num_stages: tile: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
-        lead: tile: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
-        early: tile: the pipeline holds weights alone and begins before the kernel before ends.
+        early: tile: only weights go through the pipeline, which then begins before the wait for the kernel before.
     """
 
     kernel: str
@@ -46,7 +45,6 @@ class SkinnyConfig:
     num_warps: int
     splits: int = 1
     num_stages: int = 1
-    lead: int = 0
     early: bool = True
     source: str = ""
 
@@ -100,8 +98,9 @@ def _fit(config: SkinnyConfig, target: Target, itemsize: int) -> SkinnyConfig:
     if target.backend == "hip":
         config = replace(config, num_stages=min(config.num_stages, 2))
 
-    def need(c: SkinnyConfig) -> int:
-        return (c.num_stages * c.block_r + c.block_t) * c.block_k * itemsize
+    def need(c: SkinnyConfig) -> int:  # inputs and the norm's weight are staged too, or else inputs once
+        inputs = c.block_t if c.early or c.num_stages == 1 else 2 * c.block_t * c.num_stages
+        return (c.num_stages * c.block_r + inputs) * c.block_k * itemsize
 
     while need(config) > target.smem_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)

@@ -49,7 +49,6 @@ def tile_kernel(
     SPLITS: tl.constexpr,
     PIPELINED: tl.constexpr,  # tiles that the compiler's pipeline has in flight; 0 keeps one in registers
     EARLY: tl.constexpr,  # weights, not inputs, go through the pipeline, which then begins before the wait
-    LEAD: tl.constexpr,  # tiles before its last at which a program lets the next launch begin; 0 lets it at once
     EVEN_K: tl.constexpr,
     NORM: tl.constexpr,
     EXACT_NORM: tl.constexpr,
@@ -88,7 +87,7 @@ def tile_kernel(
     start = lo * BLOCK_K
     if PIPELINED == 0:
         w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
-    if USE_PDL and LEAD == 0:
+    if USE_PDL:
         gdc_launch_dependents()
     if PIPELINED > 0 and EARLY:
         # A load of nothing: the loop carries the inputs in the layout of their loads.
@@ -105,9 +104,6 @@ def tile_kernel(
                 if EXACT_NORM:
                     scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
                 v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-            if USE_PDL and LEAD > 0:
-                if tile == tl.maximum(hi - LEAD, lo):
-                    gdc_launch_dependents()
             squares = _add_squares(squares, v, SUM_SQUARES)
             y = _normalize(v, g, scale, NORM)
             if tile + 1 < hi:
@@ -128,9 +124,6 @@ def tile_kernel(
             w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
             v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
             g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
-            if USE_PDL and LEAD > 0:
-                if tile == tl.maximum(hi - LEAD, lo):
-                    gdc_launch_dependents()
             squares = _add_squares(squares, v, SUM_SQUARES)
             acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
     else:

@@ -62,16 +62,16 @@ def vector_kernel(
     acc = tl.zeros([BLOCK_R, BLOCK_K // VEC], tl.float32)
     squares = tl.zeros([1, BLOCK_K // VEC], tl.float32)
     v = load_inputs(x + cols, cols < k, EVEN_K)
-    g = load_norm(norm_weight, cols, k, EVEN_K, NORM)
+    g = norm_factor(load_norm(norm_weight, cols, k, EVEN_K, NORM), NORM)
     for start in range(BLOCK_K, k, BLOCK_K):  # loads one tile, multiplies the one before
         w_next = load_weight(tile_at + start, start + cols < k, EVEN_K)
         v_next = load_inputs(x + start + cols, start + cols < k, EVEN_K)
-        g_next = load_norm(norm_weight, start + cols, k, EVEN_K, NORM)
+        g_next = norm_factor(load_norm(norm_weight, start + cols, k, EVEN_K, NORM), NORM)
         if NORM > 0:
             squares += _fold(v * v, VEC)
-        acc += _fold(w.to(tl.float32) * (v * norm_factor(g, NORM)), VEC)
+        acc += _fold(w.to(tl.float32) * (v * g), VEC)
         w, v, g = w_next, v_next, g_next
-    acc += _fold(w.to(tl.float32) * (v * norm_factor(g, NORM)), VEC)
+    acc += _fold(w.to(tl.float32) * (v * g), VEC)
     y = tl.sum(acc, 1)[:, None]  # [BR, 1]
     if NORM > 0:
         squares += _fold(v * v, VEC)
