@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
 __all__ = [
+    "CustomGraphPass",
     "counters",
     "dynamo_settings",
+    "functional_backend",
+    "inductor_cache_dir",
     "inductor_compile",
     "mark_unbacked",
     "own_tracing_context",
+    "real_tensors",
     "recompiles_are_errors",
 ]
 
@@ -29,6 +35,34 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
     return compiled
 
 
+def inductor_cache_dir() -> Path:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Callable[[GraphModule], None]) -> Callable:
+    """Turn a Dynamo graph into the ATen graph that Inductor would compile, `rewrite` it, and run it without codegen."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    def run(graph: GraphModule, inputs: Any, **_: Any) -> Callable:
+        rewrite(graph)
+        graph.recompile()
+        interpreter = torch.fx.Interpreter(graph)
+
+        def call(args: list[Any]) -> Any:
+            return interpreter.boxed_run(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    with functorch_config.patch(enable_autograd_cache=False):
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=run)  # type: ignore[arg-type]
+    return compiled
+
+
 @contextmanager
 def own_tracing_context(example_inputs: list[Any]) -> Iterator[None]:
     """A tracing context apart from Dynamo's, so that a part of its graph compiles as a graph of its own."""
@@ -36,6 +70,15 @@ def own_tracing_context(example_inputs: list[Any]) -> Iterator[None]:
 
     mode = detect_fake_mode(example_inputs)
     with tracing(TracingContext(mode)):
+        yield
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside a pass, where tensors are fake, compute with real ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
         yield
 
 

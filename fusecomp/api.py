@@ -58,6 +58,8 @@ class LLM:
         device: str = "auto",
         kv_cache_bytes: int | None = None,
         verify: str = "off",
+        fuse: str = "auto",
+        disabled_patterns: Sequence[str] = (),
         tokenizer: Any = None,
         **unknown: Any,
     ) -> None:
@@ -75,6 +77,9 @@ class LLM:
             seed=seed,
             strict=strict,
             verify=verify,
+            fuse=fuse,
+            disabled_patterns=tuple(disabled_patterns),
+            **unknown,
         )
         given = None if tokenizer is None else _tokenizer_of(tokenizer)
         module, own_tokenizer, config = _materialize(model, config)

@@ -26,7 +26,8 @@ from fusecomp.patterns.attention import (
     remove_step_marker,
     step_marker,
 )
-from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value
+from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value, own_graph
+from fusecomp.patterns.linear import MergedLinears
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
 from fusecomp.pieces import compile_pieces
@@ -36,7 +37,13 @@ lowerings.register()
 
 CANONICALIZE: tuple[Pattern, ...] = (InterfaceAttention(), SdpaAttention(), SoftmaxAttention(), Experts())
 PAGE: tuple[Pattern, ...] = (PagedAttention(),)
+MERGE: tuple[Pattern, ...] = (MergedLinears(),)
 STATELESS: tuple[Pattern, ...] = (StatelessAttention(),)
+
+
+def enabled(patterns: Sequence[Pattern], disabled: Sequence[str]) -> tuple[Pattern, ...]:
+    """`patterns` without those named in `disabled`."""
+    return tuple(p for p in patterns if p.name not in disabled)
 
 
 def run_passes(gm: GraphModule, patterns: Sequence[Pattern], context: PassContext) -> None:
@@ -65,18 +72,27 @@ def total_cost(graph: torch.fx.Graph) -> tuple[str, str]:
 class StepBackend:
     """Compiles the packed step. One instance serves one capture; `context.layers` then lists its KV tensors.
 
+    Args:
+        inductor: compile, rather than run the rewritten graph as it is.
+        merge: patterns that lay weights out anew.
+        fuse: patterns of the fuse stage, on the ATen graph of each piece.
+
     Raises:
         UnsupportedModelError: some attention could not be paged; the message lists every reason.
     """
 
-    def __init__(self, context: PassContext, *, inductor: bool) -> None:
+    def __init__(
+        self, context: PassContext, *, inductor: bool, merge: Sequence[Pattern] = (), fuse: Sequence[Pattern] = ()
+    ) -> None:
         self.context = context
         self.inductor = inductor
+        self.merge, self.fuse = merge, fuse
         self.graphs: list[GraphModule] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[torch.Tensor]) -> Callable:
         report, start = self.context.report, time.perf_counter()
-        run_passes(gm, (*CANONICALIZE, *PAGE), self.context)
+        gm = own_graph(gm)  # Dynamo reads its graph's inputs again after the backend returns
+        run_passes(gm, (*CANONICALIZE, *PAGE, *self.merge), self.context)
         self._require_all_paged(gm)
         self._require_positions(gm)
         remove_step_marker(gm)
@@ -85,12 +101,17 @@ class StepBackend:
         self.graphs.append(gm)
         report.seconds["passes"] = time.perf_counter() - start
         if not self.inductor:
-            return gm.forward
+            return self._with_merged(gm.forward)
         start = time.perf_counter()
-        compiled, pieces, kinds = compile_pieces(gm)
+        compiled, pieces, kinds = compile_pieces(gm, self.fuse, report)
         report.seconds["inductor"] = time.perf_counter() - start
         report.notes.append(f"compiled {kinds} kinds of {pieces} pieces, cut after each attention")
-        return compiled
+        return self._with_merged(compiled)
+
+    def _with_merged(self, function: Callable) -> Callable:
+        """`function`, given the stacked weights that passes appended to the graph's inputs."""
+        appended = [merged.tensor for merged in self.context.merged]
+        return (lambda *args: function(*args, *appended)) if appended else function
 
     def _require_all_paged(self, gm: GraphModule) -> None:
         report = self.context.report

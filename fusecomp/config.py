@@ -15,6 +15,7 @@ from fusecomp.errors import ConfigError
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BLOCK_SIZES = (1, 16, 32, 64)
 VERIFY_MODES = ("off", "first")
+FUSE_MODES = ("auto", "always", "never")
 
 C = TypeVar("C")
 
@@ -75,6 +76,9 @@ class EngineConfig:
         strict: a fallback raises instead of being reported.
         verify: "first" compares the rewritten model with the original and with fp32 before serving, for a receipt
             in the report; a failed receipt is an error. It holds an fp32 copy of the weights meanwhile.
+        fuse: run the fuse stage (norms, matmuls with their epilogues, rotary embedding with the cache write become
+            canonical ops): "auto" on a GPU, where they have kernels; "always", on a CPU by their eager references.
+        disabled_patterns: names of patterns, of merging or of the fuse stage, that are left out.
     """
 
     dtype: str = "auto"
@@ -89,11 +93,19 @@ class EngineConfig:
     seed: int = 0
     strict: bool = False
     verify: str = "off"
+    fuse: str = "auto"
+    disabled_patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._one_of("dtype", DTYPES)
         self._one_of("block_size", BLOCK_SIZES)
         self._one_of("verify", VERIFY_MODES)
+        self._one_of("fuse", FUSE_MODES)
+        if isinstance(self.disabled_patterns, str) or not all(isinstance(n, str) for n in self.disabled_patterns):
+            raise ConfigError(
+                f"disabled_patterns={self.disabled_patterns!r}", where="EngineConfig", remedy="give a tuple of names"
+            )
+        object.__setattr__(self, "disabled_patterns", tuple(self.disabled_patterns))
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             self._positive_int(name, getattr(self, name))
         for name in ("max_model_len", "kv_cache_bytes"):

@@ -9,18 +9,22 @@ so no fusion is lost at a cut.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import _get_qualified_name
 from torch.fx.passes.split_module import split_module
 
-from fusecomp._compat import inductor_compile, own_tracing_context
+from fusecomp._compat import own_tracing_context
+from fusecomp.fusion import compile_fused
 from fusecomp.ops import OPS
-from fusecomp.patterns.base import fake_value
+from fusecomp.patterns.base import Pattern, fake_value, module_path
+from fusecomp.report import FusionReport
 
 CUT_AFTER = (OPS.paged_attention, OPS.paged_attention.default)
 
@@ -70,19 +74,28 @@ def structure(gm: GraphModule) -> str:
         args, kwargs = torch.fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: f"%{number[a]}" if isinstance(a, Node) else a
         )
-        target = "" if node.op == "placeholder" else node.target
+        target = "" if node.op == "placeholder" else _target_name(node.target)
         seen = symbols.describe(fake_value(node)) if node.op == "placeholder" else ""
         digest.update(f"{node.op}|{target}|{args}|{kwargs}|{seen}\n".encode())
     return digest.hexdigest()
 
 
-def compile_pieces(gm: GraphModule) -> tuple[Callable, int, int]:
-    """Compile `gm` piece by piece with Inductor.
+def _target_name(target: Any) -> str:
+    """A name that is the same in every process, where a repr may hold an address."""
+    return target if isinstance(target, str) else _get_qualified_name(target)
+
+
+def compile_pieces(gm: GraphModule, fuse: Sequence[Pattern], report: FusionReport) -> tuple[Callable, int, int]:
+    """Compile `gm` piece by piece with Inductor, `fuse` applied to the ATen graph of each.
+
+    Args:
+        report: receives what the fuse stage did, for every piece.
 
     Returns: the callable, the number of pieces, and how many had to be compiled.
     """
     whole = cut(gm)
     compiled: dict[str, Callable] = {}
+    done: dict[str, tuple[GraphModule, FusionReport]] = {}
     count = 0
     for name, piece in list(whole.named_children()):
         if not isinstance(piece, GraphModule):
@@ -92,7 +105,17 @@ def compile_pieces(gm: GraphModule) -> tuple[Callable, int, int]:
         if key not in compiled:
             inputs = [fake_value(n) for n in piece.graph.nodes if n.op == "placeholder"]
             with own_tracing_context(inputs):
-                compiled[key] = inductor_compile(piece, inputs)
+                compiled[key], fused = compile_fused(piece, inputs, fuse, key)
+            done[key] = piece, fused
+        _record(report, *done[key], piece)
         delattr(whole, name)
         setattr(whole, name, compiled[key])
     return whole.forward, count, len(compiled)
+
+
+def _record(report: FusionReport, first: GraphModule, fused: FusionReport, piece: GraphModule) -> None:
+    """Add what was done to `first` to the report, as done to the structurally equal `piece`."""
+    pairs = zip(first.graph.nodes, piece.graph.nodes, strict=True)
+    places = {module_path(a): module_path(b) for a, b in pairs if a.op != "placeholder"}
+    report.matches += [replace(m, where=places.get(m.where, m.where)) for m in fused.matches]
+    report.near_misses += [replace(m, where=places.get(m.where, m.where)) for m in fused.near_misses]

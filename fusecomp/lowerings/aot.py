@@ -26,7 +26,10 @@ from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.lowering import rope_constants
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
+from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
+from fusecomp.ops.rope import Rope
 
 TARGETS: dict[str, Target] = {
     "sm_80": heuristics.SM80,
@@ -54,7 +57,6 @@ class Specialization:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    launch_pdl: bool = False
     aligned: tuple[str, ...] = ()
 
 
@@ -85,6 +87,7 @@ class Case:
     num_rows: int = 32
     max_keys: int = 2048
     aligned: bool = True  # k and v as TMA wants them
+    rope: str = ""  # of `rope_attention`; the plain ops if empty
 
     @property
     def itemsize(self) -> int:
@@ -93,6 +96,7 @@ class Case:
     def __str__(self) -> str:
         marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
         marks += ["unaligned"] * (not self.aligned)
+        marks += [self.rope.replace(" ", "-")] * bool(self.rope)
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
@@ -100,7 +104,14 @@ NUM_KV_HEADS = 8
 CAPACITY = 8192
 FEATURES: dict[str, tuple[Any, Any]] = {"window": (0, 4096), "softcap": (0.0, 50.0), "sinks": (False, True)}
 EVERY_FEATURE: dict[str, Any] = {name: values[1] for name, values in FEATURES.items()}
-SUBSET = (Case(), Case(head_dim=80, page_size=1, **EVERY_FEATURE), Case(head_dim=256))
+QWEN3 = "half:128:full rms:1e-06"
+SUBSET = (
+    Case(),
+    Case(head_dim=80, page_size=1, **EVERY_FEATURE),
+    Case(head_dim=256),
+    Case(rope=QWEN3),
+    Case(head_dim=80, page_size=1, rope="interleaved:32:pairs rms+1:1e-06", **EVERY_FEATURE),
+)
 
 
 def _tuned_cases() -> Iterator[Case]:
@@ -115,6 +126,9 @@ def _tuned_cases() -> Iterator[Case]:
             max_keys=entry.get("keys", 2048),
         )
         yield from (case, replace(case, **EVERY_FEATURE))
+        if "pairs" in entry:
+            yield replace(case, rope=f"half:{case.head_dim}:full rms:1e-06")
+            yield replace(case, rope=f"interleaved:{case.head_dim}:pairs", **EVERY_FEATURE)
 
 
 def _full_cases() -> Iterator[Case]:
@@ -159,15 +173,37 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     cache = dict.fromkeys(("stride_page", "stride_v", "stride_g", "stride_slot"), "i32")
     kv = {"k": case.dtype, "v": case.dtype, "kv_cache": case.dtype}
     k_strides = dict.fromkeys(("stride_kt", "stride_kg", "stride_vt", "stride_vg"), "i32")
-    yield Specialization(
-        f"cache_write-{case}",
-        cache_write_kernel,
-        {**kv, "slots": "i64"},
-        {"num_tokens": "i32", **k_strides, **cache},
-        {**shape, "BLOCK_T": heuristics.cache_write_block(4096)},
-        num_warps=4,
-        num_stages=3,
-    )
+    pdl = {"USE_PDL": target.has_pdl}
+    rope, new = Rope.parse(case.rope or "none"), {"k": None, "v": None, "slots": None}
+    weights = {"cos": "bf16", "sin": "bf16"} if rope.dims else {}
+    weights |= {"q_norm": case.dtype, "k_norm": case.dtype} if rope.norm != "none" else {}
+    constants = {**pdl, **rope_constants(rope)}
+    constants |= dict.fromkeys({"cos", "sin", "q_norm", "k_norm"} - weights.keys())
+    table_strides = dict.fromkeys(("stride_cos", "stride_sin"), "i32")
+    if case.rope:
+        block_t, block_h = heuristics.rope_cache_block(4096, case.head_dim)
+        yield Specialization(
+            f"rope_cache-{case}",
+            rope_cache_kernel,
+            {**kv, **weights, "q": case.dtype, "q_out": case.dtype, "k_out": case.dtype, "slots": "i64"},
+            {"num_tokens": "i32", "eps": "fp32", "stride_qt": "i32", "stride_qh": "i32"}
+            | {**k_strides, **cache, **table_strides},
+            {**shape, **constants, "H": heads, "G": NUM_KV_HEADS, "BLOCK_T": block_t, "BLOCK_H": block_h},
+            num_warps=4,
+            num_stages=3,
+        )
+        new = {}
+        weights |= {"k": case.dtype, "v": case.dtype, "slots": "i64"}
+    else:
+        yield Specialization(
+            f"cache_write-{case}",
+            cache_write_kernel,
+            {**kv, "slots": "i64"},
+            {"num_tokens": "i32", **k_strides, **cache},
+            {**shape, **pdl, "BLOCK_T": heuristics.cache_write_block(4096)},
+            num_warps=4,
+            num_stages=3,
+        )
 
     sinks = {} if case.sinks else {"sinks": None}
     inputs = {"q": case.dtype, "kv_cache": case.dtype, "out": case.dtype, "seq_lens": "i32", "block_tables": "i32"}
@@ -182,16 +218,20 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     yield Specialization(
         f"decode-{case}-s{case.num_rows}",
         decode_kernel,
-        {**inputs, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
-        {**scalars, "min_tiles": "i32"},
+        {**inputs, **weights, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
+        {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"},
         {
-            **shape, **hooks, **sinks, "H": heads, "G": NUM_KV_HEADS, "BLOCK_N": decode.block_n,
-            "BLOCK_R": heuristics.query_block(case.group), "MAX_SPLITS": heuristics.MAX_SPLITS,
+            **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
+            "H": heads, "G": NUM_KV_HEADS,
+            "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
+            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits), "COMBINED": decode.combined(),
         },
         decode.num_warps,
         decode.num_stages,
     )  # fmt: skip
 
+    if case.rope:  # the prefill kernel is that of the plain case
+        return
     prefill = heuristics.prefill_config(target, head_dim=case.head_dim, itemsize=case.itemsize, max_keys=case.max_keys)
     prefill = replace(prefill, use_tma=prefill.use_tma and case.aligned)
     inputs = {**inputs, **kv, "cu_q_lens": "i32"}
@@ -220,12 +260,11 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     for index, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
             signature[name] = "constexpr"
+        elif isinstance(kinds := spec.pointers.get(name, spec.scalars.get(name)), tuple):
+            signature[name] = tuple(f"*{kind}" if name in spec.pointers else kind for kind in kinds)
+            attrs |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kinds))}
         elif name in spec.pointers:
             kind = spec.pointers[name]
-            if isinstance(kind, tuple):
-                signature[name] = tuple(f"*{element}" for element in kind)
-                attrs |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
-                continue
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
             if not kind.startswith("tensordesc"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
@@ -234,10 +273,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
             if name in spec.aligned or (name.startswith("stride_") and name != "stride_table"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
-    gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    if spec.launch_pdl:
+    if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
+    gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":
         registers, spills = _cuda_usage(compiled)
@@ -251,12 +290,13 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
+    from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
 
-    target = TARGETS[target_name]
+    target, seen = TARGETS[target_name], set()
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
-    seen = set()
-    for spec in itertools.chain(attention, skinny_specializations(target, full=full)):
+    linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
+    for spec in itertools.chain(attention, linear):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.library import implement, record_fallback
+from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.norm import NormSpec, norm_reference
+from fusecomp.ops.rope import Rope, rope_attention_reference
+from fusecomp.ops.sampling import greedy_reference
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -55,10 +61,92 @@ def _paged_attention(
     return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
 
 
+def _rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    kv_cache: Tensor,
+    slots: Tensor,
+    cu_q_lens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    host_meta: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    rope: str,
+) -> Tensor:
+    from fusecomp.lowerings.paged_attention import lowering
+    from fusecomp.lowerings.paged_attention.rope import launch_rope_attention, supports
+
+    rest = (kv_cache, slots, cu_q_lens, seq_lens, block_tables, host_meta, scale, window, softcap, sinks, rope)
+    reason = supports(Rope.parse(rope), head_dim=q.shape[2], cos=cos, sin=sin) or lowering.supports(
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        page_size=kv_cache.shape[3],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    if reason:
+        record_fallback("rope_attention", reason)
+        return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
+    return launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+) -> Tensor:
+    from fusecomp.lowerings.linear.lowering import launch_linear, supports
+
+    parsed = Program.from_text(program)
+    reason = supports(x, weight, operands, parsed)
+    if reason:
+        record_fallback("linear", reason)
+        return linear_reference(x, weight, norm_weight, norm_bias, operands, program)
+    return launch_linear(x, weight, norm_weight, norm_bias, operands, parsed)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+    from fusecomp.lowerings.linear.lowering import DTYPES, launch_norm_op
+
+    if x.dtype not in DTYPES:
+        record_fallback("norm", f"dtype {x.dtype} is none of fp32, fp16, bf16")
+        return norm_reference(x, weight, bias, spec)
+    return launch_norm_op(x, weight, bias, NormSpec.from_text(spec))
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    from fusecomp.lowerings.sampling.greedy import launch_greedy
+
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        record_fallback("greedy", f"dtype {logits.dtype} is none of fp32, fp16, bf16")
+        return greedy_reference(logits)
+    return launch_greedy(_unit_stride(logits))
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
     implement("cache_write", _cache_write, "CUDA")
     implement("paged_attention", _paged_attention, "CUDA")
+    implement("rope_attention", _rope_attention, "CUDA")
+    implement("linear", _linear, "CUDA")
+    implement("norm", _norm, "CUDA")
+    implement("greedy", _greedy, "CUDA")
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -4,8 +4,21 @@ Each op has a `torch.library` schema, an eager reference (also the CPU path), a 
 a symbolic cost. Importing this package registers them under `torch.ops.fusecomp`.
 """
 
-from fusecomp.ops import attention, experts
+from fusecomp.ops import attention, experts, linear, norm, rope, sampling
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
-__all__ = ["COSTS", "OPS", "Cost", "attention", "experts", "op_cost", "record_fallback", "take_fallbacks"]
+__all__ = [
+    "COSTS",
+    "OPS",
+    "Cost",
+    "attention",
+    "experts",
+    "linear",
+    "norm",
+    "op_cost",
+    "record_fallback",
+    "rope",
+    "sampling",
+    "take_fallbacks",
+]

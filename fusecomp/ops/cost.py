@@ -6,6 +6,7 @@ The figures count each input once and each output once: they are the floor, not 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,14 @@ def _cache_write(k: Any, *_: Any) -> Cost:
     return Cost(4 * T * int(k.shape[-2]) * int(k.shape[-1]) * k.element_size(), sympy.Integer(0))
 
 
+def _rope_attention(q: Any, k: Any, *args: Any) -> Cost:
+    """Raw k and v are read and written to the cache; cos and sin are counted as one row of each per token."""
+    cos, sin = args[1], args[2]
+    tables = sum(T * int(x.shape[-1]) * x.element_size() for x in (cos, sin) if x is not None)
+    attention = _paged_attention(q, k, *(None,) * 7, args[12])
+    return attention + _cache_write(k) + Cost(tables, sympy.Integer(0))
+
+
 def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any, *_: Any) -> Cost:
     E, K = int(up.shape[0]), int(index.shape[1])
     per_expert = up[0].numel() + down[0].numel()
@@ -54,10 +63,25 @@ def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any,
     return Cost(touched * per_expert * up.element_size() + activations, 2 * T * K * per_expert)
 
 
+def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
+    rows, K = int(weight.shape[0]), int(weight.shape[1])
+    out = rows // json.loads(program)["groups"]
+    full = sum(1 for operand in operands if operand.dim() == 2)
+    activations = T * (K + out * (1 + full)) * x.element_size()
+    return Cost(rows * K * weight.element_size() + activations, 2 * T * rows * K)
+
+
+def _norm(x: Any, *_: Any) -> Cost:
+    return Cost(2 * T * int(x.shape[-1]) * x.element_size(), sympy.Integer(0))
+
+
 COSTS: dict[str, Callable[..., Cost]] = {
     "paged_attention": _paged_attention,
     "cache_write": _cache_write,
+    "rope_attention": _rope_attention,
     "experts": _experts,
+    "linear": _linear,
+    "norm": _norm,
 }
 
 

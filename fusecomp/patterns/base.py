@@ -26,6 +26,19 @@ PURE_DESPITE_NAME = {"and_", "or_", "not_", "is_"}  # the operator module's keyw
 BITWISE, TOLERANCE, QUANTIZING = "bitwise", "tolerance", "quantizing"
 
 
+@dataclass(frozen=True)
+class MergedWeight:
+    """A stacked weight (or bias) that a rewritten graph takes as a further input, after all others.
+
+    Attributes:
+        names: the parameters it is made of, in order, as Dynamo names their sources; None stands for zeros.
+        tensor: the stacked tensor, whose parts the parameters now view.
+    """
+
+    names: tuple[str | None, ...]
+    tensor: torch.Tensor
+
+
 @dataclass
 class PassContext:
     """What passes know beyond the graph.
@@ -35,12 +48,14 @@ class PassContext:
         masks: mask proven by the probe per `layer_idx`, for attention that came through HF's interface.
         proof_length: longest context that inline masks are evaluated to.
         layers: attention call sites in graph order, filled by canonicalization: (layer, kv heads, head dim).
+        merged: inputs that passes appended to the graph, in order.
     """
 
     report: FusionReport
     masks: dict[int, MaskSpec] = field(default_factory=dict)
     proof_length: int = 1024
     layers: list[tuple[int, int, int]] = field(default_factory=list)
+    merged: list[MergedWeight] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def find(self, graph: torch.fx.Graph) -> Iterable[Any]:
-        """Candidates in graph order. A candidate has `node`, the node that identifies it."""
+        """Candidates in graph order. A candidate has `node`, the node that identifies it.
+
+        A generator is resumed after each candidate was rewritten or refused, and sees the graph as it is then.
+        """
 
     @abstractmethod
     def guard(self, candidate: Any, context: PassContext) -> str | None:
@@ -103,7 +121,7 @@ class Pattern(ABC):
     def apply(self, gm: GraphModule, context: PassContext) -> int:
         """Run the pattern over `gm`; returns the number of matches."""
         matched = 0
-        for candidate in list(self.find(gm.graph)):
+        for candidate in self.find(gm.graph):
             where = self.where(candidate)
             reason = self._dtype_reason(candidate) or self.guard(candidate, context)
             if reason:
@@ -159,6 +177,13 @@ def replace_and_prune(node: Node, new: Node) -> None:
 def fake_value(node: Any) -> Any:
     """The fake tensor (or SymInt) that tracing recorded for `node`."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def own_graph(gm: GraphModule) -> GraphModule:
+    """A copy of `gm` with a graph of its own, so that whoever holds the original sees no change."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
 
 
 def module_path(node: Node) -> str:

@@ -129,7 +129,7 @@ class SdpaAttention(_RawAttention):
     name = "sdpa_attention"
 
     def find(self, graph: torch.fx.Graph) -> Iterable[RawCandidate]:
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if is_call(node, (F.scaled_dot_product_attention,)):
                 q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
                 candidate = RawCandidate(node, q, shared_heads(k), shared_heads(v), [])
@@ -164,7 +164,7 @@ class SoftmaxAttention(_RawAttention):
     name = "softmax_attention"
 
     def find(self, graph: torch.fx.Graph) -> Iterable[RawCandidate]:
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if not is_call(node, SOFTMAXES, "softmax") or argument(node, 1, "dim") not in (-1, 3):
                 continue
             scores = self._scores(node.args[0])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp._compat import counters, dynamo_settings, mark_unbacked, recompiles_are_errors
-from fusecomp.backend import CANONICALIZE, StepBackend, run_passes
+from fusecomp.backend import CANONICALIZE, MERGE, StepBackend, enabled, run_passes
 from fusecomp.capture import TRACE, Implementations, PackedStep, kv_layout, refuse_hooks, run_probe
 from fusecomp.config import EngineConfig
-from fusecomp.errors import RecompileError, UnsupportedModelError
+from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
+from fusecomp.fusion import FUSE
 from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
@@ -103,8 +104,23 @@ class CompiledStep:
         self.report.seconds["probe"] = time.perf_counter() - start
         self._function = torch.compile(
             self._module.isolated_forward(),
-            backend=StepBackend(self._context, inductor=not config.enforce_eager),
+            backend=self._backend(config),
             fullgraph=True,
+        )
+
+    def _backend(self, config: EngineConfig) -> StepBackend:
+        names = [p.name for p in (*MERGE, *FUSE)]
+        for name in config.disabled_patterns:
+            if name not in names:
+                raise ConfigError(
+                    f"unknown pattern {name!r}", where="disabled_patterns", remedy=f"patterns are {', '.join(names)}"
+                )
+        fuses = config.fuse == "always" or (config.fuse == "auto" and self.device.type == "cuda")
+        return StepBackend(
+            self._context,
+            inductor=not config.enforce_eager,
+            merge=enabled(MERGE, config.disabled_patterns) if config.fuse != "never" else (),
+            fuse=enabled(FUSE, config.disabled_patterns) if fuses else (),
         )
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusecomp.ops.rope import Rope
+
 
 def cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     page_size = kv_cache.shape[3]
@@ -15,6 +17,25 @@ def cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         if slot >= 0:
             kv_cache[slot // page_size, 0, :, slot % page_size] = k[token]
             kv_cache[slot // page_size, 1, :, slot % page_size] = v[token]
+
+
+def rotate(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, rope: Rope, dtype: torch.dtype
+) -> Tensor:
+    """Norm, then rotation of x [T, N, D] by the definition, pair after pair, every operation in `dtype`."""
+    x = x.to(dtype)
+    if rope.norm != "none":
+        x = x / (x.square().mean(-1, keepdim=True) + rope.eps).sqrt()
+        if weight is not None:
+            x = x * (weight.to(dtype) + 1 if rope.norm == "rms+1" else weight.to(dtype))
+    out = x.clone()
+    for i in range(rope.dims // 2):
+        a, b = (i, i + rope.dims // 2) if rope.style == "half" else (2 * i, 2 * i + 1)
+        ca, cb = (i, i) if rope.table == "pairs" else (a, b)
+        c, s = cos.to(dtype), sin.to(dtype)
+        out[..., a] = x[..., a] * c[:, ca, None] - x[..., b] * s[:, ca, None]
+        out[..., b] = x[..., b] * c[:, cb, None] + x[..., a] * s[:, cb, None]
+    return out
 
 
 def gather(kv_cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:

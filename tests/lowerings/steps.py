@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusecomp.ops.rope import Rope
 from tests.lowerings import reference
 
 NOT_A_NUMBER = float("nan")
@@ -90,6 +91,73 @@ def make_step(
         block_tables=block_tables.to(device),
         host_meta=torch.tensor([decodes + padding, max(new), max(lengths), len(lengths)], dtype=torch.int32),
     )
+
+
+@dataclass
+class RopeInputs:
+    """What `rope_attention` takes beside a step: tables of arbitrary numbers, norm weights, and the rule."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    rope: Rope
+
+    def arguments(self, step: Step, mode: tuple) -> tuple:
+        """Arguments of the op on a step; `mode` is (scale, window, softcap, sinks)."""
+        q, k, v, kv_cache, *rest = step.attention_inputs()
+        return (
+            q, k, v, self.cos, self.sin, self.q_norm, self.k_norm, kv_cache, step.slots, *rest, *mode, str(self.rope)
+        )  # fmt: skip
+
+
+def make_rope(step: Step, rope: Rope, *, table_dtype: torch.dtype, weights: bool = True, seed: int = 0) -> RopeInputs:
+    """Tables [T, columns] (the columns of a wider tensor) of unrelated cosines and sines, and weights for a step."""
+    torch.manual_seed(seed)
+    tokens, _, head_dim = step.q.shape
+    tables = torch.randn(2, tokens, max(rope.columns(), 1) + 3, device=step.q.device).mul(9).cos().to(table_dtype)
+    tables[:, :, rope.columns() :] = NOT_A_NUMBER
+    norms = torch.randn(2, head_dim, dtype=step.q.dtype, device=step.q.device)
+    cos, sin = tables if rope.dims else (None, None)
+    q_norm, k_norm = norms if rope.norm != "none" and weights else (None, None)
+    return RopeInputs(cos, sin, q_norm, k_norm, rope)
+
+
+def check_rope_attention(before: Step, after: Step, given: RopeInputs, out: Tensor, mode: tuple) -> None:
+    """As `check_attention`, from raw q, k, v and the cache `before`; also what was written to the cache `after`.
+
+    Raises:
+        AssertionError: an error above 1.5 times that of the unfused computation, a wrong value or a changed slot.
+    """
+    results = []
+    for dtype in (torch.float64, before.q.dtype):
+        q, k = (
+            reference.rotate(x, given.cos, given.sin, weight, given.rope, dtype)
+            for x, weight in ((before.q, given.q_norm), (before.k, given.k_norm))
+        )
+        cache = before.kv_cache.to(dtype)
+        reference.cache_write(k, before.v.to(dtype), cache, before.slots)
+        rows = (before.cu_q_lens, before.seq_lens, before.block_tables)
+        results.append((reference.paged_attention(q, cache, *rows, *mode, dtype=dtype), k, cache))
+    (exact, exact_k, exact_cache), (eager, eager_k, _) = results
+    eps = 2 * torch.finfo(before.q.dtype).eps  # one rounding of the rotated heads, one of the result
+    bound = max(1.5 * relative_error(eager, exact), eps)
+    error = relative_error(out, exact)
+    assert out.shape == before.q.shape and out.is_contiguous() and out.dtype == before.q.dtype
+    assert error <= bound, f"relative error {error:.2e} above {bound:.2e}"
+    padding = before.seq_lens == 0
+    if padding.any():
+        assert not out[before.cu_q_lens[:-1][padding].long()].any(), "a padding row is not zero"
+    slots = before.slots[before.slots >= 0]
+    page_size = before.kv_cache.shape[3]
+    written = torch.zeros(before.kv_cache.shape[0], page_size, dtype=torch.bool, device=slots.device)
+    written[slots // page_size, slots % page_size] = True
+    old, new = (step.kv_cache.movedim(3, 1)[~written] for step in (before, after))
+    assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0)), "a slot that is not of the step changed"
+    stored, expected = (cache.movedim(3, 1)[written] for cache in (after.kv_cache, exact_cache))  # [n, 2, G, D]
+    assert torch.equal(stored[:, 1].to(expected.dtype), expected[:, 1]), "values were not copied"
+    bound = max(1.5 * relative_error(eager_k, exact_k), eps)
+    assert relative_error(stored[:, 0], expected[:, 0]) <= bound
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:

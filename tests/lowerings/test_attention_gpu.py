@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fusecomp.lowerings.paged_attention import lowering
-from tests.lowerings.steps import check_attention, make_step
+from fusecomp.lowerings.paged_attention.rope import launch_rope_attention
+from fusecomp.ops.rope import Rope
+from tests.lowerings.steps import check_attention, check_rope_attention, make_rope, make_step
 
 pytestmark = pytest.mark.gpu
 
@@ -53,3 +57,47 @@ def test_one_graph_serves_any_length():
         graph.replay()
         expected = lowering.launch_paged_attention(*step.attention_inputs(), 0.1, 0, 0.0, None)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "rule",
+    ["none", "half:64:full", "half:32:pairs rms:1e-06", "interleaved:64:full rms+1:1e-05", "interleaved:32:pairs"],
+)
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+@pytest.mark.parametrize("mode", ["plain", "window", "softcap sinks"])
+def test_rope_attention(head_dim, rule, kind, mode):
+    rows = [(4095, 1), (0, 1), (777, 1), (255, 1), (256, 1)]
+    rows += [(1000, 700), (0, 1111), (5, 2)] if kind == "mixed" else []
+    step = make_step(
+        rows, padding=0 if kind == "mixed" else 2,
+        heads=8, kv_heads=2, head_dim=head_dim, page_size=16, dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    inputs = make_rope(step, Rope.parse(rule), table_dtype=torch.bfloat16)
+    sinks = torch.randn(8, device="cuda") if "sinks" in mode else None
+    options = (head_dim**-0.5, 300 * (mode == "window"), 20.0 * ("softcap" in mode), sinks)
+    before = replace(step, kv_cache=step.kv_cache.clone())
+    out = launch_rope_attention(*inputs.arguments(step, options))
+    check_rope_attention(before, step, inputs, out, options)
+    for _ in range(5):
+        assert torch.equal(out, launch_rope_attention(*inputs.arguments(step, options))), "a race"
+
+
+def test_one_graph_of_the_fused_op_serves_any_length():
+    """Captured behind ordinary kernels and a memset, replayed with other lengths, bitwise as eager launches."""
+    step = make_step(
+        [(2047, 1), (500, 1), (1, 1)],
+        padding=1, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    inputs = make_rope(step, Rope("half", 128), table_dtype=torch.float32)
+    arguments = inputs.arguments(step, (0.1, 0, 0.0, None))
+    launch_rope_attention(*arguments)
+    graph, scratch = torch.cuda.CUDAGraph(), torch.empty(1000, device="cuda")
+    with torch.cuda.graph(graph):
+        scratch.zero_()
+        for _ in range(3):
+            out = launch_rope_attention(*arguments)
+    for lengths in ([2048, 501, 2, 0], [1, 1, 1, 0], [700, 0, 0, 0], [2048, 17, 0, 0]):
+        step.seq_lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, launch_rope_attention(*arguments))

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("part", ["mixed", "not mixed"])
-def test_attention(part):
-    command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_attention.py", "-k", part]
+@pytest.mark.parametrize("file", ["check_attention.py", "check_rope.py"])
+def test_kernels(file, part):
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/{file}", "-k", part]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -46,6 +46,9 @@ def vector_kernel(
 
     dtypes: x, weight, norm_weight, out one of fp32, fp16, bf16; products and sums fp32.
     Bytes: (G * N * K + K + N) * itemsize. FLOPs: 2 * G * N * K. Bound by reading the weights.
+
+    Measured on an H200 (benchmarks/linear.py --tune, bf16, chains under dependent launch): 4.33 TB/s over the layers
+    of Llama-8B, 4.63 in its lm_head; 3.84 and 4.55 in Llama-1B.
     """
     VEC: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements of a 16-byte load
     BLOCK_N: tl.constexpr = BLOCK_R // G

@@ -1,13 +1,17 @@
 """Decode attention: one query token per row, keys and values from pages, KV split over programs.
 
 Legend: S rows, H query heads, G kv heads, R = H / G query heads per kv head, D head dim (DP: padded to a power of
-two), B page size, N keys of one tile, NS splits, P pages per row of the block table.
+two), B page size, N keys of one tile, NS splits, P pages per row of the block table, ROT rotated dims.
 
 Program (row and kv head, split). The R query heads of a kv head are the M side of both dots, so each key is read
 once. The number of splits is the second dimension of the grid; their ranges follow from `seq_lens` inside the
 kernel, so one CUDA graph serves any length. A row that needs one split stores its output at once. Otherwise every
 split stores its normalized accumulator and log-sum-exp in fp32, and the last to arrive combines them: there is no
 second launch.
+
+With NEW_KEY the kernel also does what precedes attention in a decode step: it norms and rotates its queries while it
+reads them, and the split that owns a row's last position norms and rotates the new key, writes it and the new value
+to their page, and starts its softmax from them. No program reads that position from the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.paged_attention.pieces import tile_offsets, tile_pages
+from fusecomp.lowerings.paged_attention.pieces import (
+    pdl_launch,
+    pdl_wait,
+    rope_rows,
+    rotated_heads,
+    tile_offsets,
+    tile_pages,
+)
 
 
 @triton.jit(
@@ -32,12 +43,26 @@ def decode_kernel(
     seq_lens,  # [S] int32
     block_tables,  # [S, P] int32
     sinks,  # [H], or None
+    k,  # [S, G, D] new keys, last dim contiguous, or None without NEW_KEY
+    v,  # [S, G, D] new values, likewise
+    cos,  # [S, ROT] or [S, ROT / 2] (PAIRS), last dim contiguous, or None
+    sin,  # as cos
+    q_norm,  # [D], or None
+    k_norm,  # [D], or None
+    slots,  # [S] int64, block * B + offset, or -1; None without NEW_KEY
     pre,
     post,
+    eps,
     window,
     min_tiles,  # tiles below which a row is not split further
     stride_qt,
     stride_qh,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    stride_cos,
+    stride_sin,
     stride_page,
     stride_v,
     stride_g,
@@ -50,10 +75,18 @@ def decode_kernel(
     PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,  # NS, or a power of two above it; 1 leaves the code for splits out
+    COMBINED: tl.constexpr,  # fp32 partial sums in registers at once when splits are combined
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
+    NEW_KEY: tl.constexpr,
+    ROT: tl.constexpr,
+    STYLE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    USE_PDL: tl.constexpr,
+    LAUNCH_EARLY: tl.constexpr,  # let the next kernel start at once, not when the keys are read
 ):
     """Output rows [S, H, D] of the decode part of a step.
 
@@ -67,58 +100,92 @@ def decode_kernel(
     200 keys, 7.7 us for 1024, 39 us (77%) for 32768.
     """
     R: tl.constexpr = H // G
+    RP: tl.constexpr = triton.next_power_of_2(R)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     row = (pair // G).to(tl.int64)
     g = pair % G
+    pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL and LAUNCH_EARLY)
     seq_len = tl.load(seq_lens + row)
-
+    table = block_tables + row * stride_table
+    keys = seq_len  # that lie in pages
+    if NEW_KEY:
+        keys = tl.maximum(seq_len - 1, 0)
     first = 0
     if WINDOWED:
         first = tl.maximum(seq_len - window, 0)
     first_tile = first // BLOCK_N
-    tiles = tl.cdiv(seq_len, BLOCK_N) - first_tile
-    per_split = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
-    used = tl.maximum(tl.cdiv(tiles, per_split), 1)
-    if split >= used:
-        return
-    lo = first_tile + split * per_split
-    hi = tl.minimum(lo + per_split, first_tile + tiles)
+    tiles = tl.cdiv(keys, BLOCK_N) - first_tile
+    used = 1
+    lo = first_tile
+    hi = first_tile + tiles
+    if MAX_SPLITS > 1:
+        per_split = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
+        used = tl.maximum(tl.cdiv(tiles, per_split), 1)
+        if split >= used:
+            return
+        lo += split * per_split
+        hi = tl.minimum(lo + per_split, hi)
+    k_base = kv_cache + g.to(tl.int64) * stride_g
+    v_base = k_base + stride_v
 
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     head = g * R + r
     head_mask = r < R
-    q_RD = tl.load(
-        q + row * stride_qt + head[:, None] * stride_qh + d[None, :],
-        mask=head_mask[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    table = block_tables + row * stride_table
-    k_base = kv_cache + g.to(tl.int64) * stride_g
-    v_base = k_base + stride_v
+    one = tl.full([1, 1], 1, tl.int1)
+    cos_1D, sin_1D = rope_rows(cos, sin, row, one, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
+    rp = tl.arange(0, RP)
+    heads_RD = rotated_heads(
+        q + row * stride_qt + (g * R + rp)[:, None] * stride_qh, (rp < R)[:, None], d, cos_1D, sin_1D, q_norm, eps,
+        D, DP, ROT, STYLE, NORM,
+    ).to(q.dtype.element_ty)  # fmt: skip
+    # Matrix units want 16 rows: the heads repeat, and what the repetitions give is not stored.
+    q_RD = tl.reshape(tl.broadcast_to(heads_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
+    if NEW_KEY:
+        new_k_1D = rotated_heads(
+            k + row * stride_kt + g * stride_kg + tl.zeros([1, 1], tl.int32), one, d, cos_1D, sin_1D, k_norm, eps,
+            D, DP, ROT, STYLE, NORM,
+        ).to(kv_cache.dtype.element_ty)  # fmt: skip
+        new_v_1D = tl.load(v + row * stride_vt + g * stride_vg + d, mask=d < D, other=0.0)[None, :]
+        slot = tl.load(slots + row)
 
     m, l = SINK(sinks, head, head_mask)
-    if split > 0:  # the sink enters the denominator once
+    if MAX_SPLITS > 1 and split > 0:  # the sink enters the denominator once
         m = tl.full([BLOCK_R], -1.0e30, tl.float32)
         l = tl.zeros([BLOCK_R], tl.float32)
     acc_RD = tl.zeros([BLOCK_R, DP], tl.float32)
-    pages = tile_pages(table, lo * BLOCK_N, seq_len, PAGE, BLOCK_N)
+    pages = tile_pages(table, lo * BLOCK_N, keys, PAGE, BLOCK_N)
+    if NEW_KEY:
+        owner = (split == used - 1) & (seq_len > 0)
+        kept = (owner & (slot >= 0)) & (d < D)[None, :]
+        page_at = k_base + slot // PAGE * stride_page + slot % PAGE * stride_slot + d[None, :]
+        tl.store(page_at, new_k_1D, mask=kept)
+        tl.store(page_at + stride_v, new_v_1D, mask=kept)
+        dots_R = tl.sum(heads_RD.to(tl.float32) * new_k_1D.to(tl.float32), 1)
+        dots_R = tl.reshape(tl.broadcast_to(dots_R[None, :], (BLOCK_R // RP, RP)), (BLOCK_R,))
+        x_R = tl.where(owner, tl.sum(SCORE(dots_R[:, None], pre), 1) * post, float("-inf"))
+        m_new = tl.maximum(m, x_R)
+        p_R = tl.exp2(x_R - m_new)
+        l = l * tl.exp2(m - m_new) + p_R
+        acc_RD = p_R[:, None] * tl.where(owner, new_v_1D.to(tl.float32), 0.0)
+        m = m_new
     for tile in range(lo, hi):
         start = tile * BLOCK_N
         at = tile_offsets(pages, start, stride_page, stride_slot, PAGE, BLOCK_N)
         # The next tile's pages are fetched a trip early, so no load of K waits for a load of the table.
-        pages = tile_pages(table, start + BLOCK_N, seq_len, PAGE, BLOCK_N)
+        pages = tile_pages(table, start + BLOCK_N, keys, PAGE, BLOCK_N)
         pos = start + n
-        live = (pos < seq_len)[:, None]
+        live = (pos < keys)[:, None]
         if DP != D:
             live = live & (d < D)[None, :]
         k_ND = tl.load(k_base + at[:, None] + d[None, :], mask=live, other=0.0)
         v_ND = tl.load(v_base + at[:, None] + d[None, :], mask=live, other=0.0)
         x_RN = SCORE(tl.dot(q_RD, tl.trans(k_ND), input_precision="ieee"), pre) * post
-        seen = pos < seq_len
+        seen = pos < keys
         if WINDOWED:
             seen = seen & (pos >= first)
         x_RN = tl.where(seen[None, :], x_RN, float("-inf"))
@@ -130,8 +197,9 @@ def decode_kernel(
         acc_RD = tl.dot(p_RN.to(v_ND.dtype), v_ND, acc_RD, input_precision="ieee")
         m = m_new
 
+    pdl_launch(USE_PDL and not LAUNCH_EARLY)
     acc_RD = acc_RD / tl.where(l > 0, l, 1.0)[:, None]
-    if used == 1:
+    if MAX_SPLITS == 1 or used == 1:
         to = out + row * (H * D) + head[:, None] * D + d[None, :]
         tl.store(to, acc_RD.to(out.dtype.element_ty), mask=head_mask[:, None] & (d < D)[None, :])
     else:
@@ -143,7 +211,7 @@ def decode_kernel(
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
         if arrived == used - 1:
             tl.store(arrivals + pair, 0)
-            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS)
+            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS, COMBINED)
 
 
 @triton.jit
@@ -161,10 +229,11 @@ def _combine(
     D: tl.constexpr,
     DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    COMBINED: tl.constexpr,
 ):
     """Weigh the `used` partial results of one row and kv head by exp2(lse) and store [R, D] of the output."""
     RP: tl.constexpr = triton.next_power_of_2(R)
-    CHUNK: tl.constexpr = max(8192 // (RP * DP), 1)  # splits in flight at once, by registers
+    CHUNK: tl.constexpr = min(max(COMBINED // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
     base = pair.to(tl.int64) * num_splits

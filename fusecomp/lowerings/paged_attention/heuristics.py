@@ -42,6 +42,11 @@ class Target:
     def has_tma(self) -> bool:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
+    @property
+    def has_pdl(self) -> bool:
+        """Programmatic dependent launch: a kernel may start before the one it follows has ended."""
+        return self.has_tma
+
 
 SM80 = Target("NVIDIA A100", "cuda", 80, 163 * 1024, 108)
 SM90 = Target("NVIDIA H200", "cuda", 90, 227 * 1024, 132)
@@ -61,6 +66,10 @@ class DecodeConfig:
 
     def min_tiles(self) -> int:
         return max(1, self.min_split // self.block_n)
+
+    def combined(self) -> int:
+        """fp32 partial sums that a program holds while it combines splits: 64 registers of a thread, 8192 in all."""
+        return min(64 * 32 * self.num_warps, 8192)
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,24 @@ def _fit_prefill(config: PrefillConfig, target: Target, dp: int, itemsize: int) 
     return config
 
 
+def launches_early(pairs: int) -> bool:
+    """Whether a decode launch of `pairs` rows times kv heads lets the next kernel start at its own start.
+
+    A small one leaves most of the GPU to it. A large one would share its multiprocessors unevenly: the next kernel's
+    programs take whatever places are free at that moment.
+    """
+    return pairs <= 64
+
+
 def cache_write_block(num_tokens: int) -> int:
     """Tokens per program of the cache write: enough programs for a decode step, wide tiles for a prefill."""
     return max(1, min(32, next_power_of_2(num_tokens) // 64))
+
+
+def rope_cache_block(num_tokens: int, head_dim: int) -> tuple[int, int]:
+    """(tokens, heads) per program of the rope and cache write: wide tiles for a prefill, many programs below that.
+
+    Measured on an H200, D = 128: (8, 4) and (8, 8) are best at 8192 tokens, (8, 2) at 512.
+    """
+    tokens = max(1, min(8, next_power_of_2(num_tokens) // 64, 1024 // padded_dim(head_dim)))
+    return tokens, 8 if num_tokens > 4096 else 2

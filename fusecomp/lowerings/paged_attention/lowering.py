@@ -10,7 +10,9 @@ Legend: T tokens, S rows, P pages per row, H query heads, G kv heads, R = H / G,
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -22,6 +24,7 @@ from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
 from fusecomp.lowerings.paged_attention.heuristics import SM90, DecodeConfig, PrefillConfig, Target
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
+from fusecomp.ops.rope import PAIRS, Rope
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +74,53 @@ def device_target(index: int) -> Target:
     return Target(props.name, "cuda", arch, smem, props.multi_processor_count)
 
 
-def _target(tensor: Tensor) -> Target:
+def target_of(tensor: Tensor) -> Target:
     if tensor.is_cuda:
         return device_target(tensor.device.index)
     return SM90  # under Triton's interpreter
 
 
+def uses_pdl(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor are launched before the ones that they follow have ended."""
+    return tensor.is_cuda and target_of(tensor).has_pdl
+
+
 @cache
 def _log_source(source: str) -> None:
     logger.info("attention launch configuration: %s", source)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What precedes attention in a step: its keys and values before norm and rotation, and where they go.
+
+    k, v [T, G, D]; cos, sin [T, columns] or None; q_norm, k_norm [D] or None; slots int64[T]. Last dims contiguous.
+    """
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    slots: Tensor
+    rope: Rope
+
+    ABSENT: ClassVar[tuple[None, ...]] = (None,) * 7
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the kernels' arguments."""
+        return self.k, self.v, self.cos, self.sin, self.q_norm, self.k_norm, self.slots
+
+    def strides(self) -> tuple[int, ...]:
+        """Likewise: of k and v per token and head, of cos and sin per token."""
+        tables = (0 if table is None else table.stride(0) for table in (self.cos, self.sin))
+        return (*self.k.stride()[:2], *self.v.stride()[:2], *tables)
+
+
+def rope_constants(rope: Rope) -> dict[str, Any]:
+    """What the kernels are specialized on."""
+    return {"ROT": rope.dims, "STYLE": rope.style, "PAIRS": rope.table == PAIRS, "NORM": rope.norm}
 
 
 _arrival_counters: dict[tuple[torch.device, int, int], Tensor] = {}
@@ -101,18 +142,25 @@ def _arrivals(kv_cache: Tensor, count: int) -> Tensor:
     return counters
 
 
+def launch_options(use_pdl: bool) -> dict:
+    """Options of a launch that may start before the kernel before it has ended."""
+    return {"launch_pdl": True} if use_pdl else {}
+
+
 def launch_cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, B, D] at slots int64[T]; slot -1 writes nothing."""
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens == 0:
         return
-    _require_unit_stride(k=k, v=v, kv_cache=kv_cache)
+    require_unit_stride(k=k, v=v, kv_cache=kv_cache)
     stride_page, stride_v, stride_g, stride_slot, _ = kv_cache.stride()
     block_t = heuristics.cache_write_block(num_tokens)
+    pdl = uses_pdl(k)
     cache_write_kernel[(triton.cdiv(num_tokens, block_t), num_kv_heads)](
         k, v, kv_cache, slots, num_tokens,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), stride_page, stride_v, stride_g, stride_slot,
-        D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3], BLOCK_T=block_t, num_warps=4,
+        D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3], BLOCK_T=block_t, USE_PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -135,35 +183,45 @@ def launch_paged_attention(
     Raises:
         ValueError: for a shape, dtype or stride that `supports` or the contract excludes.
     """
-    num_heads, head_dim = q.shape[1:]
-    reason = supports(
-        dtype=kv_cache.dtype, num_heads=num_heads, num_kv_heads=kv_cache.shape[2], head_dim=head_dim,
-        page_size=kv_cache.shape[3], scale=scale, window=window, softcap=softcap,
-    )  # fmt: skip
-    if reason:
-        raise ValueError(f"paged_attention: {reason}")
+    require_support(q, kv_cache, scale, window, softcap)
     if q.stride(-1) != 1:
         q = q.contiguous()
-    _require_unit_stride(k=k, v=v, kv_cache=kv_cache)
+    require_unit_stride(k=k, v=v, kv_cache=kv_cache)
     num_decodes, max_q_len, max_seq_len, num_rows = host_meta.tolist()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    target = _target(q)
-    itemsize = kv_cache.element_size()
     if num_decodes > 0:
-        decode = heuristics.decode_config(
-            target, head_dim=head_dim, itemsize=itemsize, num_kv_heads=kv_cache.shape[2], page_size=kv_cache.shape[3],
-            num_rows=num_decodes, capacity=block_tables.shape[1] * kv_cache.shape[3],
-            group=num_heads // kv_cache.shape[2],
-        )  # fmt: skip
+        decode = decode_config(q, kv_cache, block_tables, num_decodes)
         run_decode(decode, q, kv_cache, out, seq_lens, block_tables, num_decodes, scale, window, softcap, sinks)
     if num_rows > num_decodes:
         max_keys = min(window, max_seq_len) if window > 0 else max_seq_len
-        prefill = heuristics.prefill_config(target, head_dim=head_dim, itemsize=itemsize, max_keys=max_keys)
+        prefill = heuristics.prefill_config(
+            target_of(q), head_dim=q.shape[2], itemsize=kv_cache.element_size(), max_keys=max_keys
+        )
         run_prefill(
             prefill, q, k, v, kv_cache, out, cu_q_lens, seq_lens, block_tables,
             num_decodes, num_rows, max_q_len, scale, window, softcap, sinks,
         )  # fmt: skip
     return out
+
+
+def require_support(q: Tensor, kv_cache: Tensor, scale: float, window: int, softcap: float) -> None:
+    """ValueError where `supports` refuses q [T, H, D] over this cache."""
+    reason = supports(
+        dtype=kv_cache.dtype, num_heads=q.shape[1], num_kv_heads=kv_cache.shape[2], head_dim=q.shape[2],
+        page_size=kv_cache.shape[3], scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    if reason:
+        raise ValueError(f"paged_attention: {reason}")
+
+
+def decode_config(q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_decodes: int) -> DecodeConfig:
+    """The heuristics' choice for the decodes of a step with queries q [T, H, D]."""
+    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    return heuristics.decode_config(
+        target_of(q), head_dim=head_dim, itemsize=kv_cache.element_size(), num_kv_heads=num_kv_heads,
+        page_size=page_size, num_rows=num_decodes, capacity=block_tables.shape[1] * page_size,
+        group=q.shape[1] // num_kv_heads,
+    )  # fmt: skip
 
 
 def run_decode(
@@ -178,9 +236,16 @@ def run_decode(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    new: NewTokens | None = None,
+    use_pdl: bool | None = None,
 ) -> None:
-    """Decode rows 0 .. num_decodes of the step into out[0 .. num_decodes]."""
+    """Decode rows 0 .. num_decodes of the step into out[0 .. num_decodes].
+
+    With `new`, q is not rotated yet and the cache lacks the rows' last keys: the kernel does both.
+    """
     _log_source(config.source)
+    if use_pdl is None:
+        use_pdl = uses_pdl(q)
     _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
     num_heads = q.shape[1]
     group = num_heads // num_kv_heads
@@ -191,12 +256,16 @@ def run_decode(
     part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
     decode_kernel[(num_decodes * num_kv_heads, splits)](
         q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
-        sinks, pre, post, window, config.min_tiles(), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
+        sinks, *(new.tensors() if new else NewTokens.ABSENT), pre, post, new.rope.eps if new else 0.0, window,
+        config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6), *kv_cache.stride()[:4],
         block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
         BLOCK_R=heuristics.query_block(group), BLOCK_N=config.block_n,
-        MAX_SPLITS=heuristics.MAX_SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
-        **_hooks(q.dtype, window, softcap, sinks),
+        MAX_SPLITS=heuristics.next_power_of_2(splits), COMBINED=config.combined(),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
+        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads),
+        **_hooks(q.dtype, window, softcap, sinks), **launch_options(use_pdl),
     )  # fmt: skip
 
 
@@ -253,7 +322,7 @@ def _tma_can_read(tensor: Tensor) -> bool:
     return tensor.data_ptr() % TMA_ALIGNMENT == 0 and all(s > 0 and s * size % TMA_ALIGNMENT == 0 for s in steps)
 
 
-def _require_unit_stride(**tensors: Tensor) -> None:
+def require_unit_stride(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: the last dimension has stride {tensor.stride(-1)}, the kernels read it as 1")

@@ -78,3 +78,87 @@ def tile_offsets(pages, start, stride_page, stride_slot, PAGE: tl.constexpr, BLO
         return pages.to(tl.int64) * stride_page + (start % PAGE + n) * stride_slot
     else:
         return pages.to(tl.int64) * stride_page + ((start + n) % PAGE) * stride_slot
+
+
+@triton.jit
+def pdl_wait(USE_PDL: tl.constexpr):
+    """With programmatic dependent launch: wait for all earlier work.
+
+    Every program runs this before it reads anything that a kernel of the step wrote and before it writes anything.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def pdl_launch(USE_PDL: tl.constexpr):
+    """With programmatic dependent launch: the next kernel's programs may start once all of this one's came here."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def rope_rows(cos, sin, t, live, d, stride_cos, stride_sin, R: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr):
+    """Rows t [M, 1] of cos and sin as fp32 [M, DP], 1 and 0 for the dims that are not rotated and where not `live`."""
+    if STYLE == "none":
+        return 1.0, 0.0
+    else:
+        column = d
+        if PAIRS:
+            if STYLE == "half":
+                column = tl.where(d < R // 2, d, d - R // 2)
+            else:
+                column = d // 2
+        mask = live & (d < R)[None, :]
+        c = tl.load(cos + t * stride_cos + column[None, :], mask=mask, other=1.0).to(tl.float32)
+        s = tl.load(sin + t * stride_sin + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        return c, s
+
+
+@triton.jit
+def _norm_weight(weight, d, D: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """fp32 [1, DP]: what a normalized head is multiplied by; `weight` [D], or None for ones."""
+    if weight is None:
+        return 1.0
+    else:
+        w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        return (w + 1.0 if PLUS_ONE else w)[None, :]
+
+
+@triton.jit
+def rotated_heads(
+    x_at,
+    live,
+    d,
+    cos,
+    sin,
+    weight,
+    eps,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    R: tl.constexpr,
+    STYLE: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Heads after norm and rotation, fp32 [M, DP]; zeros where not `live` [M, 1] and beyond D.
+
+    x_at [M, 1] start the heads; `cos`, `sin` [M or 1, DP] are those of `rope_rows`; NORM is "none", "rms" or "rms+1".
+    """
+    mask = live & (d < D)[None, :]
+    x = tl.load(x_at + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0
+    if NORM != "none":
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * scale * _norm_weight(weight, d, D, NORM == "rms+1")
+    if STYLE == "half":
+        # The partner lies in another thread: reading it again hits the L1 and costs no exchange.
+        first = d < R // 2
+        partner = tl.where(first, d + R // 2, d - R // 2)
+        y = tl.load(x_at + partner[None, :], mask=live & (d < R)[None, :], other=0.0).to(tl.float32)
+        if NORM != "none":
+            y = y * scale * _norm_weight(weight, partner, D, NORM == "rms+1")
+        x = x * cos + tl.where(first[None, :], -y, y) * sin
+    if STYLE == "interleaved":
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], DP // 2, 2)))
+        x = x * cos + tl.reshape(tl.join(-odd, even), (x.shape[0], DP)) * sin
+    return x

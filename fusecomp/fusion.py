@@ -1,0 +1,102 @@
+"""The fuse stage: patterns on Inductor's functional ATen graph, run as its custom post-grad pass.
+
+Inductor keeps compiled graphs by a key in which this pass takes part by the hash of its sources and settings; when it
+finds one, it does not run the pass. What the pass did is therefore kept beside Inductor's own cache, under the same
+facts, and a compiled graph without such a record is compiled again: a report is never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fusecomp._compat import CustomGraphPass, inductor_cache_dir, inductor_compile
+from fusecomp.patterns.base import PassContext, Pattern, own_graph
+from fusecomp.patterns.epilogue import LinearEpilogue
+from fusecomp.patterns.norm import Norm
+from fusecomp.patterns.rope import RopeAttention
+from fusecomp.report import FusionReport, Match, NearMiss
+
+FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm(), RopeAttention())
+
+
+class FusePass(CustomGraphPass):
+    """Runs `patterns` on each graph that Inductor compiles, recording into `context`'s report.
+
+    Attributes:
+        ran: whether the pass was called.
+        cacheable: whether Inductor may take the result from its caches.
+    """
+
+    def __init__(self, patterns: Sequence[Pattern], context: PassContext) -> None:
+        self.patterns, self.context, self.ran, self.cacheable = tuple(patterns), context, False, True
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.ran = True
+        for pattern in self.patterns:
+            pattern.apply(graph.owning_module, self.context)  # type: ignore[arg-type]
+
+    def key(self) -> str:
+        """Hash of every pattern's sources, in order."""
+        return hashlib.sha256(";".join(f"{p.name}={p.key()}" for p in self.patterns).encode()).hexdigest()
+
+    def uuid(self) -> str | None:
+        """What Inductor's cache key takes in; None keeps it from its caches."""
+        return self.key() if self.cacheable else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Inductor may hash its configuration by pickling it; the report is no part of what compilation depends on.
+        return {"patterns": [p.name for p in self.patterns], "key": self.key()}
+
+
+def compile_fused(
+    gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str
+) -> tuple[Callable, FusionReport]:
+    """Compile one piece with the fuse stage.
+
+    Args:
+        structure: hash of everything about `gm` that compilation depends on.
+
+    Returns: the compiled piece and what was done to it.
+    """
+    context = PassContext(FusionReport())
+    stage = FusePass(patterns, context)
+    record = inductor_cache_dir() / "fusecomp" / f"{structure}-{stage.key()[:32]}.json"
+    compiled = inductor_compile(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+    if stage.ran:
+        _write_record(record, context.report)
+        return compiled, context.report
+    known = _read_record(record)
+    if known is None:
+        stage.cacheable = False
+        compiled = inductor_compile(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+        _write_record(record, context.report)
+        return compiled, context.report
+    return compiled, known
+
+
+def _write_record(path: Path, report: FusionReport) -> None:
+    facts = {"matches": [asdict(m) for m in report.matches], "near_misses": [asdict(m) for m in report.near_misses]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(facts, file)
+    os.replace(file.name, path)
+
+
+def _read_record(path: Path) -> FusionReport | None:
+    try:
+        facts = json.loads(path.read_text())
+        return FusionReport(
+            matches=[Match(**m) for m in facts["matches"]], near_misses=[NearMiss(**m) for m in facts["near_misses"]]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,88 @@
+"""Kernel that norms and rotates a step's queries and keys and scatters keys and values into the paged cache.
+
+Legend: T tokens, H query heads, G kv heads, D head dim (DP: padded to a power of two), ROT rotated dims, B page size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rope_rows, rotated_heads
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def rope_cache_kernel(
+    q,  # [T, H, D], last dim contiguous
+    k,  # [T, G, D], last dim contiguous
+    v,  # [T, G, D], last dim contiguous
+    cos,  # [T, ROT] or [T, ROT / 2] (PAIRS), last dim contiguous, or None
+    sin,  # as cos
+    q_norm,  # [D], or None
+    k_norm,  # [D], or None
+    q_out,  # [T, H, D] contiguous
+    k_out,  # [T, G, D] contiguous
+    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
+    slots,  # [T] int64, block * B + offset, or -1
+    eps,
+    num_tokens,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kg,
+    stride_vt,
+    stride_vg,
+    stride_cos,
+    stride_sin,
+    stride_page,
+    stride_v,  # from K to V of one page
+    stride_g,
+    stride_slot,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROT: tl.constexpr,
+    PAGE: tl.constexpr,
+    STYLE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Program (token block, head block): BLOCK_T tokens of BLOCK_H query heads, or kv heads in the last blocks.
+
+    dtypes: q, k, v, kv_cache, q_out, k_out one of fp32, fp16, bf16; cos, sin and the norms' weights any of them;
+    arithmetic fp32, one rounding. A slot below zero writes nothing to the cache.
+    Bytes: T * (2 * H + 5 * G) * D * itemsize, plus 2 * T * ROT of cos and sin. Bound by memory.
+    """
+    pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = (t < num_tokens)[:, None]
+    slot = tl.load(slots + t, mask=t < num_tokens, other=-1)
+    t = t.to(tl.int64)[:, None]
+    d = tl.arange(0, DP)
+    cos_TD, sin_TD = rope_rows(cos, sin, t, live, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
+    first = tl.program_id(1) * BLOCK_H
+    stored = live & (d < D)[None, :]
+    # Blocks of query heads come first; H need not be a multiple of BLOCK_H.
+    kv_first = first - tl.cdiv(H, BLOCK_H) * BLOCK_H
+    if kv_first < 0:
+        for h in range(first, tl.minimum(first + BLOCK_H, H)):
+            x_TD = rotated_heads(
+                q + t * stride_qt + h * stride_qh, live, d, cos_TD, sin_TD, q_norm, eps, D, DP, ROT, STYLE, NORM
+            )
+            tl.store(q_out + (t * H + h) * D + d[None, :], x_TD.to(q_out.dtype.element_ty), mask=stored)
+    else:
+        kept = (slot >= 0)[:, None] & (d < D)[None, :]
+        for g in range(kv_first, tl.minimum(kv_first + BLOCK_H, G)):
+            x_TD = rotated_heads(
+                k + t * stride_kt + g * stride_kg, live, d, cos_TD, sin_TD, k_norm, eps, D, DP, ROT, STYLE, NORM
+            ).to(k_out.dtype.element_ty)
+            v_TD = tl.load(v + t * stride_vt + g * stride_vg + d[None, :], mask=stored, other=0.0)
+            to = (slot // PAGE * stride_page + slot % PAGE * stride_slot + g * stride_g)[:, None]
+            tl.store(k_out + (t * G + g) * D + d[None, :], x_TD, mask=stored)
+            tl.store(kv_cache + to + d[None, :], x_TD, mask=kept)
+            tl.store(kv_cache + to + stride_v + d[None, :], v_TD, mask=kept)
