@@ -100,13 +100,14 @@ def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
     small = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3)]
     large = [(128, 64, 8, 4), (128, 64, 8, 6), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4)]
     tiles = {8: small, 16: [*small, large[2]], 32: [*small[:2], *large[:3]], 64: large, 128: [*large[:1], *large[2:4]]}
+    orders = {8: (True,), 128: (False,)}.get(t, (True, False))
     for r, k, w, s in tiles.get(t, []):
-        for splits, early in itertools.product(split_counts(kind, r, k), (True, False)):
-            if early if t == 8 else not early if t == 128 else True:
-                yield SkinnyConfig("tile", t, r, k, w, splits, s, early=early)
+        for splits, early in itertools.product(split_counts(kind, r, k), orders):
+            yield SkinnyConfig("tile", t, r, k, w, splits, s, early=early)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
+    """Splits that leave each program two tiles of K, and every multiprocessor a program."""
     blocks, tiles = math.ceil(kind.n * kind.groups / r), math.ceil(kind.k / k)
     counts = {max(1, int(132 * per / blocks)) for per in (1, 2, 3, 4)} | {1}
     seen = set()
