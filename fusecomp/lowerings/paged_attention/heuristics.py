@@ -68,8 +68,8 @@ class DecodeConfig:
         return max(1, self.min_split // self.block_n)
 
     def combined(self) -> int:
-        """fp32 partial sums that a program holds while it combines splits: 64 registers of a thread, 8192 in all."""
-        return min(64 * 32 * self.num_warps, 8192)
+        """fp32 partial sums that a program holds while it combines splits: 128 registers of a thread, 8192 in all."""
+        return min(128 * 32 * self.num_warps, 8192)
 
 
 @dataclass(frozen=True)
