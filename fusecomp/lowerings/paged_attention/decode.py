@@ -96,11 +96,11 @@ def decode_kernel(
     up to 2 * S * H * NS * (D + 1) * 4 of partials. FLOPs: 4 * sum(seq_lens) * H * D. Bound by reading KV.
     A row of length 0 gives zeros.
 
-    Measured on an H200 (bf16, H=32, G=8, D=128, B=16, chained in a CUDA graph; with NEW_KEY and a half rotation, and
-    without): 256 rows of 224 keys 59.8 and 58.0 us (3.93 and 4.05 TB/s of KV; such a read reaches 4.5), of 1024 keys 243
-    and 241 us; 64 rows of 224 keys 18.0 and 16.8 us unsplit, 19.0 and 18.0 us in the splits that serve unequal lengths;
-    8 rows 7.7 and 6.7 us; one row of 200 keys 5.9 and 4.8 us, of 4096 keys 11.8 and 10.7 us. Short rows are bound by the
-    latency of a program's chain of loads, and of the hand-over between splits (about 2 us).
+    Measured on an H200 (bf16, H=32, G=8, D=128, B=16, chained in a CUDA graph; first with NEW_KEY and a half rotation,
+    then without): 256 rows of 224 keys 59.8 and 58.0 us (3.9 and 4.0 TB/s of KV; a plain read reaches 4.5), of 1024
+    keys 243 and 241 us; 64 rows of 224 keys 18.0 and 16.8 us unsplit, 19.0 and 18.0 us in the splits that serve unequal
+    lengths; 8 rows 7.7 and 6.7 us; one row of 200 keys 5.9 and 4.8 us, of 4096 keys 11.8 and 10.7 us. Short rows are
+    bound by the latency of a program's chain of loads, and of the hand-over between splits (about 2 us).
     """
     R: tl.constexpr = H // G
     RP: tl.constexpr = triton.next_power_of_2(R)
