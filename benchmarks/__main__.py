@@ -1,4 +1,4 @@
-"""`python -m benchmarks {decode,prefill,offline,startup} ...`: one model, one engine, any of the benchmarks.
+"""`python -m benchmarks {decode,prefill,offline,patterns,startup} ...`: one model, one engine, any of the benchmarks.
 
 Progress goes to stderr, tables to stdout; the last line of stdout is one JSON object. Exit status 1, and no figures,
 when the engine's numbers are wrong; 1, and the other benchmarks' figures, when one fails.
@@ -22,7 +22,7 @@ from benchmarks import hf, startup
 from benchmarks.registry import BENCHMARKS
 from benchmarks.session import Options, Result, Session, progress, versions
 from benchmarks.shapes import SHAPES, ShapeError
-from fusecomp.config import DTYPES
+from fusecomp.config import DTYPES, FUSE_MODES
 from fusecomp.errors import FusecompError, VerificationError
 
 STARTUP = "startup"
@@ -60,6 +60,8 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--enforce-eager", action="store_true", help="engine without Inductor and CUDA graphs")
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
+    add("--fuse", choices=FUSE_MODES, default="auto", help="engine: run the fuse stage")
+    add("--disabled-patterns", type=lambda text: tuple(text.split(",")), default=(), help="engine: patterns to leave out")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
     add("--profile", action="store_true", help="decode, prefill: device time by kernel")

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -89,22 +89,36 @@ def measure(chain: Chain, tokens: int, ceiling: float) -> dict:
     return row
 
 
-def candidates(kind: Kind, tokens: int, bucket: int) -> Iterator[SkinnyConfig]:
+def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
     """Tiles worth a try; splits for one to four programs per multiprocessor."""
     if tokens == 1:
-        for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (4, 8, 16)):
+        for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8)):
             if 64 <= r * k * 2 // (32 * w) <= 256 and k <= kind.k * 1.2:
                 yield SkinnyConfig(1, r, k, 1, w, 1)
-    stages = {64: (1, 3, 4, 6), 128: (1, 2, 3, 4), 256: (1, 2, 3)}
-    for r, k, w in itertools.product((64, 128, 256), (64, 128, 256), (4, 8)):
+        return
+    stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
+    for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (2, 4, 8)):
+        if not tokens <= t <= max(2 * tokens, 16) or r < t or (t >= 64 and r == 64):
+            continue
+        if r // w != (32 if r == 256 else 16):
+            continue
         for s in stages[k]:
             held = r * k * 2 * s // (1 if s > 1 else 2)  # bytes in flight
-            if not 16 << 10 <= held <= 130 << 10 or r * w == 64 * 8 or r < bucket or (s == 1 and held // w > 8 << 10):
+            if not 16 << 10 <= held <= 130 << 10 or (s == 1 and held // w > 8 << 10):
                 continue
-            if bucket * (k if s == 1 else max(k, r)) // (32 * w) > 64:
+            if t * max(k, r) // (32 * w) > 64:
                 continue
             for splits in split_counts(kind, r, k):
-                yield SkinnyConfig(bucket, r, k, splits, w, s)
+                yield SkinnyConfig(t, r, k, splits, w, s)
+
+
+def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
+    """The same tile with other ways to overlap with its neighbours."""
+    if config.block_t == 1:
+        yield config
+        return
+    for prefetch, lead in itertools.product((0, 2, 6), (0, 1, 4)):
+        yield replace(config, prefetch=prefetch, lead=lead)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
@@ -157,67 +171,91 @@ def prepare(jobs: list[Job]) -> set[Job]:
     return {job for job, text in zip(jobs, failures, strict=True) if text}
 
 
-def tune(chain: Chain, tokens: int, bucket: int, found: dict[str, list[SkinnyConfig]], budget: float) -> list[dict]:
-    """Coordinate descent over the kinds, on the chain; returns table entries, and prints the best few."""
-    x = chain.random(tokens, chain.model.hidden)
-    start = time.time()
-    configs = {name: default_configs(chain.model, tokens)[name] for name in chain.model.kinds}
+class Tuner:
+    """Coordinate descent over the kinds of layers, timed on the chain, at one number of tokens."""
 
-    def seconds(trial: Configs, head: bool, replays: int = 7) -> float:
+    def __init__(self, shape: str, chain: Chain, tokens: int) -> None:
+        self.shape, self.chain, self.tokens = shape, chain, tokens
+        self.x = chain.random(tokens, chain.model.hidden)
+        self.configs = default_configs(chain.model, tokens)
+        self.log: dict[str, list[tuple[float, SkinnyConfig]]] = {}
+
+    def job(self, name: str, config: SkinnyConfig) -> Job:
+        return job(name, self.chain.model.kinds[name], self.tokens, config)
+
+    def seconds(self, name: str, config: SkinnyConfig, replays: int) -> float:
         try:
-            run = chain.ours(x, trial, True, head)
+            run = self.chain.ours(self.x, self.configs | {name: config}, True, head=name == "lm_head")
             run()
             return bench(run, replays)
         except triton.runtime.errors.OutOfResources:
             return math.inf
 
-    log: dict[str, list] = {}
-    for name in ("gate_up", "down", "qkv", "o", "gate_up", "down", "lm_head"):
-        head = name == "lm_head"
-        again = name in log
-        pool = [c for _, c in log[name][:8]] if again else found[name]
-        results = []
-        for config in pool:
-            if time.time() - start > budget:
-                break
-            results.append((seconds(configs | {name: config}, head), config))
-        results.sort(key=lambda r: r[0])
-        finals = sorted(((seconds(configs | {name: c}, head, 21), c) for _, c in results[:4]), key=lambda r: r[0])
-        if not finals:
-            continue
-        log[name] = [*finals, *results[4:]]
-        configs[name] = finals[0][1]
-        if not head or not again:
-            best = chain.bytes(head) / finals[0][0] / 1e12
-            print(
-                f"{tokens} {name}: {best:.3f} TB/s of {len(results)}; "
-                + "; ".join(_brief(s, c) for s, c in log[name][:6])
-            )
+    def tune(self, pools: dict[str, list[SkinnyConfig]], budget: float) -> None:
+        """Take the best of each pool; the largest layers first, and twice where they depend on each other."""
+        start = time.time()
+        done: set[str] = set()
+        for name in ("gate_up", "down", "qkv", "o", "gate_up", "down", "lm_head"):
+            again = name in done
+            pool = [c for _, c in self.log[name][:6]] if again else pools[name]
+            done.add(name)
+            results = []
+            for config in pool:
+                if time.time() - start > budget:
+                    break
+                results.append((self.seconds(name, config, 5), config))
+            results.sort(key=lambda r: r[0])
+            finals = sorted(((self.seconds(name, c, 21), c) for _, c in results[:4]), key=lambda r: r[0])
+            if finals:
+                self.log[name] = [*finals, *results[4:]]
+                self.configs[name] = finals[0][1]
+                rate = self.chain.bytes(name == "lm_head") / finals[0][0] / 1e12
+                top = "; ".join(_brief(s, c) for s, c in self.log[name][:5])
+                print(f"{self.shape} {self.tokens} {name}: {rate:.3f} TB/s of {len(results)}; {top}", flush=True)
+
+    def entries(self) -> list[dict]:
+        """Table entries of what was found, checked."""
+        entries = []
+        for name, kind in self.chain.model.kinds.items():
+            self.chain.check(name, self.tokens, self.configs[name], True)
+            config = {k: v for k, v in asdict(self.configs[name]).items() if k != "source"}
+            tried = [_brief(s, c) for s, c in self.log.get(name, [])]
+            entries.append(
+                {"rows": kind.n * kind.groups, "k": kind.k, "groups": kind.groups, "tokens": self.tokens, "itemsize": 2,
+                 "config": config, "shape": self.shape, "kind": name, "tried": tried}
+            )  # fmt: skip
+        check_race(self.chain, self.tokens, self.configs)
+        return entries
+
+
+def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float) -> list[dict]:
+    """Tiles and splits first, then how the best of them overlap with their neighbours."""
+    chains = {shape: Chain(MODELS[shape], layers or TUNE_LAYERS[shape]) for shape in shapes}
+    tuners = [Tuner(shape, chain, t) for shape, chain in chains.items() for t in tokens]
+    for stage in range(2):
+        pools = [
+            {
+                name: list(candidates(kind, tuner.tokens)) if stage == 0
+                else [r for _, c in tuner.log[name][:3] for r in refinements(c)]
+                for name, kind in tuner.chain.model.kinds.items()
+            }
+            for tuner in tuners
+        ]  # fmt: skip
+        failed = prepare([t.job(n, c) for t, pool in zip(tuners, pools, strict=True) for n in pool for c in pool[n]])
+        for tuner, pool in zip(tuners, pools, strict=True):
+            tuner.tune({n: [c for c in cs if tuner.job(n, c) not in failed] for n, cs in pool.items()}, budget)
     entries = []
-    for name, kind in chain.model.kinds.items():
+    for tuner in tuners:
         try:
-            chain.check(name, tokens, configs[name], True)
+            entries += tuner.entries()
         except AssertionError as error:
-            print("CHECK FAILED", error)
-        config = {k: v for k, v in asdict(configs[name]).items() if k != "source"}
-        tried = [[round(s * 1e6, 2), _brief(s, c)] for s, c in log.get(name, [])]
-        entries.append(
-            {"rows": kind.n * kind.groups, "k": kind.k, "groups": kind.groups, "tokens": bucket, "itemsize": 2,
-             "config": config, "tried": tried}
-        )  # fmt: skip
-    check_race(chain, tokens, configs)
-    print(f"{tokens} tokens tuned in {time.time() - start:.0f} s", flush=True)
+            print(f"CHECK FAILED {error}", flush=True)
     return entries
 
 
 def _brief(seconds: float, c: SkinnyConfig) -> str:
     tile = f"t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} p{c.prefetch}"
-
-
-def bucket_of(tokens: int) -> int:
-    """Tokens of a program's accumulator."""
-    return max(16, triton.next_power_of_2(tokens))
+    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} p{c.prefetch} l{c.lead}"
 
 
 def main() -> None:
@@ -232,26 +270,7 @@ def main() -> None:
     tokens = [int(t) for t in args.tokens.split(",")]
     result: dict = {"gpu": torch.cuda.get_device_name()}
     if args.tune:
-        found = {
-            shape: {
-                t: {n: list(candidates(k, t, bucket_of(t))) for n, k in MODELS[shape].kinds.items()} for t in tokens
-            }
-            for shape in args.shape.split(",")
-        }
-        failed = prepare([
-            job(n, MODELS[shape].kinds[n], t, c)
-            for shape, table in found.items() for t in tokens for n, cs in table[t].items() for c in cs
-        ])  # fmt: skip
-        result["tuned"] = []
-        for shape, table in found.items():
-            chain = Chain(MODELS[shape], args.layers or TUNE_LAYERS[shape])
-            print(f"== {shape}")
-            for t in tokens:
-                good = {
-                    n: [c for c in cs if job(n, MODELS[shape].kinds[n], t, c) not in failed]
-                    for n, cs in table[t].items()
-                }
-                result["tuned"] += tune(chain, t, bucket_of(t) if t > 1 else 1, good, args.budget)
+        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget)
     else:
         ceiling = read_bandwidth(torch.device("cuda"))
         result["read_TB_s"] = round(ceiling / 1e12, 3)

@@ -3,9 +3,9 @@
     python -m benchmarks.linear_large                     # the committed choices, chains and peers
     python -m benchmarks.linear_large --tune --out DIR    # sweep, write DIR/<gpu>_large.json
 
-A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct weights in
-one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a failed check
-ends the run before any timing.
+A chain is every linear layer of a model with its norms, residuals and SwiGLU, without attention, over distinct
+weights in one CUDA graph. Times are medians of graph replays over random data. The last line of the output is JSON; a
+failed check ends the run.
 
 Legend: T tokens, N output features of one group, K input features, G groups.
 """
@@ -13,7 +13,6 @@ Legend: T tokens, N output features of one group, K input features, G groups.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -31,6 +32,7 @@ from torch import Tensor
 from benchmarks.ceilings import measure_ceilings
 from fusecomp.lowerings.linear import large, large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
+from fusecomp.lowerings.linear.persistent import persistent_kernel
 from tests.lowerings.linear_epilogues import EPILOGUES, make_args, reference, row_strides
 
 DTYPE = torch.bfloat16
@@ -85,6 +87,10 @@ MODELS = {
     "llama-8b": Model(4096, 6144, 4096, 14336, 128256, 32),
     "llama-1b": Model(2048, 3072, 2048, 8192, 128256, 16),
 }
+
+LAYERS = {name: (*model.parts(), model.head()) for name, model in MODELS.items()}
+LAYERS["qwen3-30b-a3b"] = (Layer(5120, 2048), Layer(2048, 4096, "residual"))
+TOKENS = [128, 256, 192, 512, 2048, 8192, 1024]
 
 
 def bench(run: Callable[[int], object], launches: int, replays: int = 5) -> float:
@@ -150,55 +156,288 @@ def library_choices(layer: Layer) -> list[LargeConfig]:
 def candidates(layer: Layer, tokens: int) -> Iterator[LargeConfig]:
     """Persistent configurations worth timing."""
     g = layer.groups
-    tiles = [
-        # block_t, features of all groups, swap, warps, stages, subtiles, per_sm
-        (128, 256, False, 8, 4, 4, 1),
-        (256, 128, False, 8, 4, 4, 1),
-        (256, 128, True, 8, 4, 4, 1),
-        (128, 256, True, 8, 4, 4, 1),
-        (128, 128, False, 4, 3, 2, 2),
-        (128, 128, True, 4, 3, 2, 2),
-    ]
-    if tokens <= 256:
-        tiles += [(256, 64, True, 4, 2, 2, 2), (128, 128, True, 8, 6, 2, 1), (256, 128, True, 8, 3, 2, 1)]
-    for block_t, width, swap, warps, stages, subtiles, per_sm in tiles:
-        if block_t > max(128, tokens):
-            continue
-        config = LargeConfig(
-            block_t=block_t, block_n=width // g, swap=swap, num_warps=warps, num_stages=stages, subtiles=subtiles,
-            per_sm=per_sm,
-        )  # fmt: skip
-        count = math.ceil(tokens / block_t) * math.ceil(layer.n / config.block_n)
-        for splits in (1, 2, 3, 4, 5, 6, 8):
-            rounds = math.ceil(count * splits / (132 * per_sm))
-            if splits == 1 or (tokens <= 512 and layer.k >= splits * 512 and (rounds <= 1 or splits == 4)):
+    wide = LargeConfig(block_t=128, block_n=256 // g, num_stages=4, pieces=4)
+    square = LargeConfig(block_t=128, block_n=128 // g, num_stages=6, pieces=2)
+    small = LargeConfig(block_t=128, block_n=128 // g, num_warps=4, num_stages=3, pieces=2, per_sm=2)
+    whole = [wide, small]
+    if g == 2:
+        whole.append(replace(wide, pieces=2))
+    if tokens <= 512:
+        whole.append(square)
+    if g == 1:
+        whole.append(replace(square, swap=True))
+        if tokens > 128:
+            whole.append(replace(wide, swap=True, block_t=256, block_n=128))
+    for config in whole:
+        yield config
+        tiles = math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
+        for splits in (2, 3, 4):
+            if g == 1 and tokens <= 512 and 66 <= tiles * splits <= 132 * config.per_sm:
                 yield replace(config, splits=splits)
 
 
-def warp_specialized(layer: Layer, tokens: int) -> Iterator[LargeConfig]:
-    if layer.groups == 1:
-        base = LargeConfig(num_warps=4, subtiles=1, flatten=False, warp_specialize=True)
-        yield replace(base, block_t=128, block_n=256, num_stages=3)
-        yield replace(base, block_t=128, block_n=128, num_stages=4)
-        if 128 < tokens <= 256:
-            yield replace(base, block_t=256, block_n=128, swap=True, num_stages=3)
+class _CompileOnly:
+    """Stands in for a kernel: a launch compiles it into Triton's disk cache and runs nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        return lambda *args, **kwargs: self.kernel.warmup(*args, grid=grid, **kwargs)
 
 
 def build(job: tuple[Layer, LargeConfig]) -> str:
-    """Compile one configuration into Triton's disk cache, from a process of its own."""
+    """Compile one configuration, in a process of its own."""
     layer, config = job
+    x = torch.empty(256, layer.k, dtype=DTYPE, device="cuda")
+    weight = torch.empty(layer.groups * layer.n, layer.k, dtype=DTYPE, device="cuda")
+    args = make_args(layer.epilogue, 256, layer.n, DTYPE, "cuda")
+    stand_ins = {"persistent_kernel": _CompileOnly(persistent_kernel), "launch_pointwise": lambda *_: None}
     try:
-        Case(layer, 256, torch.empty(layer.groups * layer.n * layer.k, dtype=DTYPE, device="cuda")).run(config)
-        torch.cuda.synchronize()
+        with mock.patch.multiple(large, **stand_ins):
+            large.run_persistent(
+                config, x, weight, DTYPE, EPILOGUES[layer.epilogue][0], args, row_strides(args), layer.groups
+            )
     except Exception as error:
         return f"{layer} {config.constants()}: {type(error).__name__} {str(error)[:200]}"
     return ""
 
 
 def build_all(jobs: list[tuple[Layer, LargeConfig]]) -> None:
+    """Compile all jobs on several processes; those that fail are reported again when they are timed."""
     start = time.time()
+    if not jobs:
+        return
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
         for text in pool.imap_unordered(build, jobs, chunksize=1):
             if text:
                 print("not built:", text, flush=True)
-    print(f"{len(jobs)} kernels: {time.time() - start:.0f} s", flush=True)
+    print(f"{len(jobs)} kernels built: {time.time() - start:.0f} s", flush=True)
+
+
+def check(case: Case, config: LargeConfig) -> float:
+    """Error relative to the unfused computation's; SystemExit above 1.5, or if a second launch differs."""
+    found, unfused = case.errors(config)
+    if not found <= 1.5 * unfused:
+        raise SystemExit(f"{case.layer} {case.tokens} tokens {config.constants()}: error {found}, unfused {unfused}")
+    first = case.run(config)
+    if config.method == "persistent" and not torch.equal(first, case.run(config)):
+        raise SystemExit(f"{case.layer} {case.tokens} tokens {config.constants()}: a second launch differs")
+    return found / unfused
+
+
+def tune(case: Case) -> dict[str, Any]:
+    """The table's entry for one layer and number of tokens: each candidate once, then the best again, in turns."""
+    library = library_choices(case.layer)
+    first = []
+    for config in candidates(case.layer, case.tokens):
+        try:
+            first.append((case.seconds(config), config))
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"{case.layer} {config.constants()}: {error}", flush=True)
+    first.sort(key=lambda pair: pair[0])
+    finalists = library + [config for _, config in first[:2]]
+    times: dict[LargeConfig, list[float]] = {config: [] for config in finalists}
+    for _ in range(3):
+        for config in finalists:
+            times[config].append(case.seconds(config))
+    medians = {config: statistics.median(found) for config, found in times.items()}
+    best = min(medians, key=lambda config: medians[config])
+    ours = min((config for config in medians if config.method == "persistent"), key=lambda config: medians[config])
+    check(case, ours)
+    layer = case.layer
+    return {
+        "n": layer.n, "k": layer.k, "groups": layer.groups, "kind": layer.kind, "tokens": case.tokens,
+        "config": best.constants() | {"method": best.method}, "us": round(medians[best] * 1e6, 2),
+        "library_us": round(min(medians[c] for c in library) * 1e6, 2), "persistent_us": round(medians[ours] * 1e6, 2),
+        "persistent": ours.constants(),
+    }  # fmt: skip
+
+
+def write_table(path: Path, environment: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """A table with one line per entry; shapes that were not tuned keep their entries."""
+    shape = ("groups", "n", "k", "kind", "tokens")
+    kept = large_heuristics.load_table(large_heuristics.DEFAULT_TABLE)["entries"]
+    merged = {tuple(entry[key] for key in shape): entry for entry in (*kept, *entries)}
+    body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
+    head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
+    path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
+
+
+@dataclass
+class Weights:
+    """A model's linear layers over distinct random weights."""
+
+    model: Model
+    layers: list[tuple[Tensor, ...]]
+    head: Tensor
+    scale: Tensor  # of every norm
+
+    @classmethod
+    def random(cls, model: Model) -> Weights:
+        shapes = [(part.groups * part.n, part.k) for part in model.parts()]
+        layers = [tuple(random_pool(n * k, k).view(n, k) for n, k in shapes) for _ in range(model.layers)]
+        head = random_pool(model.vocabulary * model.hidden, model.hidden).view(model.vocabulary, model.hidden)
+        return cls(model, layers, head, 1 + 0.1 * torch.randn(model.hidden, dtype=DTYPE, device="cuda"))
+
+
+def linear(
+    x: Tensor, weight: Tensor, epilogue: str, args: tuple[Tensor, ...] = (), scale: Tensor | None = None
+) -> Tensor:
+    kernel, groups, _, hint = EPILOGUES[epilogue]
+    norm = "" if scale is None else "rms"
+    return large.launch_large(
+        x, weight, DTYPE, norm, scale, None, 1e-5, False, kernel, args, row_strides(args), groups, hint
+    )
+
+
+def our_layer(h: Tensor, weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+    """One decoder layer without attention: its queries are taken for the attention's output."""
+    qkv, o, gate_up, down = weights
+    h = linear(linear(h, qkv, "identity", scale=scale)[:, : o.shape[1]], o, "residual", (h,))
+    return linear(linear(h, gate_up, "swiglu", scale=scale), down, "residual", (h,))
+
+
+def merged_layer(h: Tensor, weights: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+    """The same in PyTorch, for Inductor."""
+    functional = torch.nn.functional
+    qkv, o, gate_up, down = weights
+    h = h + functional.linear(functional.linear(_rms(h, scale), qkv)[:, : o.shape[1]], o)
+    gate, up = functional.linear(_rms(h, scale), gate_up).chunk(2, 1)
+    return h + functional.linear(functional.silu(gate) * up, down)
+
+
+def stock_layer(h: Tensor, weights: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as models write it: q, k, v, gate and up apart."""
+    functional = torch.nn.functional
+    q, k, v, o, gate, up, down = weights
+    x = _rms(h, scale)
+    q, k, v = functional.linear(x, q), functional.linear(x, k), functional.linear(x, v)
+    h = h + functional.linear(q, o)
+    x = _rms(h, scale)
+    h = h + functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down)
+    return h, k, v  # returned, or Inductor would drop their products
+
+
+def _rms(x: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return scale * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def chain_seconds(layer: Callable, weights: Weights, split: bool, tokens: int, head: bool) -> float:
+    """One pass over all layers, and the head if asked; `split` gives q, k, v, gate and up apart."""
+    model = weights.model
+    x = torch.randn(tokens, model.hidden, dtype=DTYPE, device="cuda")
+    kv = (model.qkv - model.attention) // 2
+    layers = weights.layers
+    if split:
+        layers = [
+            (*qkv.split([model.attention, kv, kv]), o, *gate_up.chunk(2), down) for qkv, o, gate_up, down in layers
+        ]
+
+    def run(_: int) -> Tensor:
+        h = x
+        for one in layers:
+            h = layer(h, one, weights.scale)
+            h = h[0] if split else h
+        if not head:
+            return h
+        if layer is our_layer:
+            return linear(h, weights.head, "identity", scale=weights.scale)
+        return torch.nn.functional.linear(_rms(h, weights.scale), weights.head)
+
+    return bench(run, 1, replays=9 if tokens < 1024 else 5)
+
+
+def measure_chains(name: str, tokens: list[int], variants: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Chain times in ms: "ours", "library" (with our other kernels), "merged" and "stock" (both by Inductor)."""
+    weights = Weights.random(MODELS[name])
+    model = weights.model
+    rows = []
+
+    def library(*_: Any, groups: int, kind: str, **__: Any) -> LargeConfig:
+        return LargeConfig(method="cublas_addmm" if groups == 1 and kind == "residual" else "cublas")
+
+    for count in tokens:
+        head = count <= 1024
+        flops = sum(part.flops(count) for part in model.parts()) * model.layers + head * model.head().flops(count)
+        row: dict[str, Any] = {"model": name, "tokens": count, "head": head}
+        for variant in (*variants, variants[0]):
+            if variant == "library":
+                with mock.patch.object(large_heuristics, "large_config", library):
+                    found = chain_seconds(our_layer, weights, False, count, head)
+            else:
+                layer = our_layer if variant == "ours" else merged_layer if variant == "merged" else stock_layer
+                with torch.no_grad():
+                    layer = layer if layer is our_layer else torch.compile(layer, dynamic=False)
+                    found = chain_seconds(layer, weights, variant == "stock", count, head)
+            row[f"{variant} again" if variant in row else variant] = round(found * 1e3, 4)
+        row["TFLOP/s"] = round(flops / row["ours"] / 1e9, 1)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--models", nargs="*", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--chains", nargs="*", type=int, default=[128, 256, 8192], help="tokens of the chains")
+    parser.add_argument("--inductor", nargs="*", type=int, default=[256], help="tokens of the torch.compile'd chains")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--seconds", type=float, default=120.0, help="tune no further shape after this long")
+    args = parser.parse_args()
+    begin = time.time()
+    layers = list(dict.fromkeys(layer for name in args.models for layer in LAYERS[name]))
+    cases = [(layer, tokens) for tokens in args.tokens for layer in layers if not (layer.n > 65536 and tokens > 512)]
+    device = torch.device("cuda")
+    target = large_heuristics.device_target(0)
+
+    def committed(layer: Layer, tokens: int) -> LargeConfig:
+        return large_heuristics.large_config(
+            target, n=layer.n, k=layer.k, groups=layer.groups, tokens=tokens, itemsize=2, kind=layer.kind
+        )
+
+    choices = candidates if args.tune else lambda *shape: [committed(*shape)]
+    jobs = [(layer, config) for layer, tokens in cases for config in choices(layer, tokens)]
+    build_all(list(dict.fromkeys(job for job in jobs if job[1].method == "persistent")))
+    ceilings = measure_ceilings(device)
+    environment = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        **ceilings.to_dict(),
+    }  # fmt: skip
+    print(environment, flush=True)
+    pool = random_pool(ROTATION_BYTES // 2)
+    entries, rows = [], []
+    for layer, tokens in cases:
+        case = Case(layer, tokens, pool)
+        if args.tune:
+            if time.time() - begin > args.seconds:
+                print(f"out of time before {layer}, {tokens} tokens")
+                break
+            entries.append(tune(case))
+            seconds = entries[-1]["us"] * 1e-6
+            extra = "library {library_us} persistent {persistent_us} {persistent}".format(**entries[-1])
+            write_table(args.out / f"{target.table}_large.json", environment, entries)
+        else:
+            config = committed(layer, tokens)
+            extra = f"error {check(case, config):.2f} {config.method} {config.constants()}"
+            seconds = case.seconds(config)
+        share = layer.flops(tokens) / seconds / ceilings.matmul_flops_per_s
+        rows.append({"layer": str(layer), "tokens": tokens, "us": round(seconds * 1e6, 2), "share": round(share, 3)})
+        print(f"{tokens:5d} {layer!s:32} {seconds * 1e6:9.2f} us {share:6.1%}  {extra}", flush=True)
+    chains = []
+    if not args.tune:
+        names = [name for name in args.models if name in MODELS]
+        for name in names:
+            chains += measure_chains(name, args.chains, ("ours", "library"))
+        for name in names:
+            chains += measure_chains(name, args.inductor, ("ours", "merged", "stock"))
+    result = {**environment, "matmuls": rows, "chains": chains}
+    (args.out / "linear_large.json").write_text(json.dumps(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.decode import decode
+from benchmarks.patterns import patterns
 from benchmarks.session import Result, Session
 from benchmarks.throughput import offline, prefill
 
 # `startup` is not among them: it starts processes of its own and has no session.
-BENCHMARKS: dict[str, Callable[[Session], Result]] = {"decode": decode, "prefill": prefill, "offline": offline}
+BENCHMARKS: dict[str, Callable[[Session], Result]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "offline": offline,
+    "patterns": patterns,
+}

@@ -52,6 +52,8 @@ class Options:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     strict: bool = False
+    fuse: str = "auto"
+    disabled_patterns: tuple[str, ...] = ()
     compare_hf: bool = False
     hf_batches: tuple[int, ...] = (1,)
     profile: bool = False
@@ -75,7 +77,7 @@ class Options:
     def engine_config(self) -> EngineConfig:
         """The smallest engine that can run all chosen benchmarks."""
         rows, length = [8], [CHECK_LEN]
-        if "decode" in self.benchmarks or "startup" in self.benchmarks:
+        if {"decode", "startup", "patterns"} & set(self.benchmarks):
             rows += self.batches
             length.append(self.context + self.repeat * self.steps + self.settle_steps)
         if "prefill" in self.benchmarks:
@@ -92,6 +94,8 @@ class Options:
             gpu_memory_utilization=self.gpu_memory_utilization,
             enforce_eager=self.enforce_eager,
             strict=self.strict,
+            fuse=self.fuse,
+            disabled_patterns=self.disabled_patterns,
             seed=self.seed,
         )
 

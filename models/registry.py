@@ -29,6 +29,7 @@ class Family:
         expected_matches: per pattern, matches in one decoder layer. A capture of the model must report exactly
             `layers * count` of each; a pattern that is not named must not match.
         dtypes: in which the family is tested.
+        fused_matches: per pattern, further matches of the fuse stage in one decoder layer; the head adds one linear.
         windows: sliding window of each layer, 0 for plain causal attention: what the mask proof must find.
         tolerance: why the numerics contract needs care here; empty when it holds as it stands.
         exclusions: configurations of the family that are not covered, with the reason.
@@ -38,6 +39,7 @@ class Family:
     architecture: str
     config: Mapping[str, Any]
     expected_matches: Mapping[str, int]
+    fused_matches: Mapping[str, int]
     windows: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     tolerance: str = ""
@@ -47,9 +49,11 @@ class Family:
     def layers(self) -> int:
         return len(self.windows)
 
-    def expected_total(self) -> dict[str, int]:
-        """Matches in the whole model."""
-        return {pattern: count * self.layers for pattern, count in self.expected_matches.items()}
+    def expected_total(self, fused: bool = False) -> dict[str, int]:
+        """Matches in the whole model, with those of the fuse stage if it runs."""
+        per_layer = {**self.expected_matches, **(self.fused_matches if fused else {})}
+        total = {pattern: count * self.layers for pattern, count in per_layer.items()}
+        return total | {pattern: total[pattern] + count for pattern, count in _HEAD_FUSED.items() if fused}
 
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.architecture)
@@ -67,8 +71,11 @@ _ROUTING = (
     "where two experts' router logits nearly tie, a low-precision run may choose another expert than fp32 does and is "
     "then wrong by a whole expert; `build` spreads the router, and comparisons are made on the token in the middle"
 )
-_DENSE = {"attention": 1, "paged_attention": 1}
-_SPARSE = {**_DENSE, "experts": 1}
+_DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
+_SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
+_DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
+_SPARSE_FUSED = {"linear": 3, "norm": 2, "rope_attention": 1}
+_HEAD_FUSED = {"linear": 1}
 _SMALL = {
     "hidden_size": 96,
     "num_attention_heads": 6,
@@ -83,6 +90,7 @@ _ENTRIES = (
         architecture="LlamaForCausalLM",
         config={**_SMALL, "vocab_size": 173, "intermediate_size": 200, **_TOKENS},
         expected_matches=_DENSE,
+        fused_matches=_DENSE_FUSED,
         windows=(0, 0, 0),
         exclusions=_LONG_CONTEXT,
     ),
@@ -93,6 +101,7 @@ _ENTRIES = (
         config={**_SMALL, "hidden_size": 80, "vocab_size": 151, "intermediate_size": 136, **_TOKENS}
         | {"num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True},
         expected_matches=_DENSE,
+        fused_matches=_DENSE_FUSED,
         windows=(0, 0, 0),
         exclusions=_LONG_CONTEXT,
     ),
@@ -103,6 +112,7 @@ _ENTRIES = (
         config={**_SMALL, "vocab_size": 151, "intermediate_size": 136, **_TOKENS}
         | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         expected_matches=_DENSE,
+        fused_matches=_DENSE_FUSED,
         windows=(0, WINDOW, WINDOW),
         exclusions=_LONG_CONTEXT,
     ),
@@ -111,6 +121,7 @@ _ENTRIES = (
         architecture="MistralForCausalLM",
         config={**_SMALL, "vocab_size": 173, "intermediate_size": 200, "sliding_window": WINDOW, **_TOKENS},
         expected_matches=_DENSE,
+        fused_matches=_DENSE_FUSED,
         windows=(WINDOW, WINDOW),
         exclusions=_LONG_CONTEXT,
     ),
@@ -120,6 +131,7 @@ _ENTRIES = (
         config={**_SMALL, "vocab_size": 151, "intermediate_size": 96, **_TOKENS}
         | {"moe_intermediate_size": 48, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": True},
         expected_matches=_SPARSE,
+        fused_matches=_SPARSE_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions={
@@ -134,6 +146,7 @@ _ENTRIES = (
         config={**_SMALL, "vocab_size": 173, "intermediate_size": 80, **_TOKENS}
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
         expected_matches=_SPARSE,
+        fused_matches=_SPARSE_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,

@@ -31,9 +31,9 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 @cache
-def engine(name: str, dtype: torch.dtype = torch.float32) -> Engine:
+def engine(name: str, dtype: torch.dtype = torch.float32, fuse: str = "auto") -> Engine:
     """An idle engine of the family that has passed its own verification."""
-    return Engine(build(name, dtype), CONFIG.replace(block_size=BLOCK_SIZES[name], verify="first"))
+    return Engine(build(name, dtype), CONFIG.replace(block_size=BLOCK_SIZES[name], verify="first", fuse=fuse, enforce_eager=fuse == "auto"))
 
 
 def tokens(vocab_size: int, length: int, seed: int = 0) -> list[int]:

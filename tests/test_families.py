@@ -41,6 +41,14 @@ def test_matches_are_exactly_those_of_the_registry(name, dtype):
 
 
 @variants
+def test_the_fuse_stage_matches_and_verifies_everywhere(name, dtype):
+    """With the eager references of the fused ops; the engine has compared itself with fp32 before serving."""
+    family, report = FAMILIES[name], engine(name, dtype, "always").report
+    assert report.counts() == family.expected_total(fused=True)
+    assert report.near_misses == [] and all(r.passed for r in report.receipts)
+
+
+@variants
 def test_windows_are_proven_layer_by_layer(name, dtype):
     family = FAMILIES[name]
     for pattern in ("attention", "paged_attention"):
@@ -49,8 +57,9 @@ def test_windows_are_proven_layer_by_layer(name, dtype):
 
 
 @families
-def test_fp32_tokens_are_those_of_generate(name):
-    served_by = engine(name)
+@pytest.mark.parametrize("fuse", ["auto", "always"])
+def test_fp32_tokens_are_those_of_generate(name, fuse):
+    served_by = engine(name, fuse=fuse)
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     served = serve(served_by, [(prompt, params) for prompt in prompts(name)])
     for prompt, got in zip(prompts(name), served, strict=True):

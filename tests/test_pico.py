@@ -14,6 +14,7 @@ from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.scheduler import ScheduledStep
 from models import perplexity
 from models.corpus import parse_heldout
+from models.registry import FAMILIES
 from tests.serving import hf_greedy
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -21,20 +22,31 @@ LAYERS = {
     name: json.loads((MODELS / name / "config.json").read_text())["num_hidden_layers"]
     for name in ("pico-llama", "pico-moe")
 }
-MATCHES = {"pico-llama": ("attention", "paged_attention"), "pico-moe": ("attention", "paged_attention", "experts")}
+FAMILY = {"pico-llama": FAMILIES["llama"], "pico-moe": FAMILIES["qwen3-moe"]}
 # One process a model: what it compiles is used by all of the model's tests.
 checkpoints = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MATCHES]
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILY]
 )
 CHUNK = 256  # tokens in a step: a window is scored in four chunks, each on the cached keys of those before it
 NUM_PROMPTS, LONGEST, MAX_TOKENS = 64, 400, 24
 
 
 @cache
-def llm(name: str, dtype: str = "float32") -> LLM:
+def llm(name: str, dtype: str = "float32", fuse: str = "auto") -> LLM:
     return LLM(
-        MODELS / name, dtype=dtype, device="cpu", max_num_seqs=16, max_num_batched_tokens=CHUNK, kv_cache_bytes=1 << 27
+        MODELS / name,
+        dtype=dtype,
+        device="cpu",
+        max_num_seqs=16,
+        max_num_batched_tokens=CHUNK,
+        kv_cache_bytes=1 << 27,
+        fuse=fuse,
     )
+
+
+def expected(name: str, fused: bool = False) -> dict[str, int]:
+    """Matches that a model of this family and depth must report."""
+    return dataclasses.replace(FAMILY[name], windows=(0,) * LAYERS[name]).expected_total(fused)
 
 
 @cache
@@ -71,9 +83,19 @@ def test_greedy_tokens_are_those_of_generate(name):
         assert completion.finish_reason == ("stop" if completion.token_ids[-1] == eos else "length")
     assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}
     report = llm(name).fusion_report
-    assert report.counts() == dict.fromkeys(MATCHES[name], LAYERS[name])
+    assert report.counts() == expected(name)
     assert (report.graphs, report.graph_breaks, report.recompiles, report.fallbacks) == (1, 0, 0, {})
     assert llm(name).metrics.kv_usage == 0
+
+
+@checkpoints
+def test_the_fuse_stage_changes_no_token(name):
+    """Every fused op by its eager reference: the rewrites themselves, without the kernels."""
+    prompts, params = heldout_prompts(name)[::4], SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    fused = llm(name, fuse="always").generate(prompts, params, use_tqdm=False)
+    plain = llm(name).generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in fused] == [o.outputs[0].token_ids for o in plain]
+    assert llm(name, fuse="always").fusion_report.counts() == expected(name, fused=True)
 
 
 def nats_per_token(engine: Engine, windows: list[list[int]]) -> float:
@@ -113,5 +135,5 @@ def test_bf16_perplexity_is_the_cards_within_half_a_percent(name):
     served_by = llm(name, "bfloat16")
     check_perplexity(name, served_by, rel=5e-3)
     report = served_by.fusion_report
-    assert report.counts() == dict.fromkeys(MATCHES[name], LAYERS[name])
+    assert report.counts() == expected(name)
     assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)

@@ -44,18 +44,20 @@ class Specialization:
     """One kernel with everything its compilation depends on.
 
     Args:
-        pointers: element type of each pointer argument ("bf16", "i32", ...), or a descriptor type.
-        scalars: type of each scalar argument.
+        pointers: element type of each pointer argument ("bf16", "i32", ...), a descriptor type, or a tuple of types.
+        scalars: type of each scalar argument, or a tuple of types.
+        aligned: scalars that are multiples of 16, besides strides.
         constants: value of each constexpr argument; `None` for an absent tensor.
     """
 
     name: str
     kernel: Any
-    pointers: dict[str, str]
-    scalars: dict[str, str]
+    pointers: dict[str, Any]
+    scalars: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,10 +255,14 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
 def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]:
     """Compile one specialization; returns its resources and Triton's compiled kernel."""
     target = TARGETS[target_name]
-    signature, attrs = {}, {}
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], list] = {}
     for index, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
             signature[name] = "constexpr"
+        elif isinstance(kinds := spec.pointers.get(name, spec.scalars.get(name)), tuple):
+            signature[name] = tuple(f"*{kind}" if name in spec.pointers else kind for kind in kinds)
+            attrs |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kinds))}
         elif name in spec.pointers:
             kind = spec.pointers[name]
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
@@ -264,10 +270,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = spec.scalars[name]
-            if name.startswith("stride") and name != "stride_table":
+            if name in spec.aligned or (name.startswith("stride_") and name != "stride_table"):
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
@@ -284,13 +290,17 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
-    seen = set()
-    for case in CASES[full]:
-        for spec in specializations(case, TARGETS[target_name]):
-            key = repr(replace(spec, name=""))
-            if key not in seen:
-                seen.add(key)
-                yield compile_one(spec, target_name)[0]
+    from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
+    from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
+
+    target, seen = TARGETS[target_name], set()
+    attention = (spec for case in CASES[full] for spec in specializations(case, target))
+    linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
+    for spec in itertools.chain(attention, linear):
+        key = repr(replace(spec, name=""))
+        if key not in seen:
+            seen.add(key)
+            yield compile_one(spec, target_name)[0]
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

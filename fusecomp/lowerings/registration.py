@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from fusecomp.lowerings.experts.lowering import launch_experts
@@ -13,6 +14,7 @@ from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.rope import Rope, rope_attention_reference
+from fusecomp.ops.sampling import greedy_reference
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -128,6 +130,15 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> T
     return launch_norm_op(x, weight, bias, NormSpec.from_text(spec))
 
 
+def _greedy(logits: Tensor) -> Tensor:
+    from fusecomp.lowerings.sampling.greedy import launch_greedy
+
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        record_fallback("greedy", f"dtype {logits.dtype} is none of fp32, fp16, bf16")
+        return greedy_reference(logits)
+    return launch_greedy(_unit_stride(logits))
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
@@ -136,5 +147,6 @@ def register() -> None:
     implement("rope_attention", _rope_attention, "CUDA")
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
+    implement("greedy", _greedy, "CUDA")
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

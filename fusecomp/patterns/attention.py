@@ -132,7 +132,13 @@ class PagedAttention(Pattern):
             def packed(source: Node, fake: Tensor) -> Node:
                 """[1, heads, T, D] -> [T, heads, D], a view."""
                 row = emit(torch.select, (source, 0, 0), fake[0])
-                return emit(torch.transpose, (row, 0, 1), fake[0].transpose(0, 1))
+                rows = emit(torch.transpose, (row, 0, 1), fake[0].transpose(0, 1))
+                if fake.shape[1] > 1:
+                    return rows
+                # Inductor takes [1, 1, T, D] for a channels-last image, and then wants to know T: give it [T, 1, D].
+                copy = emit(torch.clone, (rows,), fake_value(rows).clone(memory_format=torch.contiguous_format))
+                copy.kwargs = {"memory_format": torch.contiguous_format}
+                return copy
 
             q_t, k_t, v_t = packed(candidate.q, q), packed(candidate.k, k), packed(candidate.v, v)
             cache = kv_caches[index]  # type: ignore[index]

@@ -47,7 +47,7 @@ BINARY = {
 }
 UNARY = {
     getattr(aten, name).default: name
-    for name in [
+    for name in [  # of both aten and a program
         "neg",
         "abs",
         "exp",

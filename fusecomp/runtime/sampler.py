@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from fusecomp.runtime.scheduler import INVALID_TOKEN
+from fusecomp.ops import OPS
+from fusecomp.ops.sampling import INVALID_TOKEN
 
 # Below this a temperature is taken as 0 (vLLM's bound): a division by a denormal would give inf and NaN.
 MIN_TEMPERATURE = 1e-5
@@ -37,9 +38,7 @@ _MIX_B = _signed(0x94D049BB133111EB)
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """Arg-max of each row, the first of equals. logits [N, V] float -> [N] int64; `INVALID_TOKEN` for bad rows."""
-    # max propagates NaN, so the value at the arg-max tells whether the row has one.
-    best, token = logits.max(dim=-1)
-    return token.masked_fill(~best.isfinite(), INVALID_TOKEN)
+    return OPS.greedy(logits)
 
 
 def sample(

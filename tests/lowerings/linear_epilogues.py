@@ -69,3 +69,16 @@ def make_args(name: str, num_tokens: int, n: int, dtype: torch.dtype, device: st
 
 def row_strides(args: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(arg.stride(0) if arg.dim() == 2 else 0 for arg in args)
+
+
+def norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, plus_one: bool
+) -> Tensor:
+    """The norm as models write it: statistics in fp32 or better, rounded to x's dtype before the weight is applied."""
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    if kind == "layer":
+        value = value - value.mean(1, keepdim=True)
+    value = (value * torch.rsqrt((value * value).mean(1, keepdim=True) + eps)).to(x.dtype)
+    if weight is not None:
+        value = value * (weight.to(x.dtype) + plus_one)
+    return value if bias is None else value + bias.to(x.dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusecomp.patterns.linear import MergedLinears
+from fusecomp.runtime.verify import relative_error
 from fusecomp.testing.patterns import check_outcome, flat, new_context
 
 PATTERN = MergedLinears()
@@ -65,4 +66,5 @@ def test_second_capture_takes_the_weight_as_it_lies():
     run_merged(module, inputs, first)
     output, _ = run_merged(module, inputs, second)
     assert first.merged[0].tensor.data_ptr() == second.merged[0].tensor.data_ptr()
-    assert all(torch.equal(a, b) for a, b in zip(flat(output), flat(copy.deepcopy(module)(*inputs)), strict=True))
+    wanted = flat(copy.deepcopy(module)(*inputs))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(flat(output), wanted, strict=True))

@@ -43,7 +43,8 @@ def launch_large(
         norm_kind: "", "rms" or "layer"; the `norm_*` after it are `launch_norm`'s.
         epilogue: a Triton function (accs, args, strides, m, n, mask) -> fp32 tile.
         args, strides: the epilogue's operands and their row strides in elements.
-        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]), "other".
+        kind_hint: what the epilogue does: "identity", "residual" (adds args[0] [T, N]), "bias" (adds args[0] [N]) or
+            "other".
 
     Raises:
         ValueError: a shape, stride, dtype or hint other than these.
@@ -69,11 +70,11 @@ def run_matmul(
     groups: int,
     kind_hint: str,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) as `config` says; arguments as for `launch_large`."""
+    """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments of `launch_large`."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
     if num_tokens == 0:
         return torch.empty((0, n), dtype=out_dtype, device=x.device)
-    if config.method == "persistent":
+    if config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight))):
         return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
     if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
         return torch.addmm(args[0], x, weight.t())
@@ -94,28 +95,31 @@ def run_persistent(
     strides: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) by the persistent kernel, without TMA where x or weight is not aligned for it."""
+    """EPILOGUE(x @ weight^T) by the persistent kernel; for `use_tma` x and weight must be aligned."""
     num_tokens, k = x.shape
     n = weight.shape[0] // groups
-    use_tma = config.use_tma and tma_reads(x) and tma_reads(weight) and (groups == 1 or n % 8 == 0)
     x_tiles = w_tiles = None
-    if use_tma:
+    if config.use_tma:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [config.block_t, config.block_k])
         w_tiles = _weight_tiles(weight, n, k, groups, config)
     out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
+    use_pdl = uses_pdl(x)
+    options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    constants = {
+        "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl,
+        "EPILOGUE": epilogue,
+    }  # fmt: skip
+    tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
+    num_sms = target_of(x).num_sms
     buffer = out
     if config.splits > 1:
         buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
-    items = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(n, config.block_n) * config.splits
-    programs = min(items, target_of(x).num_sms * config.per_sm)
-    use_pdl = uses_pdl(x)
-    options = {"launch_pdl": True} if use_pdl else {}
+    programs = min(tiles_t * tiles_n * config.splits, num_sms * config.per_sm)
     persistent_kernel[(programs,)](
         x, weight, x_tiles, w_tiles, buffer, args, strides, num_tokens, x.stride(0), out.stride(0),
-        N=n, K=k, G=groups, BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_T=config.group_t, SPLITS=config.splits, SUBTILES=config.subtiles, SWAP=config.swap, USE_TMA=use_tma,
-        FLATTEN=config.flatten, WARP_SPECIALIZE=config.warp_specialize and use_tma, USE_PDL=use_pdl,
-        EPILOGUE=epilogue, num_warps=config.num_warps, num_stages=config.num_stages, **options,
+        GROUP_T=config.group_t, SPLITS=config.splits, **constants, **options,
     )  # fmt: skip
     if config.splits > 1:
         launch_pointwise(buffer, out, epilogue, args, strides, groups)
@@ -123,18 +127,19 @@ def run_persistent(
 
 
 def _weight_tiles(weight: Tensor, n: int, k: int, groups: int, config: LargeConfig) -> TensorDescriptor:
-    """Blocks of G * block_n rows; those of two groups alternate every 8 rows."""
+    """Blocks of block_n rows, or of as many from each of the two groups."""
     if groups == 1:
         return TensorDescriptor(weight, [n, k], [k, 1], [config.block_n, config.block_k])
-    block = [config.block_n // 8, 2, 8, config.block_k]
-    return TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], block)
+    return TensorDescriptor(weight, [2, n, k], [n * k, k, 1], [2, config.block_n, config.block_k])
 
 
 def _check(
     x: Tensor, weight: Tensor, args: tuple[Tensor, ...], strides: tuple[int, ...], groups: int, kind_hint: str
 ) -> None:
     if groups not in (1, 2) or weight.shape[0] % groups:
-        raise ValueError(f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported")
+        raise ValueError(
+            f"linear: {weight.shape[0]} rows of weight in {groups} groups; 1 or 2 equal ones are supported"
+        )
     if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(f"linear: x {list(x.shape)} {x.dtype} does not fit weight {list(weight.shape)} {weight.dtype}")
     if x.stride(-1) != 1 or not weight.is_contiguous():

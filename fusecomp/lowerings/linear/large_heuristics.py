@@ -1,7 +1,7 @@
 """How each large-M matmul of `linear` runs: a measured choice per shape, the nearest entry otherwise.
 
-Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds for
-every replay. Legend: T tokens, N output features of one group, K input features, G groups.
+Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds
+for every replay. Legend: T tokens, N output features of one group, K input features, G groups.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class LargeConfig:
         method: "persistent"; "cublas", with the epilogue as a kernel of its own; "cublas_addmm", with the residual or
             the bias as its third operand.
         block_t, block_n, block_k: the tile: tokens, features per group, columns of K.
-        swap: features on the row side of the MMA.
+        swap: features on the row side of the MMA; one group only.
         splits: parts of K, summed by the epilogue's kernel.
-        subtiles: pieces in which a tile is finished.
+        pieces: parts in which a tile is finished.
         group_t: tiles of tokens that share a weight tile before the next one.
         per_sm: programs per multiprocessor.
     """
@@ -46,14 +46,12 @@ class LargeConfig:
     block_k: int = 64
     swap: bool = False
     splits: int = 1
-    subtiles: int = 2
+    pieces: int = 2
     group_t: int = 8
     num_warps: int = 8
     num_stages: int = 3
     per_sm: int = 1
     use_tma: bool = True
-    flatten: bool = True
-    warp_specialize: bool = False
     source: str = ""
 
     def constants(self) -> dict[str, Any]:
@@ -64,7 +62,7 @@ class LargeConfig:
 
 
 # Where nothing was measured: no TMA, products of one warp.
-PLAIN = LargeConfig(block_t=128, block_n=128, block_k=32, num_stages=3, subtiles=1, use_tma=False, flatten=False)
+PLAIN = LargeConfig(block_t=128, block_n=128, block_k=32, num_stages=3, pieces=1, use_tma=False)
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -112,13 +110,14 @@ def large_config(target: Target, *, n: int, k: int, groups: int, tokens: int, it
 
     entry = min(table["entries"], key=distance)
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
-    source = f"{table['gpu']} large n={entry['n']} k={entry['k']} groups={entry['groups']} {entry['kind']} tokens={entry['tokens']} ({how})"
+    shape = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "kind", "tokens"))
+    source = f"{table['gpu']} large {shape} ({how})"
     config = LargeConfig(**entry["config"], source=source)
     if config.method == "cublas_addmm" and (groups > 1 or kind not in ("residual", "bias")):
         config = replace(config, method="cublas")
     if how == "nearest":
         config = replace(config, splits=_fitting_splits(config, n=n, k=k, tokens=tokens, num_sms=target.num_sms))
-    return config
+    return _fit(config, target, groups, itemsize)
 
 
 def _fitting_splits(config: LargeConfig, *, n: int, k: int, tokens: int, num_sms: int) -> int:
@@ -127,6 +126,20 @@ def _fitting_splits(config: LargeConfig, *, n: int, k: int, tokens: int, num_sms
         return 1
     tiles = math.ceil(tokens / config.block_t) * math.ceil(n / config.block_n)
     return max(1, min(config.splits, num_sms // tiles, k // (4 * config.block_k)))
+
+
+def _fit(config: LargeConfig, target: Target, groups: int, itemsize: int) -> LargeConfig:
+    """More pieces, then fewer stages, until a tile in fp32 fits beside the stages: other epilogues need that much."""
+
+    def need(c: LargeConfig) -> int:
+        stages = c.num_stages * (c.block_t + groups * c.block_n) * c.block_k * itemsize
+        return stages + 4 * c.block_t * c.block_n // c.pieces + 1024
+
+    while need(config) > target.smem_bytes and config.pieces < 8:
+        config = replace(config, pieces=2 * config.pieces)
+    while need(config) > target.smem_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def _without_table(target: Target, *, n: int, k: int, groups: int, itemsize: int, kind: str) -> LargeConfig:
@@ -141,16 +154,12 @@ def tma_reads(tensor: Tensor) -> bool:
 
 
 def norm_block(num_tokens: int, k: int) -> tuple[int, int, int]:
-    """(rows per program, columns held at once, warps) of a norm."""
+    """(rows per program, columns held at once, warps) of a norm: short latency for few tokens, then loads in flight."""
     block_k = min(next_power_of_2(k), MAX_BLOCK_K)
-    block_t = 1 if num_tokens < 1024 else max(1, min(4, 4096 // block_k))
-    per_warp = 512 if num_tokens < 1024 else 1024  # elements: latency counts first, then loads in flight
-    return block_t, block_k, max(1, min(16, block_t * block_k // per_warp))
+    return 1, block_k, max(1, min(16, block_k // (256 if num_tokens < 1024 else 512)))
 
 
-def pointwise_block(num_tokens: int, n: int) -> tuple[int, int, int]:
+def pointwise_block(n: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program of the standalone epilogue."""
     block_n = min(1024, next_power_of_2(n))
-    block_t = 1 if num_tokens < 1024 else 2
-    return block_t, block_n, max(1, min(4, block_t * block_n // 256))
-
+    return max(1, 256 // block_n), block_n, 4

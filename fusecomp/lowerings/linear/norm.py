@@ -36,7 +36,7 @@ def _scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x,
     residual,
@@ -58,9 +58,10 @@ def norm_kernel(
 ):
     """y[T, K] = norm(x + residual) * weight + bias and total[T, K] = x + residual; program i does BLOCK_T rows.
 
-    x, residual [T, K] with row strides, weight and bias [K] or None, y and total contiguous; statistics in fp32. CENTERED
-    subtracts the mean (LayerNorm); PLUS_ONE scales by 1 + weight. The normed value is that of the sum as stored.
-    Rows of up to BLOCK_K columns are read once; longer ones in pieces, once for each statistic and once for the output.
+    x, residual [T, K] with row strides, weight and bias [K] or None, y and total contiguous; statistics in fp32.
+    CENTERED subtracts the mean (LayerNorm); PLUS_ONE scales by 1 + weight. The normed value is that of the sum as
+    stored. Rows of up to BLOCK_K columns are read once; longer ones in pieces, once for each statistic and once for
+    the output.
     Bytes: two or four tensors of T K.
     """
     if USE_PDL:
@@ -131,7 +132,8 @@ def launch_norm(
     num_tokens, k = x.shape
     for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, (k,)), ("bias", bias, (k,))):
         if tensor is not None and (tensor.shape != shape or tensor.stride(-1) != 1):
-            raise ValueError(f"norm: {name} is {list(tensor.shape)} {tensor.stride()}, wanted {list(shape)}, last dim contiguous")
+            found = f"{list(tensor.shape)} with strides {tensor.stride()}"
+            raise ValueError(f"norm: {name} is {found}, wanted {list(shape)} with a contiguous last dim")
     if x.stride(-1) != 1:
         raise ValueError(f"norm: x has stride {x.stride(-1)} in its last dim, the kernel reads it as 1")
     y = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
@@ -142,7 +144,8 @@ def launch_norm(
     use_pdl = uses_pdl(x)
     options = {"launch_pdl": True} if use_pdl else {}
     norm_kernel[(triton.cdiv(num_tokens, block_t),)](
-        x, residual, weight, bias, y, total, eps, num_tokens, x.stride(0), 0 if residual is None else residual.stride(0),
+        x, residual, weight, bias, y, total, eps, num_tokens, x.stride(0),
+        0 if residual is None else residual.stride(0),
         K=k, BLOCK_T=block_t, BLOCK_K=block_k, HAS_RESIDUAL=residual is not None, CENTERED=kind == "layer",
         PLUS_ONE=plus_one, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip

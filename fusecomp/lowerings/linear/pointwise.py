@@ -22,7 +22,7 @@ def _sum_of_splits(acc, num_tokens, m, n, mask, WIDTH: tl.constexpr, SPLITS: tl.
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def pointwise_kernel(
     acc,
     out,
@@ -51,10 +51,10 @@ def pointwise_kernel(
     mask = (m < num_tokens) & (n < N)
     first = _sum_of_splits(acc, num_tokens, m, n, mask, G * N, SPLITS)
     if G == 1:
-        accs = (first,)
+        result = EPILOGUE((first,), args, strides, m, n, mask)
     else:
-        accs = (first, _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS))
-    result = EPILOGUE(accs, args, strides, m, n, mask)
+        second = _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS)
+        result = EPILOGUE((first, second), args, strides, m, n, mask)
     tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -71,7 +71,7 @@ def launch_pointwise(
         raise ValueError(f"epilogue: {list(acc.shape)} {acc.stride()} is no [S, T, {groups} * N] for {list(out.shape)}")
     if num_tokens == 0:
         return out
-    block_t, block_n, num_warps = pointwise_block(num_tokens, n)
+    block_t, block_n, num_warps = pointwise_block(n)
     use_pdl = uses_pdl(acc)
     options = {"launch_pdl": True} if use_pdl else {}
     pointwise_kernel[(triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),)](
@@ -79,4 +79,3 @@ def launch_pointwise(
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-

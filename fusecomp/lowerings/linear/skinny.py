@@ -33,7 +33,7 @@ def run_skinny(
 ) -> None:
     """out[T, N] = epilogue(norm(x)[T, K] @ weight[G * N, K]^T), in one launch.
 
-    Safe under CUDA-graph capture, if a launch came before (see `_counters`). Launches on one device must be ordered,
+    Safe under CUDA-graph capture, if a launch came before (see `zeroed_counters`). Launches on one device must be ordered,
     as those of one stream or graph are: they share counters.
 
     Args:
@@ -78,11 +78,12 @@ def run_skinny(
         size = teams * splits * config.block_t
         partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
         part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device, teams)
+        counters = zeroed_counters(x.device, teams)
     skinny_kernel[(teams * splits,)](
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
-        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages > 1, PREFETCH=config.prefetch,
+        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, AHEAD=config.ahead,
+        PREFETCH=config.prefetch, LEAD=config.lead,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def run_skinny(
 _arrival_counters: dict[torch.device, Tensor] = {}
 
 
-def _counters(device: torch.device, count: int) -> Tensor:
+def zeroed_counters(device: torch.device, count: int) -> Tensor:
     """int32 zeros, which every launch leaves at zero; kept per device, so that capturing a launch adds no memset.
 
     Counters created during a capture hold zeros only once the graph runs, so those are not kept: warm up before

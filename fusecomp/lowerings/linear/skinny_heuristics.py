@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fusecomp.lowerings.paged_attention.heuristics import SM90, Target, next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import SM90, Target
 
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
@@ -35,6 +35,8 @@ class SkinnyConfig:
         splits: programs that share the same features, each with its part of K.
         num_stages: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
         prefetch: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
+        lead: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
+        ahead: tiles whose inputs are in flight.
     """
 
     block_t: int
@@ -44,6 +46,8 @@ class SkinnyConfig:
     num_warps: int
     num_stages: int
     prefetch: int = 0
+    lead: int = 0
+    ahead: int = 1
     source: str = ""
 
 
@@ -79,9 +83,8 @@ def skinny_config(target: Target, *, n: int, k: int, groups: int, tokens: int, i
     config = SkinnyConfig(**entry["config"], source=f"{table['gpu']} {SECTION} {shape} ({how})")
     if how == "nearest" and config.block_t > 1:
         config = replace(config, splits=_splits(config, entry, target, n * groups, k))
-    if config.num_stages == 1 and itemsize == 2:
-        # Never more columns than there are, rounded up.
-        config = replace(config, block_k=min(config.block_k, max(64, next_power_of_2(k))))
+    if k * itemsize % 16:  # narrow loads, which asynchronous copies cannot do: small tiles in registers
+        config = replace(config, block_k=min(config.block_k, 32 if config.block_t > 1 else 512), num_stages=1)
     return _fit(config, target, itemsize)
 
 

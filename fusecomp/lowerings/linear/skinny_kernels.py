@@ -73,9 +73,9 @@ def gemv_kernel(
         g_next = _load_factors(norm_weight, start + cols, k, EVEN_K, NORM)
         if NORM > 0:
             squares += _fold(v * v, VEC)
-        acc += _fold(w.to(tl.float32) * (v * g), VEC)
+        acc += _fold(w.to(tl.float32) * (v * _factor(g, NORM)), VEC)
         w, v, g = w_next, v_next, g_next
-    acc += _fold(w.to(tl.float32) * (v * g), VEC)
+    acc += _fold(w.to(tl.float32) * (v * _factor(g, NORM)), VEC)
     y = tl.sum(acc, 1)[:, None]  # [BR, 1]
     if NORM > 0:
         squares += _fold(v * v, VEC)
@@ -110,8 +110,10 @@ def skinny_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    PIPELINED: tl.constexpr,
+    PIPELINED: tl.constexpr,  # tiles that the compiler's pipeline has in flight; 0 keeps one in registers
+    AHEAD: tl.constexpr,  # tiles whose inputs are in flight
     PREFETCH: tl.constexpr,  # tiles that the L2 is asked for before the wait
+    LEAD: tl.constexpr,  # tiles before its last at which a program lets the next launch begin; 0 lets it at once
     EVEN_K: tl.constexpr,
     NORM: tl.constexpr,
     EXACT_NORM: tl.constexpr,
@@ -131,7 +133,6 @@ def skinny_kernel(
     if S > 1. FLOPs: 2 * T * G * N * K.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
-    FIRST_AHEAD: tl.constexpr = 0 if PIPELINED else 1
     t_blocks = tl.cdiv(num_tokens, BLOCK_T)  # programs of the same weights are neighbours
     t_block = tl.program_id(0) % t_blocks
     split = tl.program_id(0) // t_blocks % SPLITS
@@ -146,24 +147,21 @@ def skinny_kernel(
     tile_at = row_at + cols[None, :]
     x_at = x + t * stride_x + cols[:, None]
 
-    start = lo * BLOCK_K
-    if not PIPELINED:
-        w = _load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
-    if USE_PDL:
-        for i in tl.static_range(PREFETCH):
-            ahead = lo + FIRST_AHEAD + i
-            if ahead < hi:
-                _prefetch(row_at, ahead * BLOCK_K, k, BLOCK_K)
-        gdc_launch_dependents()
-
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
     scale = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
+    start = lo * BLOCK_K
+    if not PIPELINED:
+        w = _load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
+    if USE_PDL and LEAD == 0:
+        gdc_launch_dependents()
     if PIPELINED:
-        # A load of nothing: the loop carries the inputs in the layout of their loads.
-        v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)
-        g = _load_factors(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+        # Inputs and factors of the next AHEAD tiles. Loads of nothing: the loop carries them in their loads' layout.
+        vs, gs = (), ()
+        for i in tl.static_range(AHEAD):
+            vs += (tl.load(x_at, mask=live & (num_tokens < 0), other=0.0),)
+            gs += (_load_factors(norm_weight, _spread(start + i * BLOCK_K + cols, BLOCK_T), k, False, NORM),)
         for tile in range(lo, hi):
             # The pipeline asks for the weights of its first stages before the loop, hence the wait is within: it and
             # all loads of inputs stand in branches, which the pipeline leaves in their place.
@@ -171,16 +169,27 @@ def skinny_kernel(
             w = _load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
             if tile == lo:
                 if USE_PDL:
+                    for i in tl.static_range(PREFETCH):
+                        if lo + PIPELINED + i < hi:
+                            _prefetch(row_at, (lo + PIPELINED + i) * BLOCK_K, k, BLOCK_K)
                     gdc_wait()
                 if EXACT_NORM:
                     scale = _scale(_sum_squares(x_at, cols[:, None], live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
-                v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-            squares = _add_squares(squares, v, SUM_SQUARES)
-            y = _normalize(v, g, scale, NORM)
-            if tile + 1 < hi:
-                start += BLOCK_K
+                vs = ()
+                for i in tl.static_range(AHEAD):
+                    at = start + i * BLOCK_K
+                    vs += (_load_tokens(x_at + at, at + cols[:, None], live, k, False),)
+            if USE_PDL and LEAD > 0:
+                if tile == tl.maximum(hi - LEAD, lo):
+                    gdc_launch_dependents()
+            squares = _add_squares(squares, vs[0], SUM_SQUARES)
+            y = _normalize(vs[0], gs[0], scale, NORM)
+            v, g = vs[0], gs[0]
+            if tile + AHEAD < hi:
+                start += AHEAD * BLOCK_K
                 v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
                 g = _load_factors(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            vs, gs = _shift(vs, v, tile < hi), _shift(gs, g, tile < hi)
             acc = tl.dot(w, y, acc, input_precision="ieee")
     else:
         if USE_PDL:
@@ -273,20 +282,30 @@ def _load_tokens(at, cols, live, k, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _load_factors(norm_weight, cols, k, EVEN_K: tl.constexpr, NORM: tl.constexpr):
-    """The norm's factors of the inputs in `cols`, in fp32; 1 where there are none."""
+    """The norm's weight in `cols`, zero past K; 1 where there is none."""
     if NORM <= 1:
         return tl.full([1, 1], 1.0, tl.float32)
     else:
-        g = _load_inputs(norm_weight + cols, cols < k, EVEN_K)
-        if NORM == 3:
-            g += 1.0
-        return g
+        if EVEN_K:
+            return tl.load(norm_weight + cols, eviction_policy="evict_last")
+        else:
+            return tl.load(norm_weight + cols, mask=cols < k, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
 def _spread(cols, BLOCK_T: tl.constexpr):
     """[BK] -> [BK, BT]: loads of the norm's weight are then laid out, and as wide, as those of the inputs."""
     return tl.broadcast_to(cols[:, None], [cols.shape[0], BLOCK_T])
+
+
+@triton.jit
+def _shift(queue, last, true):
+    """Drop the first, append `last`. The pipeline refuses loops that hand a value on unchanged, hence the selection."""
+    shifted = ()
+    for i in tl.static_range(1, len(queue)):
+        shifted += (tl.where(true, queue[i], last),)
+    shifted += (last,)
+    return shifted
 
 
 @triton.jit
@@ -308,8 +327,16 @@ def _add_squares(squares, v, SUM_SQUARES: tl.constexpr):
 def _normalize(v, g, scale, NORM: tl.constexpr):
     """[BK, BT], the product's operand: inputs times the norm's factors, in the inputs' dtype."""
     if NORM > 0:
-        v = (v.to(tl.float32) * scale * g).to(v.dtype)
+        v = (v.to(tl.float32) * scale * _factor(g, NORM)).to(v.dtype)
     return v
+
+
+@triton.jit
+def _factor(g, NORM: tl.constexpr):
+    g = g.to(tl.float32)
+    if NORM == 3:
+        g += 1.0
+    return g
 
 
 @triton.jit

@@ -73,10 +73,10 @@ def test_one_token(layer, block_r, block_k):
 @settings(SETTINGS, max_examples=80)
 @given(
     layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([16, 64]),
-    st.integers(1, 5), st.sampled_from([1, 3]),
+    st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 3),
 )  # fmt: skip
-def test_tokens(layer, block_t, block_r, block_k, splits, stages):
-    run(layer, SkinnyConfig(block_t, block_r, block_k, splits, 4, stages))
+def test_tokens(layer, block_t, block_r, block_k, splits, stages, ahead):
+    run(layer, SkinnyConfig(block_t, block_r, block_k, splits, 4, stages, ahead=ahead))
 
 
 def test_equal_whatever_the_order_of_arrival(monkeypatch):

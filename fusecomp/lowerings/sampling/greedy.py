@@ -1,0 +1,101 @@
+"""Arg-max of each row of logits in one launch, in their own dtype.
+
+Legend: N rows, V vocabulary, NS splits of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.linear.large_heuristics import target_of, uses_pdl
+from fusecomp.lowerings.linear.skinny import zeroed_counters
+from fusecomp.ops.sampling import INVALID_TOKEN
+
+BLOCK = 4096
+MAX_SPLITS = 32
+
+
+@triton.jit(do_not_specialize=["per_split"])
+def greedy_kernel(
+    logits,  # [N, V], last dim contiguous
+    out,  # [N] int64
+    part_best,  # [N, NS] fp32, scratch
+    part_token,  # [N, NS] int32, scratch
+    arrivals,  # [N] int32, zero before and after the launch
+    vocab,
+    per_split,
+    stride,
+    SPLITS: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INVALID: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """out[N] = first arg-max of each row, or INVALID where the maximum is not finite or the row has a NaN.
+
+    Program (row, split) reads V / NS logits; the last of a row to arrive compares the splits. NaN counts as +inf, so the
+    maximum shows it. Bytes: N * V * itemsize.
+    """
+    if USE_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, vocab)
+    at = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    token = tl.full([BLOCK], 0, tl.int32)
+    for start in range(lo, hi, BLOCK):
+        v = start + at
+        x = tl.load(logits + row * stride + v, mask=v < hi, other=float("-inf")).to(tl.float32)
+        x = tl.where(x != x, float("inf"), x)
+        token = tl.where(x > best, v, token)
+        best = tl.maximum(best, x)
+    top = tl.max(best, 0)
+    first = tl.min(tl.where(best == top, token, 2147483647), 0)
+    if SPLITS > 1:
+        tl.store(part_best + row * SPLITS + split, top)
+        tl.store(part_token + row * SPLITS + split, first)
+        tl.debug_barrier()  # both stores precede the release below
+        if tl.atomic_add(arrivals + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.store(arrivals + row, 0)
+            s = tl.arange(0, SPLITS_P2)
+            tops = tl.load(
+                part_best + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg"
+            )
+            firsts = tl.load(part_token + row * SPLITS + s, mask=s < SPLITS, other=0, cache_modifier=".cg")
+            top = tl.max(tops, 0)
+            first = tl.min(tl.where((tops == top) & (s < SPLITS), firsts, 2147483647), 0)
+            tl.store(out + row, tl.where(tl.abs(top) < float("inf"), first.to(tl.int64), INVALID))
+    else:
+        tl.store(out + row, tl.where(tl.abs(top) < float("inf"), first.to(tl.int64), INVALID))
+
+
+def launch_greedy(logits: Tensor) -> Tensor:
+    """Arg-max of each row of logits [N, V] (fp32, fp16 or bf16; last dim contiguous) as int64 [N].
+
+    Safe under CUDA-graph capture, if a launch came before. Launches on one device must be ordered: they share counters.
+    """
+    rows, vocab = logits.shape
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return out
+    wanted = max(1, min(MAX_SPLITS, 2 * target_of(logits).num_sms // rows, triton.cdiv(vocab, BLOCK)))
+    per_split = triton.cdiv(triton.cdiv(vocab, wanted), BLOCK) * BLOCK
+    splits = triton.cdiv(vocab, per_split)
+    partial = rows * splits if splits > 1 else 0
+    part_best = torch.empty(partial, dtype=torch.float32, device=logits.device)
+    part_token = torch.empty(partial, dtype=torch.int32, device=logits.device)
+    use_pdl = uses_pdl(logits)
+    options = {"launch_pdl": True} if use_pdl else {}
+    greedy_kernel[(rows, splits)](
+        logits, out, part_best, part_token, zeroed_counters(logits.device, rows), vocab, per_split, logits.stride(0),
+        SPLITS=splits, SPLITS_P2=triton.next_power_of_2(splits), BLOCK=BLOCK, INVALID=INVALID_TOKEN, USE_PDL=use_pdl,
+        num_warps=8, **options,
+    )  # fmt: skip
+    return out
