@@ -77,7 +77,6 @@ def decode_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # NS, or a power of two above it; 1 leaves the code for splits out
-    COMBINED: tl.constexpr,  # fp32 partial sums in registers at once when splits are combined
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
@@ -217,7 +216,7 @@ def decode_kernel(
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
         if arrived == used - 1:
             tl.store(arrivals + pair, 0)
-            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS, COMBINED)
+            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS)
 
 
 @triton.jit
@@ -235,11 +234,10 @@ def _combine(
     D: tl.constexpr,
     DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    COMBINED: tl.constexpr,
 ):
     """Weigh the `used` partial results of one row and kv head by exp2(lse) and store [R, D] of the output."""
     RP: tl.constexpr = triton.next_power_of_2(R)
-    CHUNK: tl.constexpr = min(max(COMBINED // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once
+    CHUNK: tl.constexpr = min(max(4096 // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once, by registers
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
     base = pair.to(tl.int64) * num_splits
