@@ -224,7 +224,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
             **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
             "H": heads, "G": NUM_KV_HEADS,
             "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
-            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits), "COMBINED": decode.combined(),
+            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits),
         },
         decode.num_warps,
         decode.num_stages,
