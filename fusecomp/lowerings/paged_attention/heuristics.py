@@ -145,10 +145,9 @@ def decode_config(
     splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
     config = replace(config, num_splits=math.ceil(max(splits, 1)))
     # The table was tuned for up to 16 query heads per kv head; taller accumulators go to more warps.
-    registers = ACCUMULATOR_REGISTERS[itemsize]
-    if itemsize == 2 and query_block(group) > 16 and padded_dim(head_dim) > 128:  # tall queries fill as many again
-        registers //= 2
-    warps = query_block(group) * padded_dim(head_dim) // (32 * registers)
+    warps = query_block(group) * padded_dim(head_dim) // (32 * ACCUMULATOR_REGISTERS[itemsize])
+    if query_block(group) > 16 and padded_dim(head_dim) > 128:  # the queries themselves fill as many registers again
+        warps = max(warps, 8)
     config = replace(config, num_warps=max(config.num_warps, min(warps, MAX_WARPS)))
     if itemsize == 4 and query_block(group) > 16:
         config = replace(config, block_n=min(config.block_n, 16))
