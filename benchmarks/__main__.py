@@ -35,6 +35,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     return values
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def parse(argv: Sequence[str] | None) -> Options:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -61,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--enforce-eager", action="store_true", help="engine without Inductor and CUDA graphs")
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
     add("--fuse", choices=FUSE_MODES, default="auto", help="engine: run the fuse stage")
-    add("--disabled-patterns", type=lambda text: tuple(text.split(",")), default=(), help="engine: patterns to leave out")
+    add("--disabled-patterns", type=_names, default=(), help="engine: patterns to leave out, separated by commas")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
     add("--profile", action="store_true", help="decode, prefill: device time by kernel")

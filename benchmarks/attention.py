@@ -30,7 +30,10 @@ import triton
 
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
-from tests.lowerings.steps import check_attention, make_step
+from fusecomp.lowerings.paged_attention.lowering import NewTokens
+from fusecomp.lowerings.paged_attention.rope import launch_rope_attention, launch_rope_cache
+from fusecomp.ops.rope import Rope
+from tests.lowerings.steps import check_attention, check_rope_attention, make_rope, make_step
 
 L2_BYTES = 256 * 2**20  # cycle through at least this much KV
 DTYPE = torch.bfloat16
@@ -96,6 +99,11 @@ DECODE_SHAPES = [
     *(DecodeShape(SMALL_HEADS, b, n) for b, n in ((1, 1024), (32, 4096))),
     *(DecodeShape(LARGE_HEADS, b, n) for b, n in ((1, 1024), (32, 4096))),
     *(DecodeShape(replace(LLAMA, page_size=b), 32, 4096) for b in (1, 32, 64)),
+]
+FUSED_BATCHES = ((1, 200), (8, 224), (64, 224), (256, 224))
+FUSED_SHAPES = [
+    *(DecodeShape(layer, b, n) for layer in (LLAMA, SMALL_HEADS) for b, n in FUSED_BATCHES),
+    DecodeShape(LLAMA, 256, 448, ragged=True),
 ]
 PREFILL_SHAPES = [
     PrefillShape(LLAMA, 8, 2048),
@@ -176,6 +184,34 @@ class DecodeCase:
         return bench(lambda i: self.launch(config, i), launches)
 
 
+class FusedCase(DecodeCase):
+    """The same with what precedes attention in a step: rotation, and the write of each row's last key and value."""
+
+    def __init__(self, shape: DecodeShape) -> None:
+        super().__init__(shape)
+        layer, page_size = shape.layer, shape.layer.page_size
+        self.q, k, v = projected(shape.batch, layer)
+        cos, sin = torch.randn(2, shape.batch, layer.head_dim, dtype=DTYPE, device="cuda")
+        last = self.seq_lens.long() - 1
+        pages = self.tables.long().gather(2, (last // page_size).expand(self.batches, -1)[..., None])[..., 0]
+        slots = pages * page_size + last % page_size
+        rope = Rope("half", layer.head_dim)
+        self.new = [NewTokens(k, v, cos, sin, None, None, own, rope) for own in slots]
+
+    def launch(self, config: DecodeConfig, i: int = 0) -> None:
+        lowering.run_decode(
+            config, self.q, self.kv_cache, self.out, self.seq_lens, self.tables[i % self.batches], self.shape.batch,
+            self.shape.layer.head_dim**-0.5, 0, 0.0, None, new=self.new[i % self.batches],
+        )  # fmt: skip
+
+
+def projected(tokens: int, layer: Layer) -> tuple[torch.Tensor, ...]:
+    """q, k, v [tokens, heads, D] as views of one projection's result."""
+    heads = layer.heads + 2 * layer.kv_heads
+    qkv = torch.randn(tokens, heads, layer.head_dim, dtype=DTYPE, device="cuda")
+    return qkv.split([layer.heads, layer.kv_heads, layer.kv_heads], 1)
+
+
 class PrefillCase:
     """Inputs of one prefill shape."""
 
@@ -228,12 +264,36 @@ def check_correctness(case: int) -> None:
     step = make_step(rows, **layer, device="cuda", seed=case)
     sinks = torch.randn(8, device="cuda") if options.get("sinks") else None
     mode = (layer["head_dim"] ** -0.5, options.get("window", 0), options.get("softcap", 0.0), sinks)
+    fused = replace(step, kv_cache=step.kv_cache.clone())
+    given = make_rope(step, Rope("half", layer["head_dim"], norm="rms", eps=1e-6), table_dtype=torch.float32)
+    out = launch_rope_attention(*given.arguments(fused, mode))
+    check_rope_attention(step, fused, given, out, mode)
     lowering.launch_cache_write(step.k, step.v, step.kv_cache, step.slots)
     first = lowering.launch_paged_attention(*step.attention_inputs(), *mode)
     check_attention(step, first, *mode)
     for _ in range(20):
         again = lowering.launch_paged_attention(*step.attention_inputs(), *mode)
         assert torch.equal(first, again), f"check {case}: a second launch differs, so there is a race"
+
+
+def time_rope_cache(tokens: int, layer: Layer, bandwidth: float) -> dict:
+    """One line of the report: queries and keys rotated, keys and values written; bytes against the read bandwidth."""
+    moved = tokens * (2 * layer.heads + 5 * layer.kv_heads + 2) * layer.head_dim * DTYPE.itemsize
+    sets = max(1, min(64, L2_BYTES // moved))
+    cache = random_cache(layer, -(-tokens // layer.page_size) * sets)
+    slots = torch.arange(sets * tokens, device="cuda").view(sets, tokens)
+    rope = Rope("half", layer.head_dim)
+    inputs = []
+    for own in slots:
+        q, k, v = projected(tokens, layer)
+        cos, sin = torch.randn(2, tokens, layer.head_dim, dtype=DTYPE, device="cuda")
+        inputs.append((q, NewTokens(k, v, cos, sin, None, None, own, rope)))
+    seconds = bench(lambda i: launch_rope_cache(*inputs[i % sets], cache), max(4, sets))
+    return {
+        "label": f"rope_cache D{layer.head_dim} H{layer.heads}/{layer.kv_heads} {tokens} tokens",
+        "us": round(seconds * 1e6, 2), "rate": round(moved / seconds / 1e12, 3), "unit": "TB/s",
+        "share": round(moved / seconds / bandwidth, 3),
+    }  # fmt: skip
 
 
 def time_cache_write(tokens: int, layer: Layer, bandwidth: float) -> dict:
@@ -258,7 +318,7 @@ def time_cache_write(tokens: int, layer: Layer, bandwidth: float) -> dict:
 
 def decode_candidates(shape: DecodeShape) -> Iterator[DecodeConfig]:
     dp = shape.layer.head_dim
-    tiles = [(n, w, s) for n in (32, 64, 128) for w in (2, 4, 8) for s in (2, 3, 4)]
+    tiles = [(n, w, s) for n in (16, 32, 64, 128) for w in (1, 2, 4, 8) for s in (2, 3, 4)]
     for n, w, s in tiles:
         if 2 * s * n * dp * 2 > 200_000 or not 1024 <= n * dp // w <= 4096:
             continue
@@ -449,9 +509,16 @@ def main() -> None:
             sweep[label(members[0])] = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in found]
         del cases
         torch.cuda.empty_cache()
-    for tokens in (1, 256, 16384):
-        rows.append(time_cache_write(tokens, LLAMA, bandwidth))
-        print(f"{rows[-1]['label']:50s} {rows[-1]['us']:9.1f} us {rows[-1]['rate']:8.2f} TB/s {rows[-1]['share']:6.1%}")
+    for shape in FUSED_SHAPES if args.only != "prefill" else []:
+        case = FusedCase(shape)
+        line = row(case, timed(case, case.default()), bandwidth, matrix_rate)
+        rows.append({**line, "label": f"rope + {line['label']}"})
+        del case
+        torch.cuda.empty_cache()
+    rows += [time_cache_write(tokens, LLAMA, bandwidth) for tokens in (1, 256, 16384)]
+    rows += [time_rope_cache(tokens, LLAMA, bandwidth) for tokens in (512, 8192)]
+    for line in rows[-len(FUSED_SHAPES) - 5 :]:
+        print(f"{line['label']:50s} {line['us']:9.1f} us {line['rate']:8.2f} TB/s {line['share']:6.1%}")
     if args.tune:
         write_table(args.out / f"{lowering.device_target(0).table}.json", environment, entries)
         (args.out / "sweep.json").write_text(json.dumps(sweep, indent=1))

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -90,38 +90,24 @@ def measure(chain: Chain, tokens: int, ceiling: float) -> dict:
 
 
 def candidates(kind: Kind, tokens: int) -> Iterator[SkinnyConfig]:
-    """Tiles worth a try; splits for one to four programs per multiprocessor."""
+    """Tiles worth a try; for the tile kernel, splits for one to four programs per multiprocessor."""
     if tokens == 1:
         for r, k, w in itertools.product((2, 4, 8, 16), (512, 1024, 2048, 4096, 8192), (2, 4, 8)):
             if 64 <= r * k * 2 // (32 * w) <= 256 and k <= kind.k * 1.2:
-                yield SkinnyConfig(1, r, k, 1, w, 1)
+                yield SkinnyConfig("vector", 1, r, k, w)
         return
-    stages = {64: (4, 6), 128: (2, 3, 4), 256: (1, 2, 3)}
-    for t, r, k, w in itertools.product((8, 16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (2, 4, 8)):
-        if not tokens <= t <= max(2 * tokens, 16) or r < t or (t >= 64 and r == 64):
-            continue
-        if r // w != (32 if r == 256 else 16):
-            continue
-        for s in stages[k]:
-            held = r * k * 2 * s // (1 if s > 1 else 2)  # bytes in flight
-            if not 16 << 10 <= held <= 130 << 10 or (s == 1 and held // w > 8 << 10):
-                continue
-            if t * max(k, r) // (32 * w) > 64:
-                continue
-            for splits in split_counts(kind, r, k):
-                yield SkinnyConfig(t, r, k, splits, w, s)
-
-
-def refinements(config: SkinnyConfig) -> Iterator[SkinnyConfig]:
-    """The same tile with other ways to overlap with its neighbours."""
-    if config.block_t == 1:
-        yield config
-        return
-    for prefetch, lead in itertools.product((0, 2, 6), (0, 1, 4)):
-        yield replace(config, prefetch=prefetch, lead=lead)
+    t = max(8, triton.next_power_of_2(tokens))
+    small = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3)]
+    large = [(128, 64, 8, 4), (128, 64, 8, 6), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4)]
+    tiles = {8: small, 16: [*small, large[2]], 32: [*small[:2], *large[:3]], 64: large, 128: [*large[:1], *large[2:4]]}
+    orders = {8: (True,), 128: (False,)}.get(t, (True, False))
+    for r, k, w, s in tiles.get(t, []):
+        for splits, early in itertools.product(split_counts(kind, r, k), orders):
+            yield SkinnyConfig("tile", t, r, k, w, splits, s, early=early)
 
 
 def split_counts(kind: Kind, r: int, k: int) -> Iterator[int]:
+    """Splits that leave each program two tiles of K, and every multiprocessor a program."""
     blocks, tiles = math.ceil(kind.n * kind.groups / r), math.ceil(kind.k / k)
     counts = {max(1, int(132 * per / blocks)) for per in (1, 2, 3, 4)} | {1}
     seen = set()
@@ -178,10 +164,11 @@ class Tuner:
         self.shape, self.chain, self.tokens = shape, chain, tokens
         self.x = chain.random(tokens, chain.model.hidden)
         self.configs = default_configs(chain.model, tokens)
+        self.kinds = chain.model.kinds
         self.log: dict[str, list[tuple[float, SkinnyConfig]]] = {}
 
     def job(self, name: str, config: SkinnyConfig) -> Job:
-        return job(name, self.chain.model.kinds[name], self.tokens, config)
+        return job(name, self.kinds[name], self.tokens, config)
 
     def seconds(self, name: str, config: SkinnyConfig, replays: int) -> float:
         try:
@@ -216,7 +203,7 @@ class Tuner:
     def entries(self) -> list[dict]:
         """Table entries of what was found, checked."""
         entries = []
-        for name, kind in self.chain.model.kinds.items():
+        for name, kind in self.kinds.items():
             self.chain.check(name, self.tokens, self.configs[name], True)
             config = {k: v for k, v in asdict(self.configs[name]).items() if k != "source"}
             tried = [_brief(s, c) for s, c in self.log.get(name, [])]
@@ -229,23 +216,14 @@ class Tuner:
 
 
 def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float) -> list[dict]:
-    """Tiles and splits first, then how the best of them overlap with their neighbours."""
+    """Table entries for every shape and number of tokens."""
     chains = {shape: Chain(MODELS[shape], layers or TUNE_LAYERS[shape]) for shape in shapes}
     tuners = [Tuner(shape, chain, t) for shape, chain in chains.items() for t in tokens]
-    for stage in range(2):
-        pools = [
-            {
-                name: list(candidates(kind, tuner.tokens)) if stage == 0
-                else [r for _, c in tuner.log[name][:3] for r in refinements(c)]
-                for name, kind in tuner.chain.model.kinds.items()
-            }
-            for tuner in tuners
-        ]  # fmt: skip
-        failed = prepare([t.job(n, c) for t, pool in zip(tuners, pools, strict=True) for n in pool for c in pool[n]])
-        for tuner, pool in zip(tuners, pools, strict=True):
-            tuner.tune({n: [c for c in cs if tuner.job(n, c) not in failed] for n, cs in pool.items()}, budget)
+    pools = [{name: list(candidates(k, tuner.tokens)) for name, k in tuner.kinds.items()} for tuner in tuners]
+    failed = prepare([t.job(n, c) for t, pool in zip(tuners, pools, strict=True) for n in pool for c in pool[n]])
     entries = []
-    for tuner in tuners:
+    for tuner, pool in zip(tuners, pools, strict=True):
+        tuner.tune({n: [c for c in cs if tuner.job(n, c) not in failed] for n, cs in pool.items()}, budget)
         try:
             entries += tuner.entries()
         except AssertionError as error:
@@ -254,8 +232,8 @@ def tune(shapes: list[str], tokens: list[int], layers: int | None, budget: float
 
 
 def _brief(seconds: float, c: SkinnyConfig) -> str:
-    tile = f"t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} p{c.prefetch} l{c.lead}"
+    tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
+    return f"{seconds * 1e6:.1f} {tile} w{c.num_warps} st{c.num_stages} e{c.early:d}"
 
 
 def main() -> None:
@@ -270,7 +248,9 @@ def main() -> None:
     tokens = [int(t) for t in args.tokens.split(",")]
     result: dict = {"gpu": torch.cuda.get_device_name()}
     if args.tune:
-        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget)
+        result["tuned"] = tune(
+            args.shape.split(","), tokens, args.layers, args.budget, args.kernels.split(","), args.stages
+        )
     else:
         ceiling = read_bandwidth(torch.device("cuda"))
         result["read_TB_s"] = round(ceiling / 1e12, 3)

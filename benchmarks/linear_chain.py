@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
-from fusecomp.lowerings.linear.skinny_kernels import plain
+from fusecomp.lowerings.linear.skinny_pieces import plain
 
 EPS = 1e-5
 

@@ -1,4 +1,4 @@
-"""`patterns`: what each pattern brings, by leaving it out: decode steps with all of them, without each one, without any.
+"""`patterns`: what each pattern brings, by leaving it out: decode steps with all, without each one, without any.
 
 Every variant is an engine of its own, which passes the gate. A pattern that another needs takes that one's matches with
 it (no norm is folded where no matmul became a `linear`).
@@ -54,9 +54,7 @@ def _table(measured: dict[str, dict[int, dict[str, Any]]], batches: tuple[int, .
         label = name if name in (ALL, NONE) else f"without {name}"
         cells = [f"{ms(name, b):.3f} ({ms(name, b) / ms(ALL, b):.2f}x)" for b in batches]
         lines.append([label, *cells])
-    slower = [
-        f"{name} at batch {b}" for name in measured for b in batches if ms(name, b) < ms(ALL, b) * (1 - NOISE)
-    ]
+    slower = [f"{name} at batch {b}" for name in measured for b in batches if ms(name, b) < ms(ALL, b) * (1 - NOISE)]
     verdict = f"slower with the pattern than without: {', '.join(slower) or 'none'}"
     header = "patterns (ms of a decode step, graph replays where there are graphs; ratio to all patterns)"
     return f"{header}\n{table(['patterns', *[f'batch {b}' for b in batches]], lines)}\n{verdict}"

@@ -33,7 +33,8 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @cache
 def engine(name: str, dtype: torch.dtype = torch.float32, fuse: str = "auto") -> Engine:
     """An idle engine of the family that has passed its own verification."""
-    return Engine(build(name, dtype), CONFIG.replace(block_size=BLOCK_SIZES[name], verify="first", fuse=fuse, enforce_eager=fuse == "auto"))
+    config = CONFIG.replace(block_size=BLOCK_SIZES[name], verify="first", fuse=fuse, enforce_eager=fuse == "auto")
+    return Engine(build(name, dtype), config)
 
 
 def tokens(vocab_size: int, length: int, seed: int = 0) -> list[int]:

@@ -224,7 +224,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
             **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
             "H": heads, "G": NUM_KV_HEADS,
             "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
-            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits), "COMBINED": decode.combined(),
+            "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits),
         },
         decode.num_warps,
         decode.num_stages,
@@ -290,13 +290,16 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
+    from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
+    from fusecomp.lowerings.sampling.greedy_aot import specializations as greedy_specializations
 
     target, seen = TARGETS[target_name], set()
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
     linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
-    for spec in itertools.chain(attention, linear):
+    others = itertools.chain(epilogue_specializations(target), greedy_specializations(target))
+    for spec in itertools.chain(attention, linear, others):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)

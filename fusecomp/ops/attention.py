@@ -122,10 +122,12 @@ def paged_attention_reference(
 
 
 def _pages(kv_cache: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather pages: table [..., P] -> K, V [..., G, P*b, D]."""
-    gathered = kv_cache[table.long()]  # [..., P, 2, G, b, D]
-    k, v = gathered.unbind(-4)
-    k, v = (x.movedim(-4, -3).flatten(-3, -2) for x in (k, v))
+    """Gather pages: table [..., P] -> K, V [..., G, P*b, D], contiguous, each page head copied once."""
+    G, b, D = kv_cache.shape[2:]
+    part = torch.arange(2 * G, device=table.device).view(2, *[1] * (table.dim() - 1), G, 1)
+    rows = table.long().unsqueeze(-2) * (2 * G) + part
+    gathered = kv_cache.reshape(-1, b * D).index_select(0, rows.view(-1))
+    k, v = gathered.view(2, *table.shape[:-1], G, table.shape[-1] * b, D)
     return k, v
 
 
@@ -144,15 +146,24 @@ def _decode_rows(
     pages = (int(seq_lens.max()) + b - 1) // b
     if pages == 0:
         return torch.zeros_like(q)
-    used = torch.arange(pages, device=q.device)[None] * b < seq_lens[:, None]
-    k, v = _pages(kv_cache, torch.where(used, tables[:, :pages], 0))
     k_pos = torch.arange(pages * b, device=q.device)
-    last = (seq_lens - 1).view(n, 1, 1, 1)
-    allowed = _allowed(last, k_pos, window)
-    row_sinks = None if sinks is None else sinks.view(1, G, H // G)
-    out = _masked_softmax_av(q.view(n, G, H // G, D), k, v, allowed, scale, softcap, row_sinks)
-    out = torch.where(seq_lens.view(n, 1, 1, 1) > 0, out, torch.zeros_like(out))
-    return out.reshape(n, H, D).to(q.dtype)
+    live = k_pos < seq_lens[:, None]
+    k, v = _pages(kv_cache, tables[:, :pages].masked_fill(~live[:, ::b], 0))
+    # 0 * NaN is NaN: slots that hold nothing must not reach a product.
+    k, v = (x.masked_fill_(~live[:, None, :, None], 0.0).float().view(n * G, pages * b, D) for x in (k, v))
+    grouped = q.float().reshape(n * G, H // G, D)
+    scores = torch.bmm(grouped, k.transpose(1, 2)).view(n, H, -1).mul_(scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = live & (k_pos >= (seq_lens - window)[:, None]) if window > 0 else live
+    scores.masked_fill_(~allowed[:, None], float("-inf"))
+    if sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        extra = sinks.float()[None, :, None].expand(n, H, 1)
+        weights = torch.softmax(torch.cat([scores, extra], -1), -1)[..., :-1].contiguous()
+    out = torch.bmm(weights.view(n * G, H // G, -1), v).view(n, H, D)
+    return out.masked_fill_((seq_lens == 0)[:, None, None], 0.0).to(q.dtype)
 
 
 def _prefill_row(

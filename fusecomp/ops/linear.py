@@ -41,8 +41,6 @@ FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
     "relu": torch.relu,
     "maximum": torch.maximum,
     "minimum": torch.minimum,

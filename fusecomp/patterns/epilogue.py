@@ -59,8 +59,6 @@ UNARY = {
         "sigmoid",
         "tanh",
         "erf",
-        "sin",
-        "cos",
         "relu",
     ]
 }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusecomp.lowerings.linear.skinny_kernels import plain
+from fusecomp.lowerings.linear.skinny_pieces import plain
 
 
 @triton.jit

@@ -15,8 +15,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["mixed", "not mixed"])
-@pytest.mark.parametrize("file", ["check_attention.py", "check_rope.py"])
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("check_attention.py", "mixed"),
+        ("check_attention.py", "not mixed"),
+        ("check_rope.py", "mixed"),
+        ("check_rope.py", "not mixed"),
+        ("check_epilogue.py", ""),
+        ("check_greedy.py", ""),
+    ],
+)
 def test_kernels(file, part):
     command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/{file}", "-k", part]
     done = subprocess.run(

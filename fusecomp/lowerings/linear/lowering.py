@@ -20,7 +20,7 @@ from fusecomp.lowerings.linear.skinny_heuristics import skinny_config
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 
-SKINNY_LIMIT = 64
+SKINNY_LIMIT = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

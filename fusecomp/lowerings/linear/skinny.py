@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
-from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_tile import tile_kernel
+from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,8 +34,8 @@ def run_skinny(
 ) -> None:
     """out[T, N] = epilogue(norm(x)[T, K] @ weight[G * N, K]^T), in one launch.
 
-    Safe under CUDA-graph capture, if a launch came before (see `zeroed_counters`). Launches on one device must be ordered,
-    as those of one stream or graph are: they share counters.
+    Safe under CUDA-graph capture, if a launch came before (see `zeroed_counters`). Launches on one device must be
+    ordered, as those of one stream or graph are: they share counters.
 
     Args:
         x: last dim contiguous; row stride free. Same dtype as `weight` (one of `DTYPES`).
@@ -43,7 +44,7 @@ def run_skinny(
         norm_weight: [K], or None for a norm without weight.
         eps: RMSNorm's; None for no norm.
         plus_one: the norm's factor is 1 + norm_weight.
-        epilogue: Triton function (accs, args, strides, m, n, mask) -> fp32 tile; `skinny_kernels.plain` does nothing.
+        epilogue: Triton function (accs, args, strides, m, n, mask) -> fp32 tile; `skinny_pieces.plain` does nothing.
         args: operands of the epilogue, with their row strides in `strides`.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
 
@@ -56,7 +57,7 @@ def run_skinny(
     _require(x.stride(1) == 1 and out.stride(1) == 1, "the last dimensions of x and out must be contiguous")
     _require(out.shape[0] == tokens, "x and out must have the same tokens")
     _require(groups in (1, 2), "groups must be 1 or 2")
-    _require(config.block_t > 1 or tokens == 1, "block_t = 1 serves one token")
+    _require(config.kernel != "vector" or tokens == 1, "the vector kernel serves one token")
     norm = 0 if eps is None else 1 if norm_weight is None else 3 if plus_one else 2
     common = {
         "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
@@ -67,8 +68,8 @@ def run_skinny(
         common["launch_pdl"] = True
     norm_weight = norm_weight if norm >= 2 else None
     blocks = _cdiv(n, config.block_r // groups)
-    if config.block_t == 1:
-        gemv_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
+    if config.kernel == "vector":
+        vector_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
         return
     per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
     splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
@@ -79,11 +80,10 @@ def run_skinny(
         partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
         part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = zeroed_counters(x.device, teams)
-    skinny_kernel[(teams * splits,)](
+    tile_kernel[(teams * splits,)](
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
-        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, AHEAD=config.ahead,
-        PREFETCH=config.prefetch, LEAD=config.lead,
+        BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
 

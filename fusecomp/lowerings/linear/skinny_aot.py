@@ -10,7 +10,8 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
-from fusecomp.lowerings.linear.skinny_kernels import gemv_kernel, skinny_kernel
+from fusecomp.lowerings.linear.skinny_tile import tile_kernel
+from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
 
@@ -29,26 +30,21 @@ SUBSET = ((4096, 4096, 1, 1, "bf16"), (14336, 4096, 2, 8, "bf16"), (4096, 14330,
 
 
 def skinny_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
-    """Kernels of a few layers; if `full`, of every tuned one and of every token bucket in every dtype."""
+    """Kernels of a few layers; if `full`, of every tuned one, and of its neighbours in K, in dtype and in norm."""
     for n, k, groups, tokens, dtype in SUBSET:
         yield specialization(target, n, k, groups, tokens, dtype, norm=2 * (k == 4096))
-    if full:
-        for entry in load_table(DEFAULT_TABLE)[SECTION]:
-            for dtype in ("bf16", "fp16") if entry["itemsize"] == 2 else ("fp32",):
-                for norm in range(4):
-                    n, k, groups, tokens = (
-                        entry["rows"] // entry["groups"],
-                        *(entry[x] for x in ("k", "groups", "tokens")),
-                    )
-                    yield specialization(target, n, k, groups, tokens, dtype, norm)
-                    yield specialization(target, n, k - 6, groups, tokens, dtype, norm)
+    for entry in load_table(DEFAULT_TABLE)[SECTION] if full else ():
+        n, k = entry["rows"] // entry["groups"], entry["k"]
+        wide, half = ("fp32", "fp32") if entry["itemsize"] == 4 else ("bf16", "fp16")
+        for columns, dtype, norm in ((k, wide, 0), (k, wide, 2), (k, half, 3), (k - 16, wide, 1), (k - 6, wide, 2)):
+            yield specialization(target, n, columns, entry["groups"], entry["tokens"], dtype, norm)
 
 
 def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dtype: str, norm: int) -> Specialization:
     """What a layer launches: gate and up with SwiGLU, all others with a residual, dependent where the GPU can."""
     itemsize = 4 if dtype == "fp32" else 2
     config = skinny_config(target, n=n, k=k, groups=groups, tokens=tokens, itemsize=itemsize)
-    pdl = target.has_tma
+    pdl = target.has_pdl
     pointers: dict[str, Any] = {"x": dtype, "weight": dtype, "out": dtype, "args": () if groups == 2 else (dtype,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}
     constants: dict[str, Any] = {
@@ -59,12 +55,12 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         pointers["norm_weight"] = dtype
     else:
         constants["norm_weight"] = None
-    if config.block_t > 1:
+    exact = norm > 0 and dtype == "fp16"
+    if config.kernel == "tile":
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
         constants |= {
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "PIPELINED": config.num_stages - 1,
-            "AHEAD": config.ahead,
-            "PREFETCH": config.prefetch, "LEAD": config.lead, "EXACT_NORM": norm > 0 and dtype == "fp16",
+            "EARLY": config.early, "EXACT_NORM": exact,
         }  # fmt: skip
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
@@ -72,6 +68,6 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
         else:
             constants |= dict.fromkeys(scratch)
     name = f"skinny-{dtype}-n{n}-k{k}-g{groups}-t{tokens}-norm{norm}"
-    kernel = gemv_kernel if config.block_t == 1 else skinny_kernel
+    kernel = {"vector": vector_kernel, "tile": tile_kernel}[config.kernel]
     aligned = tuple(name for name, value in (("n", n), ("k", k)) if value % 16 == 0)
-    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, pdl, aligned)
+    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, aligned)

@@ -29,25 +29,23 @@ class SkinnyConfig:
     """Configuration of one launch.
 
     Attributes:
-        block_t: tokens of a program; 1 is the matrix-vector kernel, which serves no more.
+        kernel: "vector" for one token, "tile" for more.
+        block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
-        splits: programs that share the same features, each with its part of K.
-        num_stages: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
-        prefetch: tiles beyond the first ones that a program asks the L2 for while it waits for the kernel before.
-        lead: tiles before its last at which a program lets the next kernel begin to launch; 0 lets it at once.
-        ahead: tiles whose inputs are in flight.
+        splits: tile: programs that share the same features, each with its part of K.
+        num_stages: tile: depth of the pipeline of copies to shared memory; 1 keeps tiles in registers.
+        early: tile: only weights go through the pipeline, which then begins before the wait for the kernel before.
     """
 
+    kernel: str
     block_t: int
     block_r: int
     block_k: int
-    splits: int
     num_warps: int
-    num_stages: int
-    prefetch: int = 0
-    lead: int = 0
-    ahead: int = 1
+    splits: int = 1
+    num_stages: int = 1
+    early: bool = True
     source: str = ""
 
 
@@ -81,7 +79,7 @@ def skinny_config(target: Target, *, n: int, k: int, groups: int, tokens: int, i
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
     shape = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     config = SkinnyConfig(**entry["config"], source=f"{table['gpu']} {SECTION} {shape} ({how})")
-    if how == "nearest" and config.block_t > 1:
+    if how == "nearest" and config.kernel == "tile":
         config = replace(config, splits=_splits(config, entry, target, n * groups, k))
     if k * itemsize % 16:  # narrow loads, which asynchronous copies cannot do: small tiles in registers
         config = replace(config, block_k=min(config.block_k, 32 if config.block_t > 1 else 512), num_stages=1)
@@ -100,8 +98,9 @@ def _fit(config: SkinnyConfig, target: Target, itemsize: int) -> SkinnyConfig:
     if target.backend == "hip":
         config = replace(config, num_stages=min(config.num_stages, 2))
 
-    def need(c: SkinnyConfig) -> int:
-        return (c.num_stages * c.block_r + c.block_t) * c.block_k * itemsize
+    def need(c: SkinnyConfig) -> int:  # inputs and the norm's weight are staged too, or else inputs once
+        inputs = c.block_t if c.early or c.num_stages == 1 else 2 * c.block_t * c.num_stages
+        return (c.num_stages * c.block_r + inputs) * c.block_k * itemsize
 
     while need(config) > target.smem_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)

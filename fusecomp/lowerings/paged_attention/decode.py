@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 
 from fusecomp.lowerings.paged_attention.pieces import (
+    load_heads,
+    load_tables,
     pdl_launch,
     pdl_wait,
-    rope_rows,
-    rotated_heads,
+    rotated,
     tile_offsets,
     tile_pages,
 )
@@ -76,7 +77,6 @@ def decode_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # NS, or a power of two above it; 1 leaves the code for splits out
-    COMBINED: tl.constexpr,  # fp32 partial sums in registers at once when splits are combined
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
@@ -95,9 +95,11 @@ def decode_kernel(
     up to 2 * S * H * NS * (D + 1) * 4 of partials. FLOPs: 4 * sum(seq_lens) * H * D. Bound by reading KV.
     A row of length 0 gives zeros.
 
-    Measured on an H200 (benchmarks/attention.py, bf16, H=32, G=8, D=128, B=16; share of a 4.4 TB/s read): 4.15 TB/s
-    (94%) at 32 rows of 4096 keys in two splits, 4.4 TB/s at 256 rows of 1024; bound by latency at one row: 6.8 us for
-    200 keys, 7.7 us for 1024, 39 us (77%) for 32768.
+    Measured on an H200 (bf16, H=32, G=8, D=128, B=16, chained in a CUDA graph; first with NEW_KEY and a half rotation,
+    then without): 256 rows of 224 keys 59.8 and 58.0 us (3.9 and 4.0 TB/s of KV; a plain read reaches 4.5), of 1024
+    keys 243 and 241 us; 64 rows of 224 keys 18.0 and 16.8 us unsplit, 19.0 and 18.0 us in the splits that serve unequal
+    lengths; 8 rows 7.7 and 6.7 us; one row of 200 keys 5.9 and 4.8 us, of 4096 keys 11.8 and 10.7 us. Short rows are
+    bound by the latency of a program's chain of loads, and of the hand-over between splits (about 2 us).
     """
     R: tl.constexpr = H // G
     RP: tl.constexpr = triton.next_power_of_2(R)
@@ -108,8 +110,25 @@ def decode_kernel(
     g = pair % G
     pdl_wait(USE_PDL)
     pdl_launch(USE_PDL and LAUNCH_EARLY)
+    r = tl.arange(0, BLOCK_R)
+    rp = tl.arange(0, RP)
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK_N)
+    head = g * R + r
+    head_mask = r < R
+    one = tl.full([1, 1], 1, tl.int1)
+
+    # Loads that wait for nothing come first, what is computed of them after the load of the first page.
     seq_len = tl.load(seq_lens + row)
-    table = block_tables + row * stride_table
+    q_at = q + row * stride_qt + (g * R + rp)[:, None] * stride_qh
+    heads = load_heads(q_at, (rp < R)[:, None], d, q_norm, D, ROT, STYLE, NORM)
+    tables = load_tables(cos, sin, row, one, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
+    if NEW_KEY:
+        k_at = k + row * stride_kt + g * stride_kg + tl.zeros([1, 1], tl.int32)
+        new_head = load_heads(k_at, one, d, k_norm, D, ROT, STYLE, NORM)
+        new_v_1D = tl.load(v + row * stride_vt + g * stride_vg + d, mask=d < D, other=0.0)[None, :]
+        slot = tl.load(slots + row)
+
     keys = seq_len  # that lie in pages
     if NEW_KEY:
         keys = tl.maximum(seq_len - 1, 0)
@@ -130,36 +149,22 @@ def decode_kernel(
         hi = tl.minimum(lo + per_split, hi)
     k_base = kv_cache + g.to(tl.int64) * stride_g
     v_base = k_base + stride_v
+    table = block_tables + row * stride_table
+    if PAGE % BLOCK_N == 0:  # every row has this page, whatever its length: no need to wait for it
+        pages = tl.load(table + lo * BLOCK_N // PAGE)
+    else:
+        pages = tile_pages(table, lo * BLOCK_N, keys, PAGE, BLOCK_N)
 
-    r = tl.arange(0, BLOCK_R)
-    d = tl.arange(0, DP)
-    n = tl.arange(0, BLOCK_N)
-    head = g * R + r
-    head_mask = r < R
-    one = tl.full([1, 1], 1, tl.int1)
-    cos_1D, sin_1D = rope_rows(cos, sin, row, one, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
-    rp = tl.arange(0, RP)
-    heads_RD = rotated_heads(
-        q + row * stride_qt + (g * R + rp)[:, None] * stride_qh, (rp < R)[:, None], d, cos_1D, sin_1D, q_norm, eps,
-        D, DP, ROT, STYLE, NORM,
-    ).to(q.dtype.element_ty)  # fmt: skip
+    heads_RD = rotated(heads, tables, d, eps, q_norm, D, DP, ROT, STYLE, NORM).to(q.dtype.element_ty)
     # Matrix units want 16 rows: the heads repeat, and what the repetitions give is not stored.
     q_RD = tl.reshape(tl.broadcast_to(heads_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
-    if NEW_KEY:
-        new_k_1D = rotated_heads(
-            k + row * stride_kt + g * stride_kg + tl.zeros([1, 1], tl.int32), one, d, cos_1D, sin_1D, k_norm, eps,
-            D, DP, ROT, STYLE, NORM,
-        ).to(kv_cache.dtype.element_ty)  # fmt: skip
-        new_v_1D = tl.load(v + row * stride_vt + g * stride_vg + d, mask=d < D, other=0.0)[None, :]
-        slot = tl.load(slots + row)
-
     m, l = SINK(sinks, head, head_mask)
     if MAX_SPLITS > 1 and split > 0:  # the sink enters the denominator once
         m = tl.full([BLOCK_R], -1.0e30, tl.float32)
         l = tl.zeros([BLOCK_R], tl.float32)
     acc_RD = tl.zeros([BLOCK_R, DP], tl.float32)
-    pages = tile_pages(table, lo * BLOCK_N, keys, PAGE, BLOCK_N)
     if NEW_KEY:
+        new_k_1D = rotated(new_head, tables, d, eps, k_norm, D, DP, ROT, STYLE, NORM).to(kv_cache.dtype.element_ty)
         owner = (split == used - 1) & (seq_len > 0)
         kept = (owner & (slot >= 0)) & (d < D)[None, :]
         page_at = k_base + slot // PAGE * stride_page + slot % PAGE * stride_slot + d[None, :]
@@ -211,7 +216,7 @@ def decode_kernel(
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
         if arrived == used - 1:
             tl.store(arrivals + pair, 0)
-            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS, COMBINED)
+            _combine(out, part_acc, part_lse, pair, row, g, used, num_splits, H, R, D, DP, MAX_SPLITS)
 
 
 @triton.jit
@@ -229,24 +234,17 @@ def _combine(
     D: tl.constexpr,
     DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    COMBINED: tl.constexpr,
 ):
     """Weigh the `used` partial results of one row and kv head by exp2(lse) and store [R, D] of the output."""
     RP: tl.constexpr = triton.next_power_of_2(R)
-    CHUNK: tl.constexpr = min(max(COMBINED // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once
+    CHUNK: tl.constexpr = min(max(4096 // (RP * DP), 1), MAX_SPLITS)  # splits in flight at once, by registers
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
     base = pair.to(tl.int64) * num_splits
-    s_all = tl.arange(0, MAX_SPLITS)
-    lse_all = tl.load(
-        part_lse + (base + s_all)[:, None] * R + r[None, :],
-        mask=(s_all < used)[:, None] & (r < R)[None, :],
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )
-    top = tl.maximum(tl.max(lse_all, 0), -1.0e30)
-    total = tl.sum(tl.exp2(lse_all - top[None, :]), 0)
+    m = tl.full([RP], -1.0e30, tl.float32)
+    l = tl.zeros([RP], tl.float32)
     acc_RD = tl.zeros([RP, DP], tl.float32)
+    # One pass, rescaled as it goes: reading all log-sum-exps first would cost a second round trip to memory.
     for first in range(0, used, CHUNK):
         s = first + tl.arange(0, CHUNK)
         live = (s < used)[:, None] & (r < R)[None, :]
@@ -258,7 +256,12 @@ def _combine(
             other=0.0,
             cache_modifier=".cg",
         )
-        acc_RD += tl.sum(part * tl.exp2(lse - top[None, :])[:, :, None], 0)
-    acc_RD = acc_RD / tl.where(total > 0, total, 1.0)[:, None]
+        top = tl.maximum(m, tl.max(lse, 0))
+        weight = tl.exp2(lse - top[None, :])
+        kept = tl.exp2(m - top)
+        l = l * kept + tl.sum(weight, 0)
+        acc_RD = acc_RD * kept[:, None] + tl.sum(part * weight[:, :, None], 0)
+        m = top
+    acc_RD = acc_RD / tl.where(l > 0, l, 1.0)[:, None]
     to = out + row * (H * D) + (g * R + r)[:, None] * D + d[None, :]
     tl.store(to, acc_RD.to(out.dtype.element_ty), mask=(r < R)[:, None] & (d < D)[None, :])

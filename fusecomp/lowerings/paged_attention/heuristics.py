@@ -67,10 +67,6 @@ class DecodeConfig:
     def min_tiles(self) -> int:
         return max(1, self.min_split // self.block_n)
 
-    def combined(self) -> int:
-        """fp32 partial sums that a program holds while it combines splits: 64 registers of a thread, 8192 in all."""
-        return min(64 * 32 * self.num_warps, 8192)
-
 
 @dataclass(frozen=True)
 class PrefillConfig:
@@ -150,6 +146,8 @@ def decode_config(
     config = replace(config, num_splits=math.ceil(max(splits, 1)))
     # The table was tuned for up to 16 query heads per kv head; taller accumulators go to more warps.
     warps = query_block(group) * padded_dim(head_dim) // (32 * ACCUMULATOR_REGISTERS[itemsize])
+    if query_block(group) > 16 and padded_dim(head_dim) > 128:  # the queries themselves fill as many registers again
+        warps = max(warps, 8)
     config = replace(config, num_warps=max(config.num_warps, min(warps, MAX_WARPS)))
     if itemsize == 4 and query_block(group) > 16:
         config = replace(config, block_n=min(config.block_n, 16))

@@ -261,7 +261,7 @@ def run_decode(
         block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
         BLOCK_R=heuristics.query_block(group), BLOCK_N=config.block_n,
-        MAX_SPLITS=heuristics.next_power_of_2(splits), COMBINED=config.combined(),
+        MAX_SPLITS=heuristics.next_power_of_2(splits),
         num_warps=config.num_warps, num_stages=config.num_stages,
         NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
         LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads),

@@ -98,8 +98,10 @@ def pdl_launch(USE_PDL: tl.constexpr):
 
 
 @triton.jit
-def rope_rows(cos, sin, t, live, d, stride_cos, stride_sin, R: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr):
-    """Rows t [M, 1] of cos and sin as fp32 [M, DP], 1 and 0 for the dims that are not rotated and where not `live`."""
+def load_tables(
+    cos, sin, t, live, d, stride_cos, stride_sin, R: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Rows t [M, 1] of cos and sin as [M, DP], 1 and 0 for the dims that are not rotated and where not `live`."""
     if STYLE == "none":
         return 1.0, 0.0
     else:
@@ -110,55 +112,80 @@ def rope_rows(cos, sin, t, live, d, stride_cos, stride_sin, R: tl.constexpr, STY
             else:
                 column = d // 2
         mask = live & (d < R)[None, :]
-        c = tl.load(cos + t * stride_cos + column[None, :], mask=mask, other=1.0).to(tl.float32)
-        s = tl.load(sin + t * stride_sin + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(cos + t * stride_cos + column[None, :], mask=mask, other=1.0)
+        s = tl.load(sin + t * stride_sin + column[None, :], mask=mask, other=0.0)
         return c, s
 
 
 @triton.jit
-def _norm_weight(weight, d, D: tl.constexpr, PLUS_ONE: tl.constexpr):
-    """fp32 [1, DP]: what a normalized head is multiplied by; `weight` [D], or None for ones."""
+def _load_weight(weight, d, D: tl.constexpr):
+    """[1, DP]: what a normalized head is multiplied by; `weight` [D], or None for ones."""
     if weight is None:
         return 1.0
     else:
-        w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        return (w + 1.0 if PLUS_ONE else w)[None, :]
+        return tl.load(weight + d, mask=d < D, other=0.0)[None, :]
 
 
 @triton.jit
-def rotated_heads(
-    x_at,
-    live,
+def load_heads(x_at, live, d, weight, D: tl.constexpr, R: tl.constexpr, STYLE: tl.constexpr, NORM: tl.constexpr):
+    """What `rotated` needs of the heads that start at x_at [M, 1]: zeros where not `live` [M, 1] and beyond D.
+
+    Returns x [M, DP], the partner of each dim that is rotated ("half" only), and the norm's weight for both. A
+    partner lies in another thread: reading it again hits the L1 and costs no exchange.
+    """
+    x = tl.load(x_at + d[None, :], mask=live & (d < D)[None, :], other=0.0)
+    y = 0.0
+    w = 1.0
+    w_y = 1.0
+    if NORM != "none":
+        w = _load_weight(weight, d, D)
+    if STYLE == "half":
+        partner = tl.where(d < R // 2, d + R // 2, d - R // 2)
+        y = tl.load(x_at + partner[None, :], mask=live & (d < R)[None, :], other=0.0)
+        if NORM != "none":
+            w_y = _load_weight(weight, partner, D)
+    return x, y, w, w_y
+
+
+@triton.jit
+def _factor(weight, NORM: tl.constexpr):
+    """What a loaded norm weight stands for, in fp32."""
+    return weight.to(tl.float32) + (1.0 if NORM == "rms+1" else 0.0)
+
+
+@triton.jit
+def rotated(
+    heads,
+    tables,
     d,
-    cos,
-    sin,
-    weight,
     eps,
+    weight,
     D: tl.constexpr,
     DP: tl.constexpr,
     R: tl.constexpr,
     STYLE: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Heads after norm and rotation, fp32 [M, DP]; zeros where not `live` [M, 1] and beyond D.
-
-    x_at [M, 1] start the heads; `cos`, `sin` [M or 1, DP] are those of `rope_rows`; NORM is "none", "rms" or "rms+1".
-    """
-    mask = live & (d < D)[None, :]
-    x = tl.load(x_at + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = 1.0
+    """Norm and rotation of what `load_heads` and `load_tables` gave: fp32 [M, DP]; NORM is "none", "rms" or "rms+1"."""
+    x, y, w, w_y = heads
+    x = x.to(tl.float32)
+    rms = 1.0
     if NORM != "none":
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x = x * scale * _norm_weight(weight, d, D, NORM == "rms+1")
-    if STYLE == "half":
-        # The partner lies in another thread: reading it again hits the L1 and costs no exchange.
-        first = d < R // 2
-        partner = tl.where(first, d + R // 2, d - R // 2)
-        y = tl.load(x_at + partner[None, :], mask=live & (d < R)[None, :], other=0.0).to(tl.float32)
-        if NORM != "none":
-            y = y * scale * _norm_weight(weight, partner, D, NORM == "rms+1")
-        x = x * cos + tl.where(first[None, :], -y, y) * sin
-    if STYLE == "interleaved":
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], DP // 2, 2)))
-        x = x * cos + tl.reshape(tl.join(-odd, even), (x.shape[0], DP)) * sin
+        rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * rms
+        if weight is not None:
+            x = x * _factor(w, NORM)
+    if STYLE != "none":
+        cos = tables[0].to(tl.float32)
+        sin = tables[1].to(tl.float32)
+        if STYLE == "half":
+            y = y.to(tl.float32)
+            if NORM != "none":
+                y = y * rms
+                if weight is not None:
+                    y = y * _factor(w_y, NORM)
+            x = x * cos + tl.where((d < R // 2)[None, :], -y, y) * sin
+        else:
+            even, odd = tl.split(tl.reshape(x, (x.shape[0], DP // 2, 2)))
+            x = x * cos + tl.reshape(tl.join(-odd, even), (x.shape[0], DP)) * sin
     return x

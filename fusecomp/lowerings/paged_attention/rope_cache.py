@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rope_rows, rotated_heads
+from fusecomp.lowerings.paged_attention.pieces import load_heads, load_tables, pdl_launch, pdl_wait, rotated
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -64,23 +64,21 @@ def rope_cache_kernel(
     slot = tl.load(slots + t, mask=t < num_tokens, other=-1)
     t = t.to(tl.int64)[:, None]
     d = tl.arange(0, DP)
-    cos_TD, sin_TD = rope_rows(cos, sin, t, live, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
+    tables = load_tables(cos, sin, t, live, d, stride_cos, stride_sin, ROT, STYLE, PAIRS)
     first = tl.program_id(1) * BLOCK_H
     stored = live & (d < D)[None, :]
     # Blocks of query heads come first; H need not be a multiple of BLOCK_H.
     kv_first = first - tl.cdiv(H, BLOCK_H) * BLOCK_H
     if kv_first < 0:
         for h in range(first, tl.minimum(first + BLOCK_H, H)):
-            x_TD = rotated_heads(
-                q + t * stride_qt + h * stride_qh, live, d, cos_TD, sin_TD, q_norm, eps, D, DP, ROT, STYLE, NORM
-            )
+            heads = load_heads(q + t * stride_qt + h * stride_qh, live, d, q_norm, D, ROT, STYLE, NORM)
+            x_TD = rotated(heads, tables, d, eps, q_norm, D, DP, ROT, STYLE, NORM)
             tl.store(q_out + (t * H + h) * D + d[None, :], x_TD.to(q_out.dtype.element_ty), mask=stored)
     else:
         kept = (slot >= 0)[:, None] & (d < D)[None, :]
         for g in range(kv_first, tl.minimum(kv_first + BLOCK_H, G)):
-            x_TD = rotated_heads(
-                k + t * stride_kt + g * stride_kg, live, d, cos_TD, sin_TD, k_norm, eps, D, DP, ROT, STYLE, NORM
-            ).to(k_out.dtype.element_ty)
+            heads = load_heads(k + t * stride_kt + g * stride_kg, live, d, k_norm, D, ROT, STYLE, NORM)
+            x_TD = rotated(heads, tables, d, eps, k_norm, D, DP, ROT, STYLE, NORM).to(k_out.dtype.element_ty)
             v_TD = tl.load(v + t * stride_vt + g * stride_vg + d[None, :], mask=stored, other=0.0)
             to = (slot // PAGE * stride_page + slot % PAGE * stride_slot + g * stride_g)[:, None]
             tl.store(k_out + (t * G + g) * D + d[None, :], x_TD, mask=stored)

@@ -37,8 +37,8 @@ def greedy_kernel(
 ):
     """out[N] = first arg-max of each row, or INVALID where the maximum is not finite or the row has a NaN.
 
-    Program (row, split) reads V / NS logits; the last of a row to arrive compares the splits. NaN counts as +inf, so the
-    maximum shows it. Bytes: N * V * itemsize.
+    Program (row, split) reads V / NS logits; the last of a row to arrive compares the splits. NaN counts as +inf, so
+    the maximum shows it. Bytes: N * V * itemsize.
     """
     if USE_PDL:
         gdc_launch_dependents()
@@ -53,7 +53,7 @@ def greedy_kernel(
     for start in range(lo, hi, BLOCK):
         v = start + at
         x = tl.load(logits + row * stride + v, mask=v < hi, other=float("-inf")).to(tl.float32)
-        x = tl.where(x != x, float("inf"), x)
+        x = tl.where(x == x, x, float("inf"))  # noqa: PLR0124, a NaN differs from itself
         token = tl.where(x > best, v, token)
         best = tl.maximum(best, x)
     top = tl.max(best, 0)
@@ -65,9 +65,7 @@ def greedy_kernel(
         if tl.atomic_add(arrivals + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.store(arrivals + row, 0)
             s = tl.arange(0, SPLITS_P2)
-            tops = tl.load(
-                part_best + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg"
-            )
+            tops = tl.load(part_best + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
             firsts = tl.load(part_token + row * SPLITS + s, mask=s < SPLITS, other=0, cache_modifier=".cg")
             top = tl.max(tops, 0)
             first = tl.min(tl.where((tops == top) & (s < SPLITS), firsts, 2147483647), 0)

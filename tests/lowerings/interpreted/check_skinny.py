@@ -67,22 +67,22 @@ def layers(draw, tokens: st.SearchStrategy[int]):
 @settings(SETTINGS, max_examples=50)
 @given(layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
 def test_one_token(layer, block_r, block_k):
-    run(layer, SkinnyConfig(1, block_r, block_k, 1, 4, 1))
+    run(layer, SkinnyConfig("vector", 1, block_r, block_k, 4))
 
 
 @settings(SETTINGS, max_examples=80)
 @given(
     layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([16, 64]),
-    st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 3),
+    st.integers(1, 5), st.sampled_from([1, 3]), st.booleans(),
 )  # fmt: skip
-def test_tokens(layer, block_t, block_r, block_k, splits, stages, ahead):
-    run(layer, SkinnyConfig(block_t, block_r, block_k, splits, 4, stages, ahead=ahead))
+def test_tokens(layer, block_t, block_r, block_k, splits, stages, early):
+    run(layer, SkinnyConfig("tile", block_t, block_r, block_k, 4, splits, stages, early=early))
 
 
 def test_equal_whatever_the_order_of_arrival(monkeypatch):
     """The sum over splits is taken in their order, so scratch of an earlier launch cannot show."""
     layer = Linear.random(5, 40, 190, norm="weight", dtype=torch.bfloat16)
-    config = SkinnyConfig(16, 16, 16, 4, 4, 1)
+    config = SkinnyConfig("tile", 16, 16, 16, 4, 4)
     assert torch.equal(run(layer, config), run(layer, config))
 
 
@@ -90,9 +90,9 @@ def test_half_precision_does_not_overflow():
     layer = Linear.random(3, 20, 64, norm="weight", dtype=torch.float16)
     layer.x *= 5e3
     layer.norm_weight = layer.norm_weight * 30
-    run(layer, SkinnyConfig(16, 16, 16, 2, 4, 1))
+    run(layer, SkinnyConfig("tile", 16, 16, 16, 4, 2))
     layer.x = layer.x[:1]
-    run(layer, SkinnyConfig(1, 4, 64, 1, 4, 1))
+    run(layer, SkinnyConfig("vector", 1, 4, 64, 4))
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_half_precision_does_not_overflow():
         ({"weight": torch.zeros(20, 65)}, "weight"),
         ({"x": torch.zeros(64, 3).T}, "contiguous"),
         ({"out": torch.zeros(4, 20)}, "tokens"),
-        ({"config": SkinnyConfig(1, 4, 64, 1, 4, 1)}, "one token"),
+        ({"config": SkinnyConfig("vector", 1, 4, 64, 4)}, "one token"),
     ],
 )
 def test_refusals(change, message):
     layer = Linear.random(3, 20, 64, dtype=torch.float32)
-    given = {"config": SkinnyConfig(16, 16, 16, 2, 4, 1), "x": layer.x, "weight": layer.weight}
+    given = {"config": SkinnyConfig("tile", 16, 16, 16, 4, 2), "x": layer.x, "weight": layer.weight}
     given |= {"out": torch.zeros(3, 20), **change}
     with pytest.raises(ValueError, match=message):
         skinny.run_skinny(*given.values(), *layer.call, False)
