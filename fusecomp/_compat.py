@@ -78,7 +78,7 @@ def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[
     from torch._functorch import config as functorch_config
     from torch._inductor import standalone_compile
 
-    # torch 2.11 does not know that a check of sizes is no state. What has no cache key becomes an artefact all the same:
+    # torch 2.11 does not know that a check of sizes is no state. What has no cache key becomes an artefact even so:
     # ours are found by a key of our own.
     options = {"config_patches": {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | (patches or {})}
     with functorch_config.patch(bypass_autograd_cache_key=True):
