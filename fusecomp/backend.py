@@ -86,17 +86,24 @@ class StepBackend:
         inductor: compile, rather than run the rewritten graph as it is.
         merge: patterns that lay weights out anew.
         fuse: patterns of the fuse stage, on the ATen graph of each piece.
+        artifacts: compile pieces in the form that can be saved.
 
     Raises:
         UnsupportedModelError: some attention could not be paged; the message lists every reason.
     """
 
     def __init__(
-        self, context: PassContext, *, inductor: bool, merge: Sequence[Pattern] = (), fuse: Sequence[Pattern] = ()
+        self,
+        context: PassContext,
+        *,
+        inductor: bool,
+        merge: Sequence[Pattern] = (),
+        fuse: Sequence[Pattern] = (),
+        artifacts: bool = False,
     ) -> None:
         self.context = context
         self.inductor = inductor
-        self.merge, self.fuse = merge, fuse
+        self.merge, self.fuse, self.artifacts = merge, fuse, artifacts
         self.graphs: list[GraphModule] = []
         # Of the last capture: what it was compiled to, its inputs, what it read, ops by module before the passes.
         self.pieces: CompiledPieces | None = None
@@ -121,7 +128,7 @@ class StepBackend:
         if not self.inductor:
             return self._with_merged(gm.forward)
         start = time.perf_counter()
-        self.pieces = compile_pieces(gm, self.fuse, report)
+        self.pieces = compile_pieces(gm, self.fuse, report, artifacts=self.artifacts)
         self.inputs = [*example_inputs, *(merged.tensor for merged in self.context.merged)]
         report.seconds["inductor"] = time.perf_counter() - start
         kinds, pieces = len(self.pieces.artifacts), len(self.pieces.kinds)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fusecomp import __version__
-from fusecomp.config import DTYPES, VERIFY_MODES, EngineConfig
+from fusecomp.config import DTYPES, FUSE_MODES, VERIFY_MODES, EngineConfig
 from fusecomp.errors import ConfigError, FusecompError
 from fusecomp.files import FORMATS, OutputFile, PromptLine, read_prompts, record_of
 from fusecomp.request import RequestOutput, SamplingParams
@@ -235,6 +235,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of `EngineConfig`, with the field's own documentation."""
     group = parser.add_argument_group("engine")
@@ -242,13 +246,15 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     names = [f.name for f in dataclasses.fields(EngineConfig)]
     starts = {name: documentation.index(f" {name}: ") for name in names}
     kinds = typing.get_type_hints(EngineConfig)
-    choices = {"dtype": DTYPES, "verify": VERIFY_MODES}
+    choices = {"dtype": DTYPES, "verify": VERIFY_MODES, "fuse": FUSE_MODES}
     for f in dataclasses.fields(EngineConfig):
         end = min((start for start in starts.values() if start > starts[f.name]), default=None)
         text = documentation[starts[f.name] :][: None if end is None else end - starts[f.name]]
         text = text.split(": ", 1)[1].strip().rstrip(".").replace("%", "%%")
         settings: dict[str, Any] = {"default": None, "help": f"{text} (default {f.default})"}
-        if kinds[f.name] is bool and f.default:
+        if kinds[f.name] == tuple[str, ...]:
+            settings |= {"type": _names, "metavar": "NAME,NAME"}
+        elif kinds[f.name] == bool | None or (kinds[f.name] is bool and f.default):
             settings["action"] = argparse.BooleanOptionalAction
         elif kinds[f.name] is bool:
             settings["action"] = "store_true"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_dir
+from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_dir, inductor_compile
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
@@ -60,26 +60,28 @@ class FusePass(CustomGraphPass):
 
 
 def compile_fused(
-    gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str
+    gm: GraphModule, inputs: list[Any], patterns: Sequence[Pattern], structure: str, *, artifact: bool = False
 ) -> tuple[Callable, FusionReport]:
     """Compile one piece with the fuse stage.
 
     Args:
         structure: hash of everything about `gm` that compilation depends on.
+        artifact: compile to what can be saved to a file.
 
     Returns: the compiled piece and what was done to it.
     """
     context = PassContext(FusionReport())
     stage = FusePass(patterns, context)
     record = inductor_cache_dir() / "fusecomp" / f"{structure}-{stage.key()[:32]}.json"
-    compiled = inductor_artifact(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+    compile_graph = inductor_artifact if artifact else inductor_compile
+    compiled = compile_graph(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
     if stage.ran:
         _write_record(record, context.report)
         return compiled, context.report
     known = _read_record(record)
     if known is None:
         stage.nonce = uuid.uuid4().hex
-        compiled = inductor_artifact(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+        compiled = compile_graph(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
         _write_record(record, context.report)
         return compiled, context.report
     return compiled, known

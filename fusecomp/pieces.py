@@ -119,29 +119,32 @@ def _target_name(target: Any) -> str:
     return target if isinstance(target, str) else _get_qualified_name(target)
 
 
-def compile_pieces(gm: GraphModule, fuse: Sequence[Pattern], report: FusionReport) -> CompiledPieces:
+def compile_pieces(
+    gm: GraphModule, fuse: Sequence[Pattern], report: FusionReport, *, artifacts: bool = False
+) -> CompiledPieces:
     """Compile `gm` piece by piece with Inductor, equal pieces once; `fuse` is applied to the ATen graph of each.
 
     Args:
         report: receives what the fuse stage did, for every piece.
+        artifacts: whether the compiled pieces are to be saved.
     """
     whole = cut(gm)
     kinds: dict[str, str] = {}
-    artifacts: dict[str, Any] = {}
+    compiled: dict[str, Any] = {}
     done: dict[str, tuple[GraphModule, FusionReport]] = {}
     for name, piece in list(whole.named_children()):
         if not isinstance(piece, GraphModule):
             continue
         kind = kinds[name] = structure(piece)
-        if kind not in artifacts:
+        if kind not in compiled:
             inputs = [fake_value(n) for n in piece.graph.nodes if n.op == "placeholder"]
             with own_tracing_context(inputs):
-                artifacts[kind], fused = compile_fused(piece, inputs, fuse, kind)
+                compiled[kind], fused = compile_fused(piece, inputs, fuse, kind, artifact=artifacts)
             done[kind] = piece, fused
         _record(report, *done[kind], piece)
         delattr(whole, name)
-        setattr(whole, name, artifacts[kind])
-    return CompiledPieces(whole, kinds, artifacts)
+        setattr(whole, name, compiled[kind])
+    return CompiledPieces(whole, kinds, compiled)
 
 
 def _record(report: FusionReport, first: GraphModule, fused: FusionReport, piece: GraphModule) -> None:

@@ -106,12 +106,12 @@ def test_family_outside_the_registry(name):
 
 def test_weights_and_configuration_are_untouched():
     model = build(llama())
-    before = {k: (v.data_ptr(), v.clone()) for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     implementation = model.config._attn_implementation
     engine = Engine(model, SMALL)
     serve(engine, PROMPTS[:2])
     after = model.state_dict()
-    assert all(after[k].data_ptr() == p and torch.equal(after[k], v) for k, (p, v) in before.items())
+    assert all(torch.equal(after[k], v) for k, v in before.items())
     assert list(after) == list(before) and model.config._attn_implementation == implementation
 
 

@@ -324,7 +324,7 @@ def test_refused_capture_falls_back_once(stock, lenient, monkeypatch):
 
 
 def test_fusing_changes_the_class_only(tiny_model):
-    weights = {name: (value.data_ptr(), value.clone()) for name, value in tiny_model.state_dict().items()}
+    weights = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     config, ids = tiny_model.config, torch.tensor(PROMPTS[:1])
     logits = tiny_model(ids).logits
     fused = fusecomp.fuse(tiny_model, **ENGINE_OPTIONS)
@@ -333,7 +333,7 @@ def test_fusing_changes_the_class_only(tiny_model):
     assert type(fused).__name__ == "LlamaForCausalLM"
     assert torch.equal(fused(ids).logits, logits)
     for name, value in fused.state_dict().items():
-        assert value.data_ptr() == weights[name][0] and torch.equal(value, weights[name][1]), name
+        assert torch.equal(value, weights[name]), name
     assert fused.fusion_report.summary()
     assert fusecomp.unfuse(fused) is tiny_model and type(tiny_model) is LlamaForCausalLM
     assert "_fusecomp" not in vars(tiny_model) and not hasattr(tiny_model, "fusion_report")

@@ -72,11 +72,16 @@ class ProgramCache:
         if config.enforce_eager:
             report.program = "not compiled (enforce_eager)"
             return
-        off = "compile_cache=False" if not config.compile_cache else "FUSECOMP_COMPILE_CACHE=0"
-        if config.compile_cache and enabled_by_environment():
+        wanted = device.type == "cpu" if config.compile_cache is None else config.compile_cache
+        if not wanted:
+            default = "on a GPU they are kept on request: compile_cache=True"
+            why = default if config.compile_cache is None else "compile_cache=False"
+            report.program = f"compiled; stored programs are off ({why})"
+            return
+        if enabled_by_environment():
             self._store = ArtifactStore()
         else:
-            report.program = f"compiled; stored programs are off ({off})"
+            report.program = "compiled; stored programs are off (FUSECOMP_COMPILE_CACHE=0)"
         try:
             self.parts = identity(model, config, probe, device, dtype)
         except Undescribable as error:

@@ -180,6 +180,7 @@ class CompiledStep:
             inductor=not config.enforce_eager,
             merge=enabled(MERGE, config.disabled_patterns) if config.fuse != "never" else (),
             fuse=enabled(FUSE, config.disabled_patterns) if fuses else (),
+            artifacts=self._cache.parts is not None,
         )
 
     @property
