@@ -9,12 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Match:
-    """One rewrite. `where` is the layer or module; `detail` the proven facts (mask, heads, scale)."""
+    """One rewrite.
+
+    Attributes:
+        where: the layer or module.
+        detail: the proven facts (mask, heads, scale).
+        operation: the emitted op with its sizes, where a lowering has a choice of kernels for it.
+    """
 
     pattern: str
     where: str
     detail: str
     numerics: str
+    operation: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class FusionReport:
         ops_before, ops_after: op counts of the captured graph around the passes.
         cost_bytes, cost_flops: symbolic cost of the canonical ops in T, S, ctx.
         fallbacks: "op: reason" -> times an eager reference ran where a kernel was expected.
+        lowerings: operation -> which kernel runs it for how many tokens, and where that choice comes from.
         program: whether the compiled step was loaded from the store or compiled, and why.
         sources: pattern -> hash of the source that was applied.
         notes: decisions a user should know, such as chosen limits.
@@ -69,6 +77,7 @@ class FusionReport:
     fallbacks: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     program: str = ""
+    lowerings: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -93,6 +102,8 @@ class FusionReport:
         if not self.near_misses:
             lines.append("  no near misses")
         lines.append(f"  graphs {self.graphs}, graph breaks {self.graph_breaks}, recompiles {self.recompiles}")
+        for operation, choices in self.lowerings.items():
+            lines += [f"  {operation}:", *(f"    {choice}" for choice in choices)]
         if self.program:
             lines.append(f"  program {self.program}")
         if self.ops_before:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -111,6 +112,39 @@ class Program:
         matmul = "matmul" if self.groups == 1 else f"{self.groups} matmuls"
         names = [step[0] for step in self.steps]
         return f"{norm}{matmul}{' -> ' + ' '.join(names) if names else ''}"
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What the choice of a linear's kernel depends on, besides the number of tokens.
+
+    Attributes:
+        n: output features of one group.
+        k: input features.
+        groups: accumulators.
+        kind: `Program.kind`.
+        dtype: of activations and weight, as torch names it.
+    """
+
+    n: int
+    k: int
+    groups: int
+    kind: str
+    dtype: str
+
+    def __str__(self) -> str:
+        groups = f"{self.groups} x " if self.groups > 1 else ""
+        return f"linear {groups}{self.n} x {self.k} {self.kind} {self.dtype}"
+
+    @classmethod
+    def parse(cls, text: str) -> LinearShape | None:
+        """The shape that `str` gave, or None for another text."""
+        found = re.fullmatch(r"linear (?:(\d+) x )?(\d+) x (\d+) (\w+) (\w+)", text)
+        return cls(int(found[2]), int(found[3]), int(found[1] or 1), found[4], found[5]) if found else None
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
 
 
 def run_epilogue(program: Program, accumulators: Sequence[Tensor], operands: Sequence[Tensor]) -> Tensor:

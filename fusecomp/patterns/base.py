@@ -102,6 +102,10 @@ class Pattern(ABC):
     def examples(self) -> list[Example]:
         """Callables that match exactly, and at least one that must not."""
 
+    def operation(self, candidate: Any) -> str:
+        """The op that `emit` makes with its sizes, where a lowering chooses its kernel by them; otherwise empty."""
+        return ""
+
     def where(self, candidate: Any) -> str:
         """Name of the place for the report."""
         return module_path(candidate.node)
@@ -130,8 +134,9 @@ class Pattern(ABC):
             if reason:
                 context.report.near_misses.append(NearMiss(self.name, where, reason))
                 continue
+            operation = self.operation(candidate)
             detail = self.emit(candidate, gm, context)
-            context.report.matches.append(Match(self.name, where, detail, self.numerics))
+            context.report.matches.append(Match(self.name, where, detail, self.numerics, operation))
             matched += 1
         if matched:
             gm.graph.lint()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.ops.linear import COLUMN, FULL, ROW, SCALAR, Program
+from fusecomp.ops.linear import COLUMN, FULL, ROW, SCALAR, LinearShape, Program
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.functional import CAST, FLOATS, RESHAPES, aten, is_call, token_shape
@@ -114,6 +114,13 @@ class LinearEpilogue(Pattern):
             new = functional.reshaped(new, exit_node)
         replace_and_prune(exit_node, new)
         return program.describe()
+
+    def operation(self, candidate: MatmulRegion) -> str:
+        program, weight = candidate.program, fake_value(candidate.weight)
+        assert program is not None
+        rows, k = weight.shape
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return str(LinearShape(rows // program.groups, k, program.groups, program.kind, dtype))
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.functional_examples import epilogue_examples

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
 from fusecomp.ops import take_fallbacks
+from fusecomp.ops.linear import LinearShape
 from fusecomp.report import FusionReport
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import memory
@@ -358,7 +359,19 @@ class Engine:
         for cache in self._step.kv_caches:
             cache.zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)
+        self._explain_lowerings()
         self.report.seconds["graphs"] = time.perf_counter() - start
+
+    def _explain_lowerings(self) -> None:
+        """Say which kernel each linear takes, for the batches that have a graph and for the longest step."""
+        from fusecomp.lowerings.linear.large_heuristics import target_of
+        from fusecomp.lowerings.linear.lowering import explain_choices
+
+        counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
+        for operation in dict.fromkeys(match.operation for match in self.report.matches):
+            if shape := LinearShape.parse(operation):
+                target = target_of(self._step.kv_caches[0])
+                self.report.lowerings[operation] = explain_choices(target, shape, counts)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

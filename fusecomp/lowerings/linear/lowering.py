@@ -6,18 +6,21 @@ of matmul.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
 from fusecomp.lowerings.linear.large import launch_large
-from fusecomp.lowerings.linear.large_heuristics import target_of, uses_pdl
+from fusecomp.lowerings.linear.large_heuristics import LargeConfig, large_config, target_of, uses_pdl
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.skinny import run_skinny
-from fusecomp.lowerings.linear.skinny_heuristics import skinny_config
-from fusecomp.ops.linear import FULL, Program
+from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.ops.linear import FULL, LinearShape, Program
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 
 SKINNY_LIMIT = 32
@@ -34,6 +37,27 @@ def supports(x: Tensor, weight: Tensor, operands: Sequence[Tensor], program: Pro
     if program.torch_dtype not in DTYPES:
         return f"output dtype {program.dtype} is none of fp32, fp16, bf16"
     return None
+
+
+@cache
+def choose(target: Target, shape: LinearShape, tokens: int) -> SkinnyConfig | LargeConfig:
+    """The kernel that runs a linear on this many tokens, with its launch configuration."""
+    sizes = {"n": shape.n, "k": shape.k, "groups": shape.groups, "tokens": max(1, tokens), "itemsize": shape.itemsize}
+    if 0 < tokens <= SKINNY_LIMIT:
+        return skinny_config(target, **sizes)
+    return large_config(target, **sizes, kind=shape.kind)
+
+
+def explain_choices(target: Target, shape: LinearShape, token_counts: Sequence[int]) -> list[str]:
+    """One line for each run of token counts that one choice serves: "8 to 16 tokens: tile, from ..."."""
+    lines: list[str] = []
+    named = [(tokens, choose(target, shape, tokens)) for tokens in sorted(set(token_counts))]
+    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
+        counts = [tokens for tokens, _ in run]
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        name = f"skinny {choice.kernel}" if isinstance(choice, SkinnyConfig) else choice.method
+        lines.append(f"{span} tokens: {name}, from {choice.source}")
+    return lines
 
 
 def launch_linear(
@@ -57,8 +81,9 @@ def launch_linear(
     tokens, k = x.shape
     n = weight.shape[0] // program.groups
     target = target_of(x)
-    shape = {"n": n, "k": k, "groups": program.groups, "itemsize": x.element_size()}
-    if not 0 < tokens <= SKINNY_LIMIT:
+    shape = LinearShape(n, k, program.groups, program.kind, str(x.dtype).removeprefix("torch."))
+    config = choose(target, shape, tokens)
+    if isinstance(config, LargeConfig):
         spec = norm or NormSpec("", 0.0)
         return launch_large(
             x, weight, program.torch_dtype, spec.kind, norm_weight, norm_bias, spec.eps, spec.plus_one,
@@ -69,7 +94,7 @@ def launch_linear(
         norm = None
     out = torch.empty((tokens, n), dtype=program.torch_dtype, device=x.device)
     run_skinny(
-        skinny_config(target, tokens=tokens, **shape), x, weight, out, None if norm is None else norm_weight,
+        config, x, weight, out, None if norm is None else norm_weight,
         None if norm is None else norm.eps, norm is not None and norm.plus_one, hook, args, strides,
         program.groups, uses_pdl(x),
     )  # fmt: skip
