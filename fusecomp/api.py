@@ -60,6 +60,7 @@ class LLM:
         verify: str = "off",
         fuse: str = "auto",
         disabled_patterns: Sequence[str] = (),
+        compile_cache: bool | None = None,
         tokenizer: Any = None,
         **unknown: Any,
     ) -> None:
@@ -79,6 +80,7 @@ class LLM:
             verify=verify,
             fuse=fuse,
             disabled_patterns=tuple(disabled_patterns),
+            compile_cache=compile_cache,
             **unknown,
         )
         given = None if tokenizer is None else _tokenizer_of(tokenizer)
