@@ -84,6 +84,12 @@ def attention_reference(
 def cache_write_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, b, D] at `slots` [T]; slot -1 is skipped."""
     b = kv_cache.shape[3]
+    if len(slots) == 1:  # the step of a single sequence: views cost a fraction of indexing
+        slot = int(slots[0])
+        if slot >= 0:
+            kv_cache[slot // b, 0, :, slot % b] = k[0]
+            kv_cache[slot // b, 1, :, slot % b] = v[0]
+        return
     keep = (slots >= 0).nonzero()[:, 0]
     block, offset = slots[keep] // b, slots[keep] % b
     kv_cache[block, 0, :, offset] = k[keep]
@@ -143,9 +149,16 @@ def _decode_rows(
 ) -> Tensor:
     n, H, D = q.shape
     G, b = kv_cache.shape[2], kv_cache.shape[3]
-    pages = (int(seq_lens.max()) + b - 1) // b
+    longest = int(seq_lens.max())
+    pages = (longest + b - 1) // b
     if pages == 0:
         return torch.zeros_like(q)
+    if n == 1 and softcap == 0 and sinks is None:  # every key that is read is seen: no mask
+        k, v = _pages(kv_cache, tables[0, :pages])
+        seen = slice(max(0, longest - window) if window > 0 else 0, longest)
+        scores = torch.bmm(q[0].float().reshape(G, H // G, D), k[:, seen].float().transpose(1, 2))
+        weights = torch.softmax(scores.mul_(scale), -1)
+        return torch.bmm(weights, v[:, seen].float()).view(1, H, D).to(q.dtype)
     k_pos = torch.arange(pages * b, device=q.device)
     live = k_pos < seq_lens[:, None]
     k, v = _pages(kv_cache, tables[:, :pages].masked_fill(~live[:, ::b], 0))
