@@ -115,6 +115,16 @@ def test_weights_and_configuration_are_untouched():
     assert list(after) == list(before) and model.config._attn_implementation == implementation
 
 
+def test_a_served_model_is_saved_as_it_was(tmp_path):
+    """Merged parameters share their memory; a checkpoint has each by itself, under its own name."""
+    model = build(llama())
+    Engine(model, SMALL)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert list(again) == list(model.state_dict())
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
 def test_configuration_is_restored_after_an_error():
     model = build(llama())
     with pytest.raises(KeyError), Implementations(model).use(TRACE):
