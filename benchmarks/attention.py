@@ -18,16 +18,16 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
+from benchmarks.timing import time_chain
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 from fusecomp.lowerings.paged_attention.lowering import NewTokens
@@ -117,33 +117,13 @@ PREFILL_SHAPES = [
 ]
 
 
-def bench(run: Callable[[int], object], launches: int, replays: int = 7) -> float:
-    """Median seconds of one of `launches` calls run(0), run(1), ..., captured in one CUDA graph."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            run(i)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / launches)
-    return statistics.median(times)
-
-
 def measure_limits() -> tuple[float, float]:
     """(bytes/s of a read-only pass, FLOP/s of a bf16 matrix product) of this card."""
     data = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
-    bandwidth = data.nbytes / bench(lambda _: torch.sum(data), 3)
+    bandwidth = data.nbytes / time_chain(lambda _: torch.sum(data), 3)
     a, b = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
-    return bandwidth, 2 * 8192**3 / bench(lambda _: torch.mm(a, b, out=out), 5)
+    return bandwidth, 2 * 8192**3 / time_chain(lambda _: torch.mm(a, b, out=out), 5)
 
 
 def random_cache(layer: Layer, blocks: int) -> torch.Tensor:
@@ -181,7 +161,7 @@ class DecodeCase:
 
     def seconds(self, config: DecodeConfig) -> float:
         launches = max(4, min(200, int(4e-3 * 4e12 / (self.shape.kv_bytes + 4e6))))
-        return bench(lambda i: self.launch(config, i), launches)
+        return time_chain(lambda i: self.launch(config, i), launches)
 
 
 class FusedCase(DecodeCase):
@@ -242,7 +222,7 @@ class PrefillCase:
         )  # fmt: skip
 
     def seconds(self, config: PrefillConfig) -> float:
-        return bench(lambda _: self.launch(config), 4, replays=5)
+        return time_chain(lambda _: self.launch(config), 4, replays=5)
 
 
 CHECKS: list[tuple[list[tuple[int, int]], dict, dict]] = [
@@ -288,7 +268,7 @@ def time_rope_cache(tokens: int, layer: Layer, bandwidth: float) -> dict:
         q, k, v = projected(tokens, layer)
         cos, sin = torch.randn(2, tokens, layer.head_dim, dtype=DTYPE, device="cuda")
         inputs.append((q, NewTokens(k, v, cos, sin, None, None, own, rope)))
-    seconds = bench(lambda i: launch_rope_cache(*inputs[i % sets], cache), max(4, sets))
+    seconds = time_chain(lambda i: launch_rope_cache(*inputs[i % sets], cache), max(4, sets))
     return {
         "label": f"rope_cache D{layer.head_dim} H{layer.heads}/{layer.kv_heads} {tokens} tokens",
         "us": round(seconds * 1e6, 2), "rate": round(moved / seconds / 1e12, 3), "unit": "TB/s",
@@ -308,7 +288,7 @@ def time_cache_write(tokens: int, layer: Layer, bandwidth: float) -> dict:
         k, v = kv[i % sets].split(layer.kv_heads, 1)
         lowering.launch_cache_write(k, v, cache, slots[i % sets])
 
-    seconds = bench(launch, max(4, sets))
+    seconds = time_chain(launch, max(4, sets))
     rate = 4 * tokens * layer.kv_heads * layer.head_dim * DTYPE.itemsize / seconds
     return {
         "label": f"cache_write D{layer.head_dim} G{layer.kv_heads} {tokens} tokens", "us": round(seconds * 1e6, 2),

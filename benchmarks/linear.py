@@ -24,7 +24,8 @@ import torch
 import triton
 
 from benchmarks.ceilings import read_bandwidth
-from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model, bench, residual
+from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model, bench
+from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
 from fusecomp.lowerings.paged_attention.lowering import device_target
@@ -136,7 +137,7 @@ def _prepare(job: Job) -> str:
             torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
             for shape in ((tokens, k), (tokens, n), (kind.groups * n, k))
         )
-        args, strides = ((out,), (n,)) if kind.epilogue is residual else ((), ())
+        args, strides = ((out,), (n,)) if kind.epilogue is RESIDUAL else ((), ())
         norm, eps = (x[0], EPS) if kind.norm else (None, None)
         run_skinny(config, x, weight, out, norm, eps, False, kind.epilogue, args, strides, kind.groups, True)
         torch.cuda.synchronize()

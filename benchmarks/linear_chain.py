@@ -15,26 +15,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_pieces import plain
 
 EPS = 1e-5
-
-
-@triton.jit
-def residual(accs, args, strides, m, n, mask):
-    return accs[0] + tl.load(args[0] + m * strides[0] + n, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def swiglu(accs, args, strides, m, n, mask):
-    g = accs[0]
-    return (g / (1 + tl.exp(-g))) * accs[1]
 
 
 @dataclass(frozen=True)
@@ -64,9 +52,9 @@ class Model:
     def kinds(self) -> dict[str, Kind]:
         return {
             "qkv": Kind(self.qkv, self.hidden, plain, norm=True),
-            "o": Kind(self.hidden, self.hidden, residual),
-            "gate_up": Kind(self.ffn, self.hidden, swiglu, norm=True, groups=2),
-            "down": Kind(self.hidden, self.ffn, residual),
+            "o": Kind(self.hidden, self.hidden, RESIDUAL),
+            "gate_up": Kind(self.ffn, self.hidden, SWIGLU, norm=True, groups=2),
+            "down": Kind(self.hidden, self.ffn, RESIDUAL),
             "lm_head": Kind(self.vocab, self.hidden, plain, norm=True),
         }
 
@@ -157,7 +145,7 @@ class Chain:
         """(launches of one kind over all its weights, their number); with cuBLAS alone where config is None."""
         kind = self.model.kinds[name]
         x = self.random(len(x), kind.k)
-        out, added = self.random(len(x), kind.n), self.random(len(x), kind.n) if kind.epilogue is residual else None
+        out, added = self.random(len(x), kind.n), self.random(len(x), kind.n) if kind.epilogue is RESIDUAL else None
         wide = self.random(len(x), kind.n * kind.groups)
         count = len(self.weights[name])
 
@@ -179,7 +167,7 @@ class Chain:
             AssertionError: it is above 1.5, or a second launch differs.
         """
         kind = self.model.kinds[name]
-        x, added = self.random(tokens, kind.k) * 3, self.random(tokens, kind.n) if kind.epilogue is residual else None
+        x, added = self.random(tokens, kind.k) * 3, self.random(tokens, kind.n) if kind.epilogue is RESIDUAL else None
         out, again = (torch.full((tokens, kind.n), float("nan"), dtype=self.dtype, device="cuda") for _ in range(2))
         self.launch(name, 0, x, out, added, config, pdl)
         self.launch(name, 0, x, again, added, config, pdl)

@@ -30,6 +30,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings
+from benchmarks.timing import time_chain
 from fusecomp.lowerings.linear import large, large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.persistent import persistent_kernel
@@ -93,26 +94,6 @@ LAYERS["qwen3-30b-a3b"] = (Layer(5120, 2048), Layer(2048, 4096, "residual"))
 TOKENS = [128, 256, 192, 512, 2048, 8192, 1024]
 
 
-def bench(run: Callable[[int], object], launches: int, replays: int = 5) -> float:
-    """Median seconds of one of `launches` calls run(0), run(1), ..., captured in one CUDA graph."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            run(i)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / launches)
-    return statistics.median(times)
-
-
 class Case:
     """Inputs of one matmul; weights are slices of one large random buffer."""
 
@@ -131,7 +112,7 @@ class Case:
 
     def seconds(self, config: LargeConfig) -> float:
         launches = max(4, min(60, int(8e-3 * 6e14 / self.layer.flops(self.tokens))))
-        return bench(lambda i: self.run(config, i), launches)
+        return time_chain(lambda i: self.run(config, i), launches, replays=5)
 
     def errors(self, config: LargeConfig) -> tuple[float, float]:
         """Relative errors against fp32 of this configuration and of the unfused computation, on up to 512 tokens."""
@@ -346,7 +327,7 @@ def chain_seconds(layer: Callable, weights: Weights, split: bool, tokens: int, h
             return linear(h, weights.head, "identity", scale=weights.scale)
         return torch.nn.functional.linear(_rms(h, weights.scale), weights.head)
 
-    return bench(run, 1, replays=9 if tokens < 1024 else 5)
+    return time_chain(run, 1, replays=9 if tokens < 1024 else 5)
 
 
 def measure_chains(name: str, tokens: list[int], variants: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -48,6 +48,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_chain(run: Callable[[int], Any], launches: int, replays: int = 7) -> float:
+    """Median seconds of one of `launches` calls run(0), run(1), ..., captured in one CUDA graph."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            run(i)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / launches)
+    return statistics.median(times)
+
+
 def time_calls(run: Callable[[], Any], device: torch.device, *, calls: int, warm_up: int = 3) -> Samples:
     """Time of each of `calls` calls, in ms.
 

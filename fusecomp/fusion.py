@@ -70,10 +70,12 @@ def compile_fused(
 
     Returns: the compiled piece and what was done to it.
     """
+    compile_graph = inductor_artifact if artifact else inductor_compile
+    if not patterns:
+        return compile_graph(own_graph(gm), inputs, {}), FusionReport()
     context = PassContext(FusionReport())
     stage = FusePass(patterns, context)
     record = inductor_cache_dir() / "fusecomp" / f"{structure}-{stage.key()[:32]}.json"
-    compile_graph = inductor_artifact if artifact else inductor_compile
     compiled = compile_graph(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
     if stage.ran:
         _write_record(record, context.report)
@@ -82,6 +84,7 @@ def compile_fused(
     if known is None:
         stage.nonce = uuid.uuid4().hex
         compiled = compile_graph(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+        assert stage.ran, "a graph with a new key was taken from a cache"
         _write_record(record, context.report)
         return compiled, context.report
     return compiled, known

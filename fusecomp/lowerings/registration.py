@@ -28,6 +28,21 @@ def _cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     launch_cache_write(_unit_stride(k), _unit_stride(v), kv_cache, slots)
 
 
+def _attention_refusal(q: Tensor, k: Tensor, kv_cache: Tensor, scale: float, window: int, softcap: float) -> str | None:
+    from fusecomp.lowerings.paged_attention.lowering import supports
+
+    return supports(
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        page_size=kv_cache.shape[3],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+
+
 def _paged_attention(
     q: Tensor,
     k: Tensor,
@@ -42,19 +57,10 @@ def _paged_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    from fusecomp.lowerings.paged_attention.lowering import launch_paged_attention, supports
+    from fusecomp.lowerings.paged_attention.lowering import launch_paged_attention
 
     args = (kv_cache, cu_q_lens, seq_lens, block_tables, host_meta, scale, window, softcap, sinks)
-    reason = supports(
-        dtype=q.dtype,
-        num_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        page_size=kv_cache.shape[3],
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
+    reason = _attention_refusal(q, k, kv_cache, scale, window, softcap)
     if reason:
         record_fallback("paged_attention", reason)
         return paged_attention_reference(q, k, v, *args)
@@ -81,20 +87,11 @@ def _rope_attention(
     sinks: Tensor | None,
     rope: str,
 ) -> Tensor:
-    from fusecomp.lowerings.paged_attention import lowering
     from fusecomp.lowerings.paged_attention.rope import launch_rope_attention, supports
 
     rest = (kv_cache, slots, cu_q_lens, seq_lens, block_tables, host_meta, scale, window, softcap, sinks, rope)
-    reason = supports(Rope.parse(rope), head_dim=q.shape[2], cos=cos, sin=sin) or lowering.supports(
-        dtype=q.dtype,
-        num_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        page_size=kv_cache.shape[3],
-        scale=scale,
-        window=window,
-        softcap=softcap,
-    )
+    reason = supports(Rope.parse(rope), head_dim=q.shape[2], cos=cos, sin=sin)
+    reason = reason or _attention_refusal(q, k, kv_cache, scale, window, softcap)
     if reason:
         record_fallback("rope_attention", reason)
         return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)

@@ -42,7 +42,6 @@ FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "erf": torch.erf,
-    "relu": torch.relu,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "gt": torch.gt,

@@ -59,7 +59,6 @@ UNARY = {
         "sigmoid",
         "tanh",
         "erf",
-        "relu",
     ]
 }
 CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
@@ -145,7 +144,10 @@ def read_region(node: Node) -> MatmulRegion:
     assert isinstance(x, Node) and isinstance(transposed, Node)
     if node.kwargs:
         return MatmulRegion(node, reason=f"it is scaled: {node.kwargs}")
-    weight = transposed.args[0] if is_call(transposed, aten.permute.default, aten.t.default) else None
+    turned = is_call(transposed, aten.t.default) or (
+        is_call(transposed, aten.permute.default) and list(transposed.args[1]) == [1, 0]  # type: ignore[arg-type]
+    )
+    weight = transposed.args[0] if turned else None
     if not isinstance(weight, Node) or weight.op != "placeholder":
         return MatmulRegion(node, reason="it does not multiply by the transpose of a weight [N, K]")
     fake_w, fake_x = fake_value(weight), fake_value(x)
@@ -153,7 +155,11 @@ def read_region(node: Node) -> MatmulRegion:
         return MatmulRegion(node, reason=f"its weight {tuple(fake_w.shape)} is not contiguous")
     if fake_x.dtype != fake_w.dtype:
         return MatmulRegion(node, reason=f"activations are {fake_x.dtype}, its weight {fake_w.dtype}")
+    if token_shape(node) is None:
+        return MatmulRegion(node, reason=f"its output {tuple(fake_value(node).shape)} has no fixed number of features")
     grown = _Growth(node)
+    if not grown.has_bias:
+        return MatmulRegion(node, reason="what it adds is no bias, residual or number of a supported dtype")
     return MatmulRegion(node, x, weight, grown.exit, grown.program, grown.operands)
 
 
@@ -178,8 +184,7 @@ class _Growth:
                 self._join(half, f"a{i}")
         else:
             self._join(node, "a0")
-        if node.target is aten.addmm.default and not self._bias(node.args[0]):
-            raise AssertionError("addmm adds a row to each token")
+        self.has_bias = node.target is not aten.addmm.default or self._bias(node.args[0])
         self.exit, self.program, self.operands = self._grow()
 
     def _join(self, node: Node, name: str) -> None:
@@ -187,9 +192,7 @@ class _Growth:
         self.members.append(node)
 
     def _bias(self, bias: Any) -> bool:
-        """The bias of an addmm is the first step of the epilogue, on each accumulator."""
-        if self.groups == 2:
-            return False
+        """Make what an addmm adds the first step of the epilogue; False if it cannot be an operand."""
         name = self._operand(bias)
         if name is None:
             return False
@@ -278,10 +281,13 @@ class _Growth:
             return self._clamp(node)
         target: Any = node.target
         function = BINARY.get(target) or UNARY.get(target)
-        if function is None:
+        if target is aten.relu.default:
+            name = self._name(node.args[0])
+            return None if name is None else ("maximum", name, 0.0)
+        # A truth value may choose, and no more: sums and products of them are other functions than those of numbers.
+        numbers = node.args[1:] if function == "where" else node.args
+        if function is None or any(isinstance(a, Node) and fake_value(a).dtype == torch.bool for a in numbers):
             return None
-        if function == "relu":
-            return ("maximum", self._name(node.args[0]), 0.0)
         arguments = [self._name(a) for a in node.args]
         return None if None in arguments else (function, *arguments)
 

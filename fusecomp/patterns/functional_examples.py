@@ -94,6 +94,9 @@ def epilogue_examples() -> list[Example]:
         epilogue("halves_apart", lambda x, w: halves(F.linear(x, w)), weight=W2),
         epilogue("two_exits", two_exits),
         epilogue("self_residual", self_residual, (N, N), matches=2),
+        epilogue("chosen", lambda x, w, r: torch.where(F.linear(x, w) > r, F.linear(x, w), r), WIDE, matches=2),
+        epilogue("counted", lambda x, w: (F.linear(x, w) > 0).float() * 0.5),
+        epilogue("square", lambda x, w: x @ w.permute(0, 1), weight=(K, K), matches=0, reason="transpose of a weight"),
         epilogue("untransposed", lambda x, w: x @ w, weight=(K, N), matches=0, reason="transpose of a weight"),
         epilogue("activations", lambda x, w: x @ torch.sin(w).T, matches=0, reason="transpose of a weight"),
     ]

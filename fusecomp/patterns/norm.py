@@ -36,6 +36,7 @@ ALLOWED = (
     *BINARY,
     *UNARY,
     *CLAMPS,
+    aten.relu.default,
     *REDUCTIONS,
     *RESHAPES,
     CAST,
@@ -111,7 +112,7 @@ class Norm(Pattern):
         with graph.inserting_before(node):
             new = functional.call(graph, OPS.norm.default, (candidate.source, weight, bias, spec.to_text()), node)
         replace_and_prune(node, new)
-        return f"{spec.describe()}, read {len(node.users) or len(new.users)} times"
+        return f"{spec.describe()}, read {len(new.users)} times"
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.functional_examples import norm_examples

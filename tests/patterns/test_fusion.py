@@ -101,3 +101,14 @@ def test_norm_of_another_epsilon_is_another_norm():
         assert relative_error(output, function(*inputs)) < 1e-5
         seen += [m.detail for m in context.report.matches if m.pattern == "norm"]
     assert "1e-06" in seen[0] and "0.001" in seen[1]
+
+
+def test_a_matmul_of_another_dtype_is_refused_and_not_half_read():
+    """What addmm adds is no operand in fp64: a reason in the report, and the graph as it was."""
+    inputs, context = (
+        (torch.randn(1, 3, 8).double(), torch.randn(4, 8).double(), torch.randn(4).double()),
+        new_context(),
+    )
+    output, _ = run_fused(F.linear, inputs, lambda gm: LinearEpilogue().apply(gm, context))
+    assert context.report.count("linear") == 0 and "float64" in context.report.near_misses[0].reason
+    assert torch.equal(output, F.linear(*inputs))

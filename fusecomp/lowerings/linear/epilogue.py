@@ -52,7 +52,6 @@ EXPRESSIONS = {
     "sigmoid": "1.0 / (1.0 + tl.exp(-{}))",
     "tanh": "tanh({})",
     "erf": "tl.erf({})",
-    "relu": "tl.maximum({}, 0.0)",
     # A NaN must reach the output, as it does in eager mode.
     "maximum": "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)",

@@ -13,6 +13,11 @@ from fusecomp.ops.linear import COLUMN, FULL, ROW, SCALAR, Program
 COMPARISONS = ("gt", "ge", "lt", "le")
 OPERANDS = (FULL, ROW, COLUMN, SCALAR)
 
+# The two epilogues of a decoder layer, as the fuse stage writes them.
+RESIDUAL = epilogue_hook(Program(1, (FULL,), (("add", "i0", "a0"),), "bfloat16"))
+_SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"))
+SWIGLU = epilogue_hook(Program(2, (), (*_SILU, ("mul", "t3", "a1")), "bfloat16"))
+
 
 def every_function() -> Program:
     """A program that uses each function once, on two accumulators and operands of all layouts."""

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton
-import triton.language as tl
-
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear import large_heuristics
+from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block
 from fusecomp.lowerings.linear.norm import norm_kernel
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import pointwise_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
-
-
-@triton.jit
-def residual_epilogue(accs, args, strides, m, n, mask):
-    return accs[0] + tl.load(args[0] + m * strides[0] + n, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def swiglu_epilogue(accs, args, strides, m, n, mask):
-    return accs[0] / (1 + tl.exp(-accs[0])) * accs[1]
-
 
 ARGS: dict[int, tuple[str, ...]] = {1: ("bf16",), 2: ()}  # the residual's epilogue has an operand, SwiGLU's none
 
@@ -62,7 +49,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k, "GROUP_T": config.group_t, "SPLITS": config.splits, "PIECES": config.pieces,
                 "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": pdl,
-                "EPILOGUE": residual_epilogue if groups == 1 else swiglu_epilogue, **x_tiles,
+                "EPILOGUE": RESIDUAL if groups == 1 else SWIGLU, **x_tiles,
             },
             config.num_warps,
             stages,
@@ -77,7 +64,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
             {"num_tokens": "i32", "stride_o": "i32", "strides": ("i32",) * len(args)},
             {
                 "N": n, "G": groups, "SPLITS": splits, "BLOCK_T": block_t, "BLOCK_N": block_n, "USE_PDL": pdl,
-                "EPILOGUE": residual_epilogue if groups == 1 else swiglu_epilogue,
+                "EPILOGUE": RESIDUAL if groups == 1 else SWIGLU,
             },
             num_warps,
             num_stages=3,

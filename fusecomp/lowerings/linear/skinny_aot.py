@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-import triton.language as tl
-
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
-
-
-@triton.jit
-def residual(accs, args, strides, m, n, mask):
-    return accs[0] + tl.load(args[0] + m * strides[0] + n, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def swiglu(accs, args, strides, m, n, mask):
-    g = accs[0]
-    return (g / (1 + tl.exp(-g))) * accs[1]
-
 
 SUBSET = ((4096, 4096, 1, 1, "bf16"), (14336, 4096, 2, 8, "bf16"), (4096, 14330, 1, 64, "fp16"))  # n, k, groups, tokens
 
@@ -49,7 +35,7 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
-        "NORM": norm, "EPILOGUE": swiglu if groups == 2 else residual, "USE_PDL": pdl,
+        "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": pdl,
     }  # fmt: skip
     if norm >= 2:
         pointers["norm_weight"] = dtype

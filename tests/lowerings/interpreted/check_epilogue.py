@@ -9,7 +9,7 @@ from fusecomp.lowerings.linear.epilogue import EXPRESSIONS, epilogue_hook, epilo
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.ops.linear import COLUMN, FULL, FUNCTIONS, ROW, SCALAR, Program, run_epilogue
 
-UNARY = ("neg", "abs", "exp", "sigmoid", "tanh", "erf", "relu")
+UNARY = ("neg", "abs", "exp", "sigmoid", "tanh", "erf")
 BINARY = ("add", "sub", "mul", "maximum", "minimum")
 
 
