@@ -17,6 +17,7 @@ __all__ = [
     "CustomGraphPass",
     "compiler_settings",
     "counters",
+    "decomposes_outer_products",
     "dynamo_settings",
     "functional_backend",
     "inductor_artifact",
@@ -47,6 +48,13 @@ def inductor_cache_dir() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
+
+
+def decomposes_outer_products() -> bool:
+    """Whether Inductor itself multiplies where a bmm sums one product: torch 2.13 does, 2.11 does not."""
+    from torch._inductor.decomposition import bmm
+
+    return bmm(torch.ones(1, 2, 1), torch.ones(1, 1, 2)) is not NotImplemented
 
 
 def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Callable[[GraphModule], None]) -> Callable:

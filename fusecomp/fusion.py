@@ -24,10 +24,11 @@ from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
+from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.report import FusionReport, Match, NearMiss
 
-FUSE: tuple[Pattern, ...] = (LinearEpilogue(), Norm(), RopeAttention())
+FUSE: tuple[Pattern, ...] = (OuterProduct(), LinearEpilogue(), Norm(), RopeAttention())
 
 
 class FusePass(CustomGraphPass):

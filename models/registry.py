@@ -15,6 +15,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from fusecomp._compat import decomposes_outer_products
+
 WINDOW = 7  # sliding windows, small enough for every test prompt to cross
 
 
@@ -29,7 +31,8 @@ class Family:
         expected_matches: per pattern, matches in one decoder layer. A capture of the model must report exactly
             `layers * count` of each; a pattern that is not named must not match.
         dtypes: in which the family is tested.
-        fused_matches: per pattern, further matches of the fuse stage in one decoder layer; the head adds one linear.
+        fused_matches: per pattern, further matches of the fuse stage in one decoder layer; `expected_total` adds those
+            outside of the layers.
         windows: sliding window of each layer, 0 for plain causal attention: what the mask proof must find.
         tolerance: why the numerics contract needs care here; empty when it holds as it stands.
         exclusions: configurations of the family that are not covered, with the reason.
@@ -53,7 +56,8 @@ class Family:
         """Matches in the whole model, with those of the fuse stage if it runs."""
         per_layer = {**self.expected_matches, **(self.fused_matches if fused else {})}
         total = {pattern: count * self.layers for pattern, count in per_layer.items()}
-        return total | {pattern: total[pattern] + count for pattern, count in _HEAD_FUSED.items() if fused}
+        once = {**_HEAD_FUSED, **_TABLE_FUSED} if fused else {}
+        return total | {pattern: total.get(pattern, 0) + count for pattern, count in once.items()}
 
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.architecture)
@@ -76,6 +80,8 @@ _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
 _SPARSE_FUSED = {"linear": 3, "norm": 2, "rope_attention": 1}
 _HEAD_FUSED = {"linear": 1}
+# The rotary table, where Inductor has not made a multiplication of it before the fuse stage sees it.
+_TABLE_FUSED = {} if decomposes_outer_products() else {"outer_product": 1}
 _SMALL = {
     "hidden_size": 96,
     "num_attention_heads": 6,

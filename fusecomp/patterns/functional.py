@@ -139,16 +139,16 @@ def size_node(tensor: Node, dim: int) -> Any:
     return node
 
 
-def call(graph: torch.fx.Graph, target: Any, args: tuple, like: Node | None = None) -> Node:
+def call(graph: torch.fx.Graph, target: Any, args: tuple, like: Node | None = None, **kwargs: Any) -> Node:
     """Insert a call and infer its fake value; `like` gives it the metadata of the code it stands for."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     fake_args = torch.fx.node.map_aggregate(args, lambda a: fake_value(a) if isinstance(a, Node) else a)
     if like is not None:
         node.meta.update(
             {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "original_aten")}
         )
     with torch.no_grad():
-        node.meta["val"] = target(*fake_args)
+        node.meta["val"] = target(*fake_args, **kwargs)
     return node
 
 

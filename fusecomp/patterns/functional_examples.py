@@ -102,6 +102,31 @@ def epilogue_examples() -> list[Example]:
     ]
 
 
+def rotary_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """As Hugging Face writes it, the batch dimension apart."""
+    angles = (frequencies[:, None] @ positions[None, :]).transpose(0, 1)
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos() * 0.5, both.sin() * 0.5
+
+
+def outer_examples() -> list[Example]:
+    """Products with one term to a sum, and what must be left alone."""
+    column, row = (T, 1), (1, K)
+
+    def outer(name: str, function: Callable, *shapes: tuple[int, ...], **facts: object) -> Example:
+        return Example(name, function, values(*shapes), **facts)  # type: ignore[arg-type]
+
+    return [
+        outer("mm", lambda a, b: a @ b, column, row),
+        outer("mm_transposed", lambda a, b: (b.T @ a.T).T, column, row),
+        outer("rotary_table", rotary_table, (K,), (T,)),
+        outer("two_terms", lambda a, b: a @ b, (T, 2), (2, K), matches=0),
+        outer("addmm", torch.addmm, (T, K), column, row, matches=0, reason="adds to the product"),
+        outer("baddbmm", torch.baddbmm, (2, T, K), (2, T, 1), (2, 1, K), matches=0, reason="adds to the product"),
+        outer("double", lambda a, b: a.double() @ b.double(), column, row, matches=0, reason="float64"),
+    ]
+
+
 def norm_examples() -> list[Example]:
     """Norms as models spell them, each read by a linear."""
     vector = (K,)
