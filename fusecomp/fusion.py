@@ -26,9 +26,10 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.rope import RopeAttention
+from fusecomp.patterns.rows import SelectedRows
 from fusecomp.report import FusionReport, Match, NearMiss
 
-FUSE: tuple[Pattern, ...] = (OuterProduct(), LinearEpilogue(), Norm(), RopeAttention())
+FUSE: tuple[Pattern, ...] = (OuterProduct(), LinearEpilogue(), SelectedRows(), Norm(), RopeAttention())
 
 
 class FusePass(CustomGraphPass):

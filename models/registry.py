@@ -79,7 +79,7 @@ _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
 _SPARSE_FUSED = {"linear": 3, "norm": 2, "rope_attention": 1}
-_HEAD_FUSED = {"linear": 1}
+_HEAD_FUSED = {"linear": 1, "selected_rows": 1, "norm": 1}
 # The rotary table, where Inductor has not made a multiplication of it before the fuse stage sees it.
 _TABLE_FUSED = {} if decomposes_outer_products() else {"outer_product": 1}
 _SMALL = {

@@ -95,7 +95,14 @@ def test_the_fuse_stage_changes_no_token(name):
     fused = llm(name, fuse="always").generate(prompts, params, use_tqdm=False)
     plain = llm(name).generate(prompts, params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in fused] == [o.outputs[0].token_ids for o in plain]
-    assert llm(name, fuse="always").fusion_report.counts() == expected(name, fused=True)
+    report = llm(name, fuse="always").fusion_report
+    assert report.counts() == expected(name, fused=True)
+    # The head normalises the rows that it reads, and no others.
+    before_head = {m.pattern: m.detail.split(", ")[-1] for m in report.matches if m.where == "model.norm"}
+    assert before_head == {
+        "selected_rows": "rows chosen before the rms norm eps 1e-06",
+        "norm": "folded into the linear that reads it",
+    }
 
 
 def nats_per_token(engine: Engine, windows: list[list[int]]) -> float:

@@ -127,6 +127,54 @@ def outer_examples() -> list[Example]:
     ]
 
 
+def selected_rows_examples() -> list[Example]:
+    """Rows that are chosen from a norm's result on the way to a linear."""
+    indices = (0, 5, 5, 2, 6)  # in no order, one of them twice
+
+    def rows(name: str, function: Callable, *, index: object = indices, weight: tuple = W, **facts: object) -> Example:
+        def inputs(dtype: torch.dtype) -> tuple:
+            return (*values(X, X, (K,), weight)(dtype), torch.tensor(index))
+
+        return Example(name, function, inputs, **facts)  # type: ignore[arg-type]
+
+    def both_outputs(x: Tensor, r: Tensor, g: Tensor, w: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + r
+        return h, F.linear(rms(h, g)[:, i], w)
+
+    def normed_too(x: Tensor, r: Tensor, g: Tensor, w: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        y = rms(x, g)
+        return F.linear(y[:, i], w), y * r
+
+    def two_choices(x: Tensor, r: Tensor, g: Tensor, w: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        y = rms(x, g)
+        return F.linear(y[:, i], w), F.linear(y[:, :3], w)
+
+    def two_linears(x: Tensor, r: Tensor, g: Tensor, w: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        y = rms(x, g)[:, i]
+        return F.linear(y, w), F.linear(y, w * 1.0)
+
+    def no_norm(x: Tensor, r: Tensor, g: Tensor, w: Tensor, i: Tensor) -> Tensor:
+        return F.linear((g * x / (x.abs().mean(-1, keepdim=True) + 1e-6))[:, i], w)
+
+    return [
+        rows("index", lambda x, r, g, w, i: F.linear(rms(x, g)[:, i], w)),
+        rows("index_2d", lambda x, r, g, w, i: F.linear(rms(x[0], g)[i], w)),
+        rows("negative_index", lambda x, r, g, w, i: F.linear(rms(x, g)[:, i], w), index=(-1, 3)),
+        rows("index_select", lambda x, r, g, w, i: F.linear(rms(x, g).index_select(1, i), w)),
+        rows("last_row", lambda x, r, g, w, i: F.linear(rms(x, g)[:, -1:], w)),
+        rows("slice", lambda x, r, g, w, i: F.linear(F.layer_norm(x, (K,), g)[:, 1:6], w)),
+        rows("residual_and_both_outputs", both_outputs),
+        rows("two_linears", two_linears),
+        rows("normed_rows_read_elsewhere", normed_too, matches=0, reason="also read by mul"),
+        rows("two_choices", two_choices, matches=0, reason="also read by"),
+        rows("no_norm", no_norm, matches=0, reason="no norm in the vocabulary"),
+        rows("features", lambda x, r, g, w, i: F.linear(rms(x[0], g)[:, :N], w), weight=(N, N), matches=0,
+             reason="whole rows"),
+        rows("two_dimensional_index", lambda x, r, g, w, i: F.linear(rms(x, g)[:, i[None]], w), matches=0,
+             reason="no list of row numbers"),
+    ]  # fmt: skip
+
+
 def norm_examples() -> list[Example]:
     """Norms as models spell them, each read by a linear."""
     vector = (K,)

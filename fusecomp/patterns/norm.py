@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ ALLOWED = (
 )
 MAX_NODES = 40
 DRAWS, AGREEMENT = 3, 1e-9
-LINEAR = OPS.linear.default
+LINEAR, NORM = OPS.linear.default, OPS.norm.default
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Norm(Pattern):
             if not is_call(node, LINEAR):
                 continue
             y = skip_reshapes(node.args[0])  # type: ignore[arg-type]
-            if y in seen:
+            if y in seen or (is_call(y, NORM) and not _only_reader(y, node)):
                 continue
             seen.add(y)
             candidate = read_norm(y)
@@ -88,11 +89,7 @@ class Norm(Pattern):
                 yield candidate
 
     def guard(self, candidate: NormCandidate, context: PassContext) -> str | None:
-        if fake_value(candidate.node).dtype != fake_value(candidate.source).dtype:
-            return f"it turns {fake_value(candidate.source).dtype} into {fake_value(candidate.node).dtype}"
-        if len(candidate.vectors) > 2:
-            return f"it reads {len(candidate.vectors)} vectors, a norm has a weight and a bias"
-        return None if identify(candidate) else "what it computes is no norm in the vocabulary"
+        return norm_reason(candidate)
 
     def emit(self, candidate: NormCandidate, gm: GraphModule, context: PassContext) -> str:
         found = identify(candidate)
@@ -110,7 +107,7 @@ class Norm(Pattern):
             replace_and_prune(linear, new)
             return f"{spec.describe()}, folded into the linear that reads it"
         with graph.inserting_before(node):
-            new = functional.call(graph, OPS.norm.default, (candidate.source, weight, bias, spec.to_text()), node)
+            new = functional.call(graph, NORM, (candidate.source, weight, bias, spec.to_text()), node)
         replace_and_prune(node, new)
         return f"{spec.describe()}, read {len(new.users)} times"
 
@@ -118,6 +115,15 @@ class Norm(Pattern):
         from fusecomp.patterns.functional_examples import norm_examples
 
         return norm_examples()
+
+
+def norm_reason(candidate: NormCandidate) -> str | None:
+    """Why the candidate is no norm that the canonical op computes, or None."""
+    if fake_value(candidate.node).dtype != fake_value(candidate.source).dtype:
+        return f"it turns {fake_value(candidate.source).dtype} into {fake_value(candidate.node).dtype}"
+    if len(candidate.vectors) > 2:
+        return f"it reads {len(candidate.vectors)} vectors, a norm has a weight and a bias"
+    return None if identify(candidate) else "what it computes is no norm in the vocabulary"
 
 
 def _only_reader(node: Node, linear: Node) -> bool:
@@ -145,7 +151,13 @@ def _readers(node: Node) -> tuple[Node, ...]:
 
 
 def read_norm(y: Node) -> NormCandidate | None:
-    """The nearest hidden state from which `y` is computed by a reduction and pointwise operations, if any."""
+    """The nearest hidden state from which `y` is computed by a reduction and pointwise operations, if any.
+
+    A canonical norm is one too: its only reader may still take it in.
+    """
+    if is_call(y, NORM):
+        args: Any = y.args
+        return NormCandidate(y, args[0], (y,), tuple(v for v in args[1:3] if v is not None), _readers(y))
     shape = token_shape(y)
     if shape is None or not is_call(y, *ALLOWED):
         return None
@@ -185,6 +197,9 @@ def _is_vector(node: Node, width: int) -> bool:
 
 def identify(candidate: NormCandidate) -> tuple[NormSpec, Node | None, Node | None] | None:
     """The norm that the candidate computes, with its weight and bias, or None."""
+    if is_call(candidate.node, NORM):
+        args: Any = candidate.node.args
+        return NormSpec.from_text(args[3]), args[1], args[2]
     constants = {
         float(arg)
         for node in candidate.region
