@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
@@ -39,8 +40,57 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
     """Compile a Dynamo graph with Inductor (AOT functionalization, reinplacing, code generation)."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
+    with reshapes_of_unknown_sizes():
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
     return compiled
+
+
+@contextmanager
+def reshapes_of_unknown_sizes() -> Iterator[None]:
+    """Inside, Inductor reshapes a computed value of unknown size without a copy where it can, as torch 2.13 does.
+
+    Torch 2.11 writes such a value out at every squeeze: a rotary table for any number of tokens would be five kernels.
+    """
+    from torch._inductor import ir
+
+    if torch.__version__ >= "2.13":
+        yield
+        return
+    original = vars(ir.View)["create"]
+
+    def create(cls: Any, x: Any, new_size: Sequence[Any]) -> Any:
+        if not ir.is_storage_and_layout(x):  # computed, and so far in no buffer
+            old, new = cls.resolve_negative_size(x.get_size(), new_size)
+            if reindex := _reindex(cls, old, new):
+                return cls(data=x, size=list(new), reindex=reindex)
+        return original.__func__(cls, x, new_size)
+
+    ir.View.create = classmethod(create)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ir.View.create = original  # type: ignore[method-assign]
+
+
+def _reindex(view: Any, old: Sequence[Any], new: Sequence[Any]) -> Callable | None:
+    """Where a view of unknown size finds its elements, if that does not depend on the size; None otherwise.
+
+    A prime stands for each size, and then another one: indices that are the same for both keep the sizes whole.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if not free_unbacked_symbols([*old, *new]) or list(old) == list(new):
+        return None
+    symbols = sorted({symbol for size in (*old, *new) for symbol in size.free_symbols}, key=str)
+    index = [sympy.Symbol(f"view_{i}", integer=True, nonnegative=True) for i in range(len(new))]
+    found = []
+    for first in (5000, 5000 + len(symbols)):
+        primes = {symbol: sympy.Integer(sympy.prime(first + i)) for i, symbol in enumerate(symbols)}
+        try:
+            found.append(view.dynamic_reshape_indexer(*([s.xreplace(primes) for s in sizes] for sizes in (old, new))))
+        except Exception:  # no indices are found for such sizes: what Inductor does is right, if slower
+            return None
+    return found[0] if tuple(found[0](index)) == tuple(found[1](index)) else None
 
 
 def inductor_cache_dir() -> Path:
@@ -89,7 +139,7 @@ def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[
     # torch 2.11 does not know that a check of sizes is no state. What has no cache key becomes an artefact even so:
     # ours are found by a key of our own.
     options = {"config_patches": {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | (patches or {})}
-    with functorch_config.patch(bypass_autograd_cache_key=True):
+    with functorch_config.patch(bypass_autograd_cache_key=True), reshapes_of_unknown_sizes():
         return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor import metrics
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusecomp._compat import mark_unbacked
+from fusecomp._compat import dynamo_settings, inductor_compile, mark_unbacked
+from fusecomp.fusion import FusePass
 from fusecomp.patterns.base import count_ops, fake_value
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.testing.patterns import new_context, run_fused
@@ -73,17 +75,59 @@ def test_sums_are_left_alone(add):
     assert torch.equal(after(*inputs), add(*inputs))
 
 
+def table(frequencies, positions):
+    """As Hugging Face writes it."""
+    angles = (frequencies[None, :, None].expand(1, -1, 1) @ positions[:, None, :].float()).transpose(1, 2)
+    both = torch.cat((angles, angles), -1)
+    return both.cos(), both.sin()
+
+
 def test_the_rotary_table_has_no_product_left():
-    """Frequencies by positions as Hugging Face writes them, for any number of tokens."""
-
-    def table(frequencies, positions):
-        angles = (frequencies[None, :, None].expand(1, -1, 1) @ positions[:, None, :].float()).transpose(1, 2)
-        both = torch.cat((angles, angles), -1)
-        return both.cos(), both.sin()
-
-    inputs = (torch.rand(16), torch.arange(11)[None])
+    """For any number of tokens."""
+    inputs, context = (torch.rand(16), torch.arange(11)[None]), new_context()
     mark_unbacked(inputs[1], 1)
-    context = new_context()
     output, graph = run_fused(table, inputs, lambda gm: OuterProduct().apply(gm, context))
     assert not any(name in count_ops(graph.graph) for name in PRODUCTS)
     assert all(torch.equal(a, b) for a, b in zip(output, table(*inputs), strict=True))
+
+
+def compiled(function, inputs):
+    """`function` by Inductor with the pattern, and the number of kernels that it became."""
+    stage = FusePass((OuterProduct(),), new_context())
+
+    def backend(gm, example_inputs):
+        return inductor_compile(gm, example_inputs, {"post_grad_custom_pre_pass": stage, "force_disable_caches": True})
+
+    torch._dynamo.reset()
+    metrics.reset()
+    with dynamo_settings(), torch.no_grad():
+        output = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    return output, metrics.generated_kernel_count
+
+
+def test_the_rotary_table_is_one_kernel():
+    """For any number of tokens: what is computed is not written out to be reshaped."""
+    inputs = (torch.rand(16), torch.arange(11)[None])
+    mark_unbacked(inputs[1], 1)
+    output, kernels = compiled(table, inputs)
+    assert kernels == 1
+    torch.testing.assert_close(output, table(*inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_computed_values_of_unknown_size_are_reshaped_right():
+    """With the size kept whole, and with it split or merged, where the place of an element depends on it."""
+
+    def reshapes(x, y):
+        a, b = x * 2, y + 1
+        return (
+            *(a[None].squeeze(0) + 1, a.unsqueeze(1).expand(-1, 3, -1) * 2, a.reshape(-1, 4, 2).sum(1)),
+            *(a.reshape(-1) - 1, a.transpose(0, 1).reshape(-1) * 3, a.reshape(-1, 2, 2, 2).transpose(1, 3) * 5),
+            (a[:, None] + b[None]).reshape(-1, 8) * 7,
+        )
+
+    inputs = (torch.randn(5, 8), torch.randn(3, 8))
+    for x in inputs:
+        mark_unbacked(x, 0)
+    output, _ = compiled(reshapes, inputs)
+    for actual, wanted in zip(output, reshapes(*inputs), strict=True):
+        torch.testing.assert_close(actual, wanted)
