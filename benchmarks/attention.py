@@ -28,6 +28,7 @@ import torch
 import triton
 
 from benchmarks.timing import time_chain
+from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 from fusecomp.lowerings.paged_attention.lowering import NewTokens
@@ -148,7 +149,7 @@ class DecodeCase:
     def default(self) -> DecodeConfig:
         layer = self.shape.layer
         return heuristics.decode_config(
-            lowering.device_target(0), head_dim=layer.head_dim, itemsize=DTYPE.itemsize, num_kv_heads=layer.kv_heads,
+            device_target(0), head_dim=layer.head_dim, itemsize=DTYPE.itemsize, num_kv_heads=layer.kv_heads,
             page_size=layer.page_size, num_rows=self.shape.batch, capacity=self.shape.context,
             group=layer.heads // layer.kv_heads,
         )  # fmt: skip
@@ -211,7 +212,7 @@ class PrefillCase:
 
     def default(self) -> PrefillConfig:
         return heuristics.prefill_config(
-            lowering.device_target(0), head_dim=self.shape.layer.head_dim, itemsize=DTYPE.itemsize,
+            device_target(0), head_dim=self.shape.layer.head_dim, itemsize=DTYPE.itemsize,
             max_keys=self.shape.max_keys,
         )  # fmt: skip
 
@@ -500,7 +501,7 @@ def main() -> None:
     for line in rows[-len(FUSED_SHAPES) - 5 :]:
         print(f"{line['label']:50s} {line['us']:9.1f} us {line['rate']:8.2f} TB/s {line['share']:6.1%}")
     if args.tune:
-        write_table(args.out / f"{lowering.device_target(0).table}.json", environment, entries)
+        write_table(args.out / f"{device_target(0).table}.json", environment, entries)
         (args.out / "sweep.json").write_text(json.dumps(sweep, indent=1))
     print(json.dumps({**environment, "results": {r["label"]: [r["us"], r["rate"], r["share"]] for r in rows}}))
 

@@ -25,10 +25,10 @@ import triton
 
 from benchmarks.ceilings import read_bandwidth
 from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model, bench
+from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
-from fusecomp.lowerings.paged_attention.lowering import device_target
 
 TUNE_LAYERS = {"llama-8b": 4, "llama-1b": 8}
 RACE_REPLAYS = 50

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.timing import time_chain
+from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear import large, large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.persistent import persistent_kernel
@@ -373,7 +374,7 @@ def main() -> None:
     layers = list(dict.fromkeys(layer for name in args.models for layer in LAYERS[name]))
     cases = [(layer, tokens) for tokens in args.tokens for layer in layers if not (layer.n > 65536 and tokens > 512)]
     device = torch.device("cuda")
-    target = large_heuristics.device_target(0)
+    target = device_target(0)
 
     def committed(layer: Layer, tokens: int) -> LargeConfig:
         return large_heuristics.large_config(

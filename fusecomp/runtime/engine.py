@@ -365,7 +365,7 @@ class Engine:
 
     def _explain_lowerings(self) -> None:
         """Say which kernel each linear takes, for the batches that have a graph and for the longest step."""
-        from fusecomp.lowerings.linear.large_heuristics import target_of
+        from fusecomp.lowerings.device import target_of
         from fusecomp.lowerings.linear.lowering import explain_choices
 
         counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fusecomp.lowerings.aot import compile_one
+from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear import skinny_heuristics
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_aot import specialization
 from fusecomp.lowerings.linear.skinny_heuristics import MAX_SPLITS, load_table, skinny_config
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.paged_attention.lowering import device_target
 from tests.lowerings.linear_cases import EPILOGUES, Linear
 
 ROOT = Path(__file__).parents[2]

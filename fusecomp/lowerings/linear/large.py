@@ -13,8 +13,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.linear import large_heuristics
-from fusecomp.lowerings.linear.large_heuristics import LargeConfig, target_of, tma_reads, uses_pdl
+from fusecomp.lowerings.linear.large_heuristics import LargeConfig, tma_reads
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusecomp.lowerings.paged_attention.heuristics import SM90, Target, next_power_of_2
-from fusecomp.lowerings.paged_attention.lowering import device_target
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
@@ -63,16 +62,6 @@ class LargeConfig:
 
 # Where nothing was measured: no TMA, products of one warp.
 PLAIN = LargeConfig(block_t=128, block_n=128, block_k=32, num_stages=3, pieces=1, use_tma=False)
-
-
-def target_of(tensor: Tensor) -> Target:
-    """The GPU a tensor lives on; the H200 under Triton's interpreter."""
-    return device_target(tensor.device.index) if tensor.is_cuda else SM90
-
-
-def uses_pdl(tensor: Tensor) -> bool:
-    """Whether kernels on this tensor's device take part in programmatic dependent launch."""
-    return tensor.is_cuda and target_of(tensor).has_tma
 
 
 @cache

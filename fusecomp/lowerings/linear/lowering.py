@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
 from fusecomp.lowerings.linear.large import launch_large
-from fusecomp.lowerings.linear.large_heuristics import LargeConfig, large_config, target_of, uses_pdl
+from fusecomp.lowerings.linear.large_heuristics import LargeConfig, large_config
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusecomp.lowerings.linear.large_heuristics import norm_block, uses_pdl
+from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.linear.large_heuristics import norm_block
 
 KINDS = ("rms", "layer")
 

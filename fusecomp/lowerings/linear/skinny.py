@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecomp.lowerings.device import zeroed_counters
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
@@ -86,23 +87,6 @@ def run_skinny(
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
-
-
-_arrival_counters: dict[torch.device, Tensor] = {}
-
-
-def zeroed_counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros, which every launch leaves at zero; kept per device, so that capturing a launch adds no memset.
-
-    Counters created during a capture hold zeros only once the graph runs, so those are not kept: warm up before
-    capturing.
-    """
-    counters = _arrival_counters.get(device)
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            _arrival_counters[device] = counters
-    return counters
 
 
 def _cdiv(a: int, b: int) -> int:

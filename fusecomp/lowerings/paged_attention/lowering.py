@@ -19,10 +19,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
-from fusecomp.lowerings.paged_attention.heuristics import SM90, DecodeConfig, PrefillConfig, Target
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
 from fusecomp.ops.rope import PAIRS, Rope
 
@@ -64,28 +65,6 @@ def supports(
 
 
 @cache
-def device_target(index: int) -> Target:
-    """The `Target` of a CUDA or ROCm device."""
-    props = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Target(props.name, "hip", props.gcnArchName.split(":")[0], 64 * 1024, props.multi_processor_count)
-    arch = props.major * 10 + props.minor
-    smem = props.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Target(props.name, "cuda", arch, smem, props.multi_processor_count)
-
-
-def target_of(tensor: Tensor) -> Target:
-    if tensor.is_cuda:
-        return device_target(tensor.device.index)
-    return SM90  # under Triton's interpreter
-
-
-def uses_pdl(tensor: Tensor) -> bool:
-    """Whether kernels on this tensor are launched before the ones that they follow have ended."""
-    return tensor.is_cuda and target_of(tensor).has_pdl
-
-
-@cache
 def _log_source(source: str) -> None:
     logger.info("attention launch configuration: %s", source)
 
@@ -123,23 +102,12 @@ def rope_constants(rope: Rope) -> dict[str, Any]:
     return {"ROT": rope.dims, "STYLE": rope.style, "PAIRS": rope.table == PAIRS, "NORM": rope.norm}
 
 
-_arrival_counters: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
 def _arrivals(kv_cache: Tensor, count: int) -> Tensor:
     """int32 zeros, one per (row, kv head), which every decode launch leaves at zero.
 
-    They are kept per KV tensor, because launches on one KV tensor are ordered already (each step writes it). Counters
-    created during a capture hold zeros only once the graph runs, so those are not kept: warm up before capturing.
+    They are kept per KV tensor, because launches on one KV tensor are ordered already (each step writes it).
     """
-    size = heuristics.next_power_of_2(max(count, 4096))
-    key = (kv_cache.device, kv_cache.data_ptr(), size)
-    counters = _arrival_counters.get(key)
-    if counters is None:
-        counters = torch.zeros(size, dtype=torch.int32, device=kv_cache.device)
-        if not (kv_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _arrival_counters[key] = counters
-    return counters
+    return zeroed_counters(kv_cache.device, count, least=4096, owner=kv_cache.data_ptr())
 
 
 def launch_options(use_pdl: bool) -> dict:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.lowering import NewTokens, rope_constants
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
@@ -49,7 +50,7 @@ def launch_rope_cache(
         return q_out, k_out
     block_t, block_h = block or heuristics.rope_cache_block(num_tokens, head_dim)
     grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
-    pdl = lowering.uses_pdl(q)
+    pdl = uses_pdl(q)
     *tensors, slots = new.tensors()
     rope_cache_kernel[grid](
         q, *tensors, q_out, k_out, kv_cache, slots, new.rope.eps, num_tokens, q.stride(0), q.stride(1),

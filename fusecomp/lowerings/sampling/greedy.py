@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.large_heuristics import target_of, uses_pdl
-from fusecomp.lowerings.linear.skinny import zeroed_counters
+from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.ops.sampling import INVALID_TOKEN
 
 BLOCK = 4096

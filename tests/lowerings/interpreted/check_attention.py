@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from fusecomp.lowerings import device
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 from tests.lowerings import reference
@@ -69,9 +70,9 @@ def run(step: Step, scale: float, window: int = 0, softcap: float = 0.0, sinks: 
     lowering.launch_cache_write(step.k, step.v, step.kv_cache, step.slots)
     out = lowering.launch_paged_attention(*step.attention_inputs(), scale, window, softcap, sinks)
     check_attention(step, out, scale, window, softcap, sinks)
-    for counters in lowering._arrival_counters.values():
+    for counters in device._arrival_counters.values():
         assert not counters.any(), "a launch left its counters raised"
-    lowering._arrival_counters.clear()
+    device._arrival_counters.clear()
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecomp.lowerings.paged_attention import lowering
+from fusecomp.lowerings import device
 from fusecomp.lowerings.paged_attention import rope as rope_lowering
 from fusecomp.ops.rope import Rope
 from tests.lowerings.interpreted.check_attention import DTYPES, SETTINGS, cases, poisoned_memory, small_tiles
@@ -25,9 +25,9 @@ def run(rows, shape, options, rope, table_dtype=torch.float32, weights=True):
     before = replace(step, kv_cache=step.kv_cache.clone())
     out = rope_lowering.launch_rope_attention(*inputs.arguments(step, mode))
     check_rope_attention(before, step, inputs, out, mode)
-    for counters in lowering._arrival_counters.values():
+    for counters in device._arrival_counters.values():
         assert not counters.any(), "a launch left its counters raised"
-    lowering._arrival_counters.clear()
+    device._arrival_counters.clear()
 
 
 @st.composite

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from fusecomp.lowerings import device
 from fusecomp.lowerings.linear import skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from tests.lowerings.linear_cases import EPILOGUES, Linear
@@ -50,7 +51,7 @@ def run(layer: Linear, config: SkinnyConfig) -> torch.Tensor:
     out = buffer[:tokens, :n]
     skinny.run_skinny(config, layer.x, layer.weight, out, *layer.call, False)
     assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
-    for counters in skinny._arrival_counters.values():
+    for counters in device._arrival_counters.values():
         assert not counters.any(), "a launch left its counters raised"
     layer.check(out, ulps=2.0)  # the interpreter truncates where a GPU rounds: normalized inputs, and the output
     return out
