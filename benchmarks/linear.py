@@ -249,9 +249,7 @@ def main() -> None:
     tokens = [int(t) for t in args.tokens.split(",")]
     result: dict = {"gpu": torch.cuda.get_device_name()}
     if args.tune:
-        result["tuned"] = tune(
-            args.shape.split(","), tokens, args.layers, args.budget, args.kernels.split(","), args.stages
-        )
+        result["tuned"] = tune(args.shape.split(","), tokens, args.layers, args.budget)
     else:
         ceiling = read_bandwidth(torch.device("cuda"))
         result["read_TB_s"] = round(ceiling / 1e12, 3)

@@ -92,7 +92,7 @@ MODELS = {
 
 LAYERS = {name: (*model.parts(), model.head()) for name, model in MODELS.items()}
 LAYERS["qwen3-30b-a3b"] = (Layer(5120, 2048), Layer(2048, 4096, "residual"))
-TOKENS = [128, 256, 192, 512, 2048, 8192, 1024]
+TOKENS = [128, 256, 64, 192, 512, 2048, 8192, 1024, 48, 96]
 
 
 class Case:
@@ -150,6 +150,8 @@ def candidates(layer: Layer, tokens: int) -> Iterator[LargeConfig]:
         whole.append(replace(square, swap=True))
         if tokens > 128:
             whole.append(replace(wide, swap=True, block_t=256, block_n=128))
+    if tokens <= 64:
+        whole = [replace(config, block_t=64, num_stages=config.num_stages + 1) for config in whole]
     for config in whole:
         yield config
         tiles = math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
