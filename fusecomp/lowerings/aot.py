@@ -290,6 +290,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
+    from fusecomp.lowerings.experts.experts_aot import experts_specializations
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
@@ -299,7 +300,8 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
     linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
     others = itertools.chain(epilogue_specializations(target), greedy_specializations(target))
-    for spec in itertools.chain(attention, linear, others):
+    experts = experts_specializations(target, full=full)
+    for spec in itertools.chain(attention, linear, others, experts):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)

@@ -5,7 +5,10 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,45 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
+# gate clamped to at most `limit`, up to +-limit: (up + 1) * gate * sigmoid(alpha * gate), as gpt-oss has it.
+GPT_OSS = "gpt_oss"
+_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_GPT_OSS_TEXT = re.compile(rf"{GPT_OSS}\({_NUMBER},\s*{_NUMBER}\)")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An expert's activation: one of `ACTIVATIONS`, or `GPT_OSS` with its two numbers."""
+
+    name: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, gated: bool) -> Activation:
+        """The activation that the op's `act` names.
+
+        Raises:
+            ValueError: text that names none, or a gated one without a gate.
+        """
+        if text in ACTIVATIONS:
+            return cls(text)
+        match = _GPT_OSS_TEXT.fullmatch(text)
+        if match is None:
+            known = ", ".join([*sorted(ACTIVATIONS), f"{GPT_OSS}(alpha,limit)"])
+            raise ValueError(f"experts: activation {text!r} is none of {known}")
+        alpha, limit = (float(number) for number in match.groups())
+        if not gated or not math.isfinite(alpha) or not (math.isfinite(limit) and limit > 0):
+            raise ValueError(f"experts: activation {text!r} needs gated experts, a finite alpha and a positive limit")
+        return cls(GPT_OSS, alpha, limit)
+
+    def glu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The activated gate times up."""
+        if self.name != GPT_OSS:
+            return ACTIVATIONS[self.name](gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
 
 def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     weight = weight.transpose(-1, -2) if transposed else weight
@@ -28,10 +70,11 @@ def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
 
 
 def _activate(up: Tensor, act: str, gated: bool, interleaved: bool) -> Tensor:
+    activation = Activation.parse(act, gated)
     if not gated:
-        return ACTIVATIONS[act](up)
+        return ACTIVATIONS[activation.name](up)
     gate, up = (up[..., ::2], up[..., 1::2]) if interleaved else up.chunk(2, dim=-1)
-    return ACTIVATIONS[act](gate) * up
+    return activation.glu(gate, up)
 
 
 def experts_reference(
@@ -50,7 +93,7 @@ def experts_reference(
     """Sum over k of weight[t, k] * expert_{index[t, k]}(x[t]); x [T, C] -> [T, C] in x's dtype.
 
     up [E, F or 2F, C] (gate and up rows when `gated`), down [E, C, F]; with `transposed` both are stored [E, in, out].
-    An index equal to E is a sentinel (an expert of another rank) and adds nothing.
+    An index equal to E is a sentinel (an expert of another rank) and adds nothing. `act` is what `Activation.parse` reads.
     """
     T, K = top_k_index.shape
     flat, order = top_k_index.reshape(-1).sort(stable=True)

@@ -1,7 +1,9 @@
-"""Experts on a GPU by PyTorch's grouped matmul: sort by expert, two grouped GEMMs, weighted sum. No host sync.
+"""CUDA implementation of `experts`: which kernels run, decided per call from shapes alone.
 
-Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows.
-The fused Triton template will replace it; until then the library is at hand and captures into CUDA graphs.
+Very few tokens: two launches of plain products. More: one routing launch and two grouped matmuls, at any number of
+experts; the gather of tokens, activation, biases, routing weights and the sum over a token's experts are inside.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
 
 from __future__ import annotations
@@ -9,55 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusecomp.ops.experts import _activate, _expert_linear, experts_reference
+from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.experts.heuristics import experts_config
+from fusecomp.lowerings.experts.launch import Experts, run_experts
+from fusecomp.ops.experts import Activation, experts_reference
 from fusecomp.ops.library import record_fallback
 
-# torch's grouped matmul needs rows of both operands aligned to 16 bytes.
-ALIGN_ELEMENTS = 8
-# Up to here, what the grouped matmul refuses runs every expert on every token: decode buckets are captured.
-DENSE_TOKENS = 1024
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def supports(x: Tensor, up: Tensor, down: Tensor) -> str | None:
-    """Why the grouped matmul cannot serve these experts, or None."""
-    if x.dtype != torch.bfloat16:
-        return f"grouped matmul needs bfloat16, got {x.dtype}"
-    if any(size % ALIGN_ELEMENTS for size in (*up.shape[1:], *down.shape[1:])):
-        return f"expert sizes {tuple(up.shape[1:])} and {tuple(down.shape[1:])} are not multiples of {ALIGN_ELEMENTS}"
+def supports(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> str | None:
+    """Why the kernels cannot run these experts, or None if they can."""
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype} is none of fp32, fp16, bf16"
+    if up.dtype != x.dtype or down.dtype != x.dtype:
+        return f"activations are {x.dtype}, the weights {up.dtype} and {down.dtype}"
+    if not all(w.is_contiguous() for w in (up, up_bias, down, down_bias) if w is not None):
+        return f"weights with strides {up.stride()} and {down.stride()}, or their biases, are not contiguous"
     return None
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
-    """x [R, in] sorted by expert, weight [E, out, in] (or [E, in, out] when transposed) -> [R, out]."""
-    out = torch._grouped_mm(x, weight if transposed else weight.transpose(-2, -1), offs=offsets)
-    return out if bias is None else out + bias[ids]
-
-
-def experts_dense(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    act: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-) -> Tensor:
-    """`experts_reference` by every expert on every token. E / K times the work, but a CUDA graph can hold it."""
-    parts = torch.zeros(*top_k_index.shape, x.shape[1], dtype=torch.float32, device=x.device)
-    for expert in range(up.shape[0]):
-        hidden = _expert_linear(x, up[expert], None if up_bias is None else up_bias[expert], transposed)
-        hidden = _activate(hidden, act, gated, interleaved)
-        rows = _expert_linear(hidden, down[expert], None if down_bias is None else down_bias[expert], transposed)
-        parts = torch.where((top_k_index == expert)[..., None], rows.float()[:, None], parts)
-    return (parts * top_k_weights.float()[..., None]).sum(1).to(x.dtype)
 
 
 def launch_experts(
@@ -73,22 +44,23 @@ def launch_experts(
     interleaved: bool,
     transposed: bool,
 ) -> Tensor:
-    """`fusecomp::experts` on CUDA; shapes as in `experts_reference`. The sum over k runs in fp32, in routing order."""
-    if reason := supports(x, up, down):
+    """`fusecomp::experts` on CUDA; shapes as in `experts_reference`. [T, C] contiguous, bitwise repeatable.
+
+    What `supports` refuses runs the reference, counted; it reads counts on the host, so a CUDA graph cannot hold it.
+    """
+    if reason := supports(x, up, up_bias, down, down_bias):
         record_fallback("experts", reason)
-        # The reference reads counts on the host, which a capture forbids.
-        run = experts_dense if len(x) <= DENSE_TOKENS or _capturing(x) else experts_reference
-        return run(x, top_k_index, top_k_weights, up, up_bias, down, down_bias, act, gated, interleaved, transposed)
-    (T, K), E = top_k_index.shape, up.shape[0]
-    ids, order = top_k_index.reshape(-1).sort(stable=True)
-    # Sentinels (id E) sort last, beyond the final offset; the GEMM leaves their rows unwritten.
-    offsets = torch.searchsorted(ids, torch.arange(E, device=x.device), right=True).to(torch.int32)
-    clamped = ids.clamp(max=E - 1)
-    hidden = _grouped(x[order // K].contiguous(), up, up_bias, clamped, offsets, transposed)
-    hidden = _activate(hidden, act, gated, interleaved).contiguous()
-    rows = _grouped(hidden, down, down_bias, clamped, offsets, transposed)
-    rows = torch.where((ids < E)[:, None], rows, 0.0)
-    parts = torch.empty_like(rows)
-    parts[order] = rows
-    weighted = parts.view(T, K, -1).float() * top_k_weights.float()[..., None]
-    return weighted.sum(1).to(x.dtype)
+        return experts_reference(
+            x, top_k_index, top_k_weights, up, up_bias, down, down_bias, act, gated, interleaved, transposed
+        )
+    tokens, top_k = top_k_index.shape
+    if tokens == 0 or top_k == 0:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
+    experts, _, hidden, width = layer.sizes
+    config = experts_config(
+        target_of(x), experts=experts, top_k=top_k, hidden=hidden, width=width, tokens=tokens,
+        itemsize=x.element_size(), transposed=transposed,
+    )  # fmt: skip
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return run_experts(config, x, top_k_index.contiguous(), top_k_weights.contiguous(), layer, uses_pdl(x))

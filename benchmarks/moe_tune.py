@@ -1,0 +1,131 @@
+"""What `benchmarks.moe --tune` tries: configurations worth timing, and their compilation on many processes.
+
+Legend: T tokens, K experts per token, E experts, F expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.experts import launch, routing
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
+from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.ops.experts import Activation
+
+Frame = tuple[ExpertsConfig, list[Tiles], list[Tiles]]
+Job = tuple[tuple[tuple[str, int], ...], str, ExpertsConfig]  # shape, "up" or "down", configuration
+
+UP_VECTOR = ((2, 2048, 2), (4, 1024, 2), (4, 2048, 4), (8, 512, 4), (8, 1024, 4), (8, 2048, 4), (16, 512, 4))
+DOWN_VECTOR = ((1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (4, 1024), (8, 1024))
+# Rows and columns of a weight tile, warps, stages, whether by TMA: with narrow tiles of tokens, then with wide ones.
+NARROW = (
+    (64, 128, 4, 3, False), (64, 128, 4, 4, False), (128, 64, 4, 4, False), (128, 64, 4, 6, False),
+    (128, 128, 4, 3, False), (128, 64, 4, 4, True), (128, 64, 4, 6, True), (128, 128, 4, 3, True),
+)  # fmt: skip
+WIDE = (
+    (256, 64, 8, 3, True, 1), (256, 64, 8, 4, True, 1), (256, 64, 8, 3, False, 1), (128, 64, 8, 4, True, 1),
+    (128, 64, 4, 3, True, 2), (128, 64, 8, 3, True, 2), (128, 64, 8, 3, False, 2), (128, 128, 8, 3, True, 1),
+)  # fmt: skip
+
+
+def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]:
+    """Configurations with, for each, the tiles of both matmuls to try in it."""
+    rows = tokens * top_k / experts
+    some = Tiles(128, 64, 4, 4)
+    if tokens == 1:
+        ups = [Tiles(*tile) for tile in UP_VECTOR]
+        lanes = 1 << (top_k - 1).bit_length()
+        downs = [
+            Tiles(n, d, warps)
+            for n, d in DOWN_VECTOR
+            for warps in (2, 4, 8)
+            if 16 <= n * d * lanes // (32 * warps) <= 128 and d < 2 * width
+        ]
+        yield ExpertsConfig("vector", ups[0], downs[0]), ups, downs
+    if rows <= 48:
+        heights = [t for t in (8, 16, 32, 64) if rows / 2 <= t <= 8 * rows + 8]
+        pool = [Tiles(*tile[:4], per_sm, tile[4]) for tile in NARROW for per_sm in (0, 3)]
+        for block_t in heights[:3]:
+            yield ExpertsConfig("grouped", some, some, block_t, True, 1 if rows <= 4 else 2), pool, pool
+    else:
+        pool = [Tiles(n, d, w, s, per_sm, tma) for n, d, w, s, tma, per_sm in WIDE]
+        pool += [replace(tiles, per_sm=0) for tiles in pool[:2]]
+        for block_t, group_t in ((64, 4), (128, 2)) if rows < 512 else ((128, 8), (128, 16)):
+            yield ExpertsConfig("grouped", pool[0], pool[3], block_t, False, group_t), pool, pool
+
+
+class _CompileOnly:
+    """Stands in for a kernel: a launch compiles it into Triton's disk cache and runs nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.kernel.warmup(*args, grid=grid, **kwargs)
+
+
+class _Skip:
+    """Stands in for a kernel that is not wanted."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **__: None
+
+
+@cache
+def _layer(experts: int, hidden: int, width: int) -> Experts:
+    up, down = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        for shape in ((experts, 2 * width, hidden), (experts, hidden, width))
+    )
+    return Experts(up, None, down, None, Activation("silu"), gated=True, interleaved=False, transposed=False)
+
+
+def _build(job: Job) -> str:
+    """Compile one kernel, in a process of its own; returns why it cannot."""
+    keys, name, config = dict(job[0]), job[1], job[2]
+    layer = _layer(keys["experts"], keys["hidden"], keys["width"])
+    tokens = keys["tokens"]
+    x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
+    index = torch.zeros(tokens, keys["top_k"], dtype=torch.int64, device="cuda")
+    weights = torch.empty(tokens, keys["top_k"], dtype=torch.bfloat16, device="cuda")
+    kernels = {f"{part}_{kind}": _Skip() for part in ("up", "down") for kind in ("kernel", "vector_kernel")}
+    for kind in ("kernel", "vector_kernel"):
+        kernels[f"{name}_{kind}"] = _CompileOnly(getattr(launch, f"{name}_{kind}"))
+    pdl = device_target(0).has_pdl
+    try:
+        with mock.patch.multiple(launch, **kernels), mock.patch.object(
+            routing, "routing_kernel", _CompileOnly(routing.routing_kernel)
+        ):
+            launch.run_experts(config, x, index, weights, layer, pdl)
+    except Exception as error:
+        return f"{name} {config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
+    return ""
+
+
+def build_all(shapes: list[dict[str, int]]) -> set[tuple[str, ExpertsConfig]]:
+    """Compile what tuning these shapes will launch, on several processes; returns what failed, as ("up" or "down", ...)."""
+    start, jobs = time.time(), []
+    for shape in shapes:
+        for frame, ups, downs in frames(shape["top_k"], shape["experts"], shape["width"], shape["tokens"]):
+            for name, pool in (("up", ups), ("down", downs)):
+                # What the other matmul has, and the programs, play no part in the code.
+                jobs += [
+                    (tuple(shape.items()), name, replace(frame, **{name: tiles}))
+                    for tiles in dict.fromkeys(replace(tiles, per_sm=0) for tiles in pool)
+                ]
+    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
+        failures = pool.map(_build, jobs, chunksize=2)
+    print(f"{len(jobs)} kernels built: {time.time() - start:.0f} s", flush=True)
+    for text in [f for f in failures if f][:5]:
+        print(f"  not built: {text}", flush=True)
+    return {(job[1], job[2]) for job, text in zip(jobs, failures, strict=True) if text}

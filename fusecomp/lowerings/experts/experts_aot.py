@@ -1,0 +1,155 @@
+"""Specializations of the experts' kernels for ahead-of-time compilation: see `fusecomp/lowerings/aot.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
+from fusecomp.lowerings.experts.heuristics import (
+    DEFAULT_TABLE,
+    ExpertsConfig,
+    Tiles,
+    combined_features,
+    experts_config,
+    load_table,
+)
+from fusecomp.lowerings.experts.routing import routing_block, routing_kernel
+from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.ops.experts import Activation
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer and what it is made of, as in `ops/experts.py`; `width` is F."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    tokens: int
+    dtype: str = "bf16"
+    act: str = "silu"
+    gating: int = 1
+    biased: bool = False
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.width if self.gating else self.width
+
+    def __str__(self) -> str:
+        marks = "-biased" * self.biased + "-transposed" * self.transposed
+        size = f"e{self.experts}-k{self.top_k}-c{self.hidden}-f{self.width}-t{self.tokens}"
+        return f"{self.dtype}-{size}-{self.act}-g{self.gating}{marks}"
+
+
+def _gpt_oss(tokens: int) -> Shape:
+    return Shape(32, 4, 2880, 2880, tokens, act="gpt_oss(1.702,7.0)", gating=2, biased=True, transposed=True)
+
+
+SUBSET = (
+    Shape(128, 8, 2048, 768, 1),
+    Shape(128, 8, 2048, 768, 64),
+    Shape(8, 2, 4096, 14336, 8192),
+    _gpt_oss(1),
+    _gpt_oss(64),
+    _gpt_oss(4096),
+    Shape(60, 4, 1001, 703, 9, dtype="fp32", act="gelu", gating=0, biased=True),
+)
+
+
+def experts_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
+    """Kernels of a few layers; if `full`, of every tuned one, in both halves, and of its neighbours."""
+    shapes = list(SUBSET)
+    for entry in load_table(DEFAULT_TABLE)["entries"] if full else ():
+        sizes = tuple(entry[key] for key in ("experts", "top_k", "hidden", "width", "tokens"))
+        shapes += [Shape(*sizes), Shape(*sizes, act="gelu_tanh", gating=2, biased=True), Shape(*sizes, dtype="fp16")]
+        shapes += [Shape(*sizes, transposed=True), Shape(*sizes, act="relu2", gating=0), Shape(*sizes, dtype="fp32")]
+    for shape in shapes:
+        yield from specializations(target, shape)
+
+
+def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
+    """What one call launches."""
+    config = experts_config(
+        target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
+        itemsize=4 if shape.dtype == "fp32" else 2, transposed=shape.transposed,
+    )  # fmt: skip
+    act = Activation.parse(shape.act, shape.gating > 0)
+    activation = {"GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
+    common = {"K": shape.top_k, "USE_PDL": target.has_pdl}
+    if config.method == "grouped":
+        common["TRANSPOSED"] = shape.transposed
+    ups = {"N": shape.rows, "D": shape.hidden, **activation, **common}
+    downs = {"N": shape.hidden, "D": shape.width, **common}
+    if config.method == "vector":
+        yield from _vector(shape, config, ups, downs)
+    else:
+        yield from _grouped(target, shape, config, ups, downs)
+
+
+def _vector(shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
+    dtype = shape.dtype
+    pointers, none = _bias({"index": "i64", "weight": dtype, "hidden": dtype}, shape)
+    for name, kernel, tiles, own, scalars, constants in (
+        ("up", up_vector_kernel, config.up, {"x": dtype}, {"stride_x": "i32"}, ups),
+        ("down", down_vector_kernel, config.down, {"routing_weights": dtype, "out": dtype}, {},
+         {**downs, "KP": next_power_of_2(shape.top_k)}),
+    ):  # fmt: skip
+        blocks = {"E": shape.experts, "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d}
+        yield Specialization(
+            f"experts-{name}-vector-{shape}", kernel, {**pointers, **own}, scalars, {**constants, **blocks, **none},
+            tiles.num_warps, num_stages=3,
+        )  # fmt: skip
+
+
+def _grouped(
+    target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict
+) -> Iterator[Specialization]:
+    bins, block, warps = routing_block(shape.tokens * shape.top_k, shape.experts)
+    yield Specialization(
+        f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"},
+        {"num_rows": "i32", "capacity": "i32"},
+        {"E": shape.experts, "BLOCK_T": config.block_t, "BINS": bins, "BLOCK": block, "USE_PDL": target.has_pdl},
+        warps, num_stages=3,
+    )  # fmt: skip
+    dtype = shape.dtype
+    tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
+    pointers, none = _bias({"plan": "i32", "weight": dtype, "hidden": dtype}, shape)
+    described, more = _described(config.up, shape, 2 if shape.gating == 1 else 1, shape.hidden)
+    yield Specialization(
+        f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
+        {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
+        config.up.num_warps, config.up.num_stages,
+    )  # fmt: skip
+    described, more = _described(config.down, shape, 1, shape.width)
+    parts: dict[str, Any] = {"parts": dtype, "counters": "i32"} if shape.top_k > 1 else {}
+    absent = {} if parts else {"parts": None, "counters": None}
+    yield Specialization(
+        f"experts-down-{shape}", down_kernel,
+        {**pointers, **described, **parts, "routing_weights": dtype, "out": dtype}, {"capacity": "i32"},
+        {**downs, **tile, **_blocks(config.down), **none, **more, **absent,
+         "CHUNK": combined_features(config, shape.top_k)},
+        config.down.num_warps, config.down.num_stages,
+    )  # fmt: skip
+
+
+def _bias(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(pointers, constants) with the bias among the former or, absent, the latter."""
+    return ({**pointers, "bias": shape.dtype}, {}) if shape.biased else (pointers, {"bias": None})
+
+
+def _described(tiles: Tiles, shape: Shape, groups: int, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(pointers, constants) of the weight's descriptor, as `launch.weight_tiles` decides."""
+    if not tiles.use_tma or shape.transposed or columns * (4 if shape.dtype == "fp32" else 2) % 16:
+        return {}, {"w_tiles": None, "USE_TMA": False}
+    block = [groups, tiles.block_n // groups, tiles.block_d]
+    return {"w_tiles": f"tensordesc<{shape.dtype}{block}>"}, {"USE_TMA": True}
+
+
+def _blocks(tiles: Tiles) -> dict[str, int]:
+    return {"BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d}

@@ -1,0 +1,301 @@
+"""The two grouped matmuls of the experts: persistent programs over the tiles of a routing plan (see `routing.py`).
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows,
+N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C; down: F), BT rows of the plan and
+BN weight rows in a tile, BD columns of a step. GATING: see `pieces.py`.
+
+Both kernels: SWAP puts the weights on the wide side of the matrix units and the tokens on the narrow one. USE_TMA reads
+weights through `w_tiles`, the weight seen as [E * G, N / G, D] in blocks [G, BN / G, BD], G = 2 for GATING 1, else 1.
+TRANSPOSED weights are [E, D, N] and read as they lie, without TMA. GROUP_T tiles of tokens share a weight tile before
+the next one. dtypes: fp32, fp16 or bf16, products summed in fp32, those of fp32 operands exact.
+Bytes: each touched expert's weight once (again from the L2 for its further tiles). FLOPs: 2 * R * N * D.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.experts.pieces import activated, weight_rows
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def up_kernel(
+    x,  # [T, C], last dim contiguous
+    plan,
+    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous
+    w_tiles,  # descriptor of the weight, or None
+    bias,  # [E, N] contiguous, or None
+    hidden,  # [R, F] in the plan's order; rows of sentinels are not written
+    capacity,
+    stride_x,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATING: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    SWAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """hidden = activation(x[tokens of the plan's order] @ up^T + bias)."""
+    if USE_PDL:
+        # In this order: then the down projection, which starts after the second line, may read the plan before it waits.
+        gdc_wait()
+        gdc_launch_dependents()
+    FEATURES: tl.constexpr = N // 2 if GATING else N
+    BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
+    BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
+    num_tiles = tl.load(plan)
+    order = plan + 4 + 4 * capacity
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        expert, first, end = _tile(plan, tile)
+        place = first + tl.arange(0, BLOCK_T)
+        live = place < end
+        row = tl.load(order + place, mask=live, other=0)
+        acc = _multiply(
+            x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
+            N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+        )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, True, N, GATING, BLOCK_N, SWAP)
+        y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
+        feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
+        at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
+        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def down_kernel(
+    hidden,  # [R, F] in the plan's order
+    plan,
+    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous
+    w_tiles,  # descriptor of the weight, or None
+    bias,  # [E, C] contiguous, or None
+    routing_weights,  # [T, K] contiguous
+    parts,  # [R, C] scratch, in the order of rows; None if K == 1
+    counters,  # [T * blocks] int32, zero before and after the launch; None if K == 1
+    out,  # [T, C] contiguous
+    capacity,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    CHUNK: tl.constexpr,  # features that are combined at once
+    SWAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """out[t] = sum over k, in order and in fp32, of routing_weights[t, k] * (hidden of (t, k) @ down^T + bias).
+
+    Tiles leave each row's result in `parts`, rounded to its dtype; the K-th program to finish a part of a token sums
+    them. Tiles of sentinels, without a product, leave zeros. Bytes beyond the weights: R * F read, R * C written and
+    read, from the L2 when they fit.
+    """
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    if USE_PDL:
+        gdc_launch_dependents()
+        # The plan was complete before the up projection let this launch begin.
+        num_tiles = tl.load(plan + 1, cache_modifier=".cg")
+        if tl.program_id(0) < num_tiles * BLOCKS:
+            tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+            if tile < tl.load(plan, cache_modifier=".cg"):
+                expert = tl.load(plan + 4 + 4 * tile, cache_modifier=".cg")
+                _prefetch(weight, expert, block, N, D, BLOCK_N, TRANSPOSED)
+        gdc_wait()
+    num_tiles = tl.load(plan + 1)
+    num_real = tl.load(plan)
+    order = plan + 4 + 4 * capacity
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        expert, first, end = _tile(plan, tile)
+        real = tile < num_real
+        place = first + tl.arange(0, BLOCK_T)
+        live = place < end
+        row = tl.load(order + place, mask=live, other=0)
+        steps = tl.where(real, (D + BLOCK_D - 1) // BLOCK_D, 0)
+        acc = _multiply(
+            hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, steps,
+            N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+        )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, real, N, 0, BLOCK_N, SWAP)
+        feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = row // K
+        out_at, mask = _spread(token.to(tl.int64) * N, feature, live, feature < N, SWAP)
+        if K == 1:
+            scale = _rows(tl.load(routing_weights + row, mask=live, other=0.0).to(tl.float32), SWAP)
+            tl.store(out + out_at, (acc.to(out.dtype.element_ty).to(tl.float32) * scale).to(out.dtype.element_ty), mask)
+        else:
+            part_at, _ = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
+            tl.store(parts + part_at, acc.to(parts.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # all of the program's stores precede the release below
+            counter = counters + token * BLOCKS + block
+            arrived = tl.atomic_add(counter, 1, mask=live, sem="acq_rel", scope="gpu")
+            last = live & (arrived == K - 1)
+            if tl.max(last.to(tl.int32), 0) > 0:
+                tl.store(counter, tl.zeros([BLOCK_T], tl.int32), mask=last)
+                _combine(parts, routing_weights, out, token, block * BLOCK_N, last, K, N, BLOCK_N, CHUNK)
+
+
+@triton.jit
+def _combine(
+    parts,
+    routing_weights,
+    out,
+    token,
+    first,
+    last,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sums the K parts of BN features of the tokens in `last`, CHUNK features at a time, their loads all in flight."""
+    token = token.to(tl.int64)
+    for start in range(0, BLOCK_N, CHUNK):
+        feature = first + start + tl.arange(0, CHUNK)
+        mask = last[:, None] & (feature < N)[None, :]
+        at = parts + token[:, None] * (K * N) + feature[None, :]
+        total = tl.zeros([token.shape[0], CHUNK], tl.float32)
+        for k in tl.static_range(K):
+            scale = tl.load(routing_weights + token * K + k, mask=last, other=0.0).to(tl.float32)
+            # Past the L1: another multiprocessor may have written it.
+            part = tl.load(at + k * N, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            total += part * scale[:, None]
+        tl.store(out + token[:, None] * N + feature[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _place(item, num_tiles, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
+    """(tile of the plan, block of the weight's rows) of an item."""
+    group, inside = item // (GROUP_T * BLOCKS), item % (GROUP_T * BLOCKS)
+    height = tl.minimum(num_tiles - group * GROUP_T, GROUP_T)
+    return group * GROUP_T + inside % height, inside // height
+
+
+@triton.jit
+def _tile(plan, tile):
+    """(expert, first place, end of the expert's places) of a tile."""
+    at = plan + 4 + 4 * tile
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def _rows(x, SWAP: tl.constexpr):
+    """[BT] along the tokens of a tile."""
+    return x[None, :] if SWAP else x[:, None]
+
+
+@triton.jit
+def _spread(row_at, column, row_live, column_live, SWAP: tl.constexpr):
+    """(offsets, mask) of a tile from those of its tokens [BT] and of its features [BN]."""
+    if SWAP:
+        return row_at[None, :] + column[:, None], row_live[None, :] & column_live[:, None]
+    else:
+        return row_at[:, None] + column[None, :], row_live[:, None] & column_live[None, :]
+
+
+@triton.jit
+def _add_bias(
+    acc, bias, expert, block, real, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr
+):
+    """acc plus the bias of its weight rows; nothing for tiles that are not `real`."""
+    if bias is None:
+        return acc
+    else:
+        at = bias + expert.to(tl.int64) * N + weight_rows(block, N, GATING, BLOCK_N, True)
+        values = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        return acc + (values[:, None] if SWAP else values[None, :])
+
+
+@triton.jit
+def _multiply(
+    x_rows,
+    live,
+    weight,
+    w_tiles,
+    expert,
+    block,
+    steps,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATING: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SWAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """fp32 products of the rows at x_rows [BT] with a tile of an expert's weight: [BT, BN], or [BN, BT] if SWAP."""
+    G: tl.constexpr = 2 if GATING == 1 else 1
+    cols = tl.arange(0, BLOCK_D)
+    x_at = x_rows[:, None] + cols[None, :]
+    base = weight + expert.to(tl.int64) * (N * D)
+    # Transposed rows are neighbours in memory: masked, not clamped, they are loaded in wide pieces.
+    rows = weight_rows(block, N, GATING, BLOCK_N, not TRANSPOSED)
+    EVEN_D: tl.constexpr = D % BLOCK_D == 0
+    if TRANSPOSED:
+        w_at = base + cols.to(tl.int64)[:, None] * N + rows[None, :]
+        inside = (rows < N)[None, :]
+        STEP: tl.constexpr = BLOCK_D * N
+    else:
+        w_at = base + rows.to(tl.int64)[:, None] * D + cols[None, :]
+        STEP: tl.constexpr = BLOCK_D
+    acc = tl.zeros([BLOCK_N, BLOCK_T] if SWAP else [BLOCK_T, BLOCK_N], tl.float32)
+    for step in range(steps):
+        d = step * BLOCK_D
+        if EVEN_D:
+            tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
+        else:
+            tokens = tl.load(x_at + d, mask=live[:, None] & (d + cols < D)[None, :], other=0.0)
+        if USE_TMA:
+            w = w_tiles.load([expert * G, block * (BLOCK_N // G), d]).reshape(BLOCK_N, BLOCK_D)
+        elif TRANSPOSED:
+            w = _load_weight(w_at, inside & (d + cols < D)[:, None], EVEN_D and N % BLOCK_N == 0, SWAP).T
+        else:
+            w = _load_weight(w_at, (d + cols < D)[None, :], EVEN_D, SWAP)
+        w_at += STEP
+        if SWAP:
+            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(tokens, w.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _load_weight(at, mask, EVEN: tl.constexpr, ONCE: tl.constexpr):
+    """A tile of a weight, zero where masked; ONCE: few tokens, so that no other program will want it."""
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
+    if EVEN:
+        return tl.load(at, eviction_policy=POLICY)
+    else:
+        return tl.load(at, mask=mask, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _prefetch(
+    weight, expert, block, N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Ask the L2 for the first 512 bytes of each row of a weight tile."""
+    row, part = weight_rows(block, N, 0, BLOCK_N, True).to(tl.int64)[:, None], tl.arange(0, 4)[None, :]
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    base = weight + expert.to(tl.int64) * (N * D)
+    if TRANSPOSED:
+        at = base + row + tl.minimum(part, D - 1) * N
+    else:
+        at = base + row * D + tl.minimum(part * LINE, D - 1)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

@@ -1,0 +1,164 @@
+"""How the experts run: a tuned table per GPU, the nearest entry otherwise.
+
+Pure functions of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds for every replay.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+
+TABLES = Path(__file__).parent / "tuned"
+DEFAULT_TABLE = "nvidia_h200"
+METHODS = ("vector", "grouped")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One of the two matmuls.
+
+    Attributes:
+        block_n: rows of a weight tile, gate and up counted apart.
+        block_d: columns of a weight tile.
+        num_stages: depth of the pipeline of copies to shared memory; the vector kernels have none.
+        per_sm: programs per multiprocessor that take tiles in turn; 0 gives every tile a program.
+        use_tma: weights are read by the tensor memory accelerator, where it can.
+    """
+
+    block_n: int
+    block_d: int
+    num_warps: int = 4
+    num_stages: int = 1
+    per_sm: int = 0
+    use_tma: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Configuration of the launches of one call.
+
+    Attributes:
+        method: "vector" (two launches, no routing) or "grouped" (routing and two matmuls).
+        block_t: grouped: tokens of a tile.
+        swap: grouped: weights on the wide side of the matrix units, for narrow tiles of tokens.
+        group_t: grouped: tiles of tokens that share a weight tile before the next one.
+    """
+
+    method: str
+    up: Tiles
+    down: Tiles
+    block_t: int = 1
+    swap: bool = False
+    group_t: int = 1
+    source: str = field(default="", compare=False)
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> ExpertsConfig:
+        return cls(**{**entry, "up": Tiles(**entry["up"]), "down": Tiles(**entry["down"])})
+
+    def to_entry(self) -> dict[str, Any]:
+        """As the tables keep it."""
+        return {key: value for key, value in asdict(self).items() if key != "source"}
+
+
+@cache
+def load_table(name: str) -> dict[str, Any]:
+    """The committed table of a GPU; the default GPU's where it has none."""
+    path = TABLES / f"{name}.json"
+    if not path.exists():
+        path = TABLES / f"{DEFAULT_TABLE}.json"
+    return json.loads(path.read_text())
+
+
+@cache
+def experts_config(
+    target: Target,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    width: int,
+    tokens: int,
+    itemsize: int,
+    transposed: bool = False,
+) -> ExpertsConfig:
+    """Configuration of one call; any shape has one.
+
+    Args:
+        hidden, width: C and F.
+        transposed: weights are [E, in, out]; their rows are not contiguous, so "vector" does not read them.
+    """
+    if itemsize != 2:
+        return _fit(_exact_products(experts, tokens * top_k, itemsize, transposed), target, itemsize)
+    table = load_table(target.table)
+    wanted = {"tokens": tokens, "experts": experts, "top_k": top_k, "hidden": hidden, "width": width}
+    # A vector launch reads an expert once per row, so it serves no more tokens than it was measured with.
+    vector = [e for e in table["entries"] if e["config"]["method"] == "vector" and e["tokens"] >= tokens]
+    entries = [e for e in table["entries"] if e["config"]["method"] == "grouped"] + vector * (not transposed)
+
+    def distance(entry: dict[str, Any]) -> float:
+        # Rows per expert decide the tile; whether experts fill the card comes second.
+        rows = abs(math.log2(_rows_per_expert(entry) / _rows_per_expert(wanted)))
+        sizes = sum(abs(math.log2(entry[key] / wanted[key])) for key in ("experts", "hidden", "width"))
+        return 4.0 * rows + sizes + 16.0 * ((entry["tokens"] == 1) != (tokens == 1))
+
+    entry = min(entries, key=distance)
+    exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
+    shape = " ".join(f"{key}={entry[key]}" for key in wanted)
+    source = f"{table['gpu']} experts {shape} ({'exact' if exact else 'nearest'})"
+    return _fit(replace(ExpertsConfig.from_entry(entry["config"]), source=source), target, itemsize)
+
+
+def _rows_per_expert(shape: dict[str, Any]) -> float:
+    return shape["tokens"] * shape["top_k"] / shape["experts"]
+
+
+def _exact_products(experts: int, rows: int, itemsize: int, transposed: bool) -> ExpertsConfig:
+    """fp32: products without matrix units, whose operands are in registers, so tiles are small."""
+    source = f"no table for {itemsize} bytes"
+    if rows <= 8 and not transposed:
+        return ExpertsConfig("vector", Tiles(8, 512), Tiles(2, 256), source=source)
+    block_t = 16 if rows <= 16 * experts else 32
+    tiles = Tiles(32, 32, 4, 2)
+    return ExpertsConfig("grouped", tiles, tiles, block_t, source=source)
+
+
+def _fit(config: ExpertsConfig, target: Target, itemsize: int) -> ExpertsConfig:
+    """The same within a target's shared memory, and without TMA where there is none."""
+    if config.method == "vector":
+        return config
+    return replace(
+        config,
+        up=_fit_tiles(config.up, config.block_t, target, itemsize),
+        down=_fit_tiles(config.down, config.block_t, target, itemsize),
+    )
+
+
+def _fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int) -> Tiles:
+    """Fewer stages, then narrower tiles, until stages, or else a finished tile, fit."""
+    if target.backend == "hip":
+        tiles = replace(tiles, num_stages=min(tiles.num_stages, 2))
+    tiles = replace(tiles, use_tma=tiles.use_tma and target.has_tma)
+
+    def need(t: Tiles) -> int:
+        return t.num_stages * (t.block_n + block_t) * t.block_d * itemsize + 1024
+
+    while need(tiles) > target.smem_bytes and tiles.num_stages > 2:
+        tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+    while need(tiles) > target.smem_bytes and tiles.block_d > 32:
+        tiles = replace(tiles, block_d=tiles.block_d // 2)
+    return tiles
+
+
+def combined_features(config: ExpertsConfig, top_k: int) -> int:
+    """Features that the down projection's programs combine at once: a thread has 32 parts in flight, or 16 features."""
+    values = 32 * 32 * config.down.num_warps
+    return max(min(16, config.down.block_n), min(config.down.block_n, values // (config.block_t * next_power_of_2(top_k))))

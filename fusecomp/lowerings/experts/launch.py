@@ -1,0 +1,161 @@
+"""Launches of the experts' kernels: two for very few tokens, otherwise routing and two grouped matmuls.
+
+Safe under CUDA-graph capture, if a launch came before (see `zeroed_counters`): grids depend on shapes alone, and what
+depends on the routing is read on the device. Launches on one device must be ordered: they share counters.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusecomp.lowerings.device import target_of, zeroed_counters
+from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles, combined_features
+from fusecomp.lowerings.experts.routing import launch_routing
+from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.ops.experts import Activation
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weights of a layer and how they are used; see `ops/experts.py`.
+
+    Attributes:
+        up: [E, N, C], N = 2F if gated, else F; transposed: [E, C, N]. Contiguous, as are all others.
+        up_bias: [E, N], or None.
+        down: [E, C, F]; transposed: [E, F, C].
+        down_bias: [E, C], or None.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    activation: Activation
+    gated: bool
+    interleaved: bool
+    transposed: bool
+
+    @property
+    def gating(self) -> int:
+        """GATING of `pieces.py`."""
+        return 0 if not self.gated else 2 if self.interleaved else 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(E, N, C, F)."""
+        experts, rows, hidden = self.up.shape
+        if self.transposed:
+            rows, hidden = hidden, rows
+        return experts, rows, hidden, rows // 2 if self.gated else rows
+
+    def act_constants(self) -> dict[str, Any]:
+        act = self.activation
+        return {"GATING": self.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
+
+
+def run_experts(
+    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+) -> Tensor:
+    """Sum over k of routing_weights[t, k] * expert_{index[t, k]}(x[t]) -> [T, C] contiguous, in x's dtype.
+
+    Args:
+        x: [T, C], last dim contiguous, any row stride; the dtype of the layer: fp32, fp16 or bf16.
+        index: [T, K] integers, contiguous; a value outside of [0, E) adds nothing.
+        routing_weights: [T, K] floats, contiguous.
+        use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
+    """
+    run = run_vector if config.method == "vector" else run_grouped
+    return run(config, x, index, routing_weights, layer, use_pdl)
+
+
+def run_vector(
+    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+) -> Tensor:
+    """`run_experts` by register tiles: every row reads its expert, whose weights must not be transposed."""
+    if layer.transposed:
+        raise ValueError("experts: the vector kernels do not read transposed weights")
+    (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
+    hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
+    common = {"E": experts, "K": top_k, "USE_PDL": use_pdl}
+    if use_pdl:
+        common["launch_pdl"] = True
+    up, down = config.up, config.down
+    up_vector_kernel[(tokens * top_k * triton.cdiv(rows, up.block_n),)](
+        x, index, layer.up, layer.up_bias, hidden, x.stride(0), N=rows, D=hidden_size, BLOCK_N=up.block_n,
+        BLOCK_D=up.block_d, num_warps=up.num_warps, **layer.act_constants(), **common,
+    )  # fmt: skip
+    down_vector_kernel[(tokens * triton.cdiv(hidden_size, down.block_n),)](
+        hidden, index, layer.down, layer.down_bias, routing_weights, out, KP=next_power_of_2(top_k), N=hidden_size,
+        D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
+    )  # fmt: skip
+    return out
+
+
+def run_grouped(
+    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+) -> Tensor:
+    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles."""
+    (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
+    plan, capacity = launch_routing(index, experts, config.block_t, use_pdl)
+    hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
+    sms = target_of(x).num_sms
+    common = {
+        "K": top_k, "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap,
+        "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
+    }  # fmt: skip
+    if use_pdl:
+        common["launch_pdl"] = True
+
+    w_tiles = weight_tiles(layer.up, config.up, 2 if layer.gating == 1 else 1, layer.transposed)
+    up_kernel[(_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),)](
+        x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), N=rows, D=hidden_size,
+        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
+    )  # fmt: skip
+
+    w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
+    blocks = triton.cdiv(hidden_size, config.down.block_n)
+    parts = counters = None
+    if top_k > 1:
+        parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
+        counters = zeroed_counters(x.device, tokens * blocks)
+    down_kernel[(_programs(config.down, capacity * blocks, sms),)](
+        hidden, plan, layer.down, w_tiles, layer.down_bias, routing_weights, parts, counters, out, capacity,
+        N=hidden_size, D=width, CHUNK=combined_features(config, top_k), USE_TMA=w_tiles is not None,
+        **_constants(config.down), **common,
+    )  # fmt: skip
+    return out
+
+
+def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) -> TensorDescriptor | None:
+    """The weight [E, G * N, D] as [E * G, N, D] in blocks of [G, BN / G, BD]; None where TMA cannot, or shall not, read it.
+
+    TMA needs rows of a multiple of 16 bytes.
+    """
+    if not tiles.use_tma or transposed or weight.shape[2] * weight.element_size() % 16 or weight.data_ptr() % 16:
+        return None
+    shape = [weight.shape[0] * groups, weight.shape[1] // groups, weight.shape[2]]
+    strides = [shape[1] * shape[2], shape[2], 1]
+    return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, tiles.block_d])
+
+
+def _programs(tiles: Tiles, items: int, sms: int) -> int:
+    return min(items, tiles.per_sm * sms) if tiles.per_sm else items
+
+
+def _constants(tiles: Tiles) -> dict[str, int]:
+    return {
+        "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }  # fmt: skip

@@ -1,0 +1,78 @@
+"""What the experts' kernels share: rows of a weight tile, gate and up of a tile, activations.
+
+Legend: N rows of one expert's weight (its outputs, gate and up counted apart), BN rows of a weight tile, C columns.
+GATING: 0 not gated; 1 gate rows [0, N / 2), up rows [N / 2, N); 2 gate rows even, up rows odd. A tile of gating 1 holds
+BN / 2 rows of each half.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusecomp.lowerings.linear.epilogue import tanh
+
+
+@triton.jit
+def weight_rows(block, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr, CLAMP: tl.constexpr):
+    """[BN] rows of an expert's weight that tile `block` holds.
+
+    Those past the end of a half read the last one if CLAMP, and otherwise whatever follows: the next half, or, from
+    N on, nothing that is the weight's.
+    """
+    r = tl.arange(0, BLOCK_N)
+    PARTS: tl.constexpr = 2 if GATING == 1 else 1
+    ROWS: tl.constexpr = BLOCK_N // PARTS  # of each half
+    row = block * ROWS + r % ROWS
+    if CLAMP and (N // PARTS) % ROWS != 0:
+        row = tl.minimum(row, N // PARTS - 1)
+    return row + r // ROWS * (N // PARTS)
+
+
+@triton.jit
+def split_gate(acc, GATING: tl.constexpr, SWAP: tl.constexpr):
+    """(gate, up) of a tile [C, BN], or [BN, C] when SWAP."""
+    if SWAP:
+        HALF: tl.constexpr = acc.shape[0] // 2
+        if GATING == 1:
+            return tl.split(tl.permute(tl.reshape(acc, [2, HALF, acc.shape[1]]), [1, 2, 0]))
+        else:
+            return tl.split(tl.permute(tl.reshape(acc, [HALF, 2, acc.shape[1]]), [0, 2, 1]))
+    else:
+        COLUMNS: tl.constexpr = acc.shape[1] // 2
+        if GATING == 1:
+            return tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, COLUMNS]), [0, 2, 1]))
+        else:
+            return tl.split(tl.reshape(acc, [acc.shape[0], COLUMNS, 2]))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """The activation of fp32 `x`; a NaN stays one."""
+    if ACT == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(ACT == "relu" or ACT == "relu2")
+        x = tl.where(x < 0, 0.0, x)
+        return x * x if ACT == "relu2" else x
+
+
+@triton.jit
+def activated(
+    acc, GATING: tl.constexpr, SWAP: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
+):
+    """The hidden tile of an fp32 tile of the up projection: half its rows if gated."""
+    if GATING == 0:
+        return activate(acc, ACT)
+    else:
+        gate, up = split_gate(acc, GATING, SWAP)
+        if ACT == "gpt_oss":
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+            return (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
+        else:
+            return activate(gate, ACT) * up

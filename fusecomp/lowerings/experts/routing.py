@@ -1,0 +1,109 @@
+"""The routing launch of the experts: which rows each expert gets, in one kernel without a host sync.
+
+Legend: T tokens, K experts per token, E experts, R = T * K routed rows (row r is expert r % K of token r / K), BT rows
+of a tile.
+
+A plan is one int32 buffer: [0] the tiles of experts, [1] those and the tiles of sentinels behind them, [2:4] unused,
+then `capacity` tiles of four (expert, first, end, unused), then the order [R]: rows sorted by expert, sentinels last,
+equal experts in the order of their rows. A tile is up to BT consecutive places of the order, all of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+
+HEADER = 4
+TILE = 4
+MAX_BLOCK = 4096
+
+
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
+def routing_kernel(
+    index,  # [R] int64 or int32
+    plan,  # int32, see above
+    num_rows,
+    capacity,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BINS: tl.constexpr,  # a power of two, at least E
+    BLOCK: tl.constexpr,  # rows read at once
+    USE_PDL: tl.constexpr,
+):
+    """Program e counts all experts' rows, then writes the tiles and the order of expert e; program E the sentinels'.
+
+    Every program counts for itself, so none waits for another. Bytes: 2 * R * itemsize per program from the L2, about
+    4 * R written; at R = 512 the launch costs its latency, at R = 65536 and E = 512 it reads half a gigabyte.
+    """
+    if USE_PDL:
+        gdc_wait()  # before the next line: kernels further on may then read the index without a wait of their own
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_rows, BLOCK):
+        ids = _experts(index, start + lanes, num_rows, E)
+        counts += tl.histogram(ids, BINS, mask=ids < E)
+    tiles_of = tl.cdiv(counts, BLOCK_T)
+    before = tl.sum(tl.where(bins < expert, counts, 0), 0)
+    tile = tl.sum(tl.where(bins < expert, tiles_of, 0), 0)
+    mine = tl.sum(tl.where(bins == expert, counts, 0), 0)
+    if expert == E:
+        mine = num_rows - before
+        tl.store(plan, tile)
+        tl.store(plan + 1, tile + tl.cdiv(mine, BLOCK_T))
+
+    end = before + mine
+    tile_at = plan + 4
+    for first in range(0, tl.cdiv(mine, BLOCK_T), BINS):
+        at = tile_at + (tile + first + bins) * 4
+        row = before + (first + bins) * BLOCK_T
+        live = row < end
+        tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=live)
+        tl.store(at + 1, row, mask=live)
+        tl.store(at + 2, end, mask=live)
+    if mine > 0:
+        place = tile_at + capacity * 4 + before
+        for start in range(0, num_rows, BLOCK):
+            rows = start + lanes
+            hit = (_experts(index, rows, num_rows, E) == expert).to(tl.int32)
+            tl.store(place + tl.cumsum(hit, 0) - 1, rows, mask=hit != 0)
+            place += tl.sum(hit, 0)
+
+
+@triton.jit
+def _experts(index, rows, num_rows, E: tl.constexpr):
+    """Expert of each row, E for those of no expert here, E + 1 past the last row."""
+    ids = tl.load(index + rows, mask=rows < num_rows, other=E + 1).to(tl.int32)
+    return tl.where((ids < 0) | ((ids > E) & (rows < num_rows)), E, ids)
+
+
+def tile_capacity(num_rows: int, experts: int, block_t: int) -> int:
+    """The most tiles that any routing needs, those of sentinels included: each expert may have one that is not full."""
+    return min(num_rows, num_rows // block_t + experts + 1)
+
+
+def routing_block(num_rows: int, experts: int) -> tuple[int, int, int]:
+    """(bins, rows read at once, warps)."""
+    block = max(128, min(MAX_BLOCK, next_power_of_2(num_rows)))
+    return max(32, next_power_of_2(experts)), block, max(4, min(16, block // 256))
+
+
+def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> tuple[Tensor, int]:
+    """(plan, capacity) of top_k_index [T, K] contiguous."""
+    num_rows = index.numel()
+    capacity = tile_capacity(num_rows, experts, block_t)
+    plan = torch.empty(HEADER + TILE * capacity + num_rows, dtype=torch.int32, device=index.device)
+    bins, block, warps = routing_block(num_rows, experts)
+    options = {"launch_pdl": True} if use_pdl else {}
+    routing_kernel[(experts + 1,)](
+        index, plan, num_rows, capacity, E=experts, BLOCK_T=block_t, BINS=bins, BLOCK=block, USE_PDL=use_pdl,
+        num_warps=warps, **options,
+    )  # fmt: skip
+    return plan, capacity

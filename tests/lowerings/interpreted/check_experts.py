@@ -1,0 +1,173 @@
+"""The experts' kernels under Triton's interpreter. `tests/lowerings/test_experts.py` runs this file.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fusecomp.lowerings import device
+from fusecomp.lowerings.experts import lowering
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
+from fusecomp.lowerings.experts.lowering import launch_experts
+from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
+from fusecomp.ops.experts import ACTIVATIONS
+from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
+
+SETTINGS = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _float32(handle: TensorHandle) -> TensorHandle:
+    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+_create_dot = InterpreterBuilder.create_dot
+InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+
+
+def _fp_trunc(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:
+    """To the nearest, as a GPU rounds: the interpreter cuts the low bits of fp32 off, which is bf16 rounded down."""
+    if to.scalar != tl.bfloat16:
+        return self.cast_impl(x, to)
+    rounded = torch.from_numpy(np.ascontiguousarray(x.data, dtype=np.float32)).bfloat16().view(torch.int16)
+    return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
+
+
+InterpreterBuilder.create_fp_trunc = _fp_trunc
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is filled with NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+VECTOR = ExpertsConfig("vector", Tiles(4, 16), Tiles(2, 16))
+GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 16)
+SWAPPED = ExpertsConfig("grouped", Tiles(32, 16, per_sm=1), Tiles(16, 32), 8, swap=True, group_t=2)
+
+
+def launch(layer, config: ExpertsConfig) -> torch.Tensor:
+    """One call with this configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "experts_config", lambda *_, **__: config)
+        out = layer.run(launch_experts)
+    for counters in device._arrival_counters.values():
+        assert not counters.any(), "a launch left its counters raised"
+    return out
+
+
+def run(layer, config: ExpertsConfig) -> torch.Tensor:
+    """Two calls, checked against each other and against the definition."""
+    out = launch(layer, config)
+    assert torch.equal(out, launch(layer, config))
+    if layer.x.dtype == torch.float32:
+        torch.testing.assert_close(out, naive(layer).float(), rtol=1e-4, atol=1e-5)
+    elif (layer.top_k_index < len(layer.up)).any():
+        check_contract(layer, lambda *_: out)
+    else:
+        assert (out == 0).all()
+    return out
+
+
+@settings(SETTINGS, max_examples=60)
+@given(st.data(), st.sampled_from([1, 5, 40, 300]), st.sampled_from([1, 3, 8, 40, 130]), st.sampled_from([8, 16]))
+def test_plan(data, T, E, block_t):
+    """Every row once, in stable order of experts; tiles cover each expert's places, those of sentinels last."""
+    K = data.draw(st.integers(1, 4))
+    few = data.draw(st.integers(0, E))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    index = torch.randint(E - few, E + 1, (T, K), generator=generator)
+    index = index.to(data.draw(st.sampled_from([torch.int64, torch.int32])))
+    plan, capacity = launch_routing(index, E, block_t, False)
+    order = plan[HEADER + TILE * capacity :]
+    flat = index.flatten().long()
+    assert torch.equal(order.long(), flat.argsort(stable=True))
+    expected, starts, begin = [], [], 0
+    for expert, count in enumerate(torch.bincount(flat, minlength=E + 1).tolist()):
+        starts += [len(expected)]
+        expected += [[expert, first, begin + count] for first in range(begin, begin + count, block_t)]
+        begin += count
+    assert plan[:2].tolist() == [starts[E], len(expected)] and len(expected) <= capacity
+    tiles = plan[HEADER : HEADER + TILE * capacity].view(-1, TILE)
+    assert tiles[: len(expected), :3].tolist() == expected
+
+
+@st.composite
+def layers(draw, tokens: st.SearchStrategy[int], transposed: st.SearchStrategy[bool]):
+    T, E = draw(tokens), draw(st.integers(1, 9))
+    K = draw(st.integers(1, min(E, 4)))
+    act = draw(st.sampled_from([*sorted(ACTIVATIONS), GPT_OSS]))
+    lo, hi = draw(st.sampled_from([(0, E - 1), (0, E), (0, 0), (E - 1, E), (E, E)]))
+    index = torch.randint(lo, hi + 1, (T, K), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return make_layer(
+        T, K, E, draw(st.integers(1, 50)), draw(st.integers(1, 50)), act=act, gated=act == GPT_OSS or draw(st.booleans()),
+        interleaved=draw(st.booleans()), transposed=draw(transposed), bias=draw(st.booleans()), index=index,
+        dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 9)),
+    )  # fmt: skip
+
+
+@settings(SETTINGS, max_examples=60)
+@given(layers(st.integers(1, 3), st.just(False)))
+def test_vector(layer):
+    run(layer, VECTOR)
+
+
+@settings(SETTINGS, max_examples=80)
+@given(layers(st.integers(1, 40), st.booleans()), st.sampled_from([GROUPED, SWAPPED]))
+def test_grouped(layer, config):
+    run(layer, config)
+
+
+@pytest.mark.parametrize("config", [VECTOR, GROUPED, SWAPPED], ids=["vector", "grouped", "swapped"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, routing, config):
+    index = routings(12, 2, 8)[routing]
+    layer = make_layer(12, 2, 8, 32, 24, index=index, dtype=torch.bfloat16, **FORMS[form])
+    if layer.transposed and config is VECTOR:
+        with pytest.raises(ValueError, match="transposed"):
+            launch(layer, config)
+        return
+    out = run(layer, config)
+    assert (out[(index == 8).all(1)] == 0).all()
+
+
+@pytest.mark.parametrize("T", [1, 2, 30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_committed_choice(T, dtype):
+    layer = make_layer(T, 8, 16, 32, 24, dtype=dtype)
+    if dtype == torch.float32:
+        torch.testing.assert_close(layer.run(launch_experts), naive(layer).float(), rtol=1e-4, atol=1e-5)
+    else:
+        check_contract(layer, launch_experts)
+
+
+def test_strided_inputs():
+    layer = make_layer(9, 2, 4, 32, 24)
+    wide = torch.full((9, 40), float("nan"))
+    wide[:, :32] = layer.x
+
+    run(replace(layer, x=wide[:, :32]), GROUPED)
+    run(replace(layer, x=wide[:, :32]), VECTOR)
