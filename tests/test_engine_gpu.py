@@ -89,14 +89,11 @@ def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> l
     return tokens
 
 
-def check_clean(engine: Engine, name: str) -> None:
-    """One graph, compiled once, nothing fallen back (grouped matmul is there for bf16 experts only)."""
+def check_clean(engine: Engine) -> None:
+    """One graph, compiled once, nothing fallen back."""
     report = engine.report
     assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
-    if name == "llama" or engine._step.dtype == torch.bfloat16:
-        assert report.fallbacks == {}
-    else:
-        assert all(key.startswith("experts: ") for key in report.fallbacks)
+    assert report.fallbacks == {}
     if engine.device.type == "cuda":
         assert report.cuda_graphs == bucket_sizes(min(5, engine.num_kv_blocks))
 
@@ -111,7 +108,7 @@ def test_greedy_tokens_are_those_of_hugging_face(device, name, head_dim, block_s
     assert len(LENGTHS) > engine.config.max_num_seqs
     assert serve(engine, [(p, GREEDY) for p in prompts()]) == hf_greedy(name, head_dim)
     assert serve(engine, [(prompts()[4], GREEDY)]) == [hf_greedy(name, head_dim)[4]]  # alone, in the smallest bucket
-    check_clean(engine, name)
+    check_clean(engine)
 
 
 @variants(
@@ -138,7 +135,7 @@ def test_low_precision(device, name, head_dim, dtype):
     first = serve(engine, [(p, GREEDY) for p in prompts()])
     assert [len(tokens) for tokens in first] == [GREEDY.max_tokens] * len(LENGTHS)
     assert serve(engine, [(p, GREEDY) for p in prompts()]) == first
-    check_clean(engine, name)
+    check_clean(engine)
 
 
 SAMPLING = {
@@ -167,7 +164,7 @@ def test_sampling_repeats_by_seed_whatever_the_batch(device, name):
         assert serve(engine, others) != alone[kind]
     everything = [request for requests in seeded.values() for request in requests]
     assert serve(engine, everything) == [tokens for kind in seeded for tokens in alone[kind]]
-    check_clean(engine, name)
+    check_clean(engine)
 
 
 @variants("name, block_size", [("llama", 16)], MODELS, BLOCK_SIZES)
@@ -180,17 +177,16 @@ def test_preempted_requests_come_back_with_the_same_tokens(device, name, block_s
     tokens = serve(engine, requests)
     assert engine.metrics.preemptions > 0
     assert [t[:10] for t in tokens] == hf_greedy(name, 32)[3:8]
-    check_clean(engine, name)
+    check_clean(engine)
     if device == "cuda":  # on the CPU the first tokens above are enough
         roomy = make_engine(name, device, torch.float32, block_size=block_size)
         assert serve(roomy, requests) == tokens and roomy.metrics.preemptions == 0
 
 
 @pytest.mark.gpu
-def test_strict_serves_a_dense_model_and_refuses_fp32_experts():
-    serve(make_engine("llama", "cuda", torch.float32, strict=True), [(prompts()[2], GREEDY)])
-    with pytest.raises(FallbackError, match="grouped matmul needs bfloat16"):
-        make_engine("qwen3-moe", "cuda", torch.float32, strict=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_strict(name):
+    serve(make_engine(name, "cuda", torch.float32, strict=True), [(prompts()[2], GREEDY)])
 
 
 @pytest.mark.gpu

@@ -114,7 +114,10 @@ def experts_config(
     exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
     shape = " ".join(f"{key}={entry[key]}" for key in wanted)
     source = f"{table['gpu']} experts {shape} ({'exact' if exact else 'nearest'})"
-    return _fit(replace(ExpertsConfig.from_entry(entry["config"]), source=source), target, itemsize)
+    config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
+    if transposed:  # asynchronous copies of these weights end in the wide matrix instructions, of 16 tokens at least
+        config = replace(config, block_t=max(16, config.block_t))
+    return _fit(config, target, itemsize)
 
 
 def _rows_per_expert(shape: dict[str, Any]) -> float:
