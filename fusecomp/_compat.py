@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "counters",
     "dynamo_settings",
     "functional_backend",
+    "hash_compiler",
     "inductor_artifact",
     "inductor_cache_dir",
     "inductor_compile",
@@ -47,6 +49,16 @@ def inductor_cache_dir() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
+
+
+def hash_compiler() -> None:
+    """Begin to hash Triton's own files, hundreds of megabytes that are in every cache key, in a thread.
+
+    Reading and hashing need no lock of Python's. What asks for the hash before it is there computes it again.
+    """
+    from triton.runtime.cache import triton_key
+
+    threading.Thread(target=triton_key, name="hash-compiler", daemon=True).start()
 
 
 def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Callable[[GraphModule], None]) -> Callable:
