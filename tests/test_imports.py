@@ -1,13 +1,15 @@
 """What makes starts faster without changing what is computed."""
 
 import gc
+import sys
 import threading
 
 import pytest
 import triton.runtime.cache
 
+from fusecomp import imports
 from fusecomp._compat import hash_compiler
-from fusecomp.imports import without_collection
+from fusecomp.imports import fast_imports
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def unfrozen():
 @pytest.mark.parametrize("lasting", [False, True])
 def test_only_what_lasts_is_left_out_of_later_collections(unfrozen, lasting):
     before = gc.get_freeze_count()
-    with without_collection(lasting=lasting):
+    with fast_imports(lasting=lasting):
         assert not gc.isenabled()
         kept = [[] for _ in range(100)]
     assert gc.isenabled()
@@ -34,3 +36,46 @@ def test_the_compiler_is_hashed_beside_other_work(monkeypatch):
     hash_compiler()
     assert done.wait(10)
     assert threads != [threading.main_thread()]
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A package of one module that says when it is imported."""
+    (tmp_path / "heavy").mkdir()
+    (tmp_path / "heavy" / "__init__.py").write_text("")
+    (tmp_path / "heavy" / "part.py").write_text("def double(x):\n    return 2 * x\n\nFACT = 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "DEFERRED", {"heavy.part": "double", "absent_package.part": "anything"})
+    yield
+    for name in ("heavy", "heavy.part"):
+        sys.modules.pop(name, None)
+
+
+def test_a_deferred_function_brings_its_package_when_it_is_called(package):
+    with fast_imports():
+        from heavy.part import double
+
+        assert not hasattr(sys.modules["heavy.part"], "__file__")  # as `inspect` asks
+    assert not {"heavy", "heavy.part", "absent_package.part"} & set(sys.modules)
+    assert double(3) == 6
+    assert sys.modules["heavy.part"].double(3) == 6
+
+
+def test_anything_else_of_a_deferred_package_is_the_real_one(package):
+    with fast_imports():
+        from heavy.part import FACT, double
+    assert FACT == 5
+    assert double is sys.modules["heavy.part"].double
+
+
+def test_an_absent_package_stays_absent(package):
+    with fast_imports(), pytest.raises(ModuleNotFoundError):
+        import absent_package.part  # noqa: F401
+
+
+def test_a_package_that_is_there_already_is_left_alone(package):
+    import heavy.part
+
+    with fast_imports():
+        assert sys.modules["heavy.part"] is heavy.part
+    assert sys.modules["heavy.part"] is heavy.part
