@@ -35,7 +35,7 @@ WRONG = 3
 def child(text: str, *, check: bool) -> dict[str, Any]:
     """Start an engine in this process and serve one token; returns seconds by phase."""
     begin = float(os.environ.get(BORN, time.time()))
-    with fast_imports(lasting=True):
+    with fast_imports(own_process=True):
         import torch
 
         import_module("transformers.generation.utils")  # building any causal LM needs it

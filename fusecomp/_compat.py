@@ -14,13 +14,15 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
+from fusecomp.imports import import_beside
+
 __all__ = [
     "CustomGraphPass",
+    "compiler_prepared",
     "compiler_settings",
     "counters",
     "dynamo_settings",
     "functional_backend",
-    "hash_compiler",
     "inductor_artifact",
     "inductor_cache_dir",
     "inductor_compile",
@@ -51,14 +53,26 @@ def inductor_cache_dir() -> Path:
     return Path(cache_dir())
 
 
-def hash_compiler() -> None:
-    """Begin to hash Triton's own files, hundreds of megabytes that are in every cache key, in a thread.
+# What compiled code and its artefacts import.
+INDUCTOR = (
+    "torch._inductor.standalone_compile",
+    "torch._inductor.select_algorithm",
+    "torch._inductor.codegen.memory_planning",
+)
 
-    Reading and hashing need no lock of Python's. What asks for the hash before it is there computes it again.
+
+@contextmanager
+def compiler_prepared() -> Iterator[None]:
+    """Beside what runs inside, which must not import Inductor, import it, and hash Triton's own files.
+
+    Those are hundreds of megabytes, and part of every cache key. Reading and hashing need no lock of Python's. What
+    asks for the hash before it is there computes it again.
     """
     from triton.runtime.cache import triton_key
 
     threading.Thread(target=triton_key, name="hash-compiler", daemon=True).start()
+    with import_beside(INDUCTOR):
+        yield
 
 
 def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Callable[[GraphModule], None]) -> Callable:

@@ -137,7 +137,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """`fusecomp explain`."""
     engine_options = _engine_options(options)
-    with _keeping_interrupts(), fast_imports(lasting=True):
+    with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import explain
 
     report = explain(options.model, **engine_options)
@@ -152,7 +152,7 @@ def _serve(
     lines: list[PromptLine],
     output: OutputFile | None,
 ) -> tuple[list[RequestOutput], float]:
-    with _keeping_interrupts(), fast_imports(lasting=True):
+    with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import LLM
 
     llm = LLM(options.model, tokenizer=options.tokenizer, **engine_options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,26 +17,50 @@ from typing import Any
 DEFERRED = {"scipy.optimize": "linear_sum_assignment", "sklearn.metrics": "roc_curve"}
 
 
+# What torch and transformers import that imports neither. Much of an import is waiting for files.
+BESIDE = ("sympy", "httpx", "PIL.Image", "tokenizers")
+
+
 @contextmanager
-def fast_imports(*, lasting: bool = False) -> Iterator[None]:
+def fast_imports(*, own_process: bool = False) -> Iterator[None]:
     """For imports that bring torch and transformers. No garbage is collected inside, and `DEFERRED` packages wait.
 
     Imports make millions of objects, and searching them for cycles takes time.
 
     Args:
-        lasting: later collections leave out all objects that there are at the end. For programs of our own, before
-            they hold a model; in a user's process it would keep garbage alive.
+        own_process: for programs of our own, before they hold a model. `BESIDE` is imported in a thread, and later
+            collections leave out all objects that there are at the end, which would keep a user's garbage alive.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with _deferred():
+        with _deferred(), import_beside(BESIDE if own_process else ()):
             yield
-        if lasting:
+        if own_process:
             gc.freeze()
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def import_beside(names: Sequence[str]) -> Iterator[None]:
+    """Import modules in a thread beside what runs inside; waits for it at the end.
+
+    Modules that import each other must not be imported by both: Python then hands out unfinished ones.
+    """
+
+    def run() -> None:
+        for name in names:
+            with suppress(Exception):  # it fails again, and is seen, where the module is needed
+                import_module(name)
+
+    thread = threading.Thread(target=run, name="import-beside")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 @contextmanager

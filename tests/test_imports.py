@@ -8,7 +8,7 @@ import pytest
 import triton.runtime.cache
 
 from fusecomp import imports
-from fusecomp._compat import hash_compiler
+from fusecomp._compat import compiler_prepared
 from fusecomp.imports import fast_imports
 
 
@@ -18,22 +18,24 @@ def unfrozen():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("lasting", [False, True])
-def test_only_what_lasts_is_left_out_of_later_collections(unfrozen, lasting):
+@pytest.mark.parametrize("own_process", [False, True])
+def test_only_what_lasts_is_left_out_of_later_collections(unfrozen, own_process):
     before = gc.get_freeze_count()
-    with fast_imports(lasting=lasting):
+    with fast_imports(own_process=own_process):
         assert not gc.isenabled()
         kept = [[] for _ in range(100)]
     assert gc.isenabled()
-    assert (gc.get_freeze_count() - before >= len(kept)) == lasting
+    assert (gc.get_freeze_count() - before >= len(kept)) == own_process
 
 
-def test_the_compiler_is_hashed_beside_other_work(monkeypatch):
+def test_the_compiler_is_imported_and_hashed_beside_other_work(monkeypatch):
     threads, done = [], threading.Event()
     monkeypatch.setattr(
         triton.runtime.cache, "triton_key", lambda: (threads.append(threading.current_thread()), done.set())
     )
-    hash_compiler()
+    with compiler_prepared():
+        pass
+    assert "torch._inductor.select_algorithm" in sys.modules
     assert done.wait(10)
     assert threads != [threading.main_thread()]
 
@@ -79,3 +81,9 @@ def test_a_package_that_is_there_already_is_left_alone(package):
     with fast_imports():
         assert sys.modules["heavy.part"] is heavy.part
     assert sys.modules["heavy.part"] is heavy.part
+
+
+def test_modules_are_imported_beside_other_work(package, monkeypatch):
+    with imports.import_beside(("absent_package", "heavy.part")):
+        pass  # what cannot be imported is left to whoever needs it
+    assert sys.modules["heavy.part"].FACT == 5

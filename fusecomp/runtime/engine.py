@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fusecomp._compat import hash_compiler
 from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead
@@ -65,8 +64,6 @@ class Engine:
         begin = time.perf_counter()
         parameter = next(model.parameters())
         self.device = parameter.device
-        if self.device.type == "cuda":
-            hash_compiler()
         self._stand_ins = itertools.count(-2, -1)
         self.vocab_size = memory.vocabulary(model)
         self.config = config = memory.resolve_limits(model, config)
