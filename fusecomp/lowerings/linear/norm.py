@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import norm_block
 
 KINDS = ("rms", "layer")
@@ -144,7 +145,8 @@ def launch_norm(
     block_t, block_k, num_warps = norm_block(num_tokens, k)
     use_pdl = uses_pdl(x)
     options = {"launch_pdl": True} if use_pdl else {}
-    norm_kernel[(triton.cdiv(num_tokens, block_t),)](
+    launch(
+        norm_kernel, (triton.cdiv(num_tokens, block_t),),
         x, residual, weight, bias, y, total, eps, num_tokens, x.stride(0),
         0 if residual is None else residual.stride(0),
         K=k, BLOCK_T=block_t, BLOCK_K=block_k, HAS_RESIDUAL=residual is not None, CENTERED=kind == "layer",
