@@ -207,7 +207,7 @@ def report(name: str, case: Case, config: ExpertsConfig, ceilings: Ceilings, pee
     return row
 
 
-def tune(case: Case, failed: set) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
+def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
     """The fastest configuration that is right: each frame's up tiles, then its down tiles with the best of those."""
     log: list[tuple[float, ExpertsConfig]] = []
     for frame, ups, downs in frames(case.shape.top_k, case.shape.experts, case.shape.width, case.tokens):
@@ -216,14 +216,14 @@ def tune(case: Case, failed: set) -> tuple[ExpertsConfig, list[tuple[float, Expe
             tried = []
             for config in (replace(best, **{name: tiles}) for tiles in pool):
                 try:
-                    if (name, replace(config, group_t=1)) not in failed:
-                        tried.append((case.seconds(config, 3), config))
+                    tried.append((case.seconds(config, 3), config))
                 except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
                     print(f"not run: {config.to_entry()}: {str(error)[:120]}", flush=True)
             tried.sort(key=lambda pair: pair[0])
             log += tried
             best = tried[0][1] if tried else best
-    finals = sorted(((case.seconds(config, 9), config) for _, config in sorted(log, key=lambda p: p[0])[:4]), key=lambda p: p[0])
+    log.sort(key=lambda pair: pair[0])
+    finals = sorted(((case.seconds(config, 9), config) for _, config in log[:4]), key=lambda pair: pair[0])
     for _, config in finals:
         try:
             case.check(config)
@@ -254,7 +254,8 @@ def main() -> None:
     args = parser.parse_args()
     start, target = time.time(), device_target(0)
     cases = [(name, tokens) for tokens in args.tokens for name in args.shapes]
-    failed = build_all([SHAPES[name].keys(tokens) for name, tokens in cases]) if args.tune else set()
+    if args.tune:
+        build_all([SHAPES[name].keys(tokens) for name, tokens in cases])
     ceilings = measure_ceilings(torch.device("cuda"))
     environment = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
@@ -271,7 +272,7 @@ def main() -> None:
             if time.time() - start > args.seconds:
                 print(f"out of time before {name}, {tokens} tokens")
                 break
-            config, log = tune(case, failed)
+            config, log = tune(case)
             entries.append({**shape.keys(tokens), "config": config.to_entry(), "us": round(log[0][0] * 1e6, 2)})
             for seconds, tried in log[:8]:
                 print(f"    {seconds * 1e6:10.2f} us {tried.to_entry()}", flush=True)

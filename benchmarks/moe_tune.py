@@ -5,25 +5,24 @@ Legend: T tokens, K experts per token, E experts, F expert intermediate size.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any
-from unittest import mock
 
 import torch
 
 from fusecomp.lowerings.device import device_target
-from fusecomp.lowerings.experts import launch, routing
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
-from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.launch import Experts, run_experts
+from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.ops.experts import Activation
 
 Frame = tuple[ExpertsConfig, list[Tiles], list[Tiles]]
-Job = tuple[tuple[tuple[str, int], ...], str, ExpertsConfig]  # shape, "up" or "down", configuration
+Job = tuple[tuple[tuple[str, int], ...], ExpertsConfig]  # shape and tokens as the tables name them, configuration
 
 UP_VECTOR = ((2, 2048, 2), (4, 1024, 2), (4, 2048, 4), (8, 512, 4), (8, 1024, 4), (8, 2048, 4), (16, 512, 4))
 DOWN_VECTOR = ((1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (4, 1024), (8, 1024))
@@ -64,23 +63,6 @@ def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]
             yield ExpertsConfig("grouped", pool[0], pool[3], block_t, False, group_t), pool, pool
 
 
-class _CompileOnly:
-    """Stands in for a kernel: a launch compiles it into Triton's disk cache and runs nothing."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.kernel.warmup(*args, grid=grid, **kwargs)
-
-
-class _Skip:
-    """Stands in for a kernel that is not wanted."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: None
-
-
 @cache
 def _layer(experts: int, hidden: int, width: int) -> Experts:
     up, down = (
@@ -91,41 +73,31 @@ def _layer(experts: int, hidden: int, width: int) -> Experts:
 
 
 def _build(job: Job) -> str:
-    """Compile one kernel, in a process of its own; returns why it cannot."""
-    keys, name, config = dict(job[0]), job[1], job[2]
-    layer = _layer(keys["experts"], keys["hidden"], keys["width"])
-    tokens = keys["tokens"]
-    x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
-    index = torch.zeros(tokens, keys["top_k"], dtype=torch.int64, device="cuda")
-    weights = torch.empty(tokens, keys["top_k"], dtype=torch.bfloat16, device="cuda")
-    kernels = {f"{part}_{kind}": _Skip() for part in ("up", "down") for kind in ("kernel", "vector_kernel")}
-    for kind in ("kernel", "vector_kernel"):
-        kernels[f"{name}_{kind}"] = _CompileOnly(getattr(launch, f"{name}_{kind}"))
-    pdl = device_target(0).has_pdl
+    """Compile one configuration into Triton's disk cache, in a process of its own; returns why it cannot."""
+    keys, config = dict(job[0]), job[1]
+    tokens, top_k = keys["tokens"], keys["top_k"]
     try:
-        with mock.patch.multiple(launch, **kernels), mock.patch.object(
-            routing, "routing_kernel", _CompileOnly(routing.routing_kernel)
-        ):
-            launch.run_experts(config, x, index, weights, layer, pdl)
+        x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
+        index = torch.zeros(tokens, top_k, dtype=torch.int64, device="cuda")
+        layer = _layer(keys["experts"], keys["hidden"], keys["width"])
+        with compile_ahead(x.device):  # what does not compile is logged, and met again when it is timed
+            run_experts(config, x, index, x[:, :top_k].contiguous(), layer, device_target(0).has_pdl)
     except Exception as error:
-        return f"{name} {config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
+        return f"{config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
     return ""
 
 
-def build_all(shapes: list[dict[str, int]]) -> set[tuple[str, ExpertsConfig]]:
-    """Compile what tuning these shapes will launch, on several processes; returns what failed, as ("up" or "down", ...)."""
+def build_all(shapes: list[dict[str, int]]) -> None:
+    """Compile what tuning these shapes will launch, on several processes."""
     start, jobs = time.time(), []
     for shape in shapes:
         for frame, ups, downs in frames(shape["top_k"], shape["experts"], shape["width"], shape["tokens"]):
-            for name, pool in (("up", ups), ("down", downs)):
-                # What the other matmul has, and the programs, play no part in the code.
-                jobs += [
-                    (tuple(shape.items()), name, replace(frame, **{name: tiles}))
-                    for tiles in dict.fromkeys(replace(tiles, per_sm=0) for tiles in pool)
-                ]
-    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
-        failures = pool.map(_build, jobs, chunksize=2)
-    print(f"{len(jobs)} kernels built: {time.time() - start:.0f} s", flush=True)
+            # The number of programs plays no part in the code.
+            pools = [list(dict.fromkeys(replace(tiles, per_sm=0) for tiles in pool)) for pool in (ups, downs)]
+            for up, down in itertools.zip_longest(*pools):
+                jobs.append((tuple(shape.items()), replace(frame, up=up or ups[0], down=down or downs[0])))
+    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as processes:
+        failures = processes.map(_build, jobs, chunksize=2)
+    print(f"{len(jobs)} configurations built: {time.time() - start:.0f} s", flush=True)
     for text in [f for f in failures if f][:5]:
         print(f"  not built: {text}", flush=True)
-    return {(job[1], job[2]) for job, text in zip(jobs, failures, strict=True) if text}

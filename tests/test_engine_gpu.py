@@ -17,7 +17,6 @@ import torch
 import transformers
 
 from fusecomp.config import EngineConfig
-from fusecomp.errors import FallbackError
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.graphs import bucket_sizes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.launch import computed
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.library import implement, record_fallback
@@ -128,6 +128,12 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> T
     return computed(launch_norm_op(x, weight, bias, NormSpec.from_text(spec)))
 
 
+def _experts(*args: Any) -> Tensor:
+    from fusecomp.lowerings.experts.lowering import launch_experts
+
+    return computed(launch_experts(*args))
+
+
 def _greedy(logits: Tensor) -> Tensor:
     from fusecomp.lowerings.sampling.greedy import launch_greedy
 
@@ -146,5 +152,5 @@ def register() -> None:
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
-    implement("experts", launch_experts, "CUDA")
+    implement("experts", _experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -72,7 +72,9 @@ class TestActivation:
         with pytest.raises(ValueError, match=r"none of gelu.*gpt_oss\(alpha,limit\)"):
             Activation.parse(text, True)
 
-    @pytest.mark.parametrize(("text", "gated"), [("gpt_oss(1.7,7)", False), ("gpt_oss(1,0)", True), ("gpt_oss(1,-2)", True)])
+    @pytest.mark.parametrize(
+        ("text", "gated"), [("gpt_oss(1.7,7)", False), ("gpt_oss(1,0)", True), ("gpt_oss(1,-2)", True)]
+    )
     def test_what_gpt_oss_needs(self, text, gated):
         with pytest.raises(ValueError, match="positive limit"):
             Activation.parse(text, gated)

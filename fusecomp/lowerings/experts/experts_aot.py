@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
@@ -66,9 +66,9 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
     """Kernels of a few layers; if `full`, of every tuned one, in both halves, and of its neighbours."""
     shapes = list(SUBSET)
     for entry in load_table(DEFAULT_TABLE)["entries"] if full else ():
-        sizes = tuple(entry[key] for key in ("experts", "top_k", "hidden", "width", "tokens"))
-        shapes += [Shape(*sizes), Shape(*sizes, act="gelu_tanh", gating=2, biased=True), Shape(*sizes, dtype="fp16")]
-        shapes += [Shape(*sizes, transposed=True), Shape(*sizes, act="relu2", gating=0), Shape(*sizes, dtype="fp32")]
+        plain = Shape(*(entry[key] for key in ("experts", "top_k", "hidden", "width", "tokens")))
+        shapes += [plain, replace(plain, dtype="fp16"), replace(plain, dtype="fp32"), replace(plain, transposed=True)]
+        shapes += [replace(plain, act="gelu_tanh", gating=2, biased=True), replace(plain, act="relu2", gating=0)]
     for shape in shapes:
         yield from specializations(target, shape)
 
@@ -107,9 +107,7 @@ def _vector(shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iter
         )  # fmt: skip
 
 
-def _grouped(
-    target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict
-) -> Iterator[Specialization]:
+def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
     bins, block, warps = routing_block(shape.tokens * shape.top_k, shape.experts)
     yield Specialization(
         f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"},

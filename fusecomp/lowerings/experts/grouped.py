@@ -48,7 +48,7 @@ def up_kernel(
 ):
     """hidden = activation(x[tokens of the plan's order] @ up^T + bias)."""
     if USE_PDL:
-        # In this order: then the down projection, which starts after the second line, may read the plan before it waits.
+        # In this order, so that the down projection, which the second line lets begin, may read the plan at once.
         gdc_wait()
         gdc_launch_dependents()
     FEATURES: tl.constexpr = N // 2 if GATING else N
@@ -286,9 +286,7 @@ def _load_weight(at, mask, EVEN: tl.constexpr, ONCE: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(
-    weight, expert, block, N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def _prefetch(weight, expert, block, N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Ask the L2 for the first 512 bytes of each row of a weight tile."""
     row, part = weight_rows(block, N, 0, BLOCK_N, True).to(tl.int64)[:, None], tl.arange(0, 4)[None, :]
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth

@@ -163,5 +163,5 @@ def _fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int) -> Til
 
 def combined_features(config: ExpertsConfig, top_k: int) -> int:
     """Features that the down projection's programs combine at once: a thread has 32 parts in flight, or 16 features."""
-    values = 32 * 32 * config.down.num_warps
-    return max(min(16, config.down.block_n), min(config.down.block_n, values // (config.block_t * next_power_of_2(top_k))))
+    values, block_n = 32 * 32 * config.down.num_warps, config.down.block_n
+    return min(block_n, max(16, values // (config.block_t * next_power_of_2(top_k))))

@@ -21,6 +21,7 @@ from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles, combined_features
 from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.ops.experts import Activation
 
@@ -91,11 +92,13 @@ def run_vector(
     if use_pdl:
         common["launch_pdl"] = True
     up, down = config.up, config.down
-    up_vector_kernel[(tokens * top_k * triton.cdiv(rows, up.block_n),)](
+    launch(
+        up_vector_kernel, (tokens * top_k * triton.cdiv(rows, up.block_n),),
         x, index, layer.up, layer.up_bias, hidden, x.stride(0), N=rows, D=hidden_size, BLOCK_N=up.block_n,
         BLOCK_D=up.block_d, num_warps=up.num_warps, **layer.act_constants(), **common,
     )  # fmt: skip
-    down_vector_kernel[(tokens * triton.cdiv(hidden_size, down.block_n),)](
+    launch(
+        down_vector_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
         hidden, index, layer.down, layer.down_bias, routing_weights, out, KP=next_power_of_2(top_k), N=hidden_size,
         D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
     )  # fmt: skip
@@ -119,7 +122,8 @@ def run_grouped(
         common["launch_pdl"] = True
 
     w_tiles = weight_tiles(layer.up, config.up, 2 if layer.gating == 1 else 1, layer.transposed)
-    up_kernel[(_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),)](
+    launch(
+        up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
         x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), N=rows, D=hidden_size,
         USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
     )  # fmt: skip
@@ -130,7 +134,8 @@ def run_grouped(
     if top_k > 1:
         parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
         counters = zeroed_counters(x.device, tokens * blocks)
-    down_kernel[(_programs(config.down, capacity * blocks, sms),)](
+    launch(
+        down_kernel, (_programs(config.down, capacity * blocks, sms),),
         hidden, plan, layer.down, w_tiles, layer.down_bias, routing_weights, parts, counters, out, capacity,
         N=hidden_size, D=width, CHUNK=combined_features(config, top_k), USE_TMA=w_tiles is not None,
         **_constants(config.down), **common,
@@ -139,9 +144,9 @@ def run_grouped(
 
 
 def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) -> TensorDescriptor | None:
-    """The weight [E, G * N, D] as [E * G, N, D] in blocks of [G, BN / G, BD]; None where TMA cannot, or shall not, read it.
+    """The weight [E, G * N, D] as [E * G, N, D] in blocks of [G, BN / G, BD]; None where TMA cannot or shall not read it.
 
-    TMA needs rows of a multiple of 16 bytes.
+    It needs rows of a multiple of 16 bytes.
     """
     if not tiles.use_tma or transposed or weight.shape[2] * weight.element_size() % 16 or weight.data_ptr() % 16:
         return None

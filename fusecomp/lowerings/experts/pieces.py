@@ -55,10 +55,11 @@ def activate(x, ACT: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACT == "relu":
+        return tl.where(x < 0, 0.0, x)
     else:
-        tl.static_assert(ACT == "relu" or ACT == "relu2")
-        x = tl.where(x < 0, 0.0, x)
-        return x * x if ACT == "relu2" else x
+        tl.static_assert(ACT == "relu2")
+        return tl.where(x < 0, 0.0, x * x)
 
 
 @triton.jit

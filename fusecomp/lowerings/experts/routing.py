@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 
 HEADER = 4
@@ -102,7 +103,8 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
     plan = torch.empty(HEADER + TILE * capacity + num_rows, dtype=torch.int32, device=index.device)
     bins, block, warps = routing_block(num_rows, experts)
     options = {"launch_pdl": True} if use_pdl else {}
-    routing_kernel[(experts + 1,)](
+    launch(
+        routing_kernel, (experts + 1,),
         index, plan, num_rows, capacity, E=experts, BLOCK_T=block_t, BINS=bins, BLOCK=block, USE_PDL=use_pdl,
         num_warps=warps, **options,
     )  # fmt: skip
