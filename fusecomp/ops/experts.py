@@ -93,7 +93,8 @@ def experts_reference(
     """Sum over k of weight[t, k] * expert_{index[t, k]}(x[t]); x [T, C] -> [T, C] in x's dtype.
 
     up [E, F or 2F, C] (gate and up rows when `gated`), down [E, C, F]; with `transposed` both are stored [E, in, out].
-    `act` is what `Activation.parse` reads. An index equal to E is a sentinel (an expert of another rank): it adds nothing.
+    `act` is what `Activation.parse` reads. An index equal to E is a sentinel (an expert of another rank), which adds
+    nothing.
     """
     T, K = top_k_index.shape
     flat, order = top_k_index.reshape(-1).sort(stable=True)

@@ -1,6 +1,7 @@
-"""How the experts run: a tuned table per GPU, the nearest entry otherwise.
+"""How the experts run: a table per GPU, the nearest entry otherwise.
 
-Pure functions of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds for every replay.
+Pure functions of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds for every replay. An
+entry with a time ("us") was measured; the others take the tiles of measured linears of like shapes.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -113,11 +114,20 @@ def experts_config(
     entry = min(entries, key=distance)
     exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
     shape = " ".join(f"{key}={entry[key]}" for key in wanted)
-    source = f"{table['gpu']} experts {shape} ({'exact' if exact else 'nearest'})"
+    how = ("exact" if exact else "nearest") + ("" if "us" in entry else ", not measured")
+    source = f"{table['gpu']} experts {shape} ({how})"
     config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
-    if transposed:  # asynchronous copies of these weights end in the wide matrix instructions, of 16 tokens at least
-        config = replace(config, block_t=max(16, config.block_t))
+    if transposed:
+        config = _transposed(config)
     return _fit(config, target, itemsize)
+
+
+def _transposed(config: ExpertsConfig) -> ExpertsConfig:
+    """The same for weights that TMA does not read, and whose copies end in matrix instructions of 16 tokens or more."""
+    up, down = (
+        replace(t, num_stages=min(t.num_stages, 3 if t.use_tma else 6), use_tma=False) for t in (config.up, config.down)
+    )
+    return replace(config, block_t=max(16, config.block_t), up=up, down=down)
 
 
 def _rows_per_expert(shape: dict[str, Any]) -> float:

@@ -144,7 +144,7 @@ def run_grouped(
 
 
 def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) -> TensorDescriptor | None:
-    """The weight [E, G * N, D] as [E * G, N, D] in blocks of [G, BN / G, BD]; None where TMA cannot or shall not read it.
+    """The weight [E, G * N, D] as [E * G, N, D] in blocks [G, BN / G, BD]; None where TMA cannot or shall not read it.
 
     It needs rows of a multiple of 16 bytes.
     """

@@ -63,9 +63,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-VECTOR = ExpertsConfig("vector", Tiles(4, 16), Tiles(2, 16))
+VECTOR = ExpertsConfig("vector", Tiles(8, 32), Tiles(4, 32))
 GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 16)
-SWAPPED = ExpertsConfig("grouped", Tiles(32, 16, per_sm=1), Tiles(16, 32), 8, swap=True, group_t=2)
+SWAPPED = ExpertsConfig("grouped", Tiles(32, 32, per_sm=1), Tiles(16, 32), 8, swap=True, group_t=2)
+BY_TMA = ExpertsConfig("grouped", Tiles(32, 32, use_tma=True), Tiles(16, 32, use_tma=True), 16)
+CONFIGS = {"vector": VECTOR, "grouped": GROUPED, "swapped": SWAPPED, "tma": BY_TMA}
 
 
 def launch(layer, config: ExpertsConfig) -> torch.Tensor:
@@ -79,9 +81,8 @@ def launch(layer, config: ExpertsConfig) -> torch.Tensor:
 
 
 def run(layer, config: ExpertsConfig) -> torch.Tensor:
-    """Two calls, checked against each other and against the definition."""
+    """One call, checked against the definition."""
     out = launch(layer, config)
-    assert torch.equal(out, launch(layer, config))
     if layer.x.dtype == torch.float32:
         torch.testing.assert_close(out, naive(layer).float(), rtol=1e-4, atol=1e-5)
     elif (layer.top_k_index < len(layer.up)).any():
@@ -91,8 +92,8 @@ def run(layer, config: ExpertsConfig) -> torch.Tensor:
     return out
 
 
-@settings(SETTINGS, max_examples=40)
-@given(st.data(), st.sampled_from([1, 5, 40, 300]), st.sampled_from([1, 3, 8, 40, 130]), st.sampled_from([8, 16]))
+@settings(SETTINGS, max_examples=16)
+@given(st.data(), st.sampled_from([1, 5, 40, 150]), st.sampled_from([1, 3, 8, 40, 130]), st.sampled_from([8, 16]))
 def test_plan(data, T, E, block_t):
     """Every row once, in stable order of experts; tiles cover each expert's places, those of sentinels last."""
     K = data.draw(st.integers(1, 4))
@@ -129,37 +130,38 @@ def layers(draw, tokens: st.SearchStrategy[int], transposed: st.SearchStrategy[b
     )  # fmt: skip
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=25)
 @given(layers(st.integers(1, 3), st.just(False)))
 def test_vector(layer):
     run(layer, VECTOR)
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=40)
 @given(layers(st.integers(1, 40), st.booleans()), st.sampled_from([GROUPED, SWAPPED]))
 def test_grouped(layer, config):
     run(layer, config)
 
 
-@pytest.mark.parametrize("config", [VECTOR, GROUPED, SWAPPED], ids=["vector", "grouped", "swapped"])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
-    ("form", "routing"), [*((form, "sentinels") for form in FORMS), *(("gpt-oss", routing) for routing in ROUTINGS)]
+    ("form", "routing"), [*((form, "sentinels") for form in FORMS), *(("plain", routing) for routing in ROUTINGS)]
 )
 def test_forms(form, routing, config):
-    index = routings(12, 2, 8)[routing]
-    layer = make_layer(12, 2, 8, 32, 24, index=index, dtype=torch.bfloat16, **FORMS[form])
-    if layer.transposed and config is VECTOR:
+    index = routings(5, 2, 8)[routing]
+    layer = make_layer(5, 2, 8, 32, 24, index=index, dtype=torch.bfloat16, **FORMS[form])
+    if layer.transposed and config == "vector":
         with pytest.raises(ValueError, match="transposed"):
-            launch(layer, config)
+            launch(layer, CONFIGS[config])
         return
-    out = run(layer, config)
+    out = run(layer, CONFIGS[config])
     assert (out[(index == 8).all(1)] == 0).all()
+    assert torch.equal(launch(layer, CONFIGS[config]), out)
 
 
-@pytest.mark.parametrize("T", [1, 2, 30])
+@pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_committed_choice(T, dtype):
-    layer = make_layer(T, 8, 16, 32, 24, dtype=dtype)
+    layer = make_layer(T, 4, 8, 32, 24, dtype=dtype)
     if dtype == torch.float32:
         torch.testing.assert_close(layer.run(launch_experts), naive(layer).float(), rtol=1e-4, atol=1e-5)
     else:
@@ -167,8 +169,8 @@ def test_the_committed_choice(T, dtype):
 
 
 def test_strided_inputs():
-    layer = make_layer(9, 2, 4, 32, 24)
-    wide = torch.full((9, 40), float("nan"))
+    layer = make_layer(5, 2, 4, 32, 24)
+    wide = torch.full((5, 40), float("nan"))
     wide[:, :32] = layer.x
 
     run(replace(layer, x=wide[:, :32]), GROUPED)
