@@ -246,6 +246,6 @@ def experts_examples() -> list[Example]:
     """Experts whose weights fit together and whose activation is known, and the contrary."""
     return [
         Example("gated silu", _experts("silu", 12), _experts_inputs),
-        Example("unknown activation", _experts("mish", 12), _experts_inputs, 0, "no kernel"),
+        Example("unknown activation", _experts("mish", 12), _experts_inputs, 0, "is none of"),
         Example("shapes that do not fit", _experts("silu", 8), _experts_inputs, 0, "do not fit"),
     ]

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecomp.lowerings.experts.heuristics import METHODS, experts_config, load_table
+from fusecomp.lowerings.experts.heuristics import METHODS, VECTOR_ELEMENTS, experts_config, load_table
 from fusecomp.lowerings.experts.lowering import launch_experts, supports
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
 from fusecomp.ops import take_fallbacks
@@ -95,11 +95,18 @@ def test_interpreted():
 class TestConfiguration:
     @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
     def test_every_shape_has_one(self, target):
-        sizes = ((8, 2, 4096, 14336), (128, 8, 2048, 768), (512, 10, 2048, 512), (1, 1, 16, 16), (32, 4, 2880, 2880))
+        sizes = ((8, 2, 4096, 14336), (128, 8, 2048, 768), (512, 22, 2048, 512), (1, 1, 16, 16), (32, 4, 2880, 2880))
         for (e, k, c, f), tokens, itemsize in itertools.product(sizes, (1, 2, 7, 64, 500, 8192, 65536), (2, 4)):
             config = experts_config(target, experts=e, top_k=k, hidden=c, width=f, tokens=tokens, itemsize=itemsize)
             assert config.method in METHODS
-            assert config.method == "grouped" or tokens * k <= 16
+            if config.method == "vector":
+                down, lanes = config.down, 1 << (k - 1).bit_length()
+                assert tokens == 1 or tokens * k <= 8
+                assert lanes * down.block_n * down.block_d <= VECTOR_ELEMENTS * 32 * down.num_warps
+            transposed = experts_config(
+                target, experts=e, top_k=k, hidden=c, width=f, tokens=tokens, itemsize=itemsize, transposed=True
+            )
+            assert transposed.method == "grouped" and not (transposed.up.use_tma or transposed.down.use_tma)
             for tiles in (config.up, config.down):
                 assert tiles.block_n & (tiles.block_n - 1) == 0 and tiles.block_n >= 1
                 assert target.has_tma or not tiles.use_tma

@@ -20,6 +20,7 @@ from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
 METHODS = ("vector", "grouped")
+VECTOR_ELEMENTS = 64  # of weights, in one thread's registers
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def experts_config(
         transposed: weights are [E, in, out]; their rows are not contiguous, so "vector" does not read them.
     """
     if itemsize != 2:
-        return _fit(_exact_products(experts, tokens * top_k, itemsize, transposed), target, itemsize)
+        return _fit(_exact_products(experts, tokens * top_k, itemsize, transposed), target, itemsize, top_k)
     table = load_table(target.table)
     wanted = {"tokens": tokens, "experts": experts, "top_k": top_k, "hidden": hidden, "width": width}
     # A vector launch reads an expert once per row, so it serves no more tokens than it was measured with.
@@ -119,7 +120,7 @@ def experts_config(
     config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
     if transposed:
         config = _transposed(config)
-    return _fit(config, target, itemsize)
+    return _fit(config, target, itemsize, top_k)
 
 
 def _transposed(config: ExpertsConfig) -> ExpertsConfig:
@@ -144,15 +145,28 @@ def _exact_products(experts: int, rows: int, itemsize: int, transposed: bool) ->
     return ExpertsConfig("grouped", tiles, tiles, block_t, source=source)
 
 
-def _fit(config: ExpertsConfig, target: Target, itemsize: int) -> ExpertsConfig:
-    """The same within a target's shared memory, and without TMA where there is none."""
+def _fit(config: ExpertsConfig, target: Target, itemsize: int, top_k: int) -> ExpertsConfig:
+    """The same within a target's registers and shared memory, and without TMA where there is none."""
     if config.method == "vector":
-        return config
+        return replace(config, down=_fit_registers(config.down, next_power_of_2(top_k)))
     return replace(
         config,
         up=_fit_tiles(config.up, config.block_t, target, itemsize),
         down=_fit_tiles(config.down, config.block_t, target, itemsize),
     )
+
+
+def _fit_registers(tiles: Tiles, lanes: int) -> Tiles:
+    """Narrower and lower tiles until a thread holds at most `VECTOR_ELEMENTS` of `lanes` experts' tiles."""
+
+    def crowded(t: Tiles) -> bool:
+        return lanes * t.block_n * t.block_d > VECTOR_ELEMENTS * 32 * t.num_warps
+
+    while crowded(tiles) and tiles.block_d > 128:
+        tiles = replace(tiles, block_d=tiles.block_d // 2)
+    while crowded(tiles) and tiles.block_n > 1:
+        tiles = replace(tiles, block_n=tiles.block_n // 2)
+    return tiles
 
 
 def _fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int) -> Tiles:
