@@ -29,7 +29,8 @@ DOWN_VECTOR = ((1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4,
 # Rows and columns of a weight tile, warps, stages, whether by TMA: with narrow tiles of tokens, then with wide ones.
 NARROW = (
     (64, 128, 4, 3, False), (64, 128, 4, 4, False), (128, 64, 4, 4, False), (128, 64, 4, 6, False),
-    (128, 128, 4, 3, False), (128, 64, 4, 4, True), (128, 64, 4, 6, True), (128, 128, 4, 3, True),
+    (128, 128, 4, 3, False), (128, 64, 8, 4, False), (128, 128, 8, 3, False), (128, 64, 4, 4, True),
+    (128, 64, 4, 6, True), (128, 128, 4, 3, True),
 )  # fmt: skip
 WIDE = (
     (256, 64, 8, 3, True, 1), (256, 64, 8, 4, True, 1), (256, 64, 8, 3, False, 1), (128, 64, 8, 4, True, 1),

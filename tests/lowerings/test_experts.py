@@ -6,6 +6,7 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecomp.lowerings.experts.heuristics import METHODS, VECTOR_ELEMENTS, experts_config, load_table
+from benchmarks import moe
+from benchmarks.moe_tune import frames
+from fusecomp.lowerings.experts.heuristics import METHODS, VECTOR_ELEMENTS, ExpertsConfig, experts_config, load_table
+from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.lowering import launch_experts, supports
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
 from fusecomp.ops import take_fallbacks
@@ -123,6 +127,29 @@ class TestConfiguration:
             assert experts_config(other, itemsize=2, **shape).source.count("(nearest") == 1
             shape["hidden"] += 16
             assert experts_config(SM90, itemsize=2, **shape).source.count("(nearest") == 1
+
+
+class TestBenchmark:
+    @pytest.mark.parametrize("peer", [moe.grouped_mm, moe.batched_mm, lambda *a: moe.expert_loop(*a, torch.bfloat16)])
+    def test_peers_compute_the_op(self, peer):
+        layer = make_layer(20, 2, 8, 64, 48, dtype=torch.bfloat16)
+        weights = Experts(layer.up, None, layer.down, None, Activation("silu"), True, False, False)
+        out = peer(layer.x, layer.top_k_index, layer.top_k_weights, weights)
+        torch.testing.assert_close(out, layer.run(experts_reference), rtol=3e-2, atol=3e-2)
+
+    def test_what_is_tried_includes_the_method_of_the_table(self):
+        for entry in load_table(SM90.table)["entries"]:
+            config = ExpertsConfig.from_entry(entry["config"])
+            tried = [f for f, _, _ in frames(entry["top_k"], entry["experts"], entry["width"], entry["tokens"])]
+            assert (config.method, config.block_t, config.swap) in {(f.method, f.block_t, f.swap) for f in tried}
+
+    def test_a_written_table_keeps_what_was_not_tuned(self, tmp_path):
+        entries = load_table(SM90.table)["entries"]
+        tuned = {**entries[0], "us": 12.3}
+        moe.write_table(tmp_path / "table.json", {"gpu": SM90.name}, [tuned])
+        written = json.loads((tmp_path / "table.json").read_text())
+        assert written["gpu"] == SM90.name and len(written["entries"]) == len(entries)
+        assert tuned in written["entries"] and all(e in written["entries"] for e in entries[1:])
 
 
 @pytest.mark.parametrize(
