@@ -27,7 +27,7 @@ def up_kernel(
     weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous
     w_tiles,  # descriptor of the weight, or None
     bias,  # [E, N] contiguous, or None
-    hidden,  # [R, F] in the plan's order; rows of sentinels are not written
+    hidden,  # [R, F] at the plan's places; those of sentinels are not written
     capacity,
     stride_x,
     K: tl.constexpr,
@@ -46,7 +46,7 @@ def up_kernel(
     USE_TMA: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """hidden = activation(x[tokens of the plan's order] @ up^T + bias)."""
+    """hidden = activation(x[tokens of the plan's rows] @ up^T + bias)."""
     if USE_PDL:
         # In this order, so that the down projection, which the second line lets begin, may read the plan at once.
         gdc_wait()
@@ -55,13 +55,15 @@ def up_kernel(
     BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     num_tiles = tl.load(plan)
-    order = plan + 4 + 4 * capacity
+    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        expert, first, end = _tile(plan, tile)
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
-        live = place < end
-        row = tl.load(order + place, mask=live, other=0)
         acc = _multiply(
             x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
             N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
@@ -75,7 +77,7 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def down_kernel(
-    hidden,  # [R, F] in the plan's order
+    hidden,  # [R, F] at the plan's places
     plan,
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous
     w_tiles,  # descriptor of the weight, or None
@@ -107,24 +109,23 @@ def down_kernel(
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if USE_PDL:
         gdc_launch_dependents()
-        # The plan was complete before the up projection let this launch begin.
-        num_tiles = tl.load(plan + 1, cache_modifier=".cg")
-        if tl.program_id(0) < num_tiles * BLOCKS:
-            tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-            if tile < tl.load(plan, cache_modifier=".cg"):
-                expert = tl.load(plan + 4 + 4 * tile, cache_modifier=".cg")
-                _prefetch(weight, expert, block, N, D, BLOCK_N, TRANSPOSED)
+    # The plan was complete before the up projection let this launch begin.
+    num_tiles = tl.load(plan + 1, cache_modifier=".cg")
+    num_real = tl.load(plan, cache_modifier=".cg")
+    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
+    if USE_PDL:
+        if tile < num_real:
+            _prefetch(weight, next_expert, block, N, D, BLOCK_N, TRANSPOSED)
         gdc_wait()
-    num_tiles = tl.load(plan + 1)
-    num_real = tl.load(plan)
-    order = plan + 4 + 4 * capacity
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        expert, first, end = _tile(plan, tile)
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         real = tile < num_real
+        live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
-        live = place < end
-        row = tl.load(order + place, mask=live, other=0)
         steps = tl.where(real, (D + BLOCK_D - 1) // BLOCK_D, 0)
         acc = _multiply(
             hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, steps,
@@ -179,17 +180,26 @@ def _combine(
 
 @triton.jit
 def _place(item, num_tiles, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
-    """(tile of the plan, block of the weight's rows) of an item."""
-    group, inside = item // (GROUP_T * BLOCKS), item % (GROUP_T * BLOCKS)
-    height = tl.minimum(num_tiles - group * GROUP_T, GROUP_T)
-    return group * GROUP_T + inside % height, inside // height
+    """(tile of the plan, block of the weight's rows) of an item; without groups it waits for no number of tiles."""
+    if GROUP_T == 1:
+        return item // BLOCKS, item % BLOCKS
+    else:
+        group, inside = item // (GROUP_T * BLOCKS), item % (GROUP_T * BLOCKS)
+        height = tl.maximum(tl.minimum(num_tiles - group * GROUP_T, GROUP_T), 1)  # 1 for an item past the last
+        return group * GROUP_T + inside % height, inside // height
 
 
 @triton.jit
-def _tile(plan, tile):
-    """(expert, first place, end of the expert's places) of a tile."""
-    at = plan + 4 + 4 * tile
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
+    """(expert, first place, rows [BT]) of a tile; of the last one there is room for if `tile` lies behind it.
+
+    Past the L1, as the down projection reads the plan before it waits.
+    """
+    tile = tl.minimum(tile, capacity - 1)
+    at = plan + 4 + 2 * tile
+    row_at = plan + 4 + 2 * capacity + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
+    return expert, first, tl.load(row_at, cache_modifier=".cg")
 
 
 @triton.jit

@@ -3,9 +3,11 @@
 Legend: T tokens, K experts per token, E experts, R = T * K routed rows (row r is expert r % K of token r / K), BT rows
 of a tile.
 
-A plan is one int32 buffer: [0] the tiles of experts, [1] those and the tiles of sentinels behind them, [2:4] unused,
-then `capacity` tiles of four (expert, first, end, unused), then the order [R]: rows sorted by expert, sentinels last,
-equal experts in the order of their rows. A tile is up to BT consecutive places of the order, all of one expert.
+A plan is one int32 buffer: [0] the tiles of experts, [1] those and the tiles of sentinels behind them, [2:4] unused;
+then for each of `capacity` tiles (expert, first place), and for each its BT rows, -1 past the expert's last. Rows are
+sorted by expert, sentinels last, equal experts in the order of their rows; a place is an index into the sorted rows.
+Tiles are padded here alone: what the matmuls compute lies densely, at the places. All that a tile needs is found from
+its number, so that its loads wait for no other.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 
 HEADER = 4
-TILE = 4
+TILE = 2
 MAX_BLOCK = 4096
 
 
@@ -36,7 +38,7 @@ def routing_kernel(
     BLOCK: tl.constexpr,  # rows read at once
     USE_PDL: tl.constexpr,
 ):
-    """Program e counts all experts' rows, then writes the tiles and the order of expert e; program E the sentinels'.
+    """Program e counts all experts' rows, then writes the tiles of expert e; program E those of the sentinels.
 
     Every program counts for itself, so none waits for another. Bytes: 2 * R * itemsize per program from the L2, about
     4 * R written; at R = 512 the launch costs its latency, at R = 65536 and E = 512 it reads half a gigabyte.
@@ -60,17 +62,16 @@ def routing_kernel(
         tl.store(plan, tile)
         tl.store(plan + 1, tile + tl.cdiv(mine, BLOCK_T))
 
-    end = before + mine
-    tile_at = plan + 4
-    for first in range(0, tl.cdiv(mine, BLOCK_T), BINS):
-        at = tile_at + (tile + first + bins) * 4
-        row = before + (first + bins) * BLOCK_T
-        live = row < end
-        tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=live)
-        tl.store(at + 1, row, mask=live)
-        tl.store(at + 2, end, mask=live)
+    tiles = tl.cdiv(mine, BLOCK_T)
+    for first in range(0, tiles, BINS):
+        each = first + bins
+        at = plan + 4 + (tile + each) * 2
+        tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=each < tiles)
+        tl.store(at + 1, before + each * BLOCK_T, mask=each < tiles)
     if mine > 0:
-        place = tile_at + capacity * 4 + before
+        place = plan + 4 + capacity * 2 + tile * BLOCK_T
+        padding = mine + tl.arange(0, BLOCK_T)
+        tl.store(place + padding, tl.full([BLOCK_T], -1, tl.int32), mask=padding < tiles * BLOCK_T)
         for start in range(0, num_rows, BLOCK):
             rows = start + lanes
             hit = (_experts(index, rows, num_rows, E) == expert).to(tl.int32)
@@ -87,7 +88,7 @@ def _experts(index, rows, num_rows, E: tl.constexpr):
 
 def tile_capacity(num_rows: int, experts: int, block_t: int) -> int:
     """The most tiles that any routing needs, those of sentinels included: each expert may have one that is not full."""
-    return min(num_rows, num_rows // block_t + experts + 1)
+    return triton.cdiv(min(num_rows, num_rows // block_t + experts + 1), 2) * 2  # even, so that rows begin at 16 bytes
 
 
 def routing_block(num_rows: int, experts: int) -> tuple[int, int, int]:
@@ -100,7 +101,7 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
     """(plan, capacity) of top_k_index [T, K] contiguous."""
     num_rows = index.numel()
     capacity = tile_capacity(num_rows, experts, block_t)
-    plan = torch.empty(HEADER + TILE * capacity + num_rows, dtype=torch.int32, device=index.device)
+    plan = torch.empty(HEADER + (TILE + block_t) * capacity, dtype=torch.int32, device=index.device)
     bins, block, warps = routing_block(num_rows, experts)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(

@@ -95,24 +95,26 @@ def run(layer, config: ExpertsConfig) -> torch.Tensor:
 @settings(SETTINGS, max_examples=16)
 @given(st.data(), st.sampled_from([1, 5, 40, 150]), st.sampled_from([1, 3, 8, 40, 130]), st.sampled_from([8, 16]))
 def test_plan(data, T, E, block_t):
-    """Every row once, in stable order of experts; tiles cover each expert's places, those of sentinels last."""
+    """Tiles cover the rows in stable order of experts, each of one expert, those of sentinels last."""
     K = data.draw(st.integers(1, 4))
     few = data.draw(st.integers(0, E))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     index = torch.randint(E - few, E + 1, (T, K), generator=generator)
     index = index.to(data.draw(st.sampled_from([torch.int64, torch.int32])))
     plan, capacity = launch_routing(index, E, block_t, False)
-    order = plan[HEADER + TILE * capacity :]
     flat = index.flatten().long()
-    assert torch.equal(order.long(), flat.argsort(stable=True))
-    expected, starts, begin = [], [], 0
+    order = flat.argsort(stable=True).tolist()
+    tiles, rows, starts, begin = [], [], [], 0
     for expert, count in enumerate(torch.bincount(flat, minlength=E + 1).tolist()):
-        starts += [len(expected)]
-        expected += [[expert, first, begin + count] for first in range(begin, begin + count, block_t)]
+        starts.append(len(tiles))
+        for first in range(begin, begin + count, block_t):
+            tiles.append([expert, first])
+            found = order[first : min(first + block_t, begin + count)]
+            rows.append(found + [-1] * (block_t - len(found)))
         begin += count
-    assert plan[:2].tolist() == [starts[E], len(expected)] and len(expected) <= capacity
-    tiles = plan[HEADER : HEADER + TILE * capacity].view(-1, TILE)
-    assert tiles[: len(expected), :3].tolist() == expected
+    assert plan[:2].tolist() == [starts[E], len(tiles)] and len(tiles) <= capacity
+    assert plan[HEADER : HEADER + TILE * len(tiles)].view(-1, TILE).tolist() == tiles
+    assert plan[HEADER + TILE * capacity :].view(capacity, block_t)[: len(tiles)].tolist() == rows
 
 
 @st.composite
