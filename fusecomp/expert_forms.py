@@ -44,8 +44,8 @@ def expert_form(module: Any) -> tuple[str, bool]:
     generator = torch.Generator().manual_seed(0)
     with real_tensors(), torch.no_grad():
         draws = []
-        # Beyond every number of the module: what it clamps at must show.
-        for scale in (1.0, 20.0, *(3 * number for number in numbers)):
+        # Up to what fp16 holds, and beyond every number of the module: what it clamps at must show.
+        for scale in (1.0, 20.0, 1e3, 3e4, *(3 * number for number in numbers)):
             x = scale * torch.randn(ROWS, 2 * WIDTH, generator=generator, dtype=torch.float64)
             try:
                 draws.append((x, function(x)))

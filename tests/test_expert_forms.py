@@ -46,6 +46,7 @@ def clamped(module, gate, up):
         (Experts(halves(lambda m, g, u: F.mish(g) * u)), ("", False)),
         (Experts(halves(lambda m, g, u: m.act_fn(u) * g)), ("", False)),
         (Experts(halves(lambda m, g, u: m.act_fn(g.clamp(max=m.limit)) * u), limit=7.0), ("", False)),
+        (Experts(halves(lambda m, g, u: m.act_fn(g.clamp(max=500)) * u)), ("", False)),
         (Experts(alternating(lambda m, g, u: clamped(m, g, u) - u), alpha=1.702, limit=7.0), ("", False)),
         (Experts(alternating(lambda m, g, u: clamped(m, g, u + 1)), alpha=1.702, limit=7.0), ("", False)),
         (Experts(halves(lambda m, g, u: m.act_fn(g) * u * u.mean())), ("", False)),
