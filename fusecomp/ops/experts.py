@@ -30,6 +30,11 @@ _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _GPT_OSS_TEXT = re.compile(rf"{GPT_OSS}\({_NUMBER},\s*{_NUMBER}\)")
 
 
+def gpt_oss(alpha: float, limit: float) -> str:
+    """Text of gpt-oss's clamped gate."""
+    return f"{GPT_OSS}({alpha!r},{limit!r})"
+
+
 @dataclass(frozen=True)
 class Activation:
     """An expert's activation: one of `ACTIVATIONS`, or `GPT_OSS` with its two numbers."""
