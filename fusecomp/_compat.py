@@ -41,8 +41,19 @@ def inductor_compile(gm: GraphModule, example_inputs: list[Any], patches: dict[s
     from torch._inductor.compile_fx import compile_fx
 
     with reshapes_of_unknown_sizes():
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or {})
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=_settings(gm) | (patches or {}))
     return compiled
+
+
+def _settings(gm: GraphModule) -> dict[str, Any]:
+    """Inductor settings that `gm` needs.
+
+    A rotation in complex numbers begins with ones in the strides of its angles; Inductor folds them into a constant
+    only after asking whether they are contiguous, which fails for an unknown number of tokens.
+    """
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    rotates = any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
+    return {"joint_graph_constant_folding": False} if rotates else {}
 
 
 @contextmanager
@@ -138,7 +149,8 @@ def inductor_artifact(gm: GraphModule, example_inputs: list[Any], patches: dict[
 
     # torch 2.11 does not know that a check of sizes is no state. What has no cache key becomes an artefact even so:
     # ours are found by a key of our own.
-    options = {"config_patches": {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | (patches or {})}
+    patched = {"unsafe_marked_cacheable_functions": {"torch._check": "1"}} | _settings(gm)
+    options = {"config_patches": patched | (patches or {})}
     with functorch_config.patch(bypass_autograd_cache_key=True), reshapes_of_unknown_sizes():
         return standalone_compile(gm, example_inputs, dynamic_shapes="from_tracing_context", options=options, aot=True)
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, activations
-from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, batched_mm_experts_forward
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
+from fusecomp.expert_forms import trace_experts, unfused_reason
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED
-from fusecomp.ops.experts import ACTIVATIONS
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
 
 TRACE, PROBE = "fusecomp", "fusecomp_probe"
@@ -139,64 +139,19 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
-def activation_name(act: Any) -> str:
-    """Canonical name of an activation module, or its class name when there is none."""
-    if isinstance(act, (nn.SiLU, activations.SiLUActivation)):
-        return "silu"
-    if isinstance(act, nn.GELU):
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    if isinstance(act, activations.GELUActivation):
-        return "gelu"
-    if isinstance(act, activations.GELUTanh):
-        return "gelu_tanh"
-    if isinstance(act, nn.ReLU):
-        return "relu"
-    if isinstance(act, activations.ReLUSquaredActivation):
-        return "relu2"
-    return type(act).__name__
-
-
-def _experts_reason(module: nn.Module) -> str:
-    """Why an experts module cannot become the canonical op; empty when it can."""
-    if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
-        return "its gate is custom"
-    name = activation_name(module.act_fn)
-    return "" if name in ACTIVATIONS else f"its activation is {name}"
-
-
-def _trace_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """HF experts function: one canonical op, or HF's own traceable form when the module cannot be expressed."""
-    if _experts_reason(module):
-        return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    return OPS.experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        getattr(module, up),
-        getattr(module, f"{up}_bias") if module.has_bias else None,
-        module.down_proj,
-        module.down_proj_bias if module.has_bias else None,
-        activation_name(module.act_fn),
-        module.has_gate,
-        not module.is_concatenated,
-        module.is_transposed,
-    )
-
-
 def _probe_experts(module: Any, *args: Tensor) -> Tensor:
     """HF experts function: notes which modules stay unfused, then computes."""
     assert _probe is not None
-    if reason := _experts_reason(module):
+    if reason := unfused_reason(module):
         _probe.unfused_experts[type(module).__name__] = reason
-    return _trace_experts(module, *args)
+    return trace_experts(module, *args)
 
 
 def _register() -> None:
     AttentionInterface.register(TRACE, _trace_attention)
     AttentionInterface.register(PROBE, _probe_attention)
     AttentionMaskInterface.register(PROBE, _probe_mask)
-    ExpertsInterface.register(TRACE, _trace_experts)
+    ExpertsInterface.register(TRACE, trace_experts)
     ExpertsInterface.register(PROBE, _probe_experts)
 
 

@@ -52,11 +52,32 @@ def cut(gm: GraphModule) -> GraphModule:
         pieces[node] = piece
         if node.op == "call_function" and node.target in CUT_AFTER:
             piece += 1
+    _unstrided(gm, pieces)
     whole = split_module(gm, gm, lambda node: pieces[node], keep_original_order=True, keep_original_node_name=True)
     for node in whole.graph.find_nodes(op="call_module", sort=False):
         _return_tuple(whole, node)
     whole.recompile()
     return whole
+
+
+def _unstrided(gm: GraphModule, pieces: dict[Node, int]) -> None:
+    """Give values that pass from piece to piece a plain layout, where their last dimension has a stride of unknown size.
+
+    Inductor keeps the strides of what a graph returns only if they are known, and the next piece checks them.
+    """
+    for node in list(pieces):
+        fake = fake_value(node)
+        later = [user for user in node.users if pieces[user] != pieces[node]]
+        if node.op not in ("call_function", "call_method") or not later or not isinstance(fake, Tensor):
+            continue
+        if fake.dim() and isinstance(fake.stride(-1), torch.SymInt):
+            with gm.graph.inserting_after(node):
+                plain = gm.graph.call_function(torch.clone, (node,), {"memory_format": torch.contiguous_format})
+            plain.meta.update(node.meta)
+            plain.meta["example_value"] = torch.clone(fake, memory_format=torch.contiguous_format)
+            pieces[plain] = pieces[node]
+            for user in later:
+                user.replace_input_with(node, plain)
 
 
 def _return_tuple(whole: GraphModule, call: Node) -> None:

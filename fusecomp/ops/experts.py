@@ -5,6 +5,8 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 
 import torch
@@ -21,6 +23,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
+GPT_OSS = re.compile(r"gpt_oss\(([^,()]+),([^,()]+)\)")
+
+
+def gpt_oss(alpha: float, limit: float) -> str:
+    """Text of gpt-oss's clamped gate: (clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g), g = min(gate, limit)."""
+    return f"gpt_oss({alpha!r},{limit!r})"
+
+
+@functools.cache
+def activation(act: str) -> Callable[..., Tensor]:
+    """What `act` names: a function of one tensor, or of gate and up where the text is `gpt_oss`'s.
+
+    Raises:
+        KeyError: the vocabulary has no such activation.
+    """
+    if not (found := GPT_OSS.fullmatch(act)):
+        return ACTIVATIONS[act]
+    alpha, limit = float(found[1]), float(found[2])
+
+    def clamped(gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
+
+    return clamped
+
 
 def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     weight = weight.transpose(-1, -2) if transposed else weight
@@ -28,10 +55,11 @@ def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
 
 
 def _activate(up: Tensor, act: str, gated: bool, interleaved: bool) -> Tensor:
+    function = activation(act)
     if not gated:
-        return ACTIVATIONS[act](up)
+        return function(up)
     gate, up = (up[..., ::2], up[..., 1::2]) if interleaved else up.chunk(2, dim=-1)
-    return ACTIVATIONS[act](gate) * up
+    return function(gate, up) if GPT_OSS.fullmatch(act) else function(gate) * up
 
 
 def experts_reference(

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.ops.experts import ACTIVATIONS
+from fusecomp.ops.experts import ACTIVATIONS, GPT_OSS
 from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value
 from fusecomp.patterns.raw_attention import is_call
 
@@ -35,9 +35,10 @@ class Experts(Pattern):
     def guard(self, candidate: ExpertsCall, context: PassContext) -> str | None:
         up, down = candidate.node.args[3], candidate.node.args[5]
         act, gated, _, transposed = candidate.node.args[7:]
+        assert isinstance(act, str)
         up_shape, down_shape = fake_value(up).shape, fake_value(down).shape  # type: ignore[arg-type]
         inner = up_shape[2] if transposed else up_shape[1]
-        if act not in ACTIVATIONS:
+        if act not in ACTIVATIONS and not (gated and GPT_OSS.fullmatch(act)):
             return f"activation {act!r} has no kernel"
         if up_shape[0] != down_shape[0] or (inner // 2 if gated else inner) != down_shape[1 if transposed else 2]:
             return f"expert weights {tuple(up_shape)} and {tuple(down_shape)} do not fit together"
