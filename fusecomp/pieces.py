@@ -61,7 +61,7 @@ def cut(gm: GraphModule) -> GraphModule:
 
 
 def _unstrided(gm: GraphModule, pieces: dict[Node, int]) -> None:
-    """Give values that pass from piece to piece a plain layout, where their last dimension has a stride of unknown size.
+    """Give values that pass from piece to piece a plain layout, where the stride of their last dimension is unknown.
 
     Inductor keeps the strides of what a graph returns only if they are known, and the next piece checks them.
     """

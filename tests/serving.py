@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -21,7 +23,13 @@ from models.registry import FAMILIES, build
 CONFIG = EngineConfig(
     max_model_len=96, max_num_seqs=5, max_num_batched_tokens=48, kv_cache_bytes=4 << 20, enforce_eager=True
 )
-BLOCK_SIZES: Mapping[str, int] = dict(zip(FAMILIES, (16, 1, 32, 16, 64, 1), strict=True))
+BLOCK_SIZES: Mapping[str, int] = dict(zip(FAMILIES, cycle((16, 1, 32, 16, 64, 1)), strict=False))
+NAMES = [pytest.param(name, marks=() if family.core else pytest.mark.slow) for name, family in FAMILIES.items()]
+VARIANTS = [
+    pytest.param(name, dtype, marks=() if family.core else pytest.mark.slow)
+    for name, family in FAMILIES.items()
+    for dtype in family.dtypes
+]
 
 
 @cache

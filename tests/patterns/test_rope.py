@@ -17,9 +17,8 @@ from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import relative_error
 from fusecomp.testing.patterns import new_context, run_fused
 from models.registry import FAMILIES, build
-from tests.serving import CONFIG, hf_greedy, model, serve, tokens
+from tests.serving import CONFIG, VARIANTS, hf_greedy, model, serve, tokens
 
-VARIANTS = [(name, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes]
 FUSED = CONFIG.replace(enforce_eager=False, fuse="always", disabled_patterns=("linear", "norm", "merged_linear"))
 
 
