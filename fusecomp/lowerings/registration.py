@@ -14,6 +14,7 @@ from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.rope import Rope, rope_attention_reference
+from fusecomp.ops.router import RouteSpec, route_reference
 from fusecomp.ops.sampling import greedy_reference
 
 
@@ -136,6 +137,16 @@ def _greedy(logits: Tensor) -> Tensor:
     return launch_greedy(_unit_stride(logits))
 
 
+def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.route.kernel import launch_route, supports
+
+    parsed = RouteSpec.from_text(spec)
+    if reason := supports(logits, parsed):
+        record_fallback("route", reason)
+        return route_reference(logits, bias, spec)
+    return launch_route(_unit_stride(logits), None if bias is None else _unit_stride(bias), parsed)
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
@@ -145,5 +156,6 @@ def register() -> None:
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
+    implement("route", _route, "CUDA")
     implement("experts", launch_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")
