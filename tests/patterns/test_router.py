@@ -228,7 +228,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_familys_router(name, dtype):
     """Hugging Face's own module, for any number of tokens; the experts that it chooses to the bit."""

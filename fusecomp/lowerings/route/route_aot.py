@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.route.kernel import constants, num_warps, route_kernel
-from fusecomp.ops.router import SIGMOID, SOFTMAX, SPARSEMIXER, SUM, TOP2, RouteSpec
+from fusecomp.ops.router import SIGMOID, SPARSEMIXER, SUM, TOP2, RouteSpec
 
-# Qwen3-30B-A3B, DeepSeek V3 and PhiMoE: experts, logits, bias, spec.
+# DeepSeek V3 and PhiMoE, which between them take every branch but a plain softmax: experts, logits, bias, spec.
 ROUTERS = (
-    (128, "bf16", None, RouteSpec(SOFTMAX, 8, SUM, dtype="bfloat16")),
     (256, "fp32", "fp32", RouteSpec(SIGMOID, 8, SUM, 1e-20, 0.0, 8, 4, TOP2, 2.5)),
     (16, "bf16", None, RouteSpec(SPARSEMIXER, 2, threshold=0.02, dtype="bfloat16")),
 )
 
 
 def specializations(target: Target) -> Iterator[Specialization]:
-    """One router of each kind."""
+    """Routers with and without groups and bias."""
     for experts, logits, bias, spec in ROUTERS:
         absent = {} if bias else {"bias": None}
         yield Specialization(
