@@ -157,10 +157,16 @@ def routings(node: Node) -> Iterator[Routing]:
 
 
 def _cones(targets: tuple[Node, ...], source: Node | None) -> list[Node] | None:
-    """Nodes that `targets` are computed from, ending at `source` and where matmuls and inputs are."""
+    """Nodes that `targets` are computed from, ending at `source` and where matmuls, inputs and random numbers are."""
 
     def stop(node: Node) -> bool:
-        return node is source or node.op != "call_function" or node.target in SOURCES
+        tags = getattr(node.target, "tags", ())
+        return (
+            node is source
+            or node.op != "call_function"
+            or node.target in SOURCES
+            or torch.Tag.nondeterministic_seeded in tags
+        )
 
     cones = [functional.cone(target, stop, MAX_NODES) for target in targets if not stop(target)]
     if any(cone is None for cone in cones):

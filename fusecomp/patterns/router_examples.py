@@ -152,6 +152,10 @@ def two_logits(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(logits, torch.eye(E, dtype=logits.dtype)).sigmoid().gather(1, index), index
 
 
+def noisy(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return (logits.float().sigmoid() + 1e-15 * torch.rand(T, E)).topk(K, dim=-1)
+
+
 def by_token(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(T)[:, None] % E
     return logits.float().softmax(-1).gather(1, index), index
@@ -181,5 +185,6 @@ def router_examples() -> list[Example]:
         router("smallest", smallest, matches=0, reason=unknown),
         router("biased_weights", biased_weights, matches=0, reason=unknown),
         router("two_logits", two_logits, matches=0, reason="does not follow from one value"),
+        router("noisy", noisy, matches=0, reason=unknown),
         router("by_token", by_token, matches=0, reason=unknown),
     ]
