@@ -23,7 +23,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
-from fusecomp.expert_forms import trace_experts, unfused_reason
+from fusecomp.expert_forms import remember_experts, trace_experts, unfused_reason
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
@@ -164,6 +164,7 @@ class Implementations:
 
     def __init__(self, model: nn.Module) -> None:
         _register()
+        remember_experts(model)
         self._slots: list[tuple[Any, str]] = []
         seen = set()
         for module in model.modules():

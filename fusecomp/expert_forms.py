@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward
 
 from fusecomp._compat import real_tensors
@@ -21,12 +22,23 @@ from fusecomp.ops.experts import ACTIVATIONS, _activate, gpt_oss
 WIDTH, ROWS, AGREEMENT = 16, 64, 1e-9
 
 
-@torch.compiler.assume_constant_result
-def expert_form(module: Any) -> tuple[str, bool]:
-    """Canonical activation of an experts module and whether its gate and up rows alternate; ("", False) if unknown.
+# By identity: torch 2.11 passes no module to a function whose result is a constant.
+_known: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
-    Dynamo calls it while it traces: the answer is a constant of the graph.
-    """
+
+def remember_experts(model: nn.Module) -> None:
+    """Let `trace_experts` find the experts modules of `model`."""
+    _known.update({id(module): module for module in model.modules() if hasattr(module, "_apply_gate")})
+
+
+@torch.compiler.assume_constant_result
+def _form_of(identity: int) -> tuple[str, bool]:
+    """`expert_form`, called while Dynamo traces; the answer is a constant of the graph."""
+    return expert_form(_known[identity])
+
+
+def expert_form(module: Any) -> tuple[str, bool]:
+    """Canonical activation of an experts module and whether its gate and up rows alternate; ("", False) if unknown."""
     numbers = sorted({float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0})
     function = module._apply_gate if module.has_gate else module.act_fn
     generator = torch.Generator().manual_seed(0)
@@ -67,8 +79,11 @@ def unfused_reason(module: Any) -> str:
 
 
 def trace_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """HF experts function: one canonical op, or HF's own traceable form when the module cannot be expressed."""
-    act, interleaved = expert_form(module)
+    """HF experts function: one canonical op, or HF's own traceable form when the module cannot be expressed.
+
+    The module must be one that `remember_experts` has seen.
+    """
+    act, interleaved = _form_of(id(module))
     if not act:
         return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"

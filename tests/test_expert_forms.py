@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusecomp.expert_forms import expert_form, trace_experts, unfused_reason
+from fusecomp.expert_forms import expert_form, remember_experts, trace_experts, unfused_reason
 from fusecomp.ops import OPS
 from models.registry import FAMILIES, build
 
@@ -82,6 +82,7 @@ def test_a_familys_experts_are_the_canonical_op(name):
     weights = torch.rand(7, 2, generator=generator)
     index = torch.stack([torch.randperm(module.num_experts, generator=generator)[:2] for _ in range(7)])
     module.config._experts_implementation_internal = "eager"
+    remember_experts(module)
     expected = module(x, index, weights)
     torch.testing.assert_close(trace_experts(module, x, index, weights), expected, rtol=1e-4, atol=1e-5)
     index[3, 1] = module.num_experts
@@ -95,6 +96,7 @@ def test_a_familys_experts_are_the_canonical_op(name):
 def test_the_form_is_a_constant_of_the_trace():
     module = Experts(alternating(clamped), alpha=1.702, limit=7.0)
     module.gate_up_proj, module.down_proj = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 4))
+    remember_experts(module)
     graphs = []
 
     def backend(gm, _):
