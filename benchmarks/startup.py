@@ -1,8 +1,8 @@
 """`startup`: seconds from nothing to ready to serve, with empty compile caches and again with the caches just filled.
 
 Each start is a process of its own, `python -m benchmarks.startup <options as JSON>`, with cache folders of its own. The
-first also runs the gate, after its times are taken. A deep shape starts once more with few layers and empty caches:
-time to compile should not grow with depth.
+cold and the warm one also run the gate, after their times are taken. A deep shape starts once more with few layers and
+empty caches: time to compile should not grow with depth.
 
 Installers write Python's bytecode. Where the installation has none, an untimed start of the smallest shape writes it
 first, to a folder of the benchmark's own: compiling sources of 4,000 modules is no part of what is measured.
@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fusecomp.errors import VerificationError
-from fusecomp.imports import without_collection
+from fusecomp.imports import fast_imports
 
 BORN = "FUSECOMP_BENCH_BORN"
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "FUSECOMP_CACHE_DIR": "fusecomp"}
@@ -34,9 +35,10 @@ WRONG = 3
 def child(text: str, *, check: bool) -> dict[str, Any]:
     """Start an engine in this process and serve one token; returns seconds by phase."""
     begin = float(os.environ.get(BORN, time.time()))
-    with without_collection():
+    with fast_imports(own_process=True):
         import torch
 
+        import_module("transformers.generation.utils")  # building any causal LM needs it
         from benchmarks.check import check_engine
         from benchmarks.session import Options
         from benchmarks.shapes import SHAPES
@@ -103,9 +105,9 @@ def measure(options: Any) -> Any:
             progress("start-up, untimed, to write the bytecode that this installation lacks")
             _spawn(replace(chosen, shape="tiny", layers=None), folder / "rehearsal", bytecode)
         figures: dict[str, Any] = {}
-        for start, check in (("cold", True), ("warm", False)):
+        for start in ("cold", "warm"):
             progress(f"start-up, {start}")
-            figures[start] = _spawn(chosen, folder / "caches", bytecode, check=check)
+            figures[start] = _spawn(chosen, folder / "caches", bytecode, check=True)
         layers = _layers(chosen)
         if layers is not None and layers > FEW_LAYERS:
             progress(f"start-up, cold, {FEW_LAYERS} layers")

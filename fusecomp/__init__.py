@@ -40,9 +40,9 @@ def __getattr__(name: str) -> Any:
         return import_module("fusecomp.errors")
     if name not in _HOMES:
         raise AttributeError(f"module 'fusecomp' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from fusecomp.imports import without_collection
+    from fusecomp.imports import fast_imports
 
-    with without_collection():
+    with fast_imports():
         value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
+from fusecomp.imports import import_beside
+
 __all__ = [
     "CustomGraphPass",
+    "compiler_prepared",
     "compiler_settings",
     "counters",
     "decomposes_outer_products",
@@ -116,6 +120,28 @@ def decomposes_outer_products() -> bool:
     from torch._inductor.decomposition import bmm
 
     return bmm(torch.ones(1, 2, 1), torch.ones(1, 1, 2)) is not NotImplemented
+
+
+# What compiled code and its artefacts import.
+INDUCTOR = (
+    "torch._inductor.standalone_compile",
+    "torch._inductor.select_algorithm",
+    "torch._inductor.codegen.memory_planning",
+)
+
+
+@contextmanager
+def compiler_prepared() -> Iterator[None]:
+    """Beside what runs inside, which must not import Inductor, import it, and hash Triton's own files.
+
+    Those are hundreds of megabytes, and part of every cache key. Reading and hashing need no lock of Python's. What
+    asks for the hash before it is there computes it again.
+    """
+    from triton.runtime.cache import triton_key
+
+    threading.Thread(target=triton_key, name="hash-compiler", daemon=True).start()
+    with import_beside(INDUCTOR):
+        yield
 
 
 def functional_backend(gm: GraphModule, example_inputs: list[Any], rewrite: Callable[[GraphModule], None]) -> Callable:

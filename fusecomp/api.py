@@ -60,7 +60,7 @@ class LLM:
         verify: str = "off",
         fuse: str = "auto",
         disabled_patterns: Sequence[str] = (),
-        compile_cache: bool | None = None,
+        compile_cache: bool = True,
         tokenizer: Any = None,
         **unknown: Any,
     ) -> None:

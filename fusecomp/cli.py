@@ -26,6 +26,7 @@ from fusecomp import __version__
 from fusecomp.config import DTYPES, FUSE_MODES, VERIFY_MODES, EngineConfig
 from fusecomp.errors import ConfigError, FusecompError
 from fusecomp.files import FORMATS, OutputFile, PromptLine, read_prompts, record_of
+from fusecomp.imports import fast_imports
 from fusecomp.request import RequestOutput, SamplingParams
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -136,7 +137,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """`fusecomp explain`."""
     engine_options = _engine_options(options)
-    with _keeping_interrupts():
+    with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import explain
 
     report = explain(options.model, **engine_options)
@@ -151,7 +152,7 @@ def _serve(
     lines: list[PromptLine],
     output: OutputFile | None,
 ) -> tuple[list[RequestOutput], float]:
-    with _keeping_interrupts():
+    with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import LLM
 
     llm = LLM(options.model, tokenizer=options.tokenizer, **engine_options)
@@ -254,7 +255,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         settings: dict[str, Any] = {"default": None, "help": f"{text} (default {f.default})"}
         if kinds[f.name] == tuple[str, ...]:
             settings |= {"type": _names, "metavar": "NAME,NAME"}
-        elif kinds[f.name] == bool | None or (kinds[f.name] is bool and f.default):
+        elif kinds[f.name] is bool and f.default:
             settings["action"] = argparse.BooleanOptionalAction
         elif kinds[f.name] is bool:
             settings["action"] = "store_true"

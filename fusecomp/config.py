@@ -73,8 +73,7 @@ class EngineConfig:
         block_size: tokens per KV page.
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
         compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
-            start of the same model loads it, and trace only as many layers as differ. None is True on a CPU and
-            False on a GPU, where it has not been measured yet.
+            start of the same model loads it, and trace only as many layers as differ.
         seed: seed of requests that bring none.
         strict: a fallback raises instead of being reported.
         verify: "first" compares the rewritten model with the original and with fp32 before serving, for a receipt
@@ -93,7 +92,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enforce_eager: bool = False
-    compile_cache: bool | None = None
+    compile_cache: bool = True
     seed: int = 0
     strict: bool = False
     verify: str = "off"
@@ -115,11 +114,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
-        if self.compile_cache is not None and not isinstance(self.compile_cache, bool):
-            raise ConfigError(
-                f"compile_cache={self.compile_cache!r}", where="EngineConfig", remedy="give True, False or None"
-            )
-        for name in ("enforce_eager", "strict"):
+        for name in ("enforce_eager", "compile_cache", "strict"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Iterable
 from functools import cache
 
@@ -206,3 +207,32 @@ def test_graphs_change_no_token(name, dtype):
     for rows in range(1, 6) if dtype == torch.float32 else graphs.report.cuda_graphs:
         requests = [(p, GREEDY) for p in prompts()[:rows]]
         assert serve(graphs, requests) == serve(plain, requests)
+
+
+@pytest.mark.gpu
+def test_no_kernel_is_left_to_its_first_launch(monkeypatch, tmp_path):
+    import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.compilation,
+        "listener",
+        lambda *, src, **_: compiled.append((src.name, threading.current_thread().name)),
+    )
+    make_engine("llama", "cuda", torch.bfloat16, head_dim=40)  # no other test's: their kernels are there already
+    own = [(name, thread) for name, thread in compiled if not name.startswith("triton_")]
+    assert any(name == "decode_kernel" for name, _ in own)
+    assert not [name for name, thread in own if not thread.startswith("compile-ahead")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stored_program_serves_the_same_tokens(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("FUSECOMP_COMPILE_CACHE", "1")
+    monkeypatch.setenv("FUSECOMP_CACHE_DIR", str(tmp_path))
+    requests = [(prompt, GREEDY) for prompt in prompts()]
+    for word in ("compiled", "loaded"):
+        engine = make_engine(name, "cuda", torch.float32)
+        assert engine.report.program.startswith(word)
+        assert serve(engine, requests) == hf_greedy(name, 32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.experts.lowering import launch_experts
+from fusecomp.lowerings.launch import computed
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
@@ -65,7 +66,7 @@ def _paged_attention(
     if reason:
         record_fallback("paged_attention", reason)
         return paged_attention_reference(q, k, v, *args)
-    return launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args)
+    return computed(launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args))
 
 
 def _rope_attention(
@@ -98,7 +99,7 @@ def _rope_attention(
         return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
-    return launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest)
+    return computed(launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))
 
 
 def _linear(
@@ -116,7 +117,7 @@ def _linear(
     if reason:
         record_fallback("linear", reason)
         return linear_reference(x, weight, norm_weight, norm_bias, operands, program)
-    return launch_linear(x, weight, norm_weight, norm_bias, operands, parsed)
+    return computed(launch_linear(x, weight, norm_weight, norm_bias, operands, parsed))
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
@@ -125,7 +126,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> T
     if x.dtype not in DTYPES:
         record_fallback("norm", f"dtype {x.dtype} is none of fp32, fp16, bf16")
         return norm_reference(x, weight, bias, spec)
-    return launch_norm_op(x, weight, bias, NormSpec.from_text(spec))
+    return computed(launch_norm_op(x, weight, bias, NormSpec.from_text(spec)))
 
 
 def _greedy(logits: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _greedy(logits: Tensor) -> Tensor:
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         record_fallback("greedy", f"dtype {logits.dtype} is none of fp32, fp16, bf16")
         return greedy_reference(logits)
-    return launch_greedy(_unit_stride(logits))
+    return computed(launch_greedy(_unit_stride(logits)))
 
 
 def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:

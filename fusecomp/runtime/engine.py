@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
+from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.linear import LinearShape
 from fusecomp.report import FusionReport
@@ -25,7 +26,7 @@ from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
-from fusecomp.runtime.packing import MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
+from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy, sample
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
@@ -277,14 +278,30 @@ class Engine:
         """Compile on a first batch, the largest prefill on a GPU so that its memory is known; returns KV blocks."""
         blocks = -(-config.max_model_len // config.block_size)  # type: ignore[operator]
         budget = memory.KVBudget(self.device, config, self._step.block_bytes, blocks)
-        budget.begin()
         self._step.allocate(budget.trial_blocks)
         size = budget.trial_tokens
-        prompts = [[1] * size.tokens_per_row] * size.rows
-        logits = self._step.warm_up(self._stand_in_prefill(prompts, [[0] * blocks] * size.rows))
-        greedy(logits)
-        del logits
+        prompts, places = [[1] * size.tokens_per_row] * size.rows, [[0] * blocks] * size.rows
+        with compile_ahead(self.device):
+            self._step.warm_up(self._stand_in_prefill(prompts, places))
+            start = time.perf_counter()
+            if compiling_ahead():
+                self._meet_kernels()
+        if self.device.type == "cuda":
+            self.report.seconds["kernels ahead"] = time.perf_counter() - start
+        budget.begin()
+        greedy(self._step(self._stand_in_prefill(prompts, places)))
         return budget.end()
+
+    def _meet_kernels(self) -> None:
+        """Under `compile_ahead`, go through the shapes that start-up runs: every graph, and the checks' tiny steps."""
+        config, checked = self.config, DECODED[0]
+        sizes = {min(len(checked), config.max_num_seqs)}
+        if not config.enforce_eager:
+            sizes |= {*bucket_sizes(config.max_num_seqs)}
+        for rows in sorted(sizes, reverse=True):
+            greedy(self._step(self._builder.padding(rows)))
+        if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
+            self._step(self._stand_in_prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
 
     def _confirm_program(self) -> None:
         """Try a program that no trace of the whole model made here on a prompt; compile anew when it is wrong."""
@@ -342,8 +359,9 @@ class Engine:
         start = time.perf_counter()
         self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
+        used = largest * -(-3 // self.config.block_size)
         for cache in self._step.kv_caches:
-            cache.normal_()
+            cache[:used].normal_()
         for size in reversed(self._graphs.sizes):
             # Two cached tokens and a new one per row, or only a new one where blocks are too few.
             pages = -(-3 // self.config.block_size)
@@ -358,7 +376,7 @@ class Engine:
             self._graphs.capture(batch, GREEDY, ran=True)
             self._graphs.check(batch, GREEDY, logits)
         for cache in self._step.kv_caches:
-            cache.zero_()
+            cache[:used].zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)
         self._explain_lowerings()
         self.report.seconds["graphs"] = time.perf_counter() - start

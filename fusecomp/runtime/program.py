@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from fusecomp.lowerings.launch import compiling_ahead
 from fusecomp.patterns.base import fake_value
 from fusecomp.patterns.linear import stack_parameters
 from fusecomp.pieces import CompiledPieces
@@ -172,7 +173,9 @@ def _argument(value: Any, number: Mapping[Node, int]) -> list[Any]:
 class StepProgram:
     """Runs a plan on a model: `program(step tensors, kv_caches) -> logits`.
 
-    Parameters and buffers are looked up by name once; `changed` says when the model has been given others since.
+    Under `compile_ahead` only the first piece of each kind is called, and the others share its results: equal pieces
+    launch equal kernels. Parameters and buffers are looked up by name once; `changed` says when the model has been
+    given others since.
 
     Args:
         pieces: kind -> callable.
@@ -206,6 +209,7 @@ class StepProgram:
 
     def __call__(self, step: Sequence[Tensor], kv_caches: Sequence[Tensor]) -> Tensor:
         values: list[Any] = [None] * self._length
+        ahead, met = compiling_ahead(), dict[int, Any]()
         for i, tensor in self._fixed:
             values[i] = tensor
         for i, is_kv, which in self._given:
@@ -215,8 +219,12 @@ class StepProgram:
         for i, piece, facts, last_uses in self._instructions:
             if piece is None:
                 values[i] = values[facts[0]][facts[1]]
+            elif id(piece) in met:
+                values[i] = met[id(piece)]
             else:
                 values[i] = piece(*[values[value] if how == "at" else value for how, value in facts])
+                if ahead:
+                    met[id(piece)] = values[i]
             for dead in last_uses:
                 values[dead] = None
         return values[self._logits]

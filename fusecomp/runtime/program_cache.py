@@ -72,11 +72,8 @@ class ProgramCache:
         if config.enforce_eager:
             report.program = "not compiled (enforce_eager)"
             return
-        wanted = device.type == "cpu" if config.compile_cache is None else config.compile_cache
-        if not wanted:
-            default = "on a GPU they are kept on request: compile_cache=True"
-            why = default if config.compile_cache is None else "compile_cache=False"
-            report.program = f"compiled; stored programs are off ({why})"
+        if not config.compile_cache:
+            report.program = "compiled; stored programs are off (compile_cache=False)"
             return
         if enabled_by_environment():
             self._store = ArtifactStore()

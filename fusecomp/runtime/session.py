@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusecomp.config import EngineConfig, is_int
 from fusecomp.errors import CheckpointError, FusecompError
-from fusecomp.imports import without_collection
+from fusecomp.imports import fast_imports
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.loading import EXCLUSIVE
 
@@ -45,7 +45,7 @@ class Progress:
 
 def engine_class() -> type[Engine]:
     """The engine sessions drive. Imported late: it brings the compiler."""
-    with without_collection():
+    with fast_imports():
         from fusecomp.runtime.engine import Engine
 
     return Engine

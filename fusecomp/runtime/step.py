@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusecomp._compat import counters, dynamo_settings, mark_unbacked, recompiles_are_errors
+from fusecomp._compat import compiler_prepared, counters, dynamo_settings, mark_unbacked, recompiles_are_errors
 from fusecomp.backend import CANONICALIZE, MERGE, StepBackend, enabled, run_passes
 from fusecomp.capture import (
     TRACE,
@@ -114,7 +114,8 @@ class CompiledStep:
         self.num_logits = 0
         self.kv_caches: list[Tensor] = []
         start = time.perf_counter()
-        probe = run_probe(model, self._implementations, config.max_model_len)
+        with nullcontext() if config.enforce_eager else compiler_prepared():
+            probe = run_probe(model, self._implementations, config.max_model_len)
         self._config, self._probe = config, probe
         self._context = self._new_context(self.report, len(probe.calls))
         # The bound is at least the length of the trial captures.

@@ -18,10 +18,11 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import RecompileError
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import identity as identity_module
+from fusecomp.runtime import program as program_module
 from fusecomp.runtime.artifacts import differences
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.identity import Undescribable, identity
-from fusecomp.runtime.program import StepProgram
+from fusecomp.runtime.program import CALL, INPUT, ITEM, STEP, STEP_INPUTS, Plan, StepProgram
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, kv_cache_bytes=1 << 20)
 PROMPTS = [[5], [7, 11, 13, 90, 2], list(range(1, 21))]
@@ -323,3 +324,22 @@ def test_code_without_a_source_file_is_undescribable():
             parts(model)
     finally:
         del sys.modules["nowhere"]
+
+
+def test_while_kernels_compile_ahead_equal_pieces_are_called_once(monkeypatch):
+    calls = []
+
+    def piece(kind):
+        return lambda x: (calls.append(kind), (x + 1,))[1]
+
+    chain = [[INPUT, [STEP, "tokens"]]]
+    for kind in "abbb":
+        chain += [[CALL, kind, [["at", len(chain) - 1]]], [ITEM, len(chain), 0]]
+    program = StepProgram(Plan(chain, len(chain) - 1), {kind: piece(kind) for kind in "ab"}, nn.Module())
+    step = [torch.zeros(1)] * len(STEP_INPUTS)
+    assert program(step, []).item() == 4
+    assert calls == list("abbb")
+    calls.clear()
+    monkeypatch.setattr(program_module, "compiling_ahead", lambda: True)
+    program(step, [])
+    assert calls == list("ab")

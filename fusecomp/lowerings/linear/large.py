@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, tma_reads
 from fusecomp.lowerings.linear.norm import launch_norm
@@ -118,7 +119,8 @@ def run_persistent(
     if config.splits > 1:
         buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
     programs = min(tiles_t * tiles_n * config.splits, num_sms * config.per_sm)
-    persistent_kernel[(programs,)](
+    launch(
+        persistent_kernel, (programs,),
         x, weight, x_tiles, w_tiles, buffer, args, strides, num_tokens, x.stride(0), out.stride(0),
         GROUP_T=config.group_t, SPLITS=config.splits, **constants, **options,
     )  # fmt: skip

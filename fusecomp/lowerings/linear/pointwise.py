@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import pointwise_block
 
 
@@ -75,7 +76,8 @@ def launch_pointwise(
     block_t, block_n, num_warps = pointwise_block(n)
     use_pdl = uses_pdl(acc)
     options = {"launch_pdl": True} if use_pdl else {}
-    pointwise_kernel[(triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),)](
+    launch(
+        pointwise_kernel, (triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),),
         acc, out, args, strides, num_tokens, out.stride(0), N=n, G=groups, SPLITS=acc.shape[0] if acc.dim() == 3 else 1,
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import zeroed_counters
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
@@ -70,7 +71,10 @@ def run_skinny(
     norm_weight = norm_weight if norm >= 2 else None
     blocks = _cdiv(n, config.block_r // groups)
     if config.kernel == "vector":
-        vector_kernel[(blocks,)](x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common)
+        launch(
+            vector_kernel, (blocks,),
+            x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common,
+        )  # fmt: skip
         return
     per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
     splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
@@ -81,7 +85,8 @@ def run_skinny(
         partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
         part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = zeroed_counters(x.device, teams)
-    tile_kernel[(teams * splits,)](
+    launch(
+        tile_kernel, (teams * splits,),
         x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,

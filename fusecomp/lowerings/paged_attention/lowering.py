@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
@@ -124,7 +125,8 @@ def launch_cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) ->
     stride_page, stride_v, stride_g, stride_slot, _ = kv_cache.stride()
     block_t = heuristics.cache_write_block(num_tokens)
     pdl = uses_pdl(k)
-    cache_write_kernel[(triton.cdiv(num_tokens, block_t), num_kv_heads)](
+    launch(
+        cache_write_kernel, (triton.cdiv(num_tokens, block_t), num_kv_heads),
         k, v, kv_cache, slots, num_tokens,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), stride_page, stride_v, stride_g, stride_slot,
         D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3], BLOCK_T=block_t, USE_PDL=pdl,
@@ -222,7 +224,8 @@ def run_decode(
     partials = num_decodes * num_heads * splits if splits > 1 else 0
     part_acc = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
-    decode_kernel[(num_decodes * num_kv_heads, splits)](
+    launch(
+        decode_kernel, (num_decodes * num_kv_heads, splits),
         q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
         sinks, *(new.tensors() if new else NewTokens.ABSENT), pre, post, new.rope.eps if new else 0.0, window,
         config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6), *kv_cache.stride()[:4],
@@ -265,7 +268,8 @@ def run_prefill(
     block = [config.block_n, 1, dp]
     k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
     grid = ((num_rows - first_row) * num_heads, triton.cdiv(max_q_len, config.block_m))
-    prefill_kernel[grid](
+    launch(
+        prefill_kernel, grid,
         q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,
         pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),

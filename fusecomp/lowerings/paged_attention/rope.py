@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.lowering import NewTokens, rope_constants
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
@@ -52,7 +53,8 @@ def launch_rope_cache(
     grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
     pdl = uses_pdl(q)
     *tensors, slots = new.tensors()
-    rope_cache_kernel[grid](
+    launch(
+        rope_cache_kernel, grid,
         q, *tensors, q_out, k_out, kv_cache, slots, new.rope.eps, num_tokens, q.stride(0), q.stride(1),
         *new.strides(), *kv_cache.stride()[:4],
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3],

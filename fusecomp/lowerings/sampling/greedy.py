@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
+from fusecomp.lowerings.launch import launch
 from fusecomp.ops.sampling import INVALID_TOKEN
 
 BLOCK = 4096
@@ -90,7 +91,8 @@ def launch_greedy(logits: Tensor) -> Tensor:
     part_token = torch.empty(partial, dtype=torch.int32, device=logits.device)
     use_pdl = uses_pdl(logits)
     options = {"launch_pdl": True} if use_pdl else {}
-    greedy_kernel[(rows, splits)](
+    launch(
+        greedy_kernel, (rows, splits),
         logits, out, part_best, part_token, zeroed_counters(logits.device, rows), vocab, per_split, logits.stride(0),
         SPLITS=splits, SPLITS_P2=triton.next_power_of_2(splits), BLOCK=BLOCK, INVALID=INVALID_TOKEN, USE_PDL=use_pdl,
         num_warps=8, **options,
