@@ -145,7 +145,8 @@ def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tens
     if reason := supports(logits, parsed):
         record_fallback("route", reason)
         return route_reference(logits, bias, spec)
-    return launch_route(_unit_stride(logits), None if bias is None else _unit_stride(bias), parsed)
+    ids, weights = launch_route(_unit_stride(logits), None if bias is None else _unit_stride(bias), parsed)
+    return computed(ids), computed(weights)
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.launch import launch
 from fusecomp.ops.router import RouteSpec
 
 MAX_EXPERTS, MAX_CHOSEN = 2048, 64
@@ -51,8 +52,6 @@ def route_kernel(
     g, s = group[:, None], tl.arange(0, BLOCK_S)[None, :]
     inside = (g < G) & (s < S)
     e = tl.where(inside, g * S + s, E)
-    if bias is not None:
-        shift = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -67,7 +66,7 @@ def route_kernel(
         scores = z
     choice = scores
     if bias is not None:
-        choice = choice + shift
+        choice = choice + tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
     choice = tl.where(inside, choice, float("-inf"))
     if G > 1:
         best = tl.max(choice, 1)
@@ -140,8 +139,8 @@ def launch_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[
     if tokens:
         use_pdl = uses_pdl(logits)
         options = {"launch_pdl": True} if use_pdl else {}
-        route_kernel[(tokens,)](
-            logits, bias, ids, weights, logits.stride(0),
+        launch(
+            route_kernel, (tokens,), logits, bias, ids, weights, logits.stride(0),
             **constants(spec, experts), USE_PDL=use_pdl, num_warps=num_warps(experts), **options,
         )  # fmt: skip
     return ids, weights
