@@ -38,8 +38,8 @@ class Family:
         near_misses: per pattern, part of the reason for which the fuse stage refuses one place in every layer.
         wide_router: the router multiplies in fp32 whatever the model's dtype is: in another one the casts of its weight
             keep its linear from being fused.
-        core: tested compiled and in every variant at each change; the others are served eagerly then, and compiled
-            among the slow tests.
+        core: tested compiled and in every variant at each change; the others are served eagerly in fp32 then, and in
+            bf16 and compiled among the slow tests.
     """
 
     name: str
