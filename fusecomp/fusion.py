@@ -26,10 +26,18 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.rope import RopeAttention
+from fusecomp.patterns.router import Router
 from fusecomp.patterns.rows import SelectedRows
 from fusecomp.report import FusionReport, Match, NearMiss
 
-FUSE: tuple[Pattern, ...] = (OuterProduct(), LinearEpilogue(), SelectedRows(), Norm(), RopeAttention())
+FUSE: tuple[Pattern, ...] = (
+    OuterProduct(),
+    Router(),  # before linears, which would take a sigmoid of the logits in
+    LinearEpilogue(),
+    SelectedRows(),
+    Norm(),
+    RopeAttention(),
+)
 
 
 class FusePass(CustomGraphPass):

@@ -38,8 +38,8 @@ class Family:
         near_misses: per pattern, part of the reason for which the fuse stage refuses one place in every layer.
         wide_router: the router multiplies in fp32 whatever the model's dtype is: in another one the casts of its weight
             keep its linear from being fused.
-        core: tested compiled and in every variant at each change; the others are served eagerly then, and compiled
-            among the slow tests.
+        core: tested compiled and in every variant at each change; the others are served eagerly in fp32 then, and in
+            bf16 and compiled among the slow tests.
     """
 
     name: str
@@ -92,7 +92,7 @@ _ROUTING = (
 _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
-_SPARSE_FUSED = {"linear": 3, "norm": 2, "rope_attention": 1}
+_SPARSE_FUSED = {"router": 1, "linear": 3, "norm": 2, "rope_attention": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}
 _SHARED_FUSED = {**_SPARSE_FUSED, "linear": 5}
 _LATENT_FUSED = {**_SPARSE_FUSED, "linear": 7, "norm": 4}

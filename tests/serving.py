@@ -25,6 +25,11 @@ CONFIG = EngineConfig(
 )
 BLOCK_SIZES: Mapping[str, int] = dict(zip(FAMILIES, cycle((16, 1, 32, 16, 64, 1)), strict=False))
 NAMES = [pytest.param(name, marks=() if family.core else pytest.mark.slow) for name, family in FAMILIES.items()]
+EAGER = [  # of families that are no core, what is served at each change is fp32
+    pytest.param(name, dtype, marks=() if family.core or dtype == torch.float32 else pytest.mark.slow)
+    for name, family in FAMILIES.items()
+    for dtype in family.dtypes
+]
 VARIANTS = [
     pytest.param(name, dtype, marks=() if family.core else pytest.mark.slow)
     for name, family in FAMILIES.items()

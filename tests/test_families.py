@@ -11,19 +11,15 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import model_error, pack, within_contract
 from models.registry import FAMILIES, WINDOW, build
-from tests.serving import CONFIG, NAMES, VARIANTS, engine, hf_greedy, hf_last_logits, model, serve, tokens
+from tests.serving import CONFIG, EAGER, NAMES, VARIANTS, engine, hf_greedy, hf_last_logits, model, serve, tokens
 
 pytestmark = pytest.mark.xdist_group("families")
 families = pytest.mark.parametrize("name", FAMILIES)
-variants = pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
+variants = pytest.mark.parametrize(("name", "dtype"), EAGER, ids=lambda value: str(value).removeprefix("torch."))
 compiled = pytest.mark.parametrize(("name", "dtype"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))
 low_precision = pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes if dtype != torch.float32],
+    [variant for variant in EAGER if variant.values[1] != torch.float32],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 MAX_TOKENS = 20

@@ -294,12 +294,15 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
+    from fusecomp.lowerings.route.route_aot import specializations as route_specializations
     from fusecomp.lowerings.sampling.greedy_aot import specializations as greedy_specializations
 
     target, seen = TARGETS[target_name], set()
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
     linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
-    others = itertools.chain(epilogue_specializations(target), greedy_specializations(target))
+    others = itertools.chain(
+        epilogue_specializations(target), greedy_specializations(target), route_specializations(target)
+    )
     experts = experts_specializations(target, full=full)
     for spec in itertools.chain(attention, linear, others, experts):
         key = repr(replace(spec, name=""))

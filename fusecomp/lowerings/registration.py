@@ -15,6 +15,7 @@ from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.rope import Rope, rope_attention_reference
+from fusecomp.ops.router import RouteSpec, route_reference
 from fusecomp.ops.sampling import greedy_reference
 
 
@@ -143,6 +144,17 @@ def _greedy(logits: Tensor) -> Tensor:
     return computed(launch_greedy(_unit_stride(logits)))
 
 
+def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.route.kernel import launch_route, supports
+
+    parsed = RouteSpec.from_text(spec)
+    if reason := supports(logits, parsed):
+        record_fallback("route", reason)
+        return route_reference(logits, bias, spec)
+    ids, weights = launch_route(_unit_stride(logits), None if bias is None else _unit_stride(bias), parsed)
+    return computed(ids), computed(weights)
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
@@ -152,5 +164,6 @@ def register() -> None:
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
+    implement("route", _route, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -4,7 +4,7 @@ Each op has a `torch.library` schema, an eager reference (also the CPU path), a 
 a symbolic cost. Importing this package registers them under `torch.ops.fusecomp`.
 """
 
-from fusecomp.ops import attention, experts, linear, norm, rope, sampling
+from fusecomp.ops import attention, experts, linear, norm, rope, router, sampling
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
@@ -19,6 +19,7 @@ __all__ = [
     "op_cost",
     "record_fallback",
     "rope",
+    "router",
     "sampling",
     "take_fallbacks",
 ]

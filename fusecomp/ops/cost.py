@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
+
+from fusecomp.ops.router import RouteSpec
 
 T, S, CONTEXT = sympy.symbols("T S ctx", positive=True)
 
@@ -63,6 +66,13 @@ def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any,
     return Cost(touched * per_expert * up.element_size() + activations, 2 * T * K * per_expert)
 
 
+def _route(logits: Any, bias: Any, spec: str) -> Cost:
+    """Ids are eight bytes. Operations are of the order of the logits, and counted as one for each."""
+    parsed, E = RouteSpec.from_text(spec), int(logits.shape[-1])
+    chosen = parsed.k * (8 + getattr(torch, parsed.dtype).itemsize)
+    return Cost(T * (E * logits.element_size() + chosen), T * E)
+
+
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
     rows, K = int(weight.shape[0]), int(weight.shape[1])
     out = rows // json.loads(program)["groups"]
@@ -80,6 +90,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "cache_write": _cache_write,
     "rope_attention": _rope_attention,
     "experts": _experts,
+    "route": _route,
     "linear": _linear,
     "norm": _norm,
 }

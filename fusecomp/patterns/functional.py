@@ -111,7 +111,12 @@ def members_in_order(members: set[Node]) -> list[Node]:
 
 
 def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
-    """Value of the region's last node in fp64, with casts between float types left out.
+    """Value of the region's last node; see `region_values`."""
+    return region_values(region, given)[region[-1]]
+
+
+def region_values(region: Sequence[Node], given: dict[Node, Any]) -> dict[Node, Any]:
+    """Value of each node of a region on the CPU in fp64, with casts between float types left out.
 
     Args:
         region: nodes in graph order.
@@ -120,13 +125,19 @@ def evaluate_region(region: Sequence[Node], given: dict[Node, Any]) -> Any:
     values = dict(given)
     for node in region:
         if is_call(node, CAST) and node.args[1] in FLOATS:
-            values[node] = values[node.args[0]]  # type: ignore[index]
+            source = values[node.args[0]]  # type: ignore[index]
+            values[node] = source if source.is_floating_point() else source.double()
             continue
         args, kwargs = torch.fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: values[a] if isinstance(a, Node) else a
         )
-        values[node] = node.target(*args, **{k: v for k, v in kwargs.items() if k != "dtype"})  # type: ignore[operator]
-    return values[region[-1]]
+        values[node] = node.target(*args, **_in_fp64_on_cpu(kwargs))  # type: ignore[operator]
+    return values
+
+
+def _in_fp64_on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    changed = {"dtype": torch.float64} if kwargs.get("dtype") in FLOATS else {}
+    return {**kwargs, **changed, **({"device": torch.device("cpu")} if "device" in kwargs else {})}
 
 
 def size_node(tensor: Node, dim: int) -> Any:
