@@ -6,6 +6,7 @@ Alpha and limit of a clamped gate are looked for among the module's own numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
@@ -39,7 +40,7 @@ def _form_of(identity: int) -> tuple[str, bool]:
 
 def expert_form(module: Any) -> tuple[str, bool]:
     """Canonical activation of an experts module and whether its gate and up rows alternate; ("", False) if unknown."""
-    numbers = sorted({float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0})
+    numbers = sorted({float(v) for v in vars(module).values() if type(v) in (int, float) and 0 < v < math.inf})
     function = module._apply_gate if module.has_gate else module.act_fn
     generator = torch.Generator().manual_seed(0)
     with real_tensors(), torch.no_grad():
