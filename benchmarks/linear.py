@@ -24,7 +24,8 @@ import torch
 import triton
 
 from benchmarks.ceilings import read_bandwidth
-from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model, bench
+from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model
+from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import run_skinny
@@ -69,7 +70,7 @@ def measure(chain: Chain, tokens: int, ceiling: float) -> dict:
         ("pdl", chain.ours(x, configs, True)), ("no_pdl", chain.ours(x, configs, False)), ("cublas", chain.peer(x))
     ):  # fmt: skip
         run()
-        seconds = bench(run)
+        seconds = time_replays(run)
         row[label] = {"ms": round(seconds * 1e3, 4), "share": round(chain.bytes() / seconds / ceiling, 3)}
     print(
         f"{tokens:4} tokens  chain {row['pdl']['ms']:.3f} ms {row['pdl']['share']:.1%}  without dependent launch "
@@ -82,7 +83,7 @@ def measure(chain: Chain, tokens: int, ceiling: float) -> dict:
         for label, config in (("ours", configs[name]), ("cublas", None)):
             run, count = chain.single(name, x, config, pdl=True)
             run()
-            seconds = bench(run) / count
+            seconds = time_replays(run) / count
             cells[label] = {"us": round(seconds * 1e6, 2), "TB_s": round(kind.numel * 2 / seconds / 1e12, 3)}
         row["single"][name] = cells | {"config": asdict(configs[name])}
         print(f"     {name:8} {cells['ours']['us']:8.2f} us {cells['ours']['TB_s']:.2f} TB/s   "
@@ -175,7 +176,7 @@ class Tuner:
         try:
             run = self.chain.ours(self.x, self.configs | {name: config}, True, head=name == "lm_head")
             run()
-            return bench(run, replays)
+            return time_replays(run, replays)
         except triton.runtime.errors.OutOfResources:
             return math.inf
 

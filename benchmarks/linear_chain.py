@@ -8,7 +8,6 @@ Legend: T tokens, N features, K inputs, G groups.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,24 +60,6 @@ class Model:
 
 MODELS = {"llama-8b": Model(32, 4096, 6144, 14336), "llama-1b": Model(16, 2048, 3072, 8192)}
 Configs = dict[str, SkinnyConfig]
-
-
-def bench(run: Callable[[], object], replays: int = 15) -> float:
-    """Median seconds of one replay of `run`, captured in a CUDA graph; run it once before."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
 
 
 class Chain:

@@ -48,14 +48,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_chain(run: Callable[[int], Any], launches: int, replays: int = 7) -> float:
-    """Median seconds of one of `launches` calls run(0), run(1), ..., captured in one CUDA graph."""
-    run(0)
+def time_replays(run: Callable[[], Any], replays: int = 15) -> float:
+    """Median seconds of one replay of `run`, captured in a CUDA graph; run it once before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(launches):
-            run(i)
+        run()
     graph.replay()
     times = []
     for _ in range(replays):
@@ -64,8 +62,19 @@ def time_chain(run: Callable[[int], Any], launches: int, replays: int = 7) -> fl
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / launches)
+        times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times)
+
+
+def time_chain(run: Callable[[int], Any], launches: int, replays: int = 7) -> float:
+    """Median seconds of one of `launches` calls run(0), run(1), ..., captured in one CUDA graph."""
+
+    def chain() -> None:  # each result is freed before the next is made, as in a model
+        for i in range(launches):
+            run(i)
+
+    run(0)
+    return time_replays(chain, replays) / launches
 
 
 def time_calls(run: Callable[[], Any], device: torch.device, *, calls: int, warm_up: int = 3) -> Samples:

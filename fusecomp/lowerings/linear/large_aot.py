@@ -8,7 +8,7 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block
-from fusecomp.lowerings.linear.norm import norm_kernel
+from fusecomp.lowerings.linear.norm import MAX_DEPENDENT_K, norm_kernel
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import pointwise_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
@@ -78,7 +78,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
             {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32", "stride_r": "i32"},
             {
                 "K": width, "BLOCK_T": block_t, "BLOCK_K": block_k, "HAS_RESIDUAL": True, "CENTERED": centered,
-                "PLUS_ONE": True, "USE_PDL": pdl,
+                "PLUS_ONE": True, "USE_PDL": pdl and width <= MAX_DEPENDENT_K,
             },
             num_warps,
             num_stages=3,
