@@ -90,7 +90,9 @@ class Case:
 
     def run(self, config: ExpertsConfig, i: int = 0, use_pdl: bool | None = None) -> Tensor:
         pdl = self.use_pdl if use_pdl is None else use_pdl
-        return run_experts(config, self.x[i], self.index[i], self.weights[i], self.layers[i % len(self.layers)], pdl)
+        return run_experts(
+            config, self.x[i], self.index[i], self.weights[i], self.layers[i % len(self.layers)], None, pdl
+        )
 
     def seconds(self, config: ExpertsConfig, replays: int = 5) -> float:
         return time_chain(lambda i: self.run(config, i), self.launches, replays)

@@ -24,9 +24,13 @@ from fusecomp.ops.experts import Activation
 Frame = tuple[ExpertsConfig, list[Tiles], list[Tiles]]
 Job = tuple[tuple[tuple[str, int], ...], ExpertsConfig]  # shape and tokens as the tables name them, configuration
 
-UP_VECTOR = ((2, 2048, 2), (4, 1024, 2), (4, 2048, 4), (8, 512, 4), (8, 1024, 4), (8, 2048, 4), (16, 512, 4))
+UP_VECTOR = (
+    (2, 512, 1), (2, 1024, 1), (2, 2048, 1), (2, 2048, 2), (4, 512, 1), (4, 1024, 2), (4, 2048, 2), (4, 2048, 4),
+    (8, 512, 4), (8, 1024, 4), (8, 2048, 4), (16, 512, 4),
+)  # fmt: skip
 DOWN_VECTOR = ((1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (4, 1024), (8, 1024))
 # Rows and columns of a weight tile, warps, stages, whether by TMA: with narrow tiles of tokens, then with wide ones.
+MOST_VECTOR_ROWS = 32
 NARROW = (
     (64, 128, 4, 3, False), (64, 128, 4, 4, False), (128, 64, 4, 4, False), (128, 64, 4, 6, False),
     (128, 128, 4, 3, False), (128, 64, 8, 4, False), (128, 128, 8, 3, False), (128, 64, 4, 4, True),
@@ -42,16 +46,18 @@ def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]
     """Configurations with, for each, the tiles of both matmuls to try in it."""
     rows = tokens * top_k / experts
     some = Tiles(128, 64, 4, 4)
-    if tokens == 1:
+    if tokens * top_k <= MOST_VECTOR_ROWS:
         ups = [Tiles(*tile) for tile in UP_VECTOR]
         lanes = 1 << (top_k - 1).bit_length()
         downs = [
             Tiles(n, d, warps)
             for n, d in DOWN_VECTOR
-            for warps in (2, 4, 8)
+            for warps in (1, 2, 4, 8)
             if 16 <= n * d * lanes // (32 * warps) <= 128 and d < 2 * width
         ]
         yield ExpertsConfig("vector", ups[0], downs[0]), ups, downs
+    if tokens == 1:
+        return
     if rows <= 48:
         heights = [t for t in (8, 16, 32, 64) if rows / 2 <= t <= 8 * rows + 8]
         pool = [Tiles(*tile[:4], per_sm, tile[4]) for tile in NARROW for per_sm in (0, 3)]
@@ -82,7 +88,7 @@ def _build(job: Job) -> str:
         index = torch.zeros(tokens, top_k, dtype=torch.int64, device="cuda")
         layer = _layer(keys["experts"], keys["hidden"], keys["width"])
         with compile_ahead(x.device):  # what does not compile is logged, and met again when it is timed
-            run_experts(config, x, index, x[:, :top_k].contiguous(), layer, device_target(0).has_pdl)
+            run_experts(config, x, index, x[:, :top_k].contiguous(), layer, None, device_target(0).has_pdl)
     except Exception as error:
         return f"{config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
     return ""

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_dir, inductor_compile
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
+from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.rope import RopeAttention
@@ -34,6 +35,7 @@ FUSE: tuple[Pattern, ...] = (
     OuterProduct(),
     Router(),  # before linears, which would take a sigmoid of the logits in
     LinearEpilogue(),
+    ExpertsResidual(),  # after linears, which take the experts in where both meet in one sum
     SelectedRows(),
     Norm(),
     RopeAttention(),

@@ -92,10 +92,11 @@ _ROUTING = (
 _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
-_SPARSE_FUSED = {"router": 1, "linear": 3, "norm": 2, "rope_attention": 1}
+_ROUTED_FUSED = {"router": 1, "linear": 3, "norm": 2, "rope_attention": 1}
+_SPARSE_FUSED = {**_ROUTED_FUSED, "experts_residual": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}
-_SHARED_FUSED = {**_SPARSE_FUSED, "linear": 5}
-_LATENT_FUSED = {**_SPARSE_FUSED, "linear": 7, "norm": 4}
+_SHARED_FUSED = {**_ROUTED_FUSED, "linear": 5}
+_LATENT_FUSED = {**_ROUTED_FUSED, "linear": 7, "norm": 4}
 _HEAD_FUSED = {"linear": 1, "selected_rows": 1, "norm": 1}
 # The rotary table, where Inductor has not made a multiplication of it before the fuse stage sees it.
 _TABLE_FUSED = {} if decomposes_outer_products() else {"outer_product": 1}
@@ -296,7 +297,7 @@ _ENTRIES = (
         | {"num_local_experts": 7, "num_experts_per_tok": 1, "embedding_multiplier": 1.5, "residual_multiplier": 0.7}
         | {"attention_multiplier": 0.2, "logits_scaling": 0.8},
         expected_matches=_SPARSE,
-        fused_matches=_SPARSE_FUSED,
+        fused_matches=_ROUTED_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,

@@ -94,8 +94,9 @@ def experts_reference(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Sum over k of weight[t, k] * expert_{index[t, k]}(x[t]); x [T, C] -> [T, C] in x's dtype.
+    """residual[t] + sum over k of weight[t, k] * expert_{index[t, k]}(x[t]); x, residual [T, C] -> [T, C], as x.
 
     up [E, F or 2F, C] (gate and up rows when `gated`), down [E, C, F]; with `transposed` both are stored [E, in, out].
     `act` is what `Activation.parse` reads. An index equal to E is a sentinel (an expert of another rank), which adds
@@ -115,13 +116,13 @@ def experts_reference(
             bias = None if down_bias is None else down_bias[expert]
             parts[rows] = _expert_linear(hidden, down[expert], bias, transposed).float()
         begin += count
-    weighted = parts.view(T, K, -1) * top_k_weights.float()[..., None]
-    return weighted.sum(1).to(x.dtype)
+    total = (parts.view(T, K, -1) * top_k_weights.float()[..., None]).sum(1)
+    return (total if residual is None else total + residual.float()).to(x.dtype)
 
 
 define(
     "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor up, Tensor? up_bias, Tensor down, "
-    "Tensor? down_bias, str act, bool gated, bool interleaved, bool transposed) -> Tensor",
+    "Tensor? down_bias, str act, bool gated, bool interleaved, bool transposed, Tensor? residual=None) -> Tensor",
     experts_reference,
     lambda x, *_: x.new_empty(x.shape),
 )

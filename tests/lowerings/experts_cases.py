@@ -33,6 +33,7 @@ class Layer:
     gated: bool
     interleaved: bool
     transposed: bool
+    residual: Tensor | None = None
 
     def run(self, function) -> Tensor:
         return function(*(getattr(self, f.name) for f in fields(self)))
@@ -47,7 +48,7 @@ class Layer:
 
 def make_layer(
     T=7, K=2, E=4, C=16, width=24, *, act="silu", gated=True, interleaved=False, transposed=False, bias=False,
-    index=None, dtype=torch.float32, device="cpu", seed=0,
+    residual=False, index=None, dtype=torch.float32, device="cpu", seed=0,
 ) -> Layer:  # fmt: skip
     """Distinct experts per token, positive weights that sum to 1. Made on the CPU: the same values on every device."""
     g = torch.Generator().manual_seed(seed)
@@ -63,7 +64,7 @@ def make_layer(
     layer = Layer(
         randn(T, C), chosen.to(device), torch.rand(T, K, generator=g, dtype=torch.float64).softmax(1), up,
         randn(E, rows) / 4 if bias else None, down, randn(E, C) / 4 if bias else None,
-        act, gated, interleaved, transposed,
+        act, gated, interleaved, transposed, randn(T, C) if residual else None,
     )  # fmt: skip
     return layer.map(lambda t: t.to(device, dtype))
 
@@ -80,7 +81,7 @@ def naive(layer: Layer, dtype: torch.dtype = torch.float64) -> Tensor:
     """One token and one expert at a time, every operation in `dtype`, straight from the definition."""
     wide = layer.map(lambda t: t.to(dtype))
     experts = len(wide.up)
-    out = torch.zeros_like(wide.x)
+    out = torch.zeros_like(wide.x) if wide.residual is None else wide.residual.clone()
     for t, token in enumerate(wide.x):
         for k, e in enumerate(wide.top_k_index[t].tolist()):
             if e == experts:
@@ -112,7 +113,7 @@ def hf_style(layer: Layer) -> Tensor:
             hidden = ACTIVATIONS[layer.act](hidden)
         result = F.linear(hidden, down, None if layer.down_bias is None else layer.down_bias[e])
         out.index_add_(0, token, result * layer.top_k_weights[token, k, None])
-    return out
+    return out if layer.residual is None else layer.residual + out
 
 
 def relative_rms(actual: Tensor, exact: Tensor) -> float:
@@ -147,5 +148,6 @@ FORMS = {
     "interleaved": {"interleaved": True, "act": "gelu"},
     "transposed": {"transposed": True, "act": "gelu_tanh"},
     "biases": {"bias": True, "act": "relu"},
+    "residual": {"residual": True},
     "gpt-oss": {"act": GPT_OSS, "bias": True, "interleaved": True, "transposed": True},
 }

@@ -7,16 +7,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.experts.combine import MAX_DEPENDENT_TOKENS, combine_block, combine_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import (
     DEFAULT_TABLE,
     ExpertsConfig,
     Tiles,
-    combined_features,
     experts_config,
     load_table,
 )
-from fusecomp.lowerings.experts.routing import routing_block, routing_kernel
+from fusecomp.lowerings.experts.routing import (
+    CHUNK,
+    SINGLE_LAUNCH_ROWS,
+    count_kernel,
+    place_kernel,
+    place_step,
+    routing_bins,
+    routing_block,
+    routing_kernel,
+)
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.ops.experts import Activation
@@ -81,10 +90,10 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     )  # fmt: skip
     act = Activation.parse(shape.act, shape.gating > 0)
     activation = {"GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
-    common = {"K": shape.top_k, "USE_PDL": target.has_pdl}
+    common: dict[str, Any] = {"USE_PDL": target.has_pdl}
     if config.method == "grouped":
         common["TRANSPOSED"] = shape.transposed
-    ups = {"N": shape.rows, "D": shape.hidden, **activation, **common}
+    ups = {"K": shape.top_k, "N": shape.rows, "D": shape.hidden, **activation, **common}
     downs = {"N": shape.hidden, "D": shape.width, **common}
     if config.method == "vector":
         yield from _vector(shape, config, ups, downs)
@@ -97,8 +106,8 @@ def _vector(shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iter
     pointers, none = _bias({"index": "i64", "weight": dtype, "hidden": dtype}, shape)
     for name, kernel, tiles, own, scalars, constants in (
         ("up", up_vector_kernel, config.up, {"x": dtype}, {"stride_x": "i32"}, ups),
-        ("down", down_vector_kernel, config.down, {"routing_weights": dtype, "out": dtype}, {},
-         {**downs, "KP": next_power_of_2(shape.top_k)}),
+        ("down", down_vector_kernel, config.down, {"routing_weights": dtype, "residual": dtype, "out": dtype},
+         {"stride_r": "i32"}, {"K": shape.top_k, "KP": next_power_of_2(shape.top_k), **downs}),
     ):  # fmt: skip
         blocks = {"E": shape.experts, "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d}
         yield Specialization(
@@ -108,13 +117,7 @@ def _vector(shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iter
 
 
 def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
-    bins, block, warps = routing_block(shape.tokens * shape.top_k, shape.experts)
-    yield Specialization(
-        f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"},
-        {"num_rows": "i32", "capacity": "i32"},
-        {"E": shape.experts, "BLOCK_T": config.block_t, "BINS": bins, "BLOCK": block, "USE_PDL": target.has_pdl},
-        warps, num_stages=3,
-    )  # fmt: skip
+    yield from _routing(target, shape, config.block_t)
     dtype = shape.dtype
     tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
     pointers, none = _bias({"plan": "i32", "weight": dtype, "hidden": dtype}, shape)
@@ -125,14 +128,39 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
     described, more = _described(config.down, shape, 1, shape.width)
-    parts: dict[str, Any] = {"parts": dtype, "counters": "i32"} if shape.top_k > 1 else {}
-    absent = {} if parts else {"parts": None, "counters": None}
     yield Specialization(
-        f"experts-down-{shape}", down_kernel,
-        {**pointers, **described, **parts, "routing_weights": dtype, "out": dtype}, {"capacity": "i32"},
-        {**downs, **tile, **_blocks(config.down), **none, **more, **absent,
-         "CHUNK": combined_features(config, shape.top_k)},
-        config.down.num_warps, config.down.num_stages,
+        f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
+        {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
+    )  # fmt: skip
+    block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms)
+    yield Specialization(
+        f"experts-combine-{shape}", combine_kernel,
+        {"parts": dtype, "index": "i64", "routing_weights": dtype, "residual": dtype, "out": dtype},
+        {"stride_r": "i32"},
+        {"E": shape.experts, "K": shape.top_k, "N": shape.hidden, "BLOCK_N": block_n,
+         "USE_PDL": target.has_pdl and shape.tokens <= MAX_DEPENDENT_TOKENS},
+        num_warps, num_stages=3,
+    )  # fmt: skip
+
+
+def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specialization]:
+    rows, sizes = shape.tokens * shape.top_k, {"num_rows": "i32", "capacity": "i32"}
+    common = {"E": shape.experts, "BINS": routing_bins(shape.experts)}
+    if rows <= SINGLE_LAUNCH_ROWS:
+        _, block, warps = routing_block(rows, shape.experts)
+        yield Specialization(
+            f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"}, sizes,
+            {**common, "BLOCK_T": block_t, "BLOCK": block, "USE_PDL": target.has_pdl}, warps, num_stages=3,
+        )  # fmt: skip
+        return
+    common["CHUNK"] = CHUNK
+    yield Specialization(
+        f"experts-count-{shape}", count_kernel, {"index": "i64", "counts": "i32"}, {"num_rows": "i32"}, common,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    yield Specialization(
+        f"experts-place-{shape}", place_kernel, {"index": "i64", "counts": "i32", "plan": "i32"}, sizes,
+        {**common, "BLOCK_T": block_t, "STEP": place_step(common["BINS"])}, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 

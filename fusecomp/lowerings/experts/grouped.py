@@ -68,7 +68,7 @@ def up_kernel(
             x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
             N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
         )  # fmt: skip
-        acc = _add_bias(acc, bias, expert, block, True, N, GATING, BLOCK_N, SWAP)
+        acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
         y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
         feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
         at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
@@ -82,40 +82,29 @@ def down_kernel(
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous
     w_tiles,  # descriptor of the weight, or None
     bias,  # [E, C] contiguous, or None
-    routing_weights,  # [T, K] contiguous
-    parts,  # [R, C] scratch, in the order of rows; None if K == 1
-    counters,  # [T * blocks] int32, zero before and after the launch; None if K == 1
-    out,  # [T, C] contiguous
+    parts,  # [R, C] in the order of rows; those of sentinels are not written
     capacity,
-    K: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
-    CHUNK: tl.constexpr,  # features that are combined at once
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """out[t] = sum over k, in order and in fp32, of routing_weights[t, k] * (hidden of (t, k) @ down^T + bias).
-
-    Tiles leave each row's result in `parts`, rounded to its dtype; the K-th program to finish a part of a token sums
-    them. Tiles of sentinels, without a product, leave zeros. Bytes beyond the weights: R * F read, R * C written and
-    read, from the L2 when they fit.
-    """
+    """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written."""
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if USE_PDL:
         gdc_launch_dependents()
     # The plan was complete before the up projection let this launch begin.
-    num_tiles = tl.load(plan + 1, cache_modifier=".cg")
-    num_real = tl.load(plan, cache_modifier=".cg")
+    num_tiles = tl.load(plan, cache_modifier=".cg")
     tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
     next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     if USE_PDL:
-        if tile < num_real:
+        if tile < num_tiles:
             _prefetch(weight, next_expert, block, N, D, BLOCK_N, TRANSPOSED)
         gdc_wait()
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
@@ -123,59 +112,16 @@ def down_kernel(
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
         next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
-        real = tile < num_real
         live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
-        steps = tl.where(real, (D + BLOCK_D - 1) // BLOCK_D, 0)
         acc = _multiply(
-            hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, steps,
+            hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
             N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
         )  # fmt: skip
-        acc = _add_bias(acc, bias, expert, block, real, N, 0, BLOCK_N, SWAP)
+        acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
         feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        token = row // K
-        out_at, mask = _spread(token.to(tl.int64) * N, feature, live, feature < N, SWAP)
-        if K == 1:
-            scale = _rows(tl.load(routing_weights + row, mask=live, other=0.0).to(tl.float32), SWAP)
-            tl.store(out + out_at, (acc.to(out.dtype.element_ty).to(tl.float32) * scale).to(out.dtype.element_ty), mask)
-        else:
-            part_at, _ = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
-            tl.store(parts + part_at, acc.to(parts.dtype.element_ty), mask=mask)
-            tl.debug_barrier()  # all of the program's stores precede the release below
-            counter = counters + token * BLOCKS + block
-            arrived = tl.atomic_add(counter, 1, mask=live, sem="acq_rel", scope="gpu")
-            last = live & (arrived == K - 1)
-            if tl.max(last.to(tl.int32), 0) > 0:
-                tl.store(counter, tl.zeros([BLOCK_T], tl.int32), mask=last)
-                _combine(parts, routing_weights, out, token, block * BLOCK_N, last, K, N, BLOCK_N, CHUNK)
-
-
-@triton.jit
-def _combine(
-    parts,
-    routing_weights,
-    out,
-    token,
-    first,
-    last,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Sums the K parts of BN features of the tokens in `last`, CHUNK features at a time, their loads all in flight."""
-    token = token.to(tl.int64)
-    for start in range(0, BLOCK_N, CHUNK):
-        feature = first + start + tl.arange(0, CHUNK)
-        mask = last[:, None] & (feature < N)[None, :]
-        at = parts + token[:, None] * (K * N) + feature[None, :]
-        total = tl.zeros([token.shape[0], CHUNK], tl.float32)
-        for k in tl.static_range(K):
-            scale = tl.load(routing_weights + token * K + k, mask=last, other=0.0).to(tl.float32)
-            # Past the L1: another multiprocessor may have written it.
-            part = tl.load(at + k * N, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-            total += part * scale[:, None]
-        tl.store(out + token[:, None] * N + feature[None, :], total.to(out.dtype.element_ty), mask=mask)
+        at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
+        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -203,12 +149,6 @@ def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, SWAP: tl.constexpr):
-    """[BT] along the tokens of a tile."""
-    return x[None, :] if SWAP else x[:, None]
-
-
-@triton.jit
 def _spread(row_at, column, row_live, column_live, SWAP: tl.constexpr):
     """(offsets, mask) of a tile from those of its tokens [BT] and of its features [BN]."""
     if SWAP:
@@ -219,14 +159,14 @@ def _spread(row_at, column, row_live, column_live, SWAP: tl.constexpr):
 
 @triton.jit
 def _add_bias(
-    acc, bias, expert, block, real, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr
+    acc, bias, expert, block, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr
 ):
-    """acc plus the bias of its weight rows; nothing for tiles that are not `real`."""
+    """acc plus the bias of its weight rows."""
     if bias is None:
         return acc
     else:
-        at = bias + expert.to(tl.int64) * N + weight_rows(block, N, GATING, BLOCK_N, True)
-        values = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        rows = weight_rows(block, N, GATING, BLOCK_N, True)
+        values = tl.load(bias + expert.to(tl.int64) * N + rows).to(tl.float32)
         return acc + (values[:, None] if SWAP else values[None, :])
 
 

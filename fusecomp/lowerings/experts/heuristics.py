@@ -183,9 +183,3 @@ def _fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int) -> Til
     while need(tiles) > target.smem_bytes and tiles.block_d > 32:
         tiles = replace(tiles, block_d=tiles.block_d // 2)
     return tiles
-
-
-def combined_features(config: ExpertsConfig, top_k: int) -> int:
-    """Features that the down projection's programs combine at once: a thread has 32 parts in flight, or 16 features."""
-    values, block_n = 32 * 32 * config.down.num_warps, config.down.block_n
-    return min(block_n, max(16, values // (config.block_t * next_power_of_2(top_k))))

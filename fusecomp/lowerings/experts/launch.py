@@ -1,7 +1,6 @@
-"""Launches of the experts' kernels: two for very few tokens, otherwise routing and two grouped matmuls.
+"""Launches of the experts' kernels: two for very few tokens, otherwise routing, two grouped matmuls and the sum.
 
-Safe under CUDA-graph capture, if a launch came before (see `zeroed_counters`): grids depend on shapes alone, and what
-depends on the routing is read on the device. Launches on one device must be ordered: they share counters.
+Safe under CUDA-graph capture: grids depend on shapes alone, and what depends on the routing is read on the device.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows.
 """
@@ -16,9 +15,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusecomp.lowerings.device import target_of, zeroed_counters
+from fusecomp.lowerings.device import target_of
+from fusecomp.lowerings.experts.combine import launch_combine
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
-from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles, combined_features
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch
@@ -65,22 +65,35 @@ class Experts:
 
 
 def run_experts(
-    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+    config: ExpertsConfig,
+    x: Tensor,
+    index: Tensor,
+    routing_weights: Tensor,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
 ) -> Tensor:
-    """Sum over k of routing_weights[t, k] * expert_{index[t, k]}(x[t]) -> [T, C] contiguous, in x's dtype.
+    """residual[t] + sum over k of routing_weights[t, k] * expert_{index[t, k]}(x[t]) -> [T, C] contiguous, as x.
 
     Args:
         x: [T, C], last dim contiguous, any row stride; the dtype of the layer: fp32, fp16 or bf16.
         index: [T, K] integers, contiguous; a value outside of [0, E) adds nothing.
         routing_weights: [T, K] floats, contiguous.
+        residual: [T, C], last dim contiguous, or None.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
     """
     run = run_vector if config.method == "vector" else run_grouped
-    return run(config, x, index, routing_weights, layer, use_pdl)
+    return run(config, x, index, routing_weights, layer, residual, use_pdl)
 
 
 def run_vector(
-    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+    config: ExpertsConfig,
+    x: Tensor,
+    index: Tensor,
+    routing_weights: Tensor,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
 ) -> Tensor:
     """`run_experts` by register tiles: every row reads its expert, whose weights must not be transposed."""
     if layer.transposed:
@@ -99,24 +112,31 @@ def run_vector(
     )  # fmt: skip
     launch(
         down_vector_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
-        hidden, index, layer.down, layer.down_bias, routing_weights, out, KP=next_power_of_2(top_k), N=hidden_size,
-        D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
+        hidden, index, layer.down, layer.down_bias, routing_weights, residual, out,
+        0 if residual is None else residual.stride(0), KP=next_power_of_2(top_k), N=hidden_size, D=width,
+        BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
     )  # fmt: skip
     return out
 
 
 def run_grouped(
-    config: ExpertsConfig, x: Tensor, index: Tensor, routing_weights: Tensor, layer: Experts, use_pdl: bool
+    config: ExpertsConfig,
+    x: Tensor,
+    index: Tensor,
+    routing_weights: Tensor,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
 ) -> Tensor:
     """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles."""
     (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
     plan, capacity = launch_routing(index, experts, config.block_t, use_pdl)
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-    out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
+    parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     sms = target_of(x).num_sms
     common = {
-        "K": top_k, "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap,
-        "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
+        "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap, "TRANSPOSED": layer.transposed,
+        "USE_PDL": use_pdl,
     }  # fmt: skip
     if use_pdl:
         common["launch_pdl"] = True
@@ -124,23 +144,16 @@ def run_grouped(
     w_tiles = weight_tiles(layer.up, config.up, 2 if layer.gating == 1 else 1, layer.transposed)
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
-        x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), N=rows, D=hidden_size,
+        x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size,
         USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
     )  # fmt: skip
-
     w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
-    blocks = triton.cdiv(hidden_size, config.down.block_n)
-    parts = counters = None
-    if top_k > 1:
-        parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
-        counters = zeroed_counters(x.device, tokens * blocks)
     launch(
-        down_kernel, (_programs(config.down, capacity * blocks, sms),),
-        hidden, plan, layer.down, w_tiles, layer.down_bias, routing_weights, parts, counters, out, capacity,
-        N=hidden_size, D=width, CHUNK=combined_features(config, top_k), USE_TMA=w_tiles is not None,
-        **_constants(config.down), **common,
+        down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
+        hidden, plan, layer.down, w_tiles, layer.down_bias, parts, capacity, N=hidden_size, D=width,
+        USE_TMA=w_tiles is not None, **_constants(config.down), **common,
     )  # fmt: skip
-    return out
+    return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
 
 def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) -> TensorDescriptor | None:

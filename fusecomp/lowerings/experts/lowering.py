@@ -1,7 +1,8 @@
 """CUDA implementation of `experts`: which kernels run, decided per call from shapes alone.
 
-Very few tokens: two launches of plain products. More: one routing launch and two grouped matmuls, at any number of
-experts; the gather of tokens, activation, biases, routing weights and the sum over a token's experts are inside.
+Very few tokens: two launches of plain products. More: one routing launch (two from 4,096 routed rows on), two grouped
+matmuls with gather, activation and biases inside, and one launch that weighs and sums a token's experts and adds the
+residual, at any number of experts.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -43,6 +44,7 @@ def launch_experts(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`fusecomp::experts` on CUDA; shapes as in `experts_reference`. [T, C] contiguous, bitwise repeatable.
 
@@ -51,11 +53,12 @@ def launch_experts(
     if reason := supports(x, up, up_bias, down, down_bias):
         record_fallback("experts", reason)
         return experts_reference(
-            x, top_k_index, top_k_weights, up, up_bias, down, down_bias, act, gated, interleaved, transposed
+            x, top_k_index, top_k_weights, up, up_bias, down, down_bias, act, gated, interleaved, transposed, residual
         )
     tokens, top_k = top_k_index.shape
     if tokens == 0 or top_k == 0:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        return out if residual is None else out.copy_(residual)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
     experts, _, hidden, width = layer.sizes
     config = experts_config(
@@ -63,4 +66,6 @@ def launch_experts(
         itemsize=x.element_size(), transposed=transposed,
     )  # fmt: skip
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return run_experts(config, x, top_k_index.contiguous(), top_k_weights.contiguous(), layer, uses_pdl(x))
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+    return run_experts(config, x, index, weights, layer, residual, uses_pdl(x))

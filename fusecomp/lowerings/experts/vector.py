@@ -17,6 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 
+AHEAD: tl.constexpr = tl.constexpr(4)  # tiles of a row that are loaded at once, if there are no more
+
 
 @triton.jit
 def up_vector_kernel(
@@ -49,8 +51,9 @@ def up_vector_kernel(
     expert = tl.load(index + row).to(tl.int64)
     if (expert >= 0) & (expert < E):
         rows = weight_rows(block, N, GATING, BLOCK_N, True)
-        x_at = x + (row // K).to(tl.int64) * stride_x
-        y = _products(weight + expert * (N * D), rows, x_at, True, N, D, BLOCK_N, BLOCK_D, False)
+        x_at = x + (row // K).to(tl.int64) * stride_x + tl.zeros([1, 1], tl.int64)
+        w_at = (weight + expert * (N * D) + rows.to(tl.int64) * D)[None, :]
+        y = tl.reshape(_products(w_at, x_at, tl.full([1, 1], 1, tl.int1), D, BLOCK_D, False), [BLOCK_N])
         if bias is not None:
             y += tl.load(bias + expert * N + rows).to(tl.float32)
         y = activated(y[:, None], GATING, True, ACT, ALPHA, LIMIT)
@@ -65,7 +68,9 @@ def down_vector_kernel(
     weight,  # [E, C, F] contiguous
     bias,  # [E, C] contiguous, or None
     routing_weights,  # [R]
+    residual,  # [T, C], last dim contiguous, or None
     out,  # [T, C] contiguous
+    stride_r,
     E: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -83,62 +88,69 @@ def down_vector_kernel(
     token, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     if USE_PDL:
         gdc_launch_dependents()
-    lane = tl.arange(0, KP * BLOCK_N)  # features of an expert are neighbours
-    k = lane // BLOCK_N
+    # Experts along the first dimension, features of one along the second.
+    k = tl.arange(0, KP)[:, None]
     row = token * K + k
     expert = tl.load(index + row, mask=k < K, other=E, cache_modifier=".cg").to(tl.int64)
     live = (expert >= 0) & (expert < E)
-    feature = tl.minimum(block * BLOCK_N + lane % BLOCK_N, N - 1)
+    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(feature, N - 1)[None, :]
     base = weight + tl.where(live, expert, 0) * (N * D)
     y = _products(
-        base, feature, (hidden + row.to(tl.int64) * D)[:, None], live[:, None], N, D,
-        KP * BLOCK_N, BLOCK_D, USE_PDL,
+        base + inside.to(tl.int64) * D, hidden + row.to(tl.int64) * D, live, D, BLOCK_D, USE_PDL,
     )  # fmt: skip
     if bias is not None:
-        y += tl.load(bias + expert * N + feature, mask=live, other=0.0).to(tl.float32)
+        y += tl.load(bias + expert * N + inside, mask=live, other=0.0).to(tl.float32)
     y *= tl.load(routing_weights + row, mask=live, other=0.0).to(tl.float32)
-    total = tl.sum(tl.reshape(y, [KP, BLOCK_N]), 0)
-    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.sum(y, 0)
+    if residual is not None:
+        total += tl.load(residual + token.to(tl.int64) * stride_r + feature, mask=feature < N, other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * N + feature, total.to(out.dtype.element_ty), mask=feature < N)
 
 
 @triton.jit
-def _products(
-    base,
-    rows,
-    x_at,
-    live,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    """[ROWS] fp32 products of weight rows with inputs: one base [] or [ROWS], inputs and mask [] or [ROWS, 1].
+def _products(w_rows, x_rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr, WAIT: tl.constexpr):
+    """[A, B] fp32 products of weight rows at w_rows [A, B] with inputs at x_rows [A, 1], zero where not live [A, 1].
 
     WAIT: inputs are touched only after the kernel before has ended, the first weights before.
     """
     # Sums of VEC neighbours stay within a thread; threads meet once, after the loop.
-    VEC: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    w_at = (base + rows.to(tl.int64) * D)[:, None] + cols
-    v_at = x_at + cols
-    w = tl.load(w_at, mask=live & (cols < D), other=0.0, eviction_policy="evict_first")
-    if WAIT:
-        gdc_wait()
-    v = tl.load(v_at, mask=live & (cols < D), other=0.0, eviction_policy="evict_last")
-    acc = tl.zeros([ROWS, BLOCK_D // VEC], tl.float32)
-    for start in range(BLOCK_D, D, BLOCK_D):  # loads one tile, multiplies the one before
-        mask = start + cols < D
-        w_next = tl.load(w_at + start, mask=live & mask, other=0.0, eviction_policy="evict_first")
-        v_next = tl.load(v_at + start, mask=live & mask, other=0.0, eviction_policy="evict_last")
-        acc += _fold(w.to(tl.float32) * v.to(tl.float32), VEC)
-        w, v = w_next, v_next
-    acc += _fold(w.to(tl.float32) * v.to(tl.float32), VEC)
-    return tl.sum(acc, 1)
+    VEC: tl.constexpr = 128 // w_rows.dtype.element_ty.primitive_bitwidth
+    STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    EVEN: tl.constexpr = D % BLOCK_D == 0
+    A: tl.constexpr = w_rows.shape[0]
+    B: tl.constexpr = w_rows.shape[1]
+    cols = tl.arange(0, BLOCK_D)[None, None, :]
+    w_at, x_at, live = w_rows[:, :, None] + cols, x_rows[:, :, None] + cols, live[:, :, None]
+    acc = tl.zeros([A, B, BLOCK_D // VEC], tl.float32)
+    if STEPS <= AHEAD:
+        ws = ()
+        for step in tl.static_range(STEPS):  # all loads in flight at once
+            mask = live if EVEN else live & (step * BLOCK_D + cols < D)
+            w = tl.load(w_at + step * BLOCK_D, mask=mask, other=0.0, eviction_policy="evict_first")
+            ws = ws + (w,)  # noqa: RUF005 - Triton has no unpacking
+        if WAIT:
+            gdc_wait()
+        for step in tl.static_range(STEPS):
+            mask = live if EVEN else live & (step * BLOCK_D + cols < D)
+            x = tl.load(x_at + step * BLOCK_D, mask=mask, other=0.0, eviction_policy="evict_last")
+            acc += _fold(ws[step].to(tl.float32) * x.to(tl.float32), VEC)
+    else:
+        w = tl.load(w_at, mask=live & (cols < D), other=0.0, eviction_policy="evict_first")
+        if WAIT:
+            gdc_wait()
+        x = tl.load(x_at, mask=live & (cols < D), other=0.0, eviction_policy="evict_last")
+        for start in range(BLOCK_D, D, BLOCK_D):  # loads one tile, multiplies the one before
+            mask = live & (start + cols < D)
+            w_next = tl.load(w_at + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            x_next = tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last")
+            acc += _fold(w.to(tl.float32) * x.to(tl.float32), VEC)
+            w, x = w_next, x_next
+        acc += _fold(w.to(tl.float32) * x.to(tl.float32), VEC)
+    return tl.sum(acc, 2)
 
 
 @triton.jit
 def _fold(x, VEC: tl.constexpr):
-    """[R, C] -> [R, C / VEC]: sums of VEC neighbours."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // VEC, VEC]), 2)
+    """[A, B, C] -> [A, B, C / VEC]: sums of VEC neighbours."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // VEC, VEC]), 3)

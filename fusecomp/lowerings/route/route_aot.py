@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.route.kernel import constants, num_warps, route_kernel
+from fusecomp.lowerings.route.kernel import num_warps, route_kernel
+from fusecomp.lowerings.route.pieces import constants
 from fusecomp.ops.router import SIGMOID, SPARSEMIXER, SUM, TOP2, RouteSpec
 
 # DeepSeek V3 and PhiMoE, which between them take every branch but a plain softmax: experts, logits, bias, spec.
