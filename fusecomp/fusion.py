@@ -28,6 +28,7 @@ from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.patterns.router import Router
+from fusecomp.patterns.router_linear import RouterLinear
 from fusecomp.patterns.rows import SelectedRows
 from fusecomp.report import FusionReport, Match, NearMiss
 
@@ -38,6 +39,7 @@ FUSE: tuple[Pattern, ...] = (
     ExpertsResidual(),  # after linears, which take the experts in where both meet in one sum
     SelectedRows(),
     Norm(),
+    RouterLinear(),  # after the norms that it takes in
     RopeAttention(),
 )
 

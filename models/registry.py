@@ -69,6 +69,7 @@ class Family:
         per_layer = {**self.expected_matches, **(self.fused_matches if fused else {})}
         if fused and self.wide_router and dtype != torch.float32:
             per_layer["linear"] -= 1
+            per_layer["router_linear"] -= 1
         total = {pattern: count * self.layers for pattern, count in per_layer.items()}
         once = {**_HEAD_FUSED, **_TABLE_FUSED} if fused else {}
         return total | {pattern: total.get(pattern, 0) + count for pattern, count in once.items()}
@@ -92,7 +93,7 @@ _ROUTING = (
 _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
-_ROUTED_FUSED = {"router": 1, "linear": 3, "norm": 2, "rope_attention": 1}
+_ROUTED_FUSED = {"router": 1, "router_linear": 1, "linear": 3, "norm": 2, "rope_attention": 1}
 _SPARSE_FUSED = {**_ROUTED_FUSED, "experts_residual": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}
 _SHARED_FUSED = {**_ROUTED_FUSED, "linear": 5}

@@ -15,7 +15,7 @@ from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.rope import Rope, rope_attention_reference
-from fusecomp.ops.router import RouteSpec, route_reference
+from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
 
 
@@ -145,14 +145,38 @@ def _greedy(logits: Tensor) -> Tensor:
 
 
 def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.device import uses_pdl
     from fusecomp.lowerings.route.kernel import launch_route, supports
 
     parsed = RouteSpec.from_text(spec)
-    if reason := supports(logits, parsed):
+    if reason := supports(logits.dtype, logits.shape[1], parsed):
         record_fallback("route", reason)
         return route_reference(logits, bias, spec)
-    ids, weights = launch_route(_unit_stride(logits), None if bias is None else _unit_stride(bias), parsed)
+    bias = None if bias is None else _unit_stride(bias)
+    ids, weights = launch_route(_unit_stride(logits), bias, parsed, uses_pdl(logits))
     return computed(ids), computed(weights)
+
+
+def _router(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    route_bias: Tensor | None,
+    norm: str,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fusecomp.lowerings.route.lowering import launch_router_op, supports
+
+    normed, parsed = NormSpec.from_text(norm) if norm else None, RouteSpec.from_text(spec)
+    if reason := supports(x, weight, parsed):
+        record_fallback("router", reason)
+        return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, spec)
+    y, ids, weights = launch_router_op(
+        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, parsed
+    )  # fmt: skip
+    return computed(y), computed(ids), computed(weights)
 
 
 @cache
@@ -165,5 +189,6 @@ def register() -> None:
     implement("norm", _norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
     implement("route", _route, "CUDA")
+    implement("router", _router, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -73,6 +73,15 @@ def _route(logits: Any, bias: Any, spec: str) -> Cost:
     return Cost(T * (E * logits.element_size() + chosen), T * E)
 
 
+def _router(x: Any, weight: Any, *args: Any) -> Cost:
+    """The weight, x and what is chosen; with a norm, its result too."""
+    norm, spec = args[4:]
+    E, C = (int(size) for size in weight.shape)
+    parsed = RouteSpec.from_text(spec)
+    chosen = parsed.k * (8 + getattr(torch, parsed.dtype).itemsize)
+    return Cost((E * C + T * C * (2 if norm else 1)) * x.element_size() + T * chosen, 2 * T * E * C)
+
+
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
     rows, K = int(weight.shape[0]), int(weight.shape[1])
     out = rows // json.loads(program)["groups"]
@@ -91,6 +100,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "rope_attention": _rope_attention,
     "experts": _experts,
     "route": _route,
+    "router": _router,
     "linear": _linear,
     "norm": _norm,
 }

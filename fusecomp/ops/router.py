@@ -1,6 +1,6 @@
-"""The canonical router op: from logits to the chosen experts of each token and their weights.
+"""The canonical router ops: from logits, or from hidden states, to the chosen experts of each token and their weights.
 
-Legend: T tokens, E experts, K chosen per token, G groups of E / G neighbouring experts.
+Legend: T tokens, C hidden size, E experts, K chosen per token, G groups of E / G neighbouring experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusecomp.ops.library import define
+from fusecomp.ops.norm import norm_reference
 
 SOFTMAX, SIGMOID, LOGITS, SPARSEMIXER = "softmax", "sigmoid", "logits", "sparsemixer"
 NONE, SUM, OVER_CHOSEN = "none", "sum", "softmax"
@@ -127,3 +128,44 @@ def _fake(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tenso
 
 
 define("route(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)", route_reference, _fake)
+
+
+def router_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    route_bias: Tensor | None,
+    norm: str,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, ids, weights): `route` of the logits of y [T, C] by weight [E, C] and bias [E].
+
+    y is the norm that `norm` describes of x [T, C], which others read too; without one the logits are those of x, and
+    y is empty.
+    """
+    y = norm_reference(x, norm_weight, norm_bias, norm) if norm else x
+    ids, weights = route_reference(torch.nn.functional.linear(y, weight, bias), route_bias, spec)
+    return y if norm else x.new_empty(0), ids, weights
+
+
+def _router_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    route_bias: Tensor | None,
+    norm: str,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape) if norm else x.new_empty(0), *_fake(x, None, spec)
+
+
+define(
+    "router(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? route_bias, "
+    "str norm, str spec) -> (Tensor, Tensor, Tensor)",
+    router_reference,
+    _router_fake,
+)

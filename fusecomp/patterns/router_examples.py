@@ -188,3 +188,44 @@ def router_examples() -> list[Example]:
         router("noisy", noisy, matches=0, reason=unknown),
         router("by_token", by_token, matches=0, reason=unknown),
     ]
+
+
+def hidden_inputs(dtype: torch.dtype) -> tuple:
+    """Hidden states [1, T, C], a norm's weight, a router's weight and bias, experts' weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, T, C), (C,), (E, C), (E,), (E, 2 * WIDTH, C), (E, C, WIDTH))
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def whole(name: str, logits: Callable, before: Callable = rms, after: Callable = torch.zeros_like, **facts: object):
+    """`logits` [T, E] of hidden states that `before` made of the inputs; `after` is returned of the logits too."""
+
+    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+        y = before(x, norm)
+        found = logits(y, weight, bias).view(T, E)
+        weights, index = renormalised(found, bias)
+        out = OPS.experts(y.view(T, C), index, weights, up, None, down, None, "silu", True, False, False)
+        return out.view(1, T, C) + x, after(found)
+
+    return Example(name, function, hidden_inputs, **facts)  # type: ignore[arg-type]
+
+
+def router_linear_examples() -> list[Example]:
+    """Routers from hidden states on, and linears that must stay apart."""
+
+    def plain(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(y, weight)
+
+    return [
+        whole("norm", plain),
+        whole("bias", F.linear),
+        whole("layer_norm", plain, lambda x, weight: F.layer_norm(x, (C,), weight)),
+        whole("no_norm", plain, lambda x, weight: x.view(T, C)),
+        whole("scaled", lambda y, w, b: 2 * F.linear(y, w), matches=0, reason="matmul -> mul"),
+        whole("logits_returned", plain, after=lambda z: z * 1, matches=0, reason="also read by"),
+    ]

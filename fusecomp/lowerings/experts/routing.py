@@ -97,12 +97,11 @@ def place_kernel(
     BLOCK_T: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STEP: tl.constexpr,  # chunks, or rows of one, looked at together
+    STEP: tl.constexpr,  # chunks whose counts are read at once
 ):
     """Program c places the rows of chunk c and describes the tiles of experts c, c + chunks, ...
 
-    A row's place within its chunk is the number of rows before it with the same expert, found by comparing them all.
-    Bytes: chunks * BINS * 4 per program from the L2.
+    Rows are sorted by (expert, row), all in one number. Bytes: chunks * BINS * 4 per program from the L2.
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins, some = tl.arange(0, BINS), tl.arange(0, STEP)
@@ -123,14 +122,13 @@ def place_kernel(
         mine, first = tl.sum(tl.where(this, total, 0), 0), tl.sum(tl.where(this, before, 0), 0)
         _describe(plan, expert, mine, first, tl.sum(tl.where(this, tile, 0), 0), capacity, BLOCK_T, BINS)
 
-    row = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = _experts(index, row, num_rows, E)
-    rank = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, CHUNK, STEP):
-        other = chunk * CHUNK + start + some
-        same = _experts(index, other, num_rows, E)[None, :] == ids[:, None]
-        rank += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), 1)
-    at = tl.gather(tile * BLOCK_T + earlier, tl.minimum(ids, E - 1), 0) + rank
+    lanes = tl.arange(0, CHUNK)
+    ids = _experts(index, chunk * CHUNK + lanes, num_rows, E)
+    ordered = tl.sort(ids * CHUNK + lanes)
+    ids, row = ordered // CHUNK, chunk * CHUNK + ordered % CHUNK
+    here = tl.load(counts + chunk * BINS + bins)
+    begin = tile * BLOCK_T + earlier - (tl.cumsum(here, 0) - here)
+    at = tl.gather(begin, tl.minimum(ids, E - 1), 0) + lanes
     tl.store(plan + 4 + capacity * 2 + at, row, mask=ids < E)
 
 
@@ -196,5 +194,5 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
 
 
 def place_step(bins: int) -> int:
-    """Chunks, or rows, that `place_kernel` looks at together, by the registers that their counts take."""
+    """Chunks that `place_kernel` reads at once, by the registers that their counts take."""
     return max(4, min(16, 4096 // bins))

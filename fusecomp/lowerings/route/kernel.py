@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.route.pieces import choose, constants, expert_numbers
 from fusecomp.ops.router import RouteSpec
@@ -22,11 +21,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def route_kernel(
-    logits,  # [T, E], last dim contiguous
+    logits,  # [T, E], last dim contiguous; or, with SPLITS, [SPLITS, T, E] fp32 parts of them
+    added,  # [E], to the logits, or None
     bias,  # [E] or None
     ids,  # [T, K] int64
     weights,  # [T, K]
     stride_row,
+    stride_split,
+    SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,  # to which sums of parts are rounded
     KIND: tl.constexpr,
     NORMALISE: tl.constexpr,
     GROUP_SCORE: tl.constexpr,
@@ -40,30 +43,33 @@ def route_kernel(
     CHOSEN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program a token. Bytes: T * (E * itemsize + K * (8 + itemsize of weights))."""
+    """One program a token. Bytes: T * (E * itemsize * max(1, SPLITS) + K * (8 + itemsize of weights))."""
     row = tl.program_id(0).to(tl.int64)
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
-    z = tl.load(logits + row * stride_row + e, mask=e < E, other=float("-inf")).to(tl.float32)
-    chosen, weight = choose(
-        z, bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN, BLOCK_K
-    )
-    k = tl.arange(0, BLOCK_K)[None, :]
-    tl.store(ids + row * K + k, chosen.to(tl.int64), mask=k < K)
-    tl.store(weights + row * K + k, weight, mask=k < K)
+    at = logits + row * stride_row + e
+    z = tl.load(at, mask=e < E, other=0.0).to(tl.float32)
+    if SPLITS:
+        for i in tl.static_range(1, SPLITS):
+            z += tl.load(at + i * stride_split, mask=e < E, other=0.0)
+        if added is not None:
+            z += tl.load(added + e, mask=e < E, other=0.0).to(tl.float32)
+        z = z.to(DTYPE).to(tl.float32)
+    rank, weight = choose(z, bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
+    tl.store(ids + row * K + rank, e.to(tl.int64), mask=rank < K)
+    tl.store(weights + row * K + rank, weight, mask=rank < K)
 
 
-def supports(logits: Tensor, spec: RouteSpec) -> str | None:
-    """Why the kernel cannot route these logits, or None."""
-    if logits.dtype not in DTYPES:
-        return f"dtype {logits.dtype} is none of fp32, fp16, bf16"
-    if logits.shape[1] > MAX_EXPERTS or spec.k > MAX_CHOSEN:
-        return f"top-{spec.k} of {logits.shape[1]} experts is more than {MAX_CHOSEN} of {MAX_EXPERTS}"
+def supports(dtype: torch.dtype, experts: int, spec: RouteSpec) -> str | None:
+    """Why the kernels cannot choose among this many experts by logits of this dtype, or None."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is none of fp32, fp16, bf16"
+    if experts > MAX_EXPERTS or spec.k > MAX_CHOSEN:
+        return f"top-{spec.k} of {experts} experts is more than {MAX_CHOSEN} of {MAX_EXPERTS}"
     return None
 
 
@@ -72,16 +78,39 @@ def num_warps(experts: int) -> int:
     return 1 if experts <= 512 else 4
 
 
-def launch_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def launch_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec, use_pdl: bool) -> tuple[Tensor, Tensor]:
     """`fusecomp::route` on CUDA; logits [T, E] with a contiguous last dim, bias [E] contiguous."""
-    tokens, experts = logits.shape
+    return _launch(logits, 0, logits.dtype, None, bias, spec, use_pdl)
+
+
+def launch_route_parts(
+    parts: Tensor, dtype: torch.dtype, added: Tensor | None, bias: Tensor | None, spec: RouteSpec, use_pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """The same on logits that are the sum of parts [splits, T, E] fp32 and of `added` [E], rounded to `dtype`."""
+    return _launch(parts, len(parts), dtype, added, bias, spec, use_pdl)
+
+
+def _launch(
+    logits: Tensor,
+    splits: int,
+    dtype: torch.dtype,
+    added: Tensor | None,
+    bias: Tensor | None,
+    spec: RouteSpec,
+    use_pdl: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = logits.shape[-2:]
     ids = torch.empty(tokens, spec.k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, spec.k, dtype=getattr(torch, spec.dtype), device=logits.device)
     if tokens:
-        use_pdl = uses_pdl(logits)
         options = {"launch_pdl": True} if use_pdl else {}
         launch(
-            route_kernel, (tokens,), logits, bias, ids, weights, logits.stride(0),
-            **constants(spec, experts), USE_PDL=use_pdl, num_warps=num_warps(experts), **options,
+            route_kernel, (tokens,), logits, added, bias, ids, weights, logits.stride(-2), logits.stride(0),
+            SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,
+            num_warps=num_warps(experts), **options,
         )  # fmt: skip
     return ids, weights

@@ -1,7 +1,7 @@
 """Scores, groups, top-k and weights of a router, in registers: what its kernels share.
 
-Legend: B tokens of a tile, E experts, K chosen per token, G groups of S = E / G experts; BG, BS, BK those padded to
-powers of two.
+Legend: B tokens of a tile, E experts, K chosen per token, G groups of S = E / G experts; BG and BS, G and S padded
+to powers of two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def expert_numbers(E: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOC
 
 @triton.jit
 def choose(
-    z,  # [B, BG, BS] fp32 logits, -inf where there is no expert
+    z,  # [B, BG, BS] fp32 logits
     bias,  # [E] or None
     KIND: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -35,15 +35,16 @@ def choose(
     K: tl.constexpr,
     G: tl.constexpr,
     CHOSEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """(experts, weights) [B, BK] of each token, the first K of them meant.
+    """(rank, weight) [B, BG, BS]: an expert's place among those chosen, K if it is not, and what it weighs if it is.
 
-    Equal scores are taken in the order of experts; experts stay below E whatever the logits are.
+    Equal scores are taken in the order of experts, and so are those that are not numbers, after all that are: K experts
+    are chosen whatever the logits are.
     """
     B: tl.constexpr = z.shape[0]
     BLOCK_G: tl.constexpr = z.shape[1]
     e = expert_numbers(E, G, BLOCK_G, z.shape[2])
+    z = tl.where(e < E, z, float("-inf"))
     if KIND == "softmax":
         scores = tl.exp(z - _over_experts(z, True))
         scores = scores / _over_experts(scores, False)
@@ -54,7 +55,7 @@ def choose(
     choice = scores
     if bias is not None:
         choice = choice + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    choice = tl.where(e < E, choice, float("-inf"))
+    choice = tl.where((e < E) & (choice == choice), choice, float("-inf"))  # noqa: PLR0124 - false for NaN
     if G > 1:
         group = tl.arange(0, BLOCK_G)[None, :]
         best = tl.max(choice, 2)
@@ -64,34 +65,28 @@ def choose(
         best = tl.where(group < G, best, float("-inf"))
         alive = group + tl.zeros([B, 1], tl.int32) < 0
         for _ in tl.static_range(CHOSEN):
-            first = tl.min(tl.where(best == tl.max(best, 1)[:, None], group, BLOCK_G), 1)[:, None]
-            alive = alive | (group == first)
-            best = tl.where(group == first, float("-inf"), best)
+            top = tl.max(tl.where(alive, float("-inf"), best), 1)[:, None]
+            alive = alive | (group == tl.min(tl.where((best == top) & ~alive, group, BLOCK_G), 1)[:, None])
         choice = tl.where(alive[:, :, None], choice, float("-inf"))
 
-    k = tl.arange(0, BLOCK_K)[None, :]
-    chosen = tl.zeros([B, BLOCK_K], tl.int32)
-    weight = tl.zeros([B, BLOCK_K], tl.float32)
+    rank = tl.where(e < E, K, K + 1)
+    left = choice
+    weight = scores
     for i in tl.static_range(K):
-        top = _over_experts(choice, True)
-        at = tl.minimum(tl.min(tl.min(tl.where(choice == top, e, E), 2), 1), E - 1)[:, None]  # NaN equals nothing
+        top = _over_experts(left, True)
+        this = e == tl.min(tl.min(tl.where((left == top) & (rank == K), e, E), 2), 1)[:, None, None]
         if KIND == "sparsemixer":
             hidden = (top - z) / tl.maximum(tl.abs(z), top) > THRESHOLD
-            value = 1.0 / _over_experts(tl.where(hidden, 0.0, tl.exp(choice - top)), False)
-        elif bias is None:
-            value = top
-        else:
-            value = _over_experts(tl.where(e == at[:, :, None], scores, 0.0), False)
-        chosen = tl.where(k == i, at, chosen)
-        weight = tl.where(k == i, tl.reshape(value, [B, 1]), weight)
-        choice = tl.where(e == at[:, :, None], float("-inf"), choice)
+            weight = tl.where(this, 1.0 / _over_experts(tl.where(hidden, 0.0, tl.exp(left - top)), False), weight)
+        rank = tl.where(this, i, rank)
+        left = tl.where(this, float("-inf"), left)
     if NORMALISE == "sum":
-        weight = weight / tl.maximum(tl.sum(weight, 1)[:, None] + EPS, FLOOR)
+        weight = weight / tl.maximum(_over_experts(tl.where(rank < K, weight, 0.0), False) + EPS, FLOOR)
     elif NORMALISE == "softmax":
-        weight = tl.where(k < K, weight, float("-inf"))
-        weight = tl.exp(weight - tl.max(weight, 1)[:, None])
-        weight = weight / tl.sum(weight, 1)[:, None]
-    return chosen, weight * SCALE
+        weight = tl.where(rank < K, weight, float("-inf"))
+        weight = tl.exp(weight - _over_experts(weight, True))
+        weight = weight / _over_experts(weight, False)
+    return rank, weight * SCALE
 
 
 @triton.jit
@@ -111,5 +106,4 @@ def constants(spec: RouteSpec, experts: int) -> dict[str, object]:
         **{"G": spec.groups, "CHOSEN": spec.groups_chosen},
         "BLOCK_G": triton.next_power_of_2(spec.groups),
         "BLOCK_S": triton.next_power_of_2(experts // spec.groups),
-        "BLOCK_K": triton.next_power_of_2(spec.k),
     }
