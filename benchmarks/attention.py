@@ -46,6 +46,7 @@ class Layer:
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    norm: bool = False  # of queries and keys, in the fused shapes
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class PrefillShape:
 
 LLAMA = Layer()
 SMALL_HEADS = Layer(head_dim=64)
+QWEN = Layer(kv_heads=4, norm=True)
 LARGE_HEADS = Layer(heads=16, head_dim=256)
 DECODE_SHAPES = [
     *(DecodeShape(LLAMA, 1, n) for n in (200, 1024, 4096, 32768)),
@@ -105,9 +107,11 @@ FUSED_BATCHES = ((1, 200), (8, 224), (64, 224), (256, 224))
 FUSED_SHAPES = [
     *(DecodeShape(layer, b, n) for layer in (LLAMA, SMALL_HEADS) for b, n in FUSED_BATCHES),
     DecodeShape(LLAMA, 256, 448, ragged=True),
+    *(DecodeShape(QWEN, b, n) for b in (1, 8, 64, 256) for n in (229, 1024, 4096)),
 ]
 PREFILL_SHAPES = [
     PrefillShape(LLAMA, 8, 2048),
+    PrefillShape(replace(QWEN, norm=False), 4, 2048),
     PrefillShape(LLAMA, 4, 4096),
     PrefillShape(LLAMA, 1, 16384),
     PrefillShape(LLAMA, 16, 256),
@@ -166,7 +170,7 @@ class DecodeCase:
 
 
 class FusedCase(DecodeCase):
-    """The same with what precedes attention in a step: rotation, and the write of each row's last key and value."""
+    """The same with what precedes attention in a step: norm, rotation, the write of each row's last key and value."""
 
     def __init__(self, shape: DecodeShape) -> None:
         super().__init__(shape)
@@ -176,8 +180,11 @@ class FusedCase(DecodeCase):
         last = self.seq_lens.long() - 1
         pages = self.tables.long().gather(2, (last // page_size).expand(self.batches, -1)[..., None])[..., 0]
         slots = pages * page_size + last % page_size
-        rope = Rope("half", layer.head_dim)
-        self.new = [NewTokens(k, v, cos, sin, None, None, own, rope) for own in slots]
+        rope, norms = Rope("half", layer.head_dim), (None, None)
+        if layer.norm:
+            rope = replace(rope, norm="rms", eps=1e-6)
+            norms = tuple(torch.randn(2, layer.head_dim, dtype=DTYPE, device="cuda"))
+        self.new = [NewTokens(k, v, cos, sin, *norms, own, rope) for own in slots]
 
     def launch(self, config: DecodeConfig, i: int = 0) -> None:
         lowering.run_decode(
@@ -493,7 +500,7 @@ def main() -> None:
     for shape in FUSED_SHAPES if args.only != "prefill" else []:
         case = FusedCase(shape)
         line = row(case, timed(case, case.default()), bandwidth, matrix_rate)
-        rows.append({**line, "label": f"rope + {line['label']}"})
+        rows.append({**line, "label": f"{'norm + ' * shape.layer.norm}rope + {line['label']}"})
         del case
         torch.cuda.empty_cache()
     rows += [time_cache_write(tokens, LLAMA, bandwidth) for tokens in (1, 256, 16384)]

@@ -81,6 +81,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     group: int = 4
+    kv_heads: int = 8
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
@@ -100,7 +101,6 @@ class Case:
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
-NUM_KV_HEADS = 8
 CAPACITY = 8192
 FEATURES: dict[str, tuple[Any, Any]] = {"window": (0, 4096), "softcap": (0.0, 50.0), "sinks": (False, True)}
 EVERY_FEATURE: dict[str, Any] = {name: values[1] for name, values in FEATURES.items()}
@@ -110,6 +110,7 @@ SUBSET = (
     Case(head_dim=80, page_size=1, **EVERY_FEATURE),
     Case(head_dim=256),
     Case(rope=QWEN3),
+    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=1),
     Case(head_dim=80, page_size=1, rope="interleaved:32:pairs rms+1:1e-06", **EVERY_FEATURE),
 )
 
@@ -118,11 +119,13 @@ def _tuned_cases() -> Iterator[Case]:
     """Cases that the heuristics answer with each entry of the default table, plain and with every feature."""
     table = heuristics.load_table(heuristics.DEFAULT_TABLE)
     for entry in (*table["decode"], *table["prefill"]):
+        pairs = entry.get("pairs", 256)
         case = Case(
             {2: "bf16", 4: "fp32"}[entry["itemsize"]],
             entry["head_dim"],
             entry.get("page", 16),
-            num_rows=max(1, entry.get("pairs", 256) // NUM_KV_HEADS),
+            kv_heads=min(pairs, Case.kv_heads),
+            num_rows=pairs // min(pairs, Case.kv_heads),
             max_keys=entry.get("keys", 2048),
         )
         yield from (case, replace(case, **EVERY_FEATURE))
@@ -146,6 +149,8 @@ def _full_cases() -> Iterator[Case]:
         yield Case("fp16", head_dim, page_size, **EVERY_FEATURE)
     for head_dim, group in itertools.product((128, 256), (1, 2, 7, 32, 64)):
         yield Case(head_dim=head_dim, group=group)
+    for group in (1, 16, 32):
+        yield Case(group=group, kv_heads=4, num_rows=1, rope="interleaved:128:pairs", **EVERY_FEATURE)
     yield Case("fp32", 80, 1, **EVERY_FEATURE)
     for head_dim, group in itertools.product((64, 128, 256), (32, 64)):
         yield Case("fp32", head_dim, group=group, **EVERY_FEATURE)
@@ -160,7 +165,7 @@ CASES = {False: SUBSET, True: tuple(dict.fromkeys(_full_cases()))}
 def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     """The kernels that a layer of this case launches on `target`."""
     dp = heuristics.padded_dim(case.head_dim)
-    heads = NUM_KV_HEADS * case.group
+    heads = case.kv_heads * case.group
     score = pieces.plain_score
     if case.softcap:
         score = pieces.softcap_score_fp32 if case.dtype == "fp32" else pieces.softcap_score
@@ -188,7 +193,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
             {**kv, **weights, "q": case.dtype, "q_out": case.dtype, "k_out": case.dtype, "slots": "i64"},
             {"num_tokens": "i32", "eps": "fp32", "stride_qt": "i32", "stride_qh": "i32"}
             | {**k_strides, **cache, **table_strides},
-            {**shape, **constants, "H": heads, "G": NUM_KV_HEADS, "BLOCK_T": block_t, "BLOCK_H": block_h},
+            {**shape, **constants, "H": heads, "G": case.kv_heads, "BLOCK_T": block_t, "BLOCK_H": block_h},
             num_warps=4,
             num_stages=3,
         )
@@ -212,7 +217,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     scalars = {"pre": "fp32", "post": "fp32", "window": "i32", "stride_qt": "i32", "stride_qh": "i32", **cache}
     scalars["stride_table"] = "i32"
     decode = heuristics.decode_config(
-        target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=NUM_KV_HEADS, page_size=case.page_size,
+        target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=case.kv_heads, page_size=case.page_size,
         num_rows=case.num_rows, capacity=CAPACITY, group=case.group,
     )  # fmt: skip
     yield Specialization(
@@ -222,9 +227,10 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"},
         {
             **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
-            "H": heads, "G": NUM_KV_HEADS,
+            "H": heads, "G": case.kv_heads,
             "BLOCK_N": decode.block_n, "BLOCK_R": heuristics.query_block(case.group),
             "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits),
+            "READ_AHEAD": decode.read_ahead and bool(case.rope),
         },
         decode.num_warps,
         decode.num_stages,
@@ -244,7 +250,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         inputs,
         {**scalars, **k_strides, "first_row": "i32"},
         {
-            **shape, **hooks, **sinks, **no_tiles, "H": heads, "G": NUM_KV_HEADS, "BLOCK_M": prefill.block_m,
+            **shape, **hooks, **sinks, **no_tiles, "H": heads, "G": case.kv_heads, "BLOCK_M": prefill.block_m,
             "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
         },
         prefill.num_warps,

@@ -51,12 +51,23 @@ def test_more_query_heads_get_more_warps():
     assert warps(64, itemsize=4) == heuristics.MAX_WARPS
 
 
+def test_wide_tiles_that_are_read_ahead_serve_small_launches_only():
+    for rows, kv_heads, ahead in ((1, 4, True), (8, 4, True), (1, 8, False), (64, 4, False), (256, 4, False)):
+        found = decode_config(SM90, **{**SHAPE, "num_kv_heads": kv_heads}, num_rows=rows, capacity=4096)
+        assert found.read_ahead is ahead
+        assert found.block_n == (128 if ahead else 16)
+    shape = {**SHAPE, "num_kv_heads": 4}
+    assert decode_config(SM90, **shape, num_rows=1, capacity=4096, group=16).read_ahead
+    assert not decode_config(SM90, **shape, num_rows=1, capacity=4096, group=17).read_ahead
+
+
 def test_source_says_whether_the_entry_was_tuned_for_the_shape():
     table = heuristics.load_table(SM90.table)
     assert {"gpu", "measured", "decode", "prefill"} <= table.keys()
     entry = table["decode"][0]
-    rows = entry["pairs"] // 8
-    shape = {**SHAPE, "head_dim": entry["head_dim"], "itemsize": entry["itemsize"]}
+    kv_heads = min(8, entry["pairs"])
+    rows = entry["pairs"] // kv_heads
+    shape = {**SHAPE, "num_kv_heads": kv_heads, "head_dim": entry["head_dim"], "itemsize": entry["itemsize"]}
     assert decode_config(SM90, **shape, num_rows=rows, capacity=32768).source.endswith("(exact)")
     assert decode_config(SM90, **shape, num_rows=rows + 3, capacity=32768).source.endswith("(nearest)")
     other = Target("Some GPU", "cuda", 90, SM90.smem_bytes, 100)

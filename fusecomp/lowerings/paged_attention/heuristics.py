@@ -62,6 +62,7 @@ class DecodeConfig:
     num_stages: int
     num_splits: int
     min_split: int  # keys below which a row is not split further
+    read_ahead: bool = False  # where the rows' last keys are new, read the first tile before waiting for the step
     source: str = ""
 
     def min_tiles(self) -> int:
@@ -149,6 +150,8 @@ def decode_config(
     if query_block(group) > 16 and padded_dim(head_dim) > 128:  # the queries themselves fill as many registers again
         warps = max(warps, 8)
     config = replace(config, num_warps=max(config.num_warps, min(warps, MAX_WARPS)))
+    if query_block(group) > 16:  # no registers are left to hold a tile
+        config = replace(config, read_ahead=False)
     if itemsize == 4 and query_block(group) > 16:
         config = replace(config, block_n=min(config.block_n, 16))
     return _fit_decode(config, target, padded_dim(head_dim), itemsize)

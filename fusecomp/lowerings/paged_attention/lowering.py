@@ -235,8 +235,8 @@ def run_decode(
         MAX_SPLITS=heuristics.next_power_of_2(splits),
         num_warps=config.num_warps, num_stages=config.num_stages,
         NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
-        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads),
-        **_hooks(q.dtype, window, softcap, sinks), **launch_options(use_pdl),
+        READ_AHEAD=config.read_ahead and new is not None, **_hooks(q.dtype, window, softcap, sinks),
+        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads), **launch_options(use_pdl),
     )  # fmt: skip
 
 

@@ -57,10 +57,11 @@ def poisoned_memory():
 
 
 @contextmanager
-def small_tiles(block_m: int, block_n: int, use_tma: bool):
+def small_tiles(block_m: int, block_n: int, use_tma: bool, read_ahead: bool = False):
     """Tiny tiles and three splits, so that tiny shapes reach every branch."""
     with pytest.MonkeyPatch.context() as patch:
-        decode, prefill = DecodeConfig(block_n, 4, 2, 3, block_n), PrefillConfig(block_m, block_n, 4, 2, use_tma)
+        decode = DecodeConfig(block_n, 4, 2, 3, block_n, read_ahead)
+        prefill = PrefillConfig(block_m, block_n, 4, 2, use_tma)
         patch.setattr(heuristics, "decode_config", lambda *_, **__: decode)
         patch.setattr(heuristics, "prefill_config", lambda *_, **__: prefill)
         yield

@@ -41,12 +41,12 @@ def ropes(draw, head_dim):
     return Rope(style, dims, draw(st.sampled_from(["full", "pairs"])), norm, eps)
 
 
-def check(data, case, block_m=16, block_n=16, use_tma=False):
+def check(data, case, block_m=16, block_n=16, use_tma=False, read_ahead=False):
     rows, shape, options = case
     rope = data.draw(ropes(shape["head_dim"]))
     table_dtype, weights = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
     if block_n:
-        with small_tiles(block_m, block_n, use_tma):
+        with small_tiles(block_m, block_n, use_tma, read_ahead):
             run(rows, shape, options, rope, table_dtype, weights)
     else:
         run(rows, shape, options, rope, table_dtype, weights)
@@ -59,9 +59,14 @@ def test_decode(data, case):
 
 
 @settings(SETTINGS, max_examples=20)
-@given(data=st.data(), case=cases(decode=True, prefill=False), block_n=st.sampled_from([16, 32]))
-def test_split_decode(data, case, block_n):
-    check(data, case, block_n=block_n)
+@given(
+    data=st.data(),
+    case=cases(decode=True, prefill=False),
+    block_n=st.sampled_from([16, 32]),
+    read_ahead=st.booleans(),
+)
+def test_split_decode(data, case, block_n, read_ahead):
+    check(data, case, block_n=block_n, read_ahead=read_ahead)
 
 
 @settings(SETTINGS, max_examples=15)
