@@ -31,7 +31,7 @@ from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
 
-TUNE_LAYERS = {"llama-8b": 4, "llama-1b": 8}
+TUNE_LAYERS = {"llama-8b": 4, "llama-1b": 8, "qwen3-30b-a3b": 16}
 RACE_REPLAYS = 50
 
 
@@ -185,6 +185,8 @@ class Tuner:
         start = time.time()
         done: set[str] = set()
         for name in ("gate_up", "down", "qkv", "o", "gate_up", "down", "lm_head"):
+            if name not in self.kinds:
+                continue
             again = name in done
             pool = [c for _, c in self.log[name][:6]] if again else pools[name]
             done.add(name)

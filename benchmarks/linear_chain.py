@@ -1,6 +1,7 @@
 """The linear layers of a whole model as one chain of launches, ours and its peer with cuBLAS; no attention.
 
-Each layer: qkv(norm) -> o(+ residual) -> gate and up(norm, swiglu) -> down(+ residual); last, lm_head(norm). Weights
+Each layer: qkv(norm) -> o(+ residual) -> gate and up(norm, swiglu) -> down(+ residual), the latter two not in a model
+of experts; last, lm_head(norm). Weights
 are distinct, so they come from memory at every launch. The input of o is a slice of qkv's output.
 
 Legend: T tokens, N features, K inputs, G groups.
@@ -41,24 +42,32 @@ class Kind:
 
 @dataclass(frozen=True)
 class Model:
+    """What a chain is made of; `ffn` is None where experts take the place of a feed-forward network: it is left out."""
+
     layers: int
     hidden: int
     qkv: int
-    ffn: int
+    attention: int
+    ffn: int | None
     vocab: int = 128256
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
-        return {
+        kinds = {
             "qkv": Kind(self.qkv, self.hidden, plain, norm=True),
-            "o": Kind(self.hidden, self.hidden, RESIDUAL),
-            "gate_up": Kind(self.ffn, self.hidden, SWIGLU, norm=True, groups=2),
-            "down": Kind(self.hidden, self.ffn, RESIDUAL),
-            "lm_head": Kind(self.vocab, self.hidden, plain, norm=True),
+            "o": Kind(self.hidden, self.attention, RESIDUAL),
         }
+        if self.ffn:
+            kinds["gate_up"] = Kind(self.ffn, self.hidden, SWIGLU, norm=True, groups=2)
+            kinds["down"] = Kind(self.hidden, self.ffn, RESIDUAL)
+        return kinds | {"lm_head": Kind(self.vocab, self.hidden, plain, norm=True)}
 
 
-MODELS = {"llama-8b": Model(32, 4096, 6144, 14336), "llama-1b": Model(16, 2048, 3072, 8192)}
+MODELS = {
+    "llama-8b": Model(32, 4096, 6144, 4096, 14336),
+    "llama-1b": Model(16, 2048, 3072, 2048, 8192),
+    "qwen3-30b-a3b": Model(48, 2048, 5120, 4096, None, 151936),
+}
 Configs = dict[str, SkinnyConfig]
 
 
@@ -96,13 +105,17 @@ class Chain:
         empty = {name: x.new_empty(len(x), kind.n) for name, kind in self.model.kinds.items()}
         h1, h2 = torch.empty_like(x), torch.empty_like(x)
 
+        def other(h: Tensor) -> Tensor:
+            return h2 if h is h1 else h1
+
         def run() -> Tensor:
             h = x
             for i in range(self.layers):
                 qkv = self.launch("qkv", i, h, empty["qkv"], None, configs["qkv"], pdl)
-                mid = self.launch("o", i, qkv[:, : self.model.hidden], h1, h, configs["o"], pdl)
-                act = self.launch("gate_up", i, mid, empty["gate_up"], None, configs["gate_up"], pdl)
-                h = self.launch("down", i, act, h2, mid, configs["down"], pdl)
+                h = self.launch("o", i, qkv[:, : self.model.attention], other(h), h, configs["o"], pdl)
+                if self.model.ffn:
+                    act = self.launch("gate_up", i, h, empty["gate_up"], None, configs["gate_up"], pdl)
+                    h = self.launch("down", i, act, other(h), h, configs["down"], pdl)
             return self.launch("lm_head", 0, h, empty["lm_head"], None, configs["lm_head"], pdl) if head else h
 
         return run
@@ -115,9 +128,10 @@ class Chain:
             h = x
             for i in range(self.layers):
                 qkv = torch.mm(norm(h, self.norms[2 * i]), self.weights["qkv"][i].T)
-                mid = torch.addmm(h, qkv[:, : self.model.hidden], self.weights["o"][i].T)
-                up = torch.mm(norm(mid, self.norms[2 * i + 1]), self.weights["gate_up"][i].T)
-                h = torch.addmm(mid, act(up), self.weights["down"][i].T)
+                h = torch.addmm(h, qkv[:, : self.model.attention], self.weights["o"][i].T)
+                if self.model.ffn:
+                    up = torch.mm(norm(h, self.norms[2 * i + 1]), self.weights["gate_up"][i].T)
+                    h = torch.addmm(h, act(up), self.weights["down"][i].T)
             return torch.mm(norm(h, self.norms[-1]), self.weights["lm_head"][0].T) if head else h
 
         return run

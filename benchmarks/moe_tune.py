@@ -40,6 +40,10 @@ WIDE = (
     (256, 64, 8, 3, True, 1), (256, 64, 8, 4, True, 1), (256, 64, 8, 3, False, 1), (128, 64, 8, 4, True, 1),
     (128, 64, 4, 3, True, 2), (128, 64, 8, 3, True, 2), (128, 64, 8, 3, False, 2), (128, 128, 8, 3, True, 1),
 )  # fmt: skip
+HALF = (  # with tiles of 64 tokens
+    (256, 64, 4, 2, True, 2), (256, 64, 8, 4, True, 1), (128, 64, 4, 4, True, 2), (128, 64, 4, 3, True, 3),
+    (256, 64, 4, 4, True, 1), (128, 128, 4, 3, True, 1), (256, 64, 8, 3, True, 1),
+)  # fmt: skip
 
 
 def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]:
@@ -66,8 +70,10 @@ def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]
     else:
         pool = [Tiles(n, d, w, s, per_sm, tma) for n, d, w, s, tma, per_sm in WIDE]
         pool += [replace(tiles, per_sm=0) for tiles in pool[:2]]
-        for block_t, group_t in ((64, 4), (128, 2)) if rows < 512 else ((128, 8), (128, 16)):
-            yield ExpertsConfig("grouped", pool[0], pool[3], block_t, False, group_t), pool, pool
+        half = [Tiles(n, d, w, s, per_sm, tma) for n, d, w, s, tma, per_sm in HALF]
+        for block_t, group_t in ((64, 4), (128, 2)) if rows < 512 else ((64, 16), (128, 8), (128, 16)):
+            tiles = half + pool[:4] if block_t == 64 else pool
+            yield ExpertsConfig("grouped", tiles[0], tiles[3], block_t, False, group_t), tiles, tiles
 
 
 @cache

@@ -60,6 +60,7 @@ def route_kernel(
             z += tl.load(added + e, mask=e < E, other=0.0).to(tl.float32)
         z = z.to(DTYPE).to(tl.float32)
     rank, weight = choose(z, bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
+    e = tl.reshape(e, [1, BLOCK_G * BLOCK_S])
     tl.store(ids + row * K + rank, e.to(tl.int64), mask=rank < K)
     tl.store(weights + row * K + rank, weight, mask=rank < K)
 

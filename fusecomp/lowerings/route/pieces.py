@@ -11,6 +11,8 @@ import triton.language as tl
 
 from fusecomp.ops.router import RouteSpec
 
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+
 
 @triton.jit
 def expert_numbers(E: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):
@@ -36,13 +38,14 @@ def choose(
     G: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """(rank, weight) [B, BG, BS]: an expert's place among those chosen, K if it is not, and what it weighs if it is.
+    """(rank, weight) [B, BG * BS]: an expert's place among those chosen, K if it is not, and what it weighs if it is.
 
     Equal scores are taken in the order of experts, and so are those that are not numbers, after all that are: K experts
     are chosen whatever the logits are.
     """
     B: tl.constexpr = z.shape[0]
     BLOCK_G: tl.constexpr = z.shape[1]
+    WIDTH: tl.constexpr = z.shape[1] * z.shape[2]
     e = expert_numbers(E, G, BLOCK_G, z.shape[2])
     z = tl.where(e < E, z, float("-inf"))
     if KIND == "softmax":
@@ -55,7 +58,8 @@ def choose(
     choice = scores
     if bias is not None:
         choice = choice + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    choice = tl.where((e < E) & (choice == choice), choice, float("-inf"))  # noqa: PLR0124 - false for NaN
+    allowed = e < E
+    choice = tl.where(allowed & (choice > float("-inf")), choice, float("-inf"))  # not for NaN
     if G > 1:
         group = tl.arange(0, BLOCK_G)[None, :]
         best = tl.max(choice, 2)
@@ -67,25 +71,28 @@ def choose(
         for _ in tl.static_range(CHOSEN):
             top = tl.max(tl.where(alive, float("-inf"), best), 1)[:, None]
             alive = alive | (group == tl.min(tl.where((best == top) & ~alive, group, BLOCK_G), 1)[:, None])
-        choice = tl.where(alive[:, :, None], choice, float("-inf"))
+        allowed = allowed & alive[:, :, None]
+        choice = tl.where(allowed, choice, float("-inf"))
 
-    rank = tl.where(e < E, K, K + 1)
-    left = choice
-    weight = scores
+    # Numbers stay above what is taken or no candidate, so that no expert is chosen twice.
+    left = tl.reshape(tl.where(choice > LOWEST, choice, tl.where(allowed, LOWEST, float("-inf"))), [B, WIDTH])
+    z, weight, lane = tl.reshape(z, [B, WIDTH]), tl.reshape(scores, [B, WIDTH]), tl.arange(0, WIDTH)[None, :]
+    rank = tl.full([B, WIDTH], K, tl.int32)
     for i in tl.static_range(K):
-        top = _over_experts(left, True)
-        this = e == tl.min(tl.min(tl.where((left == top) & (rank == K), e, E), 2), 1)[:, None, None]
+        top, at = tl.max(left, 1, return_indices=True)
+        top, this = top[:, None], lane == at[:, None]
         if KIND == "sparsemixer":
             hidden = (top - z) / tl.maximum(tl.abs(z), top) > THRESHOLD
-            weight = tl.where(this, 1.0 / _over_experts(tl.where(hidden, 0.0, tl.exp(left - top)), False), weight)
+            gate = 1.0 / tl.sum(tl.where(hidden, 0.0, tl.exp(left - top)), 1)[:, None]
+            weight = tl.where(this, gate, weight)
         rank = tl.where(this, i, rank)
         left = tl.where(this, float("-inf"), left)
     if NORMALISE == "sum":
-        weight = weight / tl.maximum(_over_experts(tl.where(rank < K, weight, 0.0), False) + EPS, FLOOR)
+        weight = weight / tl.maximum(tl.sum(tl.where(rank < K, weight, 0.0), 1)[:, None] + EPS, FLOOR)
     elif NORMALISE == "softmax":
         weight = tl.where(rank < K, weight, float("-inf"))
-        weight = tl.exp(weight - _over_experts(weight, True))
-        weight = weight / _over_experts(weight, False)
+        weight = tl.exp(weight - tl.max(weight, 1)[:, None])
+        weight = weight / tl.sum(weight, 1)[:, None]
     return rank, weight * SCALE
 
 
