@@ -75,11 +75,15 @@ class Dataflow:
         self.order: dict[Node, int] = {node: i for i, node in enumerate(graph.nodes)}
         self._memory: dict[Node, set[int]] = {}
         self._writes: dict[int, list[Node]] = {}
-        self._sources: dict[Node, dict[Node, tuple[Node, ...]]] = {}  # node -> input -> those who wrote to it before
+        self._sources: dict[Node, dict[Node, tuple[Node, ...]]] = {}  # node -> input -> who wrote to it in between
         self._readers: dict[Node, list[Node]] = {}
         for node in graph.nodes:
             self._memory[node] = storages(node)
-            self._sources[node] = {source: tuple(self._writers(source)) for source in node.all_input_nodes}
+            # What was written before a view was made, the view's own sources tell.
+            self._sources[node] = {
+                source: tuple(w for w in self._writers(source) if self.order[w] > self.order[source])
+                for source in node.all_input_nodes
+            }
             for source in self.sources(node):
                 self._readers.setdefault(source, []).append(node)
             for target in written(node):
@@ -153,10 +157,11 @@ class Dataflow:
     def escapes(self, cut: Cut) -> tuple[str | None, set[Node], set[Node]]:
         """Who else reads what the cut computes.
 
-        Returns: why the cut cannot be replaced, or None; nodes that only check its sizes and go with it; readers of the
-            final value through another name of the same memory.
+        Returns: why the cut cannot be replaced, or None; nodes that go with it, which check its sizes or write where
+            nobody reads; other names of the final value's memory, by which it is read.
         """
         value, members = cut.members[-1], set(cut.members)
+        outside = {memory for leaf in cut.leaves for memory in self._memory[leaf]}
         checks: set[Node] = set()
         renamed: set[Node] = set()
         for node in cut.members[:-1]:
@@ -165,11 +170,19 @@ class Dataflow:
                     continue
                 if (ends := _only_checked(user)) is not None:
                     checks |= ends
+                elif self._writes_in_vain(user, outside):
+                    checks.add(user)
                 elif self._same_value(node, value) and self.order[user] > self.order[value]:
                     renamed.add(node)
                 else:
                     return f"the value {node.name} is also read by {op_name(user)}", set(), set()
         return None, checks, renamed
+
+    def _writes_in_vain(self, node: Node, outside: set[int]) -> bool:
+        """Whether `node` only changes memory that nobody reads afterwards, and none of `outside`."""
+        targets = written(node)
+        private = not any(self._memory[target] & outside for target in targets)
+        return bool(targets) and private and not node.users and not self._readers.get(node)
 
     def _same_value(self, node: Node, value: Node) -> bool:
         ours, final = fake_value(node), fake_value(value)

@@ -94,7 +94,8 @@ def _experts_call(part: RoutedPart, form: ExpertsForm) -> Node:
 
 
 def _rows_of(part: RoutedPart, node: Node, width: int) -> Node:
-    return node if fake_value(node).dim() == 2 else _call(part, torch.Tensor.reshape, node, (-1, width))
+    fake = fake_value(node)
+    return node if fake.dim() == 2 and fake.shape[1] == width else _call(part, torch.Tensor.reshape, node, (-1, width))
 
 
 def _call(part: RoutedPart, target: Any, *args: Any) -> Node:
@@ -152,9 +153,8 @@ def routed_parts(flow: Dataflow, pair: WeightPair) -> Iterator[RoutedPart | str]
         before = [node for node in flow.latest_sources(out, limit) if node not in routed]
         features = [node for node in before if _is_features(node) and _rows(node) == rows]
         states = [node for node in features if fake_value(node).shape[-1] == hidden][:MAX_STATES]
-        choices = sorted(
-            (n for n in before if 0 < _top_k(n, rows, False) <= up[0]), key=_selection_rank
-        )[:MAX_CHOICES]  # fmt: skip
+        choices = [node for node in before if 0 < _top_k(node, rows, False) <= up[0] and _selection_rank(node) < 3]
+        choices = sorted(choices, key=_selection_rank)[:MAX_CHOICES]
         dense = [node for node in features if fake_value(node).shape[-1] == up[0]][:MAX_WEIGHTS]
         for x in states:
             if fake_value(out).dim() != 2 and str(fake_value(out).shape) != str(fake_value(x).shape):
@@ -241,14 +241,14 @@ def _is_features(node: Node) -> bool:
 
 
 def _top_k(node: Node, rows: Any, floats: bool) -> int:
-    """K of a value [.., K] of `rows` tokens, or [..], of floats or of integers; 0 for any other."""
+    """K of a value [.., K] of `rows` tokens, or [T], of floats or of integers; 0 for any other."""
     fake = fake_value(node)
     wanted = FLOATS if floats else (torch.int64, torch.int32)
     if not isinstance(fake, Tensor) or fake.dtype not in wanted or fake.dim() == 0:
         return 0
     if isinstance(fake.shape[-1], int) and _rows(node) == rows:
         return fake.shape[-1]
-    return 1 if prod(size_key(size) for size in fake.shape) == rows else 0
+    return 1 if fake.dim() == 1 and size_key(fake.shape[0]) == rows else 0
 
 
 def _selection(index: Node) -> Node:
@@ -262,11 +262,16 @@ def _selection(index: Node) -> Node:
 
 
 def _selection_rank(index: Node) -> int:
-    """0 for what a selection among experts gives, 1 for what a graph is given, 2 for what else is computed."""
+    """0 for what a selection among experts gives, 1 for what a graph is given, 2 for what else is computed.
+
+    3 for computed numbers in a row: chosen experts of all tokens, flattened, would pass for one a token.
+    """
     made = _selection(index)
     if op_name(made) == "getitem" and op_name(made.args[0]) in ("topk", "max", "sort"):  # type: ignore[arg-type]
         return 0
-    return {"argmax": 0, "argsort": 0}.get(op_name(made), 1 if made.op == "placeholder" else 2)
+    if op_name(made) in ("argmax", "argsort"):
+        return 0
+    return 1 if made.op == "placeholder" else 2 if fake_value(index).dim() > 1 else 3
 
 
 def _distinct(index: Node) -> bool:
