@@ -104,7 +104,7 @@ def experts_reference(
     T, K = top_k_index.shape
     flat, order = top_k_index.reshape(-1).sort(stable=True)
     counts = torch.bincount(flat, minlength=up.shape[0] + 1)[: up.shape[0]].tolist()
-    # The combine runs in fp32 (fp64 for fp64 x) over k in routing order: the order of experts does not change the result.
+    # The combine runs in fp32 (fp64 for fp64) over k in routing order: the result does not depend on experts' order.
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = torch.zeros(T * K, x.shape[1], dtype=wide, device=x.device)
     begin = 0

@@ -86,16 +86,19 @@ def run(members: tuple[Node, ...], given: Mapping[Node, Any], sizes: Sizes) -> T
 
 
 def _call(node: Node, values: Mapping[Node, Any], sizes: Sizes) -> Any:
-    args, kwargs = map_aggregate((node.args, node.kwargs), lambda arg: _argument(arg, values, sizes))  # type: ignore[misc]
+    arguments: Any = map_aggregate((node.args, node.kwargs), lambda arg: _argument(arg, values, sizes))
+    args, kwargs = arguments
     name, fake = op_name(node), fake_value(node)
-    source = args[0] if args else None
+    source: Any = args[0] if args else None
     if name in CASTS and isinstance(source, Tensor) and isinstance(fake, Tensor) and fake.dtype in FLOATS:
         same = source.is_floating_point() and fake_value(node.args[0]).dtype == fake.dtype
         return source if same else source.to(torch.float64, copy=True)
     if name in GROUPED:
         return _grouped_mm(*args, **kwargs)
     if name == "histc":
-        return torch.histc(source.double(), *args[1:], **kwargs).to(torch.float64 if fake.dtype in FLOATS else fake.dtype)
+        return torch.histc(source.double(), *args[1:], **kwargs).to(
+            torch.float64 if fake.dtype in FLOATS else fake.dtype
+        )
     if name in UNINITIALISED and isinstance(fake, Tensor):
         filling = torch.nan if fake.dtype in FLOATS else torch.iinfo(fake.dtype).min
         return torch.full(sizes.shape(fake), filling, dtype=torch.float64 if fake.dtype in FLOATS else fake.dtype)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusecomp.patterns.base import fake_value, op_name
+from fusecomp.patterns.base import fake_value, module_path, op_name
 from fusecomp.patterns.dataflow import Dataflow
 from fusecomp.patterns.functional import FLOATS
 
 PRODUCTS = {"bmm", "matmul", "einsum", "baddbmm", "linear", "mm", "addmm", "tensordot"} | {
     *("_grouped_mm", "grouped_mm", "grouped_mm_fallback", "transformers.grouped_mm_fallback")
 }
+VIEWS = ("view", "reshape", "unflatten", "flatten")
 MAX_BETWEEN = 80
 
 
@@ -78,6 +79,41 @@ def weight_pairs(graph: torch.fx.Graph) -> list[WeightPair]:
     return pairs
 
 
+@dataclass
+class SeparateWeights:
+    """Experts of one layer that each have parameters of their own. `node` is the first one's first linear."""
+
+    node: Node
+    experts: list[str]
+
+
+def separate_weights(graph: torch.fx.Graph) -> list[SeparateWeights]:
+    """Modules of a list that read the same value by equal linears, and have more linears behind these."""
+    linears = [node for node in graph.nodes if op_name(node) == "linear" and "nn_module_stack" in node.meta]
+    paths = {node: module_path(node) for node in linears}
+    lists: dict[tuple, dict[str, Node]] = {}
+    for node in linears:
+        parts = paths[node].split(".")
+        for at in (i for i, part in enumerate(parts) if part.isdigit()):
+            key = (_viewed(node.args[0]), at, *parts[:at], "*", *parts[at + 1 :])
+            lists.setdefault(key, {})[".".join(parts[: at + 1])] = node
+    found: dict[str, SeparateWeights] = {}
+    for experts in lists.values():
+        first, node = next(iter(experts.items()))
+        inside = [
+            n for n in linears if paths[n].startswith(f"{first}.") and _viewed(n.args[0]) is not _viewed(node.args[0])
+        ]
+        if len(experts) > 1 and inside:
+            found.setdefault(first, SeparateWeights(node, list(experts)))
+    return list(found.values())
+
+
+def _viewed(node: Any) -> Any:
+    while op_name(node) in VIEWS:
+        node = node.args[0]
+    return node
+
+
 def _stacks(node: Node) -> list[Node]:
     """Three-dimensional weights that a graph input is, or is viewed as."""
     fake = fake_value(node)
@@ -87,7 +123,7 @@ def _stacks(node: Node) -> list[Node]:
         return []
     if fake.dim() == 3:
         return [node]
-    views = [user for user in node.users if op_name(user) in ("view", "reshape", "unflatten")]
+    views = [user for user in node.users if op_name(user) in VIEWS]
     return [view for view in views if fake.dim() == 2 and fake_value(view).dim() == 3]
 
 

@@ -28,6 +28,7 @@ from fusecomp.patterns.expert_weights import Layout, layouts
 from fusecomp.patterns.functional import size_key
 
 AGREEMENT = 1e-9
+EVEN, RANDOM, SAME = "even", "random", "same"
 TOKENS, MANY_TOKENS, MAX_TOKENS = 6, 48, 4096
 WIDE, WIDEST = 1 << 20, 88  # weights of more elements are proven with sizes above the second made narrow
 NARROW_HIDDEN, NARROW_INNER = 22, 13
@@ -91,12 +92,19 @@ class ExpertsForm:
 
 @dataclass(frozen=True)
 class Trial:
-    """Values for one evaluation. `label` completes: "differs from them ..."."""
+    """Values for one evaluation.
+
+    Attributes:
+        label: completes "differs from silu experts ...".
+        tokens: how many.
+        spread: how they choose experts: evenly, at random, or all the same.
+        scale: magnitude of hidden states.
+    """
 
     label: str
     tokens: int
+    spread: str = RANDOM
     scale: float = 1.0
-    skewed: bool = False
 
 
 def prove(part: RoutedPart) -> ExpertsForm | tuple[int, str]:
@@ -164,12 +172,13 @@ def _trials(part: RoutedPart) -> list[Trial]:
     some, many, one = tokens(TOKENS), tokens(many), tokens(1)
     large = [20.0, 1e3, 3e4, *(3 * n for n in constants(part.cut) if 1 < n < 1e6)]
     return [
-        Trial("on ordinary values", some),
-        Trial("for a single token", one),
-        Trial("for many tokens", many),
-        Trial("when all tokens choose the same experts", some, skewed=True),
-        Trial("when many tokens choose the same experts", many, skewed=True),
-        *(Trial("on large values", some, scale) for scale in large),
+        Trial("on ordinary values", some, EVEN),
+        Trial("for a single token", one, EVEN),
+        Trial("where tokens choose experts unevenly", some),
+        Trial("where all tokens choose the same experts", some, SAME),
+        Trial("for many tokens", many, EVEN),
+        Trial("where many tokens choose the same experts", many, SAME),
+        *(Trial("on large values", some, scale=scale) for scale in large),
     ]
 
 
@@ -198,9 +207,10 @@ def sizes_for(part: RoutedPart, tokens: int) -> Sizes:
     narrow: dict[int, int] = {}
     if inner > WIDEST and not {inner, rows} & taken:
         narrow = {inner: NARROW_INNER, rows: NARROW_INNER * (rows // inner)}
-    if hidden > WIDEST and hidden not in taken:
-        related = hidden in narrow or 2 * hidden in narrow  # equal sizes stay equal, or there is no telling them apart
-        narrow = {w: NARROW_HIDDEN * w // hidden for w in (hidden, *narrow)} if related else narrow | {hidden: NARROW_HIDDEN}
+    if hidden in narrow or 2 * hidden in narrow:  # equal sizes stay equal, or there is no telling them apart
+        narrow = {wide: NARROW_HIDDEN * wide // hidden for wide in (hidden, *narrow)}
+    elif hidden > WIDEST and hidden not in {inner, rows} | taken:
+        narrow[hidden] = NARROW_HIDDEN
     return Sizes(symbols, narrow)
 
 
@@ -220,9 +230,9 @@ class _Outcome:
         index = self._choices(rows)
         weights = self._normal(index.shape)
         self.index, self.weights = index, weights
-        self.values[part.weights] = weights.reshape(shapes[part.weights]) if not part.dense else (
-            torch.zeros(rows, part.experts, dtype=torch.float64).scatter(1, index, weights).reshape(shapes[part.weights])
-        )  # fmt: skip
+        if part.dense:
+            weights = torch.zeros(rows, part.experts, dtype=torch.float64).scatter(1, index, weights)
+        self.values[part.weights] = weights.reshape(shapes[part.weights])
         self.values[part.index] = index.to(fake_value(part.index).dtype).reshape(sizes.shape(fake_value(part.index)))
         given: dict[Node, Any] = dict(self.values)
         given |= {node: torch.full_like(self.values[node], torch.nan) for node in part.unread}
@@ -235,8 +245,10 @@ class _Outcome:
     def _choices(self, rows: int) -> Tensor:
         """Experts of each token [rows, K]."""
         experts, k = self.part.experts, self.part.top_k
-        if self.trial.skewed:
-            return torch.arange(experts - 1, experts - 1 - k, -1).expand(rows, k).clone() % experts
+        if self.trial.spread == SAME:
+            return torch.arange(experts - k, experts).expand(rows, k).contiguous()
+        if self.trial.spread == EVEN:
+            return (torch.arange(rows * k) % experts).view(rows, k)
         if self.part.distinct:
             return torch.rand(rows, experts, generator=self._random).argsort(dim=1)[:, :k].contiguous()
         return torch.randint(experts, (rows, k), generator=self._random)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -22,7 +21,14 @@ from torch.fx import GraphModule, Node
 from fusecomp.ops import OPS
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name
 from fusecomp.patterns.dataflow import Cut, Dataflow, erase, is_size, reads_shape_only
-from fusecomp.patterns.expert_weights import PRODUCTS, WeightPair, layouts, weight_pairs
+from fusecomp.patterns.expert_weights import (
+    PRODUCTS,
+    SeparateWeights,
+    WeightPair,
+    layouts,
+    separate_weights,
+    weight_pairs,
+)
 from fusecomp.patterns.functional import FLOATS, size_key
 from fusecomp.patterns.moe_proof import ExpertsForm, RoutedPart, prove, vanishes
 from fusecomp.patterns.raw_attention import argument
@@ -39,10 +45,13 @@ class RawExperts(Pattern):
     name = "raw_experts"
     numerics = TOLERANCE
 
-    def find(self, graph: torch.fx.Graph) -> Iterable[WeightPair]:
-        return weight_pairs(graph)
+    def find(self, graph: torch.fx.Graph) -> Iterable[WeightPair | SeparateWeights]:
+        return [*weight_pairs(graph), *separate_weights(graph)]
 
-    def guard(self, candidate: WeightPair, context: PassContext) -> str | None:
+    def guard(self, candidate: WeightPair | SeparateWeights, context: PassContext) -> str | None:
+        if isinstance(candidate, SeparateWeights):
+            first, last = candidate.experts[0], candidate.experts[-1].rpartition(".")[2]
+            return f"{first} to {last} have weights of their own, which would have to be stacked"
         if len(candidate.ups) > 1:
             return "its gate and up projections are two weights, which would have to be stacked"
         found = identify(candidate)
@@ -118,13 +127,13 @@ def identify(pair: WeightPair) -> tuple[RoutedPart, ExpertsForm] | str:
             continue
         reason = flow.changed_leaf(part.cut) or flow.escapes(part.cut)[0] or _dtype_reason(part, pair)
         if reason is not None:
-            reasons.append((3, reason))
+            reasons.append((2, reason))
             continue
         form = prove(part)
         if isinstance(form, ExpertsForm):
             return part, form
         agreed, reason = form
-        reasons.append((4 if agreed else 2, reason))
+        reasons.append((4 if agreed else 3, reason))
         proofs += 1
         if proofs == MAX_PROOFS:
             break

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusecomp.ops.experts import ACTIVATIONS
+from fusecomp.ops.experts import ACTIVATIONS, Activation
 from fusecomp.patterns.base import Example
 
 
@@ -62,12 +62,12 @@ Form = Callable[[Tensor, Tensor, Tensor, Weights, Activate, bool], Any]
 
 def activation(name: str, sizes: Sizes, interleaved: bool = False) -> Activate:
     """What stands between two products: a gate by halves or alternating, or an activation alone."""
-    act = ACTIVATIONS[name]
     if not sizes.gated:
-        return act
+        return ACTIVATIONS[name]
+    glu = Activation.parse(name, gated=True).glu
     if interleaved:
-        return lambda h: act(h[..., ::2]) * h[..., 1::2]
-    return lambda h: act(h[..., : h.shape[-1] // 2]) * h[..., h.shape[-1] // 2 :]
+        return lambda h: glu(h[..., ::2], h[..., 1::2])
+    return lambda h: glu(*h.chunk(2, dim=-1))
 
 
 def chosen(x: Tensor, router: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -83,19 +83,15 @@ def layer(form: Form, sizes: Sizes, act: Activate, choose: Callable = chosen) ->
         weights = Weights(*tensors)
         x = hidden.view(-1, hidden.shape[-1])
         index, scores = choose(x, weights.router, sizes.top_k)
-        out, *more = (form(x, index, scores, weights, act, sizes.transposed),)
-        out = out if isinstance(out, tuple) else (out,)
-        return (out[0].view(hidden.shape), *out[1:], *more)
+        out = form(x, index, scores, weights, act, sizes.transposed)
+        out, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        return (out.view(hidden.shape), *more)
 
     return function
 
 
 def _in_out(weight: Tensor, transposed: bool) -> Tensor:
     return weight if transposed else weight.transpose(1, 2)
-
-
-def _fallback_grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight, offs=ends)
 
 
 def grouped(x: Tensor, index: Tensor, scores: Tensor, w: Weights, act: Activate, transposed: bool) -> Tensor:
@@ -179,3 +175,33 @@ def scaled_input(x: Tensor, index: Tensor, scores: Tensor, w: Weights, act: Acti
     tokens = x.repeat(w.up.shape[0], 1) * spread.sigmoid().t().reshape(-1, 1)
     up = torch.bmm(tokens.view(w.up.shape[0], -1, x.shape[1]), _in_out(w.up, transposed))
     return torch.bmm(act(up), _in_out(w.down, transposed)).sum(dim=0)
+
+
+FORMS: dict[str, Form] = {form.__name__: form for form in (grouped, grouped_added, batched, einsums, dense, one_hot)}
+TRACED_IN_BF16 = ("grouped", "grouped_added")  # there is no other trace of a grouped matmul
+
+
+def inputs(sizes: Sizes, fixed: torch.dtype | None = None) -> Callable[[torch.dtype], tuple]:
+    return lambda dtype: drawn(sizes, fixed or dtype)
+
+
+def raw_moe_examples() -> list[Example]:
+    """Every form with what it may come with; refusals are in a module of their own."""
+    from fusecomp.patterns.raw_moe_refusals import raw_moe_refusals
+
+    plain, full = Sizes(), Sizes(bias=True, transposed=True)
+    act, interleaved = activation("silu", plain), activation("gpt_oss(1.702,7.0)", full, interleaved=True)
+    relu2 = replace(plain, gated=False, top_k=1)
+    found = []
+    for name, form in FORMS.items():
+        fixed = torch.bfloat16 if name in TRACED_IN_BF16 else None
+        variants = [("", plain, act)]
+        if name not in ("grouped_added", "one_hot"):
+            variants.append((", gpt-oss", full, interleaved))
+        variants.append((", no gate", relu2, activation("relu2", relu2)))
+        for label, sizes, gate in variants:
+            reference = layer(batched, sizes, gate)
+            found.append(Example(name + label, layer(form, sizes, gate), inputs(sizes, fixed), reference=reference))
+    one = replace(plain, top_k=1)
+    found.append(Example("weights on the input", layer(scaled_input, one, act), inputs(one)))
+    return found + raw_moe_refusals()
