@@ -33,11 +33,11 @@ class Sizes:
     """What stands for the graph's sizes.
 
     Attributes:
-        symbols: value of each symbol.
+        symbols: value of each symbol; those that depend on data are added when they are met.
         widths: static sizes that are replaced, in shapes and in integer arguments.
     """
 
-    symbols: Mapping[Any, int]
+    symbols: dict[Any, int]
     widths: Mapping[int, int]
 
     def of(self, size: Any) -> int:
@@ -50,8 +50,14 @@ class Sizes:
         if isinstance(key, int):
             return self.widths.get(key, key)
         if not key.free_symbols <= self.symbols.keys():
-            raise NotConcrete(f"the size {key} depends on data")
+            raise NotConcrete(f"the size {key} is not known")
         return int(key.xreplace(self.symbols))
+
+    def meet(self, size: Any, value: Any) -> None:
+        """Take the value of a size that depends on data from an evaluation."""
+        key = size_key(size)
+        if getattr(key, "is_Symbol", False) and isinstance(value, int):
+            self.symbols.setdefault(key, value)
 
     def shape(self, fake: Tensor) -> tuple[int, ...]:
         """The shape that a value has at these sizes."""
@@ -77,10 +83,14 @@ def run(members: tuple[Node, ...], given: Mapping[Node, Any], sizes: Sizes) -> T
             raise NotConcrete(f"{op_name(node)} fails on trial values ({what[:160]})") from error
         fake = fake_value(node)
         if isinstance(fake, Tensor):
+            for size, actual in zip(fake.shape, getattr(value, "shape", ()), strict=False):
+                sizes.meet(size, actual)
             if not isinstance(value, Tensor) or tuple(value.shape) != sizes.shape(fake):
                 raise NotConcrete(f"{op_name(node)} does not keep to its shape at other sizes")
             if fake.dtype in FLOATS and value.dtype != torch.float64:
                 value = value.double()
+        elif isinstance(fake, torch.SymInt):
+            sizes.meet(fake, value)
         values[node] = value
     return values[members[-1]]
 

@@ -55,6 +55,9 @@ def is_size(node: Node) -> bool:
     return all(isinstance(part, int | torch.SymInt) and not isinstance(part, bool) for part in parts)
 
 
+COUNTS = ("item", "tolist", "_local_scalar_dense", "_local_scalar_dense.default")
+
+
 @dataclass(frozen=True)
 class Cut:
     """Part of a graph that computes one value.
@@ -77,7 +80,10 @@ class Dataflow:
         self._writes: dict[int, list[Node]] = {}
         self._sources: dict[Node, dict[Node, tuple[Node, ...]]] = {}  # node -> input -> who wrote to it in between
         self._readers: dict[Node, list[Node]] = {}
+        self._counted: set[Node] = set()  # sizes that are computed from the values of tensors
         for node in graph.nodes:
+            if is_size(node) and (op_name(node) in COUNTS or self._counted & {*node.all_input_nodes}):
+                self._counted.add(node)
             self._memory[node] = storages(node)
             # What was written before a view was made, the view's own sources tell.
             self._sources[node] = {
@@ -127,7 +133,8 @@ class Dataflow:
             node = stack.pop()
             for source, writers in self._sources[node].items():
                 inner = source.op in ("call_function", "call_method") and op_name(node) not in SHAPE_ONLY
-                if source in stops or is_size(source) or not inner:
+                is_leaf = source in stops or (is_size(source) and source not in self._counted)
+                if is_leaf or not inner:
                     leaves[source] = None
                     continue
                 for needed in (source, *writers):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusecomp.patterns.base import fake_value, module_path, op_name
+from fusecomp.patterns.base import fake_value, module_path, mutates, op_name
 from fusecomp.patterns.dataflow import Dataflow
 from fusecomp.patterns.functional import FLOATS
 
@@ -71,7 +71,7 @@ def weight_pairs(graph: torch.fx.Graph) -> list[WeightPair]:
     pairs: list[WeightPair] = []
     taken: set[Node] = set()
     for down in sorted((s for s in products if products[s]), key=lambda s: flow.order[products[s][0]]):
-        feeding = [up for up in _feeding(products[down][0], owners, down) if up not in taken]
+        feeding = [up for up in _feeding(products[down][0], owners, down, flow) if up not in taken]
         ups = [up for up in feeding if _fits(up, down)]
         if len(ups) == 1 or (len(ups) == 2 and fake_value(ups[0]).shape == fake_value(ups[1]).shape):
             taken |= {*ups, down}
@@ -147,12 +147,12 @@ def _is_float(node: Node) -> bool:
     return any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
 
 
-def _feeding(product: Node, owners: dict[Node, list[Node]], down: Node) -> list[Node]:
+def _feeding(product: Node, owners: dict[Node, list[Node]], down: Node, flow: Dataflow) -> list[Node]:
     """Other weights whose products reach `product` through a few operations on floats."""
     found, seen, stack = dict[Node, None](), {product}, [product]
     while stack and len(seen) < MAX_BETWEEN:
-        for source in stack.pop().all_input_nodes:
-            if source in seen or not _is_float(source):
+        for source in flow.sources(stack.pop()):
+            if source in seen or not (_is_float(source) or mutates(source)):
                 continue
             seen.add(source)
             if others := [stack for stack in owners.get(source, ()) if stack is not down]:

@@ -195,7 +195,8 @@ def sizes_for(part: RoutedPart, tokens: int) -> Sizes:
     """Sizes of an evaluation at about `tokens` tokens; what is computed by large weights becomes narrow."""
     symbols: dict[Any, int] = {}
     for node in (part.x, *part.cut.leaves):
-        for size in fake_value(node).shape if isinstance(fake_value(node), Tensor) else ():
+        shape = fake_value(node).shape if isinstance(fake_value(node), Tensor) else ()
+        for size in shape:
             for symbol in sorted(getattr(size_key(size), "free_symbols", ()), key=str):
                 symbols.setdefault(symbol, 2 if symbols else tokens)
     up, down, hidden = fake_value(part.up).shape, fake_value(part.down).shape, fake_value(part.x).shape[-1]
