@@ -85,35 +85,36 @@ def _experts_call(part: RoutedPart, form: ExpertsForm) -> Node:
     if part.dense:
         dense = _rows_of(part, part.weights, part.experts)
         if fake_value(index).dtype != torch.int64:
-            index = _call(part, torch.Tensor.long, index)
+            index = _call(part, "long", index)
         weights = _call(part, torch.gather, dense, 1, index)
     else:
         weights = _rows_of(part, part.weights, k)
     x = _rows_of(part, part.x, fake_value(part.x).shape[-1])
     if form.scales_input:
-        x = _call(part, operator.mul, x, _call(part, torch.Tensor.to, weights, fake_value(x).dtype))
+        x = _call(part, operator.mul, x, _call(part, "to", weights, fake_value(x).dtype))
         weights = _call(part, torch.ones_like, weights)
     biases = [
-        None if bias is None else _call(part, torch.Tensor.reshape, bias, (part.experts, -1))
+        None if bias is None else _call(part, "reshape", bias, (part.experts, -1))
         for bias in (part.up_bias, part.down_bias)
     ]
     operands = (x, index, weights, part.up, biases[0], part.down, biases[1])
     new = _call(part, OPS.experts.default, *operands, form.act, form.gated, form.interleaved, form.transposed)
-    return new if out.dim() == 2 else _call(part, torch.Tensor.view_as, new, part.x)
+    return new if out.dim() == 2 else _call(part, "view_as", new, part.x)
 
 
 def _rows_of(part: RoutedPart, node: Node, width: int) -> Node:
     fake = fake_value(node)
-    return node if fake.dim() == 2 and fake.shape[1] == width else _call(part, torch.Tensor.reshape, node, (-1, width))
+    return node if fake.dim() == 2 and fake.shape[1] == width else _call(part, "reshape", node, (-1, width))
 
 
 def _call(part: RoutedPart, target: Any, *args: Any) -> Node:
-    """Insert a call, with its fake value and the metadata of the part's output."""
-    node = part.out.graph.call_function(target, args)
+    """Insert a call of a function or of the method of that name, with its fake value and the output's metadata."""
+    graph, is_method = part.out.graph, isinstance(target, str)
+    node = graph.call_method(target, args) if is_method else graph.call_function(target, args)
     node.meta.update({k: v for k, v in part.out.meta.items() if k != "tensor_dict"})
-    fakes = torch.fx.node.map_aggregate(args, lambda a: fake_value(a) if isinstance(a, Node) else a)
+    fakes: Any = torch.fx.node.map_aggregate(args, lambda a: fake_value(a) if isinstance(a, Node) else a)
     with torch.no_grad():
-        node.meta["example_value"] = target(*fakes)
+        node.meta["example_value"] = getattr(fakes[0], target)(*fakes[1:]) if is_method else target(*fakes)
     return node
 
 

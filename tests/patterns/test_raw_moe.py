@@ -1,5 +1,8 @@
 """Mixtures of experts without an experts interface: every form at every size, HF's own, and what is refused."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,8 @@ from fusecomp.patterns.expert_weights import layouts
 from fusecomp.patterns.raw_moe import RawExperts
 from fusecomp.patterns.raw_moe_examples import FORMS, TRACED_IN_BF16, Sizes, Weights, activation, chosen, drawn
 from fusecomp.runtime.verify import relative_error
-from fusecomp.testing.patterns import new_context, run_rewritten
-from models.registry import build
+from fusecomp.testing.patterns import flat, new_context, run_rewritten
+from models.registry import build, mixture
 
 EXPERTS = OPS.experts.default
 
@@ -156,8 +159,7 @@ def test_narrow_proofs_see_what_only_some_features_do():
 def test_hugging_faces_own_forms(name, implementation):
     """As they are traced for experts that have no interface: sentinels' masks, dead writes and all."""
     model = build(name)
-    layer = model.model.layers[0]
-    block = getattr(layer, "mlp", None) or layer.block_sparse_moe
+    block = mixture(model.model.layers[0])
     model.set_experts_implementation(implementation)
     x = torch.randn(1, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     mark_unbacked(x, 1)
@@ -166,6 +168,33 @@ def test_hugging_faces_own_forms(name, implementation):
     with torch.no_grad():
         got, wanted = ((o[0] if isinstance(o, tuple) else o) for o in (output, block(x)))
     assert relative_error(got, wanted) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "config", "detail"),
+    [
+        ("llama4", "Llama4TextMoe", {"num_local_experts": 4}, "4 experts, top-1, silu gated, weights on its input"),
+        ("aria", "AriaTextMoELayer", {"moe_num_experts": 4, "moe_topk": 2}, "4 experts, top-2, silu gated"),
+        ("jetmoe", "JetMoeMoE", {"num_local_experts": 4, "num_experts_per_tok": 2}, "4 experts, top-2, silu gated"),
+    ],
+)
+def test_families_without_an_interface(family, block, config, detail):
+    """Two of them cut sorted tokens at places that depend on the routing: sizes unknown before a run."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    layer = getattr(module, block)
+    config_class = inspect.get_annotations(layer.__init__).get("config") or module.Llama4TextConfig
+    made = layer(config_class(hidden_size=32, intermediate_size=24, **config)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 5
+    x = torch.randn(1, 11, 32, generator=generator)
+    mark_unbacked(x, 1)
+    output, report, gm = rewritten(made, x)
+    assert [match.detail for match in report.matches] == [detail] and report.near_misses == []
+    assert not {"item", "tolist", "bmm", "index_add", "split"} & count_ops(gm.graph).keys()
+    with torch.no_grad():
+        for got, wanted in zip(flat(output), flat(made(x)), strict=True):
+            assert relative_error(got, wanted) < 2e-6
 
 
 class Expert(nn.Module):
