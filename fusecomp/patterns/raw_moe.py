@@ -190,15 +190,17 @@ def _part(
     cut = flow.cut(out, given, limit)
     if cut is None or not given <= {*cut.leaves}:
         return None
-    before_down = {pair.node, *flow.latest_sources(pair.node, limit)}
-    biases: dict[bool, Node] = {}
+    hidden, biases = fake_value(x).shape[-1], dict[bool, Node]()
     unread = []
     for leaf in cut.leaves:
         if leaf in given or is_size(leaf):
             continue
         if reads_shape_only(cut, leaf):
             unread.append(leaf)
-        elif _is_bias(leaf, cut, fake_value(up).shape[0]) and (is_up := _feeds(cut, leaf, before_down)) not in biases:
+        elif (
+            _is_bias(leaf, cut, fake_value(up).shape[0])
+            and (is_up := _is_up_bias(flow, pair, leaf, hidden)) not in biases
+        ):
             biases[is_up] = leaf
         else:
             return None
@@ -206,9 +208,10 @@ def _part(
     return RoutedPart(cut, x, index, weights, dense, dense or _distinct(index), k, up, down, *found, tuple(unread))
 
 
-def _feeds(cut: Cut, bias: Node, before_down: set[Node]) -> bool:
-    """Whether a bias is added before the product by the down weight."""
-    return any(bias in node.all_input_nodes and node in before_down for node in cut.members)
+def _is_up_bias(flow: Dataflow, pair: WeightPair, bias: Node, hidden: int) -> bool:
+    """Whether a bias has a number for each up row; where there are as many hidden features, whether it comes first."""
+    width, rows = fake_value(bias).shape[-1], prod(fake_value(pair.ups[0]).shape[1:]) // hidden
+    return width == rows if rows != hidden else pair.node in flow.descendants(bias)
 
 
 def _is_bias(leaf: Node, cut: Cut, experts: int) -> bool:

@@ -254,6 +254,26 @@ def test_indices_that_are_given_may_repeat():
         torch.testing.assert_close(output, function(name)(*inputs))
 
 
+def test_a_matrix_of_weights_and_biases_in_the_product():
+    """Softmax over logits that are hidden for all but the chosen: there is no [T, K] of weights to find."""
+
+    def form(x, index, scores, w, act, transposed):
+        logits = F.linear(x, w.router)
+        kept = torch.full_like(logits, -torch.inf).scatter(1, logits.topk(2, dim=-1).indices, 0.0)
+        matrix = (logits + kept).softmax(-1)
+        tokens = x[None].expand(len(w.up), -1, -1)
+        up = torch.baddbmm(w.up_bias[:, None], tokens, w.up.transpose(1, 2))
+        down = torch.baddbmm(w.down_bias[:, None], act(up), w.down.transpose(1, 2))
+        return torch.einsum("eto,te->to", down, matrix)
+
+    sizes = Sizes(bias=True)
+    output, report, gm = rewritten(module := Mixture(form, sizes), x := hidden_states(5, sizes))
+    assert report.counts() == {"raw_experts": 1}, report.near_misses
+    assert count_ops(gm.graph)["gather"] == 1
+    with torch.no_grad():
+        torch.testing.assert_close(output, module(x))
+
+
 def test_the_sum_may_be_read_by_another_name():
     """`out.index_add_` as a statement: `out` is what is read, and what is added to it later stays."""
 
