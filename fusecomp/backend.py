@@ -31,12 +31,19 @@ from fusecomp.patterns.base import PassContext, Pattern, count_ops, fake_value, 
 from fusecomp.patterns.linear import MergedLinears
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
+from fusecomp.patterns.raw_moe import RawExperts
 from fusecomp.pieces import CompiledPieces, compile_pieces
 from fusecomp.report import FusionReport
 
 lowerings.register()
 
-CANONICALIZE: tuple[Pattern, ...] = (InterfaceAttention(), SdpaAttention(), SoftmaxAttention(), Experts())
+CANONICALIZE: tuple[Pattern, ...] = (
+    InterfaceAttention(),
+    SdpaAttention(),
+    SoftmaxAttention(),
+    RawExperts(),
+    Experts(),
+)
 PAGE: tuple[Pattern, ...] = (PagedAttention(),)
 MERGE: tuple[Pattern, ...] = (MergedLinears(),)
 STATELESS: tuple[Pattern, ...] = (StatelessAttention(),)

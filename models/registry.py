@@ -318,9 +318,48 @@ _ENTRIES = (
         wide_router=True,
         core=False,
     ),
+    Family(
+        name="llama4",
+        architecture="Llama4ForCausalLM",
+        # No experts interface: every expert sees every token, scaled by its weight; most of those are zero.
+        config={**_SMALL, "vocab_size": 151, "intermediate_size": 48, "intermediate_size_mlp": 80, **_TOKENS}
+        | {"num_local_experts": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+        | {"no_rope_layers": [1, 1], "layer_types": ["full_attention", "full_attention"]},
+        expected_matches={**_SHARED, "raw_experts": 1},
+        fused_matches={name: count for name, count in _SHARED_FUSED.items() if name != "router"},
+        windows=(0, 0),
+        tolerance=_ROUTING,
+        exclusions={
+            "layer_types with chunked_attention": "a chunk is no window, and its mask depends on the row of the batch",
+            "num_experts_per_tok > 1": "weights multiply what experts read, which the canonical op does not do",
+            "interleave_moe_layer_step > 1, no_rope_layers with 0": "matches differ between layers, and the registry "
+            "counts one number for all of them",
+        },
+        near_misses={"router": "is also read by"},
+        core=False,
+    ),
+    Family(
+        name="aria",
+        architecture="AriaTextForCausalLM",
+        # No experts interface: a loop over experts, each with a slice of the sorted tokens.
+        config={**_SMALL, "vocab_size": 151, "intermediate_size": 48, **_TOKENS}
+        | {"moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 2},
+        expected_matches={**_SHARED, "raw_experts": 1},
+        fused_matches=_SHARED_FUSED,
+        windows=(0, 0),
+        tolerance=_ROUTING,
+        exclusions=_LONG_CONTEXT,
+        core=False,
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ENTRIES})
+
+
+def mixture(layer: torch.nn.Module) -> torch.nn.Module:
+    """What a decoder layer has for an MLP, a mixture of experts or not."""
+    names = ("mlp", "block_sparse_moe", "feed_forward")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def build(family: Family | str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

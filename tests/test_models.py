@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusecomp.runtime.verify import model_error
 from models import perplexity
 from models.corpus import parse_heldout
-from models.registry import FAMILIES, WINDOW, build
+from models.registry import FAMILIES, WINDOW, build, mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = {name: ROOT / "models" / name for name in ("pico-llama", "pico-moe")}
@@ -153,7 +153,7 @@ class TestRegistry:
         assert type(model).__module__.startswith("transformers.models.")
         assert len(model.model.layers) == family.layers
         assert not model.training
-        blocks = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in model.model.layers]
+        blocks = [mixture(layer) for layer in model.model.layers]
         sparse = sum(hasattr(block, "experts") for block in blocks)
         assert sparse == family.expected_total().get("experts", 0)
         assert family.expected_total()["paged_attention"] == family.layers

@@ -105,8 +105,9 @@ def experts_reference(
     T, K = top_k_index.shape
     flat, order = top_k_index.reshape(-1).sort(stable=True)
     counts = torch.bincount(flat, minlength=up.shape[0] + 1)[: up.shape[0]].tolist()
-    # The combine runs in fp32 over k in routing order, so the result does not depend on the order of experts.
-    parts = torch.zeros(T * K, x.shape[1], dtype=torch.float32, device=x.device)
+    # The combine runs in fp32 (fp64 for fp64) over k in routing order: the result does not depend on experts' order.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = torch.zeros(T * K, x.shape[1], dtype=wide, device=x.device)
     begin = 0
     for expert, count in enumerate(counts):
         if count:
@@ -114,10 +115,10 @@ def experts_reference(
             hidden = _expert_linear(x[rows // K], up[expert], None if up_bias is None else up_bias[expert], transposed)
             hidden = _activate(hidden, act, gated, interleaved)
             bias = None if down_bias is None else down_bias[expert]
-            parts[rows] = _expert_linear(hidden, down[expert], bias, transposed).float()
+            parts[rows] = _expert_linear(hidden, down[expert], bias, transposed).to(wide)
         begin += count
-    total = (parts.view(T, K, -1) * top_k_weights.float()[..., None]).sum(1)
-    return (total if residual is None else total + residual.float()).to(x.dtype)
+    total = (parts.view(T, K, -1) * top_k_weights.to(wide)[..., None]).sum(1)
+    return (total if residual is None else total + residual.to(wide)).to(x.dtype)
 
 
 define(

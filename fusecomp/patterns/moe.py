@@ -34,7 +34,7 @@ class Experts(Pattern):
 
     def guard(self, candidate: ExpertsCall, context: PassContext) -> str | None:
         up, down = candidate.node.args[3], candidate.node.args[5]
-        act, gated, _, transposed = candidate.node.args[7:]
+        act, gated, _, transposed = candidate.node.args[7:11]
         assert isinstance(act, str)
         up_shape, down_shape = fake_value(up).shape, fake_value(down).shape  # type: ignore[arg-type]
         inner = up_shape[2] if transposed else up_shape[1]
