@@ -105,7 +105,7 @@ class TestConfiguration:
             assert config.method in METHODS
             if config.method == "vector":
                 down, lanes = config.down, 1 << (k - 1).bit_length()
-                assert tokens == 1 or tokens * k <= 8
+                assert tokens <= 4 or tokens * k <= 8  # what was measured, and fp32
                 assert lanes * down.block_n * down.block_d <= VECTOR_ELEMENTS * 32 * down.num_warps
             transposed = experts_config(
                 target, experts=e, top_k=k, hidden=c, width=f, tokens=tokens, itemsize=itemsize, transposed=True

@@ -10,7 +10,7 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.route.kernel import num_warps, route_kernel
 from fusecomp.lowerings.route.pieces import constants
-from fusecomp.lowerings.route.router import router_config, router_constants, router_kernel
+from fusecomp.lowerings.route.router import NUM_STAGES, router_config, router_constants, router_kernel
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SPARSEMIXER, SUM, TOP2, RouteSpec
 
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
@@ -45,7 +45,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 {**router_constants(config, experts, hidden), "NORM": normed, "PLUS_ONE": False}
                 | {"USE_PDL": target.has_pdl, **({} if normed else {"norm_weight": None, "y": None})},
                 num_warps=config.num_warps,
-                num_stages=3,
+                num_stages=NUM_STAGES,
             )
             yield _route(target, experts, dtype, None, spec, config.splits)
 

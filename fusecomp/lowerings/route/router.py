@@ -24,6 +24,7 @@ from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
 
 BLOCK_T = 16  # the least that the matrix units take
+NUM_STAGES = 2
 NORM_BLOCK = 256  # columns of the rows that are squared at once
 # One token, and many, are better served by the kernels of `linear`: on an H200 a router of 128 x 2048 took 4.1 us by
 # them at one token and 4.6 by this one, but 6.0 and 5.0 at 8, 8.2 and 5.8 at 64.
@@ -161,7 +162,8 @@ def launch_router(
             router_kernel, (triton.cdiv(tokens, BLOCK_T) * config.splits,),
             x, weight, norm_weight, y if norm else None, parts, norm.eps if norm else 0.0, tokens, x.stride(0),
             **router_constants(config, experts, hidden), NORM=norm is not None,
-            PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps, **options,
+            PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
+            num_stages=NUM_STAGES, **options,
         )  # fmt: skip
     return y, *launch_route_parts(parts, x.dtype, bias, route_bias, spec, use_pdl)
 
