@@ -69,7 +69,6 @@ class Family:
         per_layer = {**self.expected_matches, **(self.fused_matches if fused else {})}
         if fused and self.wide_router and dtype != torch.float32:
             per_layer["linear"] -= 1
-            per_layer["router_linear"] -= 1
         total = {pattern: count * self.layers for pattern, count in per_layer.items()}
         once = {**_HEAD_FUSED, **_TABLE_FUSED} if fused else {}
         return total | {pattern: total.get(pattern, 0) + count for pattern, count in once.items()}

@@ -165,6 +165,7 @@ def _router(
     norm_bias: Tensor | None,
     route_bias: Tensor | None,
     norm: str,
+    logits: str,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fusecomp.lowerings.route.lowering import launch_router_op, supports
@@ -172,9 +173,9 @@ def _router(
     normed, parsed = NormSpec.from_text(norm) if norm else None, RouteSpec.from_text(spec)
     if reason := supports(x, weight, parsed):
         record_fallback("router", reason)
-        return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, spec)
+        return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = launch_router_op(
-        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, parsed
+        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed
     )  # fmt: skip
     return computed(y), computed(ids), computed(weights)
 

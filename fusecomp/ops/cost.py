@@ -75,7 +75,7 @@ def _route(logits: Any, bias: Any, spec: str) -> Cost:
 
 def _router(x: Any, weight: Any, *args: Any) -> Cost:
     """The weight, x and what is chosen; with a norm, its result too."""
-    norm, spec = args[4:]
+    norm, _, spec = args[4:]
     E, C = (int(size) for size in weight.shape)
     parsed = RouteSpec.from_text(spec)
     chosen = parsed.k * (8 + getattr(torch, parsed.dtype).itemsize)

@@ -138,15 +138,18 @@ def router_reference(
     norm_bias: Tensor | None,
     route_bias: Tensor | None,
     norm: str,
+    logits: str,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, ids, weights): `route` of the logits of y [T, C] by weight [E, C] and bias [E].
+    """(y, ids, weights): `route` of the logits of y [T, C] by weight [E, C] and bias [E], in the dtype `logits` names.
 
     y is the norm that `norm` describes of x [T, C], which others read too; without one the logits are those of x, and
     y is empty.
     """
     y = norm_reference(x, norm_weight, norm_bias, norm) if norm else x
-    ids, weights = route_reference(torch.nn.functional.linear(y, weight, bias), route_bias, spec)
+    dtype = torch.promote_types(x.dtype, getattr(torch, logits))
+    wide = (None if t is None else t.to(dtype) for t in (y, weight, bias))
+    ids, weights = route_reference(torch.nn.functional.linear(*wide), route_bias, spec)  # type: ignore[arg-type]
     return y if norm else x.new_empty(0), ids, weights
 
 
@@ -158,6 +161,7 @@ def _router_fake(
     norm_bias: Tensor | None,
     route_bias: Tensor | None,
     norm: str,
+    logits: str,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape) if norm else x.new_empty(0), *_fake(x, None, spec)
@@ -165,7 +169,7 @@ def _router_fake(
 
 define(
     "router(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? route_bias, "
-    "str norm, str spec) -> (Tensor, Tensor, Tensor)",
+    "str norm, str logits, str spec) -> (Tensor, Tensor, Tensor)",
     router_reference,
     _router_fake,
 )

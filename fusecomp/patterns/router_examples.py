@@ -225,6 +225,7 @@ def router_linear_examples() -> list[Example]:
         whole("norm", plain),
         whole("bias", F.linear),
         whole("layer_norm", plain, lambda x, weight: F.layer_norm(x, (C,), weight)),
+        whole("widened", lambda y, w, b: F.linear(y.float(), w.float())),
         whole("no_norm", plain, lambda x, weight: x.view(T, C)),
         whole("scaled", lambda y, w, b: 2 * F.linear(y, w), matches=0, reason="matmul -> mul"),
         whole("logits_returned", plain, after=lambda z: z * 1, matches=0, reason="also read by"),

@@ -34,7 +34,8 @@ def make(name, tokens, dtype, seed=0):
     route_bias = 0.1 * randn(experts) if biased and spec.kind == SIGMOID else None
     norm = NormSpec(RMS, 1e-6) if normed else None
     norm_weight = (1 + 0.2 * randn(hidden)).to(dtype) if normed else None
-    return x, weight, bias, norm_weight, None, route_bias, norm, spec
+    logits = torch.float32 if spec.kind == SIGMOID else dtype  # DeepSeek's are fp32 whatever the model is
+    return x, weight, bias, norm_weight, None, route_bias, norm, logits, spec
 
 
 @pytest.mark.gpu
@@ -44,18 +45,19 @@ def make(name, tokens, dtype, seed=0):
 def test_chooses_what_fp32_chooses(name, tokens, dtype):
     case = make(name, tokens, dtype)
     y, ids, weights = launch_router_op(*case)
-    *tensors, norm, spec = case
+    *tensors, norm, logits, spec = case
+    name = str(logits).removeprefix("torch.")
     wide = [None if t is None else t.double() for t in tensors]
     text = norm.to_text() if norm else ""
-    exact_y, exact_ids, _ = router_reference(*wide, text, spec.to_text())
-    _, eager_ids, _ = router_reference(*tensors, text, spec.to_text())
+    exact_y, exact_ids, _ = router_reference(*wide, text, name, spec.to_text())
+    _, eager_ids, _ = router_reference(*tensors, text, name, spec.to_text())
     if norm:
         torch.testing.assert_close(y.double(), exact_y, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     missed, eager_missed = ((found.sort(1).values != exact_ids.sort(1).values).any(1) for found in (ids, eager_ids))
     assert missed.sum() <= 1.5 * eager_missed.sum() + 2  # rounded logits tie now and then
     # Where the choice is the same, so are the weights.
     same = ids == eager_ids
-    _, _, eager = router_reference(*tensors, text, spec.to_text())
+    _, _, eager = router_reference(*tensors, text, name, spec.to_text())
     tolerance = 4e-2 if torch.bfloat16 in (dtype, weights.dtype) else 1e-4
     torch.testing.assert_close(weights[same].float(), eager[same].float(), rtol=tolerance, atol=tolerance)
 
@@ -63,8 +65,8 @@ def test_chooses_what_fp32_chooses(name, tokens, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 8, 64, 500])
 def test_replays_under_dependent_launch_are_bitwise_equal(tokens):
-    x, weight, bias, norm_weight, _, route_bias, norm, spec = make("qwen3", tokens, torch.bfloat16)
-    args = weight, bias, norm_weight, route_bias, norm, spec
+    x, weight, bias, norm_weight, _, route_bias, norm, logits, spec = make("qwen3", tokens, torch.bfloat16)
+    args = weight, bias, norm_weight, route_bias, norm, logits, spec
     expected = router.launch_router(x, *args, False)
     other = x.clone()
 

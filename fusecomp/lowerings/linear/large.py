@@ -80,8 +80,10 @@ def run_matmul(
         return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
     if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
         return torch.addmm(args[0], x, weight.t())
-    acc = torch.mm(x, weight.t())
-    if kind_hint == "identity" and out_dtype == x.dtype:
+    # The library rounds to the inputs' dtype unless told otherwise; it can be told on a GPU alone.
+    widened = x.is_cuda and out_dtype == torch.float32 != x.dtype
+    acc = torch.mm(x, weight.t(), out_dtype=out_dtype) if widened else torch.mm(x, weight.t())
+    if kind_hint == "identity" and out_dtype == acc.dtype:
         return acc
     out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
     return launch_pointwise(acc, out, epilogue, args, strides, groups)

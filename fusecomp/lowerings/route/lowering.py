@@ -6,6 +6,7 @@ norm, the matmul and the choice, each its own.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
@@ -34,14 +35,15 @@ def launch_router_op(
     norm_bias: Tensor | None,
     route_bias: Tensor | None,
     norm: NormSpec | None,
+    logits: torch.dtype,
     spec: RouteSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fusecomp::router` on CUDA; shapes as in `router_reference`. Bitwise repeatable. `supports` must hold."""
     if supports_router(len(x), weight, norm, norm_bias) is None:
-        return launch_router(x, weight, bias, norm_weight, route_bias, norm, spec, uses_pdl(x))
+        return launch_router(x, weight, bias, norm_weight, route_bias, norm, logits, spec, uses_pdl(x))
     y = launch_norm_op(x, norm_weight, norm_bias, norm) if norm else x
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = str(logits).removeprefix("torch.")
     program = Program(1, (), (), dtype) if bias is None else Program(1, (ROW,), (("add", "a0", "i0"),), dtype)
-    logits = launch_linear(y, weight, None, None, [] if bias is None else [bias], program)
-    ids, weights = kernel.launch_route(logits, route_bias, spec, uses_pdl(x))
+    found = launch_linear(y, weight, None, None, [] if bias is None else [bias], program)
+    ids, weights = kernel.launch_route(found, route_bias, spec, uses_pdl(x))
     return y if norm else x.new_empty(0), ids, weights

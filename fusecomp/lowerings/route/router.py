@@ -148,6 +148,7 @@ def launch_router(
     norm_weight: Tensor | None,
     route_bias: Tensor | None,
     norm: NormSpec | None,
+    logits: torch.dtype,
     spec: RouteSpec,
     use_pdl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +166,7 @@ def launch_router(
             PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
             num_stages=NUM_STAGES, **options,
         )  # fmt: skip
-    return y, *launch_route_parts(parts, x.dtype, bias, route_bias, spec, use_pdl)
+    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
 
 
 def router_constants(config: RouterConfig, experts: int, hidden: int) -> dict[str, int]:

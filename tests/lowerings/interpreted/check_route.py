@@ -100,7 +100,7 @@ def test_from_hidden_states(case, seed, hidden, kind, biased):
     wide = torch.full((tokens, hidden + experts + 3), float("nan"))
     wide[:, : hidden + experts] = x
     y, ids, weights = launch_router_op(
-        wide[:, : hidden + experts], weight, bias, norm_weight, norm_bias, route_bias, norm, spec
+        wide[:, : hidden + experts], weight, bias, norm_weight, norm_bias, route_bias, norm, x.dtype, spec
     )  # fmt: skip
     expected = norm_reference(x, norm_weight, norm_bias, norm.to_text()) if norm else x
     if norm:
@@ -124,7 +124,7 @@ def test_every_way_to_split_gives_the_same(tokens, splits, dtype, monkeypatch):
     weight = (torch.randint(-1, 2, (12, 700), generator=generator) / 16).to(dtype)
     spec = RouteSpec(SOFTMAX, 3)
     monkeypatch.setattr(router, "router_config", lambda *_: router.RouterConfig(splits, 32, 4))
-    _, ids, weights = launch_router_op(x, weight, None, None, None, None, None, spec)
+    _, ids, weights = launch_router_op(x, weight, None, None, None, None, None, dtype, spec)
     logits = (x.double() @ weight.double().T).to(dtype)  # multiples of 1 / 16 that bf16 holds: exact
     expected_ids, expected = route_reference(logits, None, spec.to_text())
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
