@@ -26,6 +26,7 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
+from fusecomp.patterns.quant import QuantExperts, QuantLinear
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.patterns.router import Router
 from fusecomp.patterns.router_linear import RouterLinear
@@ -41,6 +42,8 @@ FUSE: tuple[Pattern, ...] = (
     Norm(),
     RouterLinear(),  # after the norms that it takes in
     RopeAttention(),
+    QuantLinear(),  # after all that a linear takes in, whatever its weight
+    QuantExperts(),
 )
 
 
