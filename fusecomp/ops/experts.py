@@ -103,6 +103,7 @@ def experts_reference(
     `act` is what `Activation.parse` reads. An index equal to E is a sentinel (an expert of another rank), which adds
     nothing.
     """
+
     def run(rows: Tensor, expert: int) -> Tensor:
         bias = None if up_bias is None else up_bias[expert]
         hidden = _activate(_expert_linear(x[rows], up[expert], bias, transposed), act, gated, interleaved)

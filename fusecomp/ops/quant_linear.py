@@ -53,9 +53,7 @@ class QuantShape:
     def parse(cls, text: str) -> QuantShape | None:
         """The shape that `str` gave, or None for another text."""
         kinds = "|".join((INT, FP8, FP4, NF4))
-        found = re.fullmatch(
-            rf"quant_linear (?:(\d+) x )?(\d+) x (\d+) ({kinds})(\d) (\d+)x(\d+)( zero)? (\w+)", text
-        )
+        found = re.fullmatch(rf"quant_linear (?:(\d+) x )?(\d+) x (\d+) ({kinds})(\d) (\d+)x(\d+)( zero)? (\w+)", text)
         if not found:
             return None
         groups, n, k, kind, bits, rows, cols, zero, dtype = found.groups()
@@ -91,7 +89,9 @@ def quant_linear_reference(
     if activation:
         if x_scale is None or Program.from_text(program).norm is not None:
             raise ValueError("quant_linear: codes need their scale, and are of normed values already")
-        x = dequantize_reference(x, x_scale, None, ActivationSpec.from_text(activation).dequantized("float32").to_text())
+        x = dequantize_reference(
+            x, x_scale, None, ActivationSpec.from_text(activation).dequantized("float32").to_text()
+        )
     weight = dequantize_reference(q, scale, zero, spec)
     return linear_reference(x, weight, norm_weight, norm_bias, operands, program)
 

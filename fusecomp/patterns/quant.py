@@ -53,7 +53,8 @@ class DequantizedWeight:
                 return f"its {name} are computed by {op_name(part)}, they are no weight"
             if part is not None and not fake_value(part).is_contiguous():
                 return f"its {name} are not contiguous"
-        q, scale, zero = (None if part is None else fake_value(part) for part in self.parts)
+        values: Any = [None if part is None else fake_value(part) for part in self.parts]
+        q, scale, zero = values
         if q.dtype != self.spec.codes_dtype:
             return f"its codes are {q.dtype}, those of {self.spec.describe()} are {self.spec.codes_dtype}"
         wanted = (*q.shape[:-2], *self.spec.scales(*self.spec.shape(q.shape)[-2:]))
@@ -75,7 +76,11 @@ class QuantLinear(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[DequantizedWeight]:
         for node in list(graph.nodes):
-            if is_call(node, DEQUANTIZE) and not _is_activation(node) and not any(is_call(u, EXPERTS) for u in node.users):
+            if (
+                is_call(node, DEQUANTIZE)
+                and not _is_activation(node)
+                and not any(is_call(u, EXPERTS) for u in node.users)
+            ):
                 yield DequantizedWeight(node)
 
     def guard(self, candidate: DequantizedWeight, context: PassContext) -> str | None:
