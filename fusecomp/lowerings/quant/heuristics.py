@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.ops.quant import INT
 from fusecomp.ops.quant_linear import QuantShape
 
 VECTOR, TILE, DEQUANTIZE = "vector", "tile", "dequantize"
@@ -45,8 +46,9 @@ class QuantConfig:
 def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
     if tokens == 1:
-        block_k = min(2048 if shape.bits == 4 else 1024, next_power_of_2(shape.k))
-        return QuantConfig(VECTOR, 1, 2 * shape.groups, max(block_k, 32), 4 if shape.bits == 4 else 2)
+        # One 16-byte load of codes a thread; a table of values takes registers, so half of one.
+        block_k = 2048 if (shape.kind, shape.bits) == (INT, 4) else 1024
+        return QuantConfig(VECTOR, 1, 2 * shape.groups, max(min(block_k, next_power_of_2(shape.k)), 32), 4)
     if tokens > TILE_LIMIT:
         return QuantConfig(DEQUANTIZE)
     block_t = next_power_of_2(min(128, max(8, tokens)))

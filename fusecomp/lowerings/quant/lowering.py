@@ -45,8 +45,14 @@ def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> 
 
 
 def supports(
-    x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, operands: Sequence[Tensor], program: Program, spec: WeightSpec
-) -> str | None:  # fmt: skip
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    spec: WeightSpec,
+) -> str | None:
     """Why the kernels cannot run this quantized linear, or None if they can."""
     for tensor in (x, *operands):
         if tensor.dtype not in DTYPES:
