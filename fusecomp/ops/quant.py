@@ -154,8 +154,13 @@ def code_values(q: Tensor, spec: WeightSpec) -> Tensor:
     codes = torch.stack((q & 15, q >> 4), -1).flatten(-2)
     if spec.kind == INT:
         return codes.to(torch.float32)
-    table = torch.tensor(FP4_VALUES if spec.kind == FP4 else NF4_VALUES, device=q.device)
-    return table[codes.int()]
+    return _table(spec.kind, q.device)[codes.int()]
+
+
+@functools.cache
+def _table(kind: str, device: torch.device) -> Tensor:
+    """Kept: while a CUDA graph is captured, nothing can be copied to the device."""
+    return torch.tensor(FP4_VALUES if kind == FP4 else NF4_VALUES, dtype=torch.float32, device=device)
 
 
 def scale_values(scale: Tensor) -> Tensor:
