@@ -26,6 +26,8 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
+from fusecomp.patterns.quant import QuantExperts, QuantLinear
+from fusecomp.patterns.quant_activations import QuantizeRoundTrip, ScaledLinear
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.patterns.router import Router
 from fusecomp.patterns.router_linear import RouterLinear
@@ -34,6 +36,7 @@ from fusecomp.report import FusionReport, Match, NearMiss
 
 FUSE: tuple[Pattern, ...] = (
     OuterProduct(),
+    QuantizeRoundTrip(),
     Router(),  # before linears, which would take a sigmoid of the logits in
     LinearEpilogue(),
     ExpertsResidual(),  # after linears, which take the experts in where both meet in one sum
@@ -41,6 +44,9 @@ FUSE: tuple[Pattern, ...] = (
     Norm(),
     RouterLinear(),  # after the norms that it takes in
     RopeAttention(),
+    QuantLinear(),  # after all that a linear takes in, whatever its weight
+    QuantExperts(),
+    ScaledLinear(),  # after the weights: both sides are codes by then
 )
 
 

@@ -14,6 +14,7 @@ from fusecomp.ops.attention import attention_reference, paged_attention_referenc
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
+from fusecomp.ops.quant import ActivationSpec, WeightSpec, dequantize_reference, quantize_reference
 from fusecomp.ops.rope import Rope, rope_attention_reference
 from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
@@ -135,6 +136,52 @@ def _experts(*args: Any) -> Tensor:
     return computed(launch_experts(*args))
 
 
+def _dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
+    from fusecomp.lowerings.quant.lowering import launch_dequantize, refusal
+
+    parsed = WeightSpec.from_text(spec)
+    if reason := refusal(q, scale, zero, parsed):
+        record_fallback("dequantize", reason)
+        return dequantize_reference(q, scale, zero, spec)
+    return computed(launch_dequantize(q, scale, zero, parsed))
+
+
+def _quant_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    spec: str,
+    x_scale: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
+    from fusecomp.lowerings.quant.lowering import launch_quant_linear, supports
+
+    parsed, layout = Program.from_text(program), WeightSpec.from_text(spec)
+    if activation:
+        assert x_scale is not None
+        record_fallback("quant_linear", "no kernel multiplies codes by codes: activations are dequantized")
+        x = _dequantize(x, x_scale, None, ActivationSpec.from_text(activation).dequantized(layout.dtype).to_text())
+    if reason := supports(x, q, scale, zero, operands, parsed, layout):
+        record_fallback("quant_linear", reason)
+        return _linear(x, dequantize_reference(q, scale, zero, spec), norm_weight, norm_bias, operands, program)
+    return computed(launch_quant_linear(x, q, scale, zero, norm_weight, norm_bias, operands, parsed, layout))
+
+
+def _quant_experts(*args: Any) -> Tensor:
+    """Every expert is dequantized, then `experts` runs: unlike the reference, without a look at the routing."""
+    record_fallback("quant_experts", "no kernel reads the codes of experts: their weights are dequantized")
+    x, index, weights, up, up_scale, up_zero, up_bias, down, down_scale, down_zero, down_bias, *rest = args
+    *form, up_spec, down_spec = rest[:6]
+    first = _dequantize(up, up_scale, up_zero, up_spec)
+    second = _dequantize(down, down_scale, down_zero, down_spec)
+    return _experts(x, index, weights, first, up_bias, second, down_bias, *form, *rest[6:])
+
+
 def _greedy(logits: Tensor) -> Tensor:
     from fusecomp.lowerings.sampling.greedy import launch_greedy
 
@@ -188,6 +235,10 @@ def register() -> None:
     implement("rope_attention", _rope_attention, "CUDA")
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
+    implement("dequantize", _dequantize, "CUDA")
+    implement("quantize", quantize_reference, "CUDA")
+    implement("quant_linear", _quant_linear, "CUDA")
+    implement("quant_experts", _quant_experts, "CUDA")
     implement("greedy", _greedy, "CUDA")
     implement("route", _route, "CUDA")
     implement("router", _router, "CUDA")

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.router import RouteSpec
 
 T, S, CONTEXT = sympy.symbols("T S ctx", positive=True)
@@ -66,6 +67,17 @@ def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any,
     return Cost(touched * per_expert * up.element_size() + activations, 2 * T * K * per_expert)
 
 
+def _quant_experts(x: Any, index: Any, weights: Any, *args: Any) -> Cost:
+    """As `experts`, of the codes, scales and zero points of those touched."""
+    up, down = args[:3], args[4:7]
+    E, K = int(up[0].shape[0]), int(index.shape[1])
+    specs = (WeightSpec.from_text(text) for text in args[12:14])
+    values = sum(q[0].numel() * (8 // spec.bits) for (q, *_), spec in zip((up, down), specs, strict=True))
+    touched = E * (1 - (1 - sympy.Rational(K, E)) ** T)
+    activations = 2 * T * int(x.shape[-1]) * x.element_size()
+    return Cost(touched * sympy.Rational(_bytes(*up, *down), E) + activations, 2 * T * K * values)
+
+
 def _route(logits: Any, bias: Any, spec: str) -> Cost:
     """Ids are eight bytes. Operations are of the order of the logits, and counted as one for each."""
     parsed, E = RouteSpec.from_text(spec), int(logits.shape[-1])
@@ -90,6 +102,36 @@ def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any
     return Cost(rows * K * weight.element_size() + activations, 2 * T * rows * K)
 
 
+def _bytes(*tensors: Any) -> int:
+    """Of tensors whose sizes are known, None among them."""
+    return sum(int(x.numel()) * x.element_size() for x in tensors if x is not None)
+
+
+def _dequantize(q: Any, scale: Any, zero: Any, spec: str) -> Cost:
+    """Codes, scales and the result; activations as codes are [T, K], counted by their scales too."""
+    parsed = WeightSpec.from_text(spec)
+    width = parsed.torch_dtype.itemsize
+    if not isinstance(q.shape[-2], int):
+        return Cost(T * int(q.shape[-1]) * (q.element_size() + width), T * int(q.shape[-1]))
+    values = int(q.numel()) * (8 // parsed.bits)
+    return Cost(sympy.Integer(_bytes(q, scale, zero) + values * width), sympy.Integer(values))
+
+
+def _quantize(x: Any, *_: Any) -> Cost:
+    K = int(x.shape[-1])
+    return Cost(T * K * (x.element_size() + 1), T * K)
+
+
+def _quant_linear(x: Any, q: Any, scale: Any, zero: Any, *args: Any) -> Cost:
+    """As `linear`, the weight as codes with their scales; the result as wide as the program says."""
+    operands, program, spec = args[2], json.loads(args[3]), WeightSpec.from_text(args[4])
+    rows, K = spec.shape(q.shape)
+    width = getattr(torch, program["dtype"]).itemsize
+    full = sum(1 for operand in operands if operand.dim() == 2)
+    activations = T * (K * x.element_size() + rows // program["groups"] * (1 + full) * width)
+    return Cost(_bytes(q, scale, zero) + activations, 2 * T * rows * K)
+
+
 def _norm(x: Any, *_: Any) -> Cost:
     return Cost(2 * T * int(x.shape[-1]) * x.element_size(), sympy.Integer(0))
 
@@ -103,6 +145,10 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "router": _router,
     "linear": _linear,
     "norm": _norm,
+    "dequantize": _dequantize,
+    "quantize": _quantize,
+    "quant_linear": _quant_linear,
+    "quant_experts": _quant_experts,
 }
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusecomp.ops.library import define
+from fusecomp.ops.quant import dequantize_reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -102,9 +103,64 @@ def experts_reference(
     `act` is what `Activation.parse` reads. An index equal to E is a sentinel (an expert of another rank), which adds
     nothing.
     """
+
+    def run(rows: Tensor, expert: int) -> Tensor:
+        bias = None if up_bias is None else up_bias[expert]
+        hidden = _activate(_expert_linear(x[rows], up[expert], bias, transposed), act, gated, interleaved)
+        return _expert_linear(hidden, down[expert], None if down_bias is None else down_bias[expert], transposed)
+
+    return _combined(x, top_k_index, top_k_weights, up.shape[0], run, residual)
+
+
+def quant_experts_reference(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    up_spec: str,
+    down_spec: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`experts` by weights of codes [E, N, K] with scales [E, ...], as `dequantize` takes them.
+
+    Only experts that some token chose are dequantized, one after the other.
+    """
+
+    def run(rows: Tensor, expert: int) -> Tensor:
+        first, second = (
+            dequantize_reference(q[expert], scale[expert], None if zero is None else zero[expert], spec)
+            for q, scale, zero, spec in ((up, up_scale, up_zero, up_spec), (down, down_scale, down_zero, down_spec))
+        )
+        bias = None if up_bias is None else up_bias[expert]
+        hidden = _activate(_expert_linear(x[rows], first, bias, transposed), act, gated, interleaved)
+        return _expert_linear(hidden, second, None if down_bias is None else down_bias[expert], transposed)
+
+    return _combined(x, top_k_index, top_k_weights, up.shape[0], run, residual)
+
+
+def _combined(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    experts: int,
+    run: Callable[[Tensor, int], Tensor],
+    residual: Tensor | None,
+) -> Tensor:
+    """residual + the weighted sum of what `run(rows of x, expert)` gives for each token's experts."""
     T, K = top_k_index.shape
     flat, order = top_k_index.reshape(-1).sort(stable=True)
-    counts = torch.bincount(flat, minlength=up.shape[0] + 1)[: up.shape[0]].tolist()
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
     # The combine runs in fp32 (fp64 for fp64) over k in routing order: the result does not depend on experts' order.
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = torch.zeros(T * K, x.shape[1], dtype=wide, device=x.device)
@@ -112,10 +168,7 @@ def experts_reference(
     for expert, count in enumerate(counts):
         if count:
             rows = order[begin : begin + count]
-            hidden = _expert_linear(x[rows // K], up[expert], None if up_bias is None else up_bias[expert], transposed)
-            hidden = _activate(hidden, act, gated, interleaved)
-            bias = None if down_bias is None else down_bias[expert]
-            parts[rows] = _expert_linear(hidden, down[expert], bias, transposed).to(wide)
+            parts[rows] = run(rows // K, expert).to(wide)
         begin += count
     total = (parts.view(T, K, -1) * top_k_weights.to(wide)[..., None]).sum(1)
     return (total if residual is None else total + residual.to(wide)).to(x.dtype)
@@ -125,5 +178,12 @@ define(
     "experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor up, Tensor? up_bias, Tensor down, "
     "Tensor? down_bias, str act, bool gated, bool interleaved, bool transposed, Tensor? residual=None) -> Tensor",
     experts_reference,
+    lambda x, *_: x.new_empty(x.shape),
+)
+define(
+    "quant_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor up, Tensor up_scale, Tensor? up_zero, "
+    "Tensor? up_bias, Tensor down, Tensor down_scale, Tensor? down_zero, Tensor? down_bias, str act, bool gated, "
+    "bool interleaved, bool transposed, str up_spec, str down_spec, Tensor? residual=None) -> Tensor",
+    quant_experts_reference,
     lambda x, *_: x.new_empty(x.shape),
 )

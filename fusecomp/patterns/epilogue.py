@@ -21,6 +21,7 @@ from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.functional import CAST, FLOATS, RESHAPES, aten, is_call, token_shape
 
+DEQUANTIZE = OPS.dequantize.default
 MATMULS = (aten.mm.default, aten.addmm.default)
 MAX_STEPS, MAX_OPERANDS = 48, 6
 
@@ -70,7 +71,8 @@ class MatmulRegion:
 
     Attributes:
         node: the matmul.
-        x, weight: its operands: x [T, K], and the placeholder [G * N, K] whose transpose it multiplies by.
+        x, weight: its operands: x [T, K], and the placeholder [G * N, K], or what is dequantized from placeholders,
+            whose transpose it multiplies by.
         exit: the one value that leaves the region.
         program: what the region computes.
         operands: further inputs, in the program's order.
@@ -117,6 +119,8 @@ class LinearEpilogue(Pattern):
     def operation(self, candidate: MatmulRegion) -> str:
         program, weight = candidate.program, fake_value(candidate.weight)
         assert program is not None
+        if is_call(candidate.weight, DEQUANTIZE):
+            return ""  # it becomes a quantized linear, which says its own
         rows, k = weight.shape
         dtype = str(weight.dtype).removeprefix("torch.")
         return str(LinearShape(rows // program.groups, k, program.groups, program.kind, dtype))
@@ -148,7 +152,7 @@ def read_region(node: Node) -> MatmulRegion:
         is_call(transposed, aten.permute.default) and list(transposed.args[1]) == [1, 0]  # type: ignore[arg-type]
     )
     weight = transposed.args[0] if turned else None
-    if not isinstance(weight, Node) or weight.op != "placeholder":
+    if not isinstance(weight, Node) or not (weight.op == "placeholder" or is_call(weight, DEQUANTIZE)):
         return MatmulRegion(node, reason="it does not multiply by the transpose of a weight [N, K]")
     fake_w, fake_x = fake_value(weight), fake_value(x)
     if not fake_w.is_contiguous():

@@ -2,7 +2,8 @@
 
 The stacked weight is laid out once, at capture: the parameters become views of it, so no second copy stays and
 `state_dict` keeps its names. It enters the graph as a further input. Projections whose outputs meet in a product (gate
-and up) are merged with each other, in their order; all others that share the input are merged together.
+and up) are merged with each other, in their order; all others that share the input are merged together. Of a
+dequantized weight its codes, scales and zero points are stacked, each as a weight.
 
 Legend: T tokens, K input features, N output features of one linear.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fusecomp.ops import OPS
+from fusecomp.ops.quant import WeightSpec
 from fusecomp.patterns.base import TOLERANCE, Example, MergedWeight, PassContext, Pattern, fake_value, module_path
 from fusecomp.patterns.evaluate import writers
 from fusecomp.patterns.functional import size_key
 from fusecomp.patterns.raw_attention import argument, is_call
 
 PRODUCTS = (operator.mul, torch.mul)
+DEQUANTIZE = (OPS.dequantize, OPS.dequantize.default)
 MAX_CHAIN = 32
 
 
@@ -41,6 +45,14 @@ class LinearGroup:
         return [argument(n, 1, "weight") for n in self.linears]
 
     @property
+    def parts(self) -> list[list[Node | None]]:
+        """What is stacked, each of all linears: the weights; or their codes, scales and zero points, if there are."""
+        if not is_call(self.weights[0], DEQUANTIZE):
+            return [list(self.weights)]
+        named = [[argument(w, i, name) for w in self.weights] for i, name in enumerate(("q", "scale", "zero"))]
+        return [part for part in named if part[0] is not None]
+
+    @property
     def biases(self) -> list[Node | None]:
         return [argument(n, 2, "bias") for n in self.linears]
 
@@ -52,26 +64,37 @@ class MergedLinears(Pattern):
     numerics = TOLERANCE
 
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearGroup]:
-        by_input: dict[Node, list[Node]] = {}
+        by_input: dict[tuple, list[Node]] = {}
         for node in graph.nodes:
             if is_call(node, (F.linear,)):
-                by_input.setdefault(argument(node, 0, "input"), []).append(node)
+                key = (argument(node, 0, "input"), *_layout(argument(node, 1, "weight")))
+                by_input.setdefault(key, []).append(node)
         groups = []
         for linears in by_input.values():
             groups += [LinearGroup(part[0], part) for part in partition(linears) if len(part) > 1]
         return groups
 
     def guard(self, candidate: LinearGroup, context: PassContext) -> str | None:
-        weights, biases = candidate.weights, [b for b in candidate.biases if b is not None]
+        parts, biases = candidate.parts, [b for b in candidate.biases if b is not None]
+        weights = [node for part in parts for node in part]
+        if is_call(candidate.weights[0], DEQUANTIZE):
+            if shared := next((w for w in candidate.weights if len(w.users) > 1), None):
+                return f"{shared.name} is used {len(shared.users)} times"
+            merged = _merged_spec(candidate)
+            if isinstance(merged, str):
+                return merged
         for node in (*weights, *biases):
             name = getattr(node, "name", node)
             if not isinstance(node, Node) or not isinstance(parameter(node), nn.Parameter):
                 return f"{name} is no parameter"
             if len(node.users) > 1:
                 return f"{name} is used {len(node.users)} times"
+        stacks: list[list[Any]] = [*parts, biases]
+        for part in stacks:
+            kinds = {(parameter(n).dtype, parameter(n).device, parameter(n).shape[1:]) for n in part}
+            if len(kinds) > 1:
+                return "their parameters differ in dtype, width or device"
         tensors = [parameter(n) for n in (*weights, *biases)]
-        if len({(t.dtype, t.device) for t in tensors}) > 1:
-            return "their parameters differ in dtype or device"
         if any(not parameter(w).is_contiguous() for w in weights):
             return "a weight is not contiguous"
         memories = [(t.untyped_storage().data_ptr(), t.storage_offset()) for t in tensors]
@@ -85,14 +108,21 @@ class MergedLinears(Pattern):
         return None
 
     def emit(self, candidate: LinearGroup, gm: GraphModule, context: PassContext) -> str:
-        graph, first = gm.graph, candidate.node
+        graph, first, old_weights = gm.graph, candidate.node, candidate.weights
         source = argument(first, 0, "input")
-        weight = self._append(gm, candidate.weights, candidate, context)
-        bias = None
+        widths = [fake_value(w).shape[0] for w in old_weights]
+        stacked = [
+            self._append(gm, part, [fake_value(node).shape[0] for node in part], context) for part in candidate.parts
+        ]
+        weight, bias, spec = stacked[0], None, _merged_spec(candidate)
         if any(b is not None for b in candidate.biases):
-            bias = self._append(gm, candidate.biases, candidate, context)
-        widths = [fake_value(w).shape[0] for w in candidate.weights]
+            bias = self._append(gm, candidate.biases, widths, context)
         with graph.inserting_before(first):
+            if is_call(old := old_weights[0], DEQUANTIZE):
+                assert isinstance(spec, WeightSpec)
+                args = (*stacked, *[None] * (3 - len(stacked)), spec.to_text())
+                weight = graph.call_function(DEQUANTIZE[1], args)
+                _describe(weight, old, fake_value(old).new_empty((sum(widths), *fake_value(old).shape[1:])))
             merged = graph.call_function(F.linear, (source, weight, bias))
             fake = fake_value(source)
             _describe(merged, first, fake.new_empty((*fake.shape[:-1], sum(widths))))
@@ -105,12 +135,14 @@ class MergedLinears(Pattern):
             old.replace_all_uses_with(part)
             graph.erase_node(old)
             start += width
+        for old in old_weights:
+            if is_call(old, DEQUANTIZE):
+                graph.erase_node(old)
         names = " + ".join(module_path(n).rpartition(".")[2] for n in candidate.linears)
         return f"{names}: {' + '.join(map(str, widths))} rows of one weight"
 
-    def _append(self, gm: GraphModule, parts: Sequence[Node | None], group: LinearGroup, context: PassContext) -> Node:
-        """A new placeholder, after the last, for the stack of `parts`; a missing bias is zeros."""
-        rows = [fake_value(w).shape[0] for w in group.weights]
+    def _append(self, gm: GraphModule, parts: Sequence[Node | None], rows: list[int], context: PassContext) -> Node:
+        """A new placeholder, after the last, for the stack of `parts` of so many rows; a missing bias is zeros."""
         like = parameter(next(p for p in parts if p is not None))
         given = [None if part is None else parameter(part) for part in parts]
         tensor = stack_parameters(given, rows, like)
@@ -133,6 +165,30 @@ class MergedLinears(Pattern):
 def _describe(node: Node, like: Node, fake: Any) -> None:
     node.meta.update({k: v for k, v in like.meta.items() if k != "tensor_dict"})
     node.meta["example_value"] = fake
+
+
+def _layout(weight: Any) -> tuple:
+    """What weights must have in common to be stacked: none of them is dequantized, or all are and in the same way."""
+    if not is_call(weight, DEQUANTIZE):
+        return ("",)
+    return argument(weight, 3, "spec"), argument(weight, 2, "zero") is None
+
+
+def _merged_spec(group: LinearGroup) -> WeightSpec | str | None:
+    """How the stack of dequantized weights is dequantized, or why it cannot be; None for plain weights."""
+    if not is_call(group.weights[0], DEQUANTIZE):
+        return None
+    spec = WeightSpec.from_text(argument(group.weights[0], 3, "spec"))
+    heights = [fake_value(w).shape[0] for w in group.weights]
+    if any(fake_value(node).dim() != 2 for part in group.parts for node in part if node is not None):
+        return "their codes or scales are no matrices"
+    if spec.rows == 0:
+        # One scale for all rows of each: in the stack, for as many rows of it.
+        same = len(set(heights)) == 1
+        return replace(spec, rows=heights[0]) if same else "each has one scale, and they differ in height"
+    if any(height % spec.rows for height in heights[:-1]):
+        return f"a scale serves {spec.rows} rows, heights are {', '.join(map(str, heights))}"
+    return spec
 
 
 def parameter(node: Any) -> Any:

@@ -75,6 +75,8 @@ class RouterLinear(Pattern):
         if program is not None:
             if program.groups != 1 or program.kind not in ("identity", "bias") or program.norm is not None:
                 return f"the linear before it computes {program.describe()}"
+            if is_call(candidate.weight, OPS.dequantize.default):
+                return "its weight is quantized, a router's is not"
             if program.torch_dtype != weight.dtype:
                 return f"its logits are {program.torch_dtype}, the linear's weight {weight.dtype}"
         stack = [candidate.matmul]

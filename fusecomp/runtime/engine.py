@@ -18,6 +18,7 @@ from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.linear import LinearShape
+from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.report import FusionReport
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import memory
@@ -385,12 +386,15 @@ class Engine:
         """Say which kernel each linear takes, for the batches that have a graph and for the longest step."""
         from fusecomp.lowerings.device import target_of
         from fusecomp.lowerings.linear.lowering import explain_choices
+        from fusecomp.lowerings.quant.lowering import explain_choices as explain_quantized
 
         counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
         for operation in dict.fromkeys(match.operation for match in self.report.matches):
+            target = target_of(self._step.kv_caches[0])
             if shape := LinearShape.parse(operation):
-                target = target_of(self._step.kv_caches[0])
                 self.report.lowerings[operation] = explain_choices(target, shape, counts)
+            elif quantized := QuantShape.parse(operation):
+                self.report.lowerings[operation] = explain_quantized(target, quantized, counts)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

@@ -68,3 +68,26 @@ def test_second_capture_takes_the_weight_as_it_lies():
     assert first.merged[0].tensor.data_ptr() == second.merged[0].tensor.data_ptr()
     wanted = flat(copy.deepcopy(module)(*inputs))
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(flat(output), wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["int4_zero_gate_up", "fp8_blocks", "fp8_one_scale_gate_up"])
+def test_codes_become_views_too(name):
+    """Also of fp8 as it is stored, which an example's cast to its dtype would widen."""
+    example = next(e for e in PATTERN.examples() if e.name == name)
+    module, inputs, context = example.function, example.inputs(torch.float32), new_context()
+    before = {key: p.clone() for key, p in module.state_dict().items()}
+    wanted = flat(copy.deepcopy(module)(*inputs))
+    output, graph = run_merged(module, inputs, context)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(flat(output), wanted, strict=True))
+    after = module.state_dict()
+    assert all(torch.equal(after[key].float(), before[key].float()) for key in before)
+    assert [m.tensor.dtype for m in context.merged] == [module.layers[0].q.dtype] + [torch.float32] * (
+        1 + (module.layers[0].zero is not None)
+    )
+    for merged, part in zip(context.merged, ("q", "scale", "zero"), strict=False):
+        storages = {getattr(layer, part).untyped_storage().data_ptr() for layer in module.layers}
+        assert storages == {merged.tensor.untyped_storage().data_ptr()}
+    assert sum("dequantize" in str(n.target) for n in graph.graph.nodes) == 1
+    second = new_context()
+    run_merged(module, inputs, second)
+    assert [m.tensor.data_ptr() for m in second.merged] == [m.tensor.data_ptr() for m in context.merged]

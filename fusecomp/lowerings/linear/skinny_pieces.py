@@ -79,3 +79,40 @@ def norm_factor(g, NORM: tl.constexpr):
 def rms_scale(sum_squares, k, eps):
     """RMSNorm's factor of each token."""
     return tl.rsqrt(sum_squares / k + eps)
+
+
+@triton.jit
+def sum_of_splits(
+    acc,
+    sum_squares,
+    partials,
+    part_squares,
+    counters,
+    team,
+    split,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
+):
+    """(whether this program is the last of its team, then the team's sums) of acc [BR, BT] and squares [BT].
+
+    Parts are summed in order of the splits, so results do not depend on who was last.
+    """
+    part_at = partials + tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    part_squares_at = part_squares + tl.arange(0, BLOCK_T)
+    mine = team * SPLITS + split
+    tl.store(part_at + mine * (BLOCK_R * BLOCK_T), acc)
+    if SUM_SQUARES:
+        tl.store(part_squares_at + mine * BLOCK_T, sum_squares)
+    tl.debug_barrier()  # all of the program's stores precede the release below
+    last = tl.atomic_add(counters + team, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(counters + team, 0)
+        acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+        sum_squares = tl.zeros([BLOCK_T], tl.float32)
+        for s in tl.static_range(SPLITS):
+            acc += tl.load(part_at + (team * SPLITS + s) * (BLOCK_R * BLOCK_T), cache_modifier=".cg")
+            if SUM_SQUARES:
+                sum_squares += tl.load(part_squares_at + (team * SPLITS + s) * BLOCK_T, cache_modifier=".cg")
+    return last, acc, sum_squares

@@ -20,6 +20,7 @@ from fusecomp.lowerings.linear.skinny_pieces import (
     norm_factor,
     rms_scale,
     split_groups,
+    sum_of_splits,
     weight_rows,
 )
 
@@ -96,7 +97,7 @@ def tile_kernel(
     if PIPELINED > 0 and EARLY:
         # A load of nothing: the loop carries the inputs in the layout of their loads.
         v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)
-        g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+        g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         for tile in range(lo, hi):
             # The pipeline asks for the weights of its first stages before the loop, hence the wait is within: it and
             # all loads of inputs stand in branches, which the pipeline leaves in their place.
@@ -106,14 +107,14 @@ def tile_kernel(
                 if USE_PDL:
                     gdc_wait()
                 if EXACT_NORM:
-                    scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
-                v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-            squares = _add_squares(squares, v, SUM_SQUARES)
-            y = _normalize(v, g, scale, NORM)
+                    scale = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+                v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            squares = add_squares(squares, v, SUM_SQUARES)
+            y = normalize(v, g, scale, NORM)
             if tile + 1 < hi:
                 start += BLOCK_K
-                v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-                g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+                v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+                g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
             acc = tl.dot(w, y, acc, input_precision="ieee")
     elif PIPELINED > 0:
         if USE_PDL:
@@ -122,52 +123,39 @@ def tile_kernel(
                     _prefetch(row_at, (lo + i) * BLOCK_K, k, BLOCK_K)
             gdc_wait()
         if EXACT_NORM:
-            scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+            scale = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
         for tile in range(lo, hi):
             start = tile * BLOCK_K
             w = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
-            v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-            g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
-            squares = _add_squares(squares, v, SUM_SQUARES)
-            acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
+            v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            squares = add_squares(squares, v, SUM_SQUARES)
+            acc = tl.dot(w, normalize(v, g, scale, NORM), acc, input_precision="ieee")
     else:
         if USE_PDL:
             gdc_wait()
         if EXACT_NORM:
-            scale = rms_scale(_sum_squares(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
-        v = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-        g = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            scale = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+        v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+        g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         for tile in range(lo + 1, hi):  # loads one tile, multiplies the one before
             start = tile * BLOCK_K
             w_next = load_weight(tile_at + start, (start + cols < k)[None, :], EVEN_K)
-            v_next = _load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-            g_next = load_norm(norm_weight, _spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
-            squares = _add_squares(squares, v, SUM_SQUARES)
-            acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
+            v_next = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            g_next = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            squares = add_squares(squares, v, SUM_SQUARES)
+            acc = tl.dot(w, normalize(v, g, scale, NORM), acc, input_precision="ieee")
             w, v, g = w_next, v_next, g_next
-        squares = _add_squares(squares, v, SUM_SQUARES)
-        acc = tl.dot(w, _normalize(v, g, scale, NORM), acc, input_precision="ieee")
+        squares = add_squares(squares, v, SUM_SQUARES)
+        acc = tl.dot(w, normalize(v, g, scale, NORM), acc, input_precision="ieee")
 
     sum_squares = tl.sum(squares, 0)  # [BT]
     last = True
     if SPLITS > 1:
         team = block.to(tl.int64) * t_blocks + t_block
-        part_at = partials + tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        part_squares_at = part_squares + tl.arange(0, BLOCK_T)
-        mine = team * SPLITS + split
-        tl.store(part_at + mine * (BLOCK_R * BLOCK_T), acc)
-        if SUM_SQUARES:
-            tl.store(part_squares_at + mine * BLOCK_T, sum_squares)
-        tl.debug_barrier()  # all of the program's stores precede the release below
-        last = tl.atomic_add(counters + team, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            tl.store(counters + team, 0)
-            acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-            sum_squares = tl.zeros([BLOCK_T], tl.float32)
-            for s in tl.static_range(SPLITS):
-                acc += tl.load(part_at + (team * SPLITS + s) * (BLOCK_R * BLOCK_T), cache_modifier=".cg")
-                if SUM_SQUARES:
-                    sum_squares += tl.load(part_squares_at + (team * SPLITS + s) * BLOCK_T, cache_modifier=".cg")
+        last, acc, sum_squares = sum_of_splits(
+            acc, sum_squares, partials, part_squares, counters, team, split, BLOCK_R, BLOCK_T, SPLITS, SUM_SQUARES
+        )
     if last:
         if SUM_SQUARES:
             acc *= rms_scale(sum_squares, k, eps)[None, :]
@@ -178,7 +166,7 @@ def tile_kernel(
 
 
 @triton.jit
-def _load_tokens(at, cols, live, k, EVEN_K: tl.constexpr):
+def load_tokens(at, cols, live, k, EVEN_K: tl.constexpr):
     """[BK, BT] inputs, zero for tokens past T and columns past K."""
     if EVEN_K:
         return tl.load(at, mask=live, other=0.0, eviction_policy="evict_last")
@@ -187,13 +175,13 @@ def _load_tokens(at, cols, live, k, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _spread(cols, BLOCK_T: tl.constexpr):
+def spread(cols, BLOCK_T: tl.constexpr):
     """[BK] -> [BK, BT]: loads of the norm's weight are then laid out, and as wide, as those of the inputs."""
     return tl.broadcast_to(cols[:, None], [cols.shape[0], BLOCK_T])
 
 
 @triton.jit
-def _add_squares(squares, v, SUM_SQUARES: tl.constexpr):
+def add_squares(squares, v, SUM_SQUARES: tl.constexpr):
     """Adds the squares of 8 neighbours along K, which stay within a thread."""
     if SUM_SQUARES:
         v = v.to(tl.float32)
@@ -202,7 +190,7 @@ def _add_squares(squares, v, SUM_SQUARES: tl.constexpr):
 
 
 @triton.jit
-def _normalize(v, g, scale, NORM: tl.constexpr):
+def normalize(v, g, scale, NORM: tl.constexpr):
     """[BK, BT], the product's operand: inputs times the norm's factors, in the inputs' dtype."""
     if NORM > 0:
         v = (v.to(tl.float32) * scale * norm_factor(g, NORM)).to(v.dtype)
@@ -210,11 +198,11 @@ def _normalize(v, g, scale, NORM: tl.constexpr):
 
 
 @triton.jit
-def _sum_squares(x_at, cols, live, k, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+def sum_squares_of(x_at, cols, live, k, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BT] sums of squares of whole tokens."""
     squares = tl.zeros([BLOCK_K, BLOCK_T], tl.float32)
     for start in range(0, k, BLOCK_K):
-        v = _load_tokens(x_at + start, start + cols[:, None], live, k, False).to(tl.float32)
+        v = load_tokens(x_at + start, start + cols[:, None], live, k, False).to(tl.float32)
         squares += v * v
     return tl.sum(squares, 0)
 

@@ -1,0 +1,209 @@
+"""CUDA implementations of `dequantize`, `quant_linear` and `quant_experts`: which kernel runs, from shapes alone.
+
+Few tokens: one kernel with the norm, the epilogue and the weight's codes inside. Up to some hundreds: the norm's
+kernel, then the same tile kernel. More: the weight is dequantized by a kernel of its own, and `linear` does the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
+from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.quant import heuristics, pieces
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
+from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
+from fusecomp.lowerings.quant.vector import quant_vector_kernel
+from fusecomp.ops.linear import FULL, Program
+from fusecomp.ops.norm import LAYER
+from fusecomp.ops.quant import FP4, INT, INT4_OFFSET, NF4, WeightSpec
+from fusecomp.ops.quant_linear import QuantShape, quant_shape
+
+
+def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> str | None:
+    """Why no kernel reads this weight, or None."""
+    if q.dtype != spec.codes_dtype or not q.is_contiguous():
+        return f"codes are {q.dtype} with strides {q.stride()}"
+    if scale.dtype not in (*DTYPES, torch.uint8) or (zero is not None and zero.dtype not in DTYPES):
+        return f"scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}"
+    if not scale.is_contiguous() or (zero is not None and not zero.is_contiguous()):
+        return "scales or zero points are not contiguous"
+    if spec.torch_dtype not in DTYPES:
+        return f"the dequantized weight is {spec.dtype}"
+    if spec.cols % heuristics.LEAST_COLUMNS:
+        return f"a scale serves {spec.cols} columns, no multiple of {heuristics.LEAST_COLUMNS}"
+    return None
+
+
+def supports(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    spec: WeightSpec,
+) -> str | None:
+    """Why the kernels cannot run this quantized linear, or None if they can."""
+    for tensor in (x, *operands):
+        if tensor.dtype not in DTYPES:
+            return f"dtype {tensor.dtype} is none of fp32, fp16, bf16"
+    if program.torch_dtype not in DTYPES:
+        return f"output dtype {program.dtype} is none of fp32, fp16, bf16"
+    if x.dtype != spec.torch_dtype:
+        return f"activations are {x.dtype}, the weight is dequantized to {spec.dtype}"
+    return refusal(q, scale, zero, spec)
+
+
+def code_kind(kind: str, bits: int, target: Target) -> int:
+    """KIND of the kernels for a `WeightSpec`'s codes: the GPUs that have fp8 convert it themselves."""
+    native = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
+    fp8 = pieces.NATIVE_FP8 if native else pieces.FP8
+    return {(INT, 8): pieces.INT8, (INT, 4): pieces.INT4, (FP4, 4): pieces.FP4, (NF4, 4): pieces.NF4}.get(
+        (kind, bits), fp8
+    )
+
+
+def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, dict[str, Any]]:
+    """The codes as a kernel reads them, and its KIND, OFFSET, ROWS and COLS."""
+    kind = code_kind(spec.kind, spec.bits, target_of(q))
+    if kind == pieces.NATIVE_FP8 and not q.is_cuda:
+        kind = pieces.FP8  # the interpreter, which stands for GPUs without a conversion of fp8
+    offset = float(INT4_OFFSET) if kind == pieces.INT4 and zero is None else 0.0
+    constants = {"KIND": kind, "OFFSET": offset, "ROWS": spec.rows, "COLS": spec.cols}
+    return (q.view(torch.uint8) if kind == pieces.FP8 else q), constants
+
+
+def launch_quant_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    spec: WeightSpec,
+) -> Tensor:
+    """epilogue(norm(x)[T, K] @ dequantize(q)[G * N, K]^T): [T, N] contiguous. `supports` must hold.
+
+    Safe under CUDA-graph capture: what runs depends on shapes only.
+    """
+    shape = quant_shape(x.dtype, q, zero, program, spec)
+    tokens = x.shape[0]
+    config = quant_config(target_of(x), shape, max(1, tokens))
+    if config.kernel == DEQUANTIZE:
+        weight = launch_dequantize(q, scale, zero, spec)
+        return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
+    norm = program.norm
+    if norm is not None and (norm.kind == LAYER or norm_bias is not None or tokens > SKINNY_LIMIT):
+        x = launch_norm_op(x, norm_weight, norm_bias, norm)
+        program, norm_weight = replace(program, norm=None), None
+    out = torch.empty((tokens, shape.n), dtype=program.torch_dtype, device=x.device)
+    if tokens:
+        run_quant(config, x, q, scale, zero, norm_weight, operands, program, spec, out, uses_pdl(x))
+    return out
+
+
+def run_quant(
+    config: QuantConfig,
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    spec: WeightSpec,
+    out: Tensor,
+    use_pdl: bool,
+) -> None:
+    """out[T, N] = epilogue(norm(x) @ dequantize(q)^T) as `config` says, in one launch; of norms only an RMSNorm.
+
+    Launches on one device must be ordered, as those of one stream or graph are: they share counters.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    args = tuple(
+        o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
+        for o, layout in zip(operands, program.operands, strict=True)
+    )
+    strides, norm = operand_strides(program, args), program.norm
+    (tokens, k), n, groups = x.shape, out.shape[1], program.groups
+    shape = quant_shape(x.dtype, q, zero, program, spec)
+    scheme = 0 if norm is None else 1 if norm_weight is None else 3 if norm.plus_one else 2
+    codes, layout = _layout(q, zero, spec)
+    common = {
+        "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
+        "NORM": scheme, "EPILOGUE": epilogue_hook(program), "USE_PDL": use_pdl, "num_warps": config.num_warps,
+        "num_stages": config.num_stages, **layout,
+    }  # fmt: skip
+    if use_pdl:
+        common["launch_pdl"] = True
+    norm_weight, eps = norm_weight if scheme >= 2 else None, 0.0 if norm is None else norm.eps
+    blocks, columns = _cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
+    if config.kernel == VECTOR:
+        launch(
+            quant_vector_kernel, (blocks,),
+            x, codes, scale, zero, out, norm_weight, args, strides, n, k, eps, columns,
+            UNIT=heuristics.unit(shape), **common,
+        )  # fmt: skip
+        return
+    per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
+    splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
+    teams = blocks * _cdiv(tokens, config.block_t)
+    partials = part_squares = counters = None
+    if splits > 1:
+        size = teams * splits * config.block_t
+        partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
+        part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = zeroed_counters(x.device, teams)
+    launch(
+        quant_tile_kernel, (teams * splits,),
+        x, codes, scale, zero, out, norm_weight, partials, part_squares, counters, args, strides, tokens, n, k,
+        per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
+        EXACT_NORM=scheme > 0 and x.dtype == torch.float16, **common,
+    )  # fmt: skip
+
+
+def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> Tensor:
+    """`fusecomp::dequantize` [..., N, K], contiguous; `refusal` must be None."""
+    *leading, n, k = spec.shape(q.shape)
+    out = torch.empty((*leading, n, k), dtype=spec.torch_dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    codes, layout = _layout(q, zero, spec)
+    block_r, block_k = 16, heuristics.fitting_columns(256, spec.cols)
+    rows, columns = spec.scales(n, k)
+    launch(
+        dequantize_kernel, (_cdiv(n, block_r), _cdiv(k, block_k), out.numel() // (n * k)),
+        codes, scale, zero, out, n, k, rows, columns, BLOCK_R=block_r, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
+        num_warps=4, **layout,
+    )  # fmt: skip
+    return out
+
+
+def explain_choices(target: Target, shape: QuantShape, token_counts: Sequence[int]) -> list[str]:
+    """One line for each run of token counts that one choice serves: "8 to 16 tokens: tile 16 x 64 x 128, ..."."""
+    if reason := heuristics.reason(shape):
+        return [f"any tokens: dequantized by the reference: {reason}"]
+    lines = []
+    named = [(tokens, quant_config(target, shape, tokens)) for tokens in sorted(set(token_counts)) if tokens]
+    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
+        counts = [tokens for tokens, _ in run]
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        name = f"quantized {choice.kernel}" if choice.kernel != DEQUANTIZE else "dequantize, then linear"
+        lines.append(f"{span} tokens: {name}, from {choice.source}")
+    return lines
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

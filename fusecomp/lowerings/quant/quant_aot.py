@@ -1,0 +1,112 @@
+"""Specializations of the quantized linears for ahead-of-time compilation: see `fusecomp/lowerings/aot.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.quant import heuristics, pieces
+from fusecomp.lowerings.quant.heuristics import VECTOR, quant_config
+from fusecomp.lowerings.quant.lowering import code_kind
+from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
+from fusecomp.lowerings.quant.vector import quant_vector_kernel
+from fusecomp.ops.quant import FP4, FP8, INT, NF4
+from fusecomp.ops.quant_linear import QuantShape
+
+NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+CODES = {pieces.INT8: "i8", pieces.NATIVE_FP8: "fp8e4nv"}
+LAYOUTS = (
+    (INT, 4, 1, 128, True),
+    (INT, 4, 1, 32, False),
+    (INT, 8, 1, 0, False),
+    (FP8, 8, 128, 128, False),
+    (FP8, 8, 0, 0, False),
+    (FP4, 4, 1, 32, False),
+    (NF4, 4, 1, 64, False),
+)
+SUBSET = (  # layout, groups, tokens, dtype, norm
+    (0, 1, 1, "bfloat16", 2),
+    (1, 2, 1, "float16", 0),
+    (3, 1, 1, "bfloat16", 2),
+    (0, 2, 8, "bfloat16", 2),
+    (1, 1, 32, "float16", 2),
+    (2, 1, 32, "bfloat16", 0),
+    (3, 2, 32, "bfloat16", 2),
+    (0, 1, 256, "bfloat16", 0),
+    (3, 2, 256, "bfloat16", 0),
+)
+
+
+def quant_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
+    """Kernels of a few layers; if `full`, of every layout at every size of tile, in each dtype."""
+    for at, groups, tokens, dtype, norm in SUBSET:
+        yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
+    yield _dequantize(target, LAYOUTS[0])
+    if full:
+        for layout in LAYOUTS:
+            yield _dequantize(target, layout)
+            for groups, tokens, dtype in itertools.product((1, 2), (1, 2, 8, 32, 64, 256), ("bfloat16", "float16")):
+                for norm in (0, 2, 3) if tokens <= heuristics.SKINNY_LIMIT else (0,):
+                    yield specialization(target, layout, groups, tokens, dtype, norm)
+            for tokens in (1, 32):
+                yield specialization(target, layout, 1, tokens, "float32", 2)
+
+
+def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pointers and constants of codes, scales and zero points."""
+    kind, bits, rows, cols, zero = layout
+    code = code_kind(kind, bits, target)
+    pointers = {"q": CODES.get(code, "u8"), "scale": "u8" if kind == FP4 else "bf16"}
+    constants: dict[str, Any] = {"KIND": code, "OFFSET": 0.0, "ROWS": rows, "COLS": cols}
+    if zero:
+        pointers["zero"] = "bf16"
+    else:
+        constants |= {"zero": None, "OFFSET": 8.0 if code == pieces.INT4 else 0.0}
+    return pointers, constants
+
+
+def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int) -> Specialization:
+    """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
+    n, k = (14336, 4096) if groups == 2 else (4096, 14336)
+    kind, bits, rows, cols, zero = layout
+    shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero)
+    config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
+    pointers, constants = _layout(target, layout)
+    pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
+    scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
+    scalars["strides"] = () if groups == 2 else ("i32",)
+    constants |= {
+        "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
+        "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": pdl,
+    }  # fmt: skip
+    if norm >= 2:
+        pointers["norm_weight"] = short
+    else:
+        constants["norm_weight"] = None
+    if config.kernel == VECTOR:
+        constants["UNIT"] = heuristics.unit(shape)
+    else:
+        scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
+        exact = norm > 0 and dtype == "float16"
+        constants |= {"BLOCK_T": config.block_t, "SPLITS": config.splits, "EXACT_NORM": exact}
+        scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
+        if config.splits > 1:
+            pointers |= scratch
+        else:
+            constants |= dict.fromkeys(scratch)
+    name = f"quant-{kind}{bits}-{rows}x{cols}-{short}-g{groups}-t{tokens}-norm{norm}"
+    kernel = quant_vector_kernel if config.kernel == VECTOR else quant_tile_kernel
+    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
+
+
+def _dequantize(target: Target, layout: tuple) -> Specialization:
+    pointers, constants = _layout(target, layout)
+    block_k = heuristics.fitting_columns(256, layout[3])
+    constants |= {"BLOCK_R": 16, "BLOCK_K": block_k, "EVEN_K": True}
+    scalars = dict.fromkeys(("n", "k", "scale_rows", "stride_scale"), "i32")
+    name = f"dequantize-{layout[0]}{layout[1]}-{layout[2]}x{layout[3]}"
+    return Specialization(name, dequantize_kernel, {**pointers, "out": "bf16"}, scalars, constants, 4, 1, ("n", "k"))

@@ -1,0 +1,187 @@
+"""Kernel of a quantized linear layer with several tokens: codes become numbers on their way to the matrix units.
+
+Weights are on the wide side of the product, as in the skinny tile kernel: on an NVIDIA GPU of compute capability 9.0
+that operand may come from registers, where the codes were converted.
+
+Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a weight tile,
+BN = BR / G, BT tokens of an accumulator, S splits of K.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, split_groups, sum_of_splits, weight_rows
+from fusecomp.lowerings.linear.skinny_tile import add_squares, load_tokens, normalize, spread, sum_squares_of
+from fusecomp.lowerings.quant.pieces import load_codes, load_scales, scale_row, values
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_split"])
+def quant_tile_kernel(
+    x,  # [T, K], last dim contiguous
+    q,  # [G * N, K] codes or [G * N, K / 2] bytes, contiguous
+    scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type or uint8 exponents
+    zero,  # as scale, a float type, or None
+    out,  # [T, N], last dim contiguous
+    norm_weight,  # [K], or None
+    partials,  # [programs, BR, BT] fp32, scratch
+    part_squares,  # [programs, BT] fp32, scratch
+    counters,  # [programs / S] int32, zero before and after the launch
+    args,  # tuple of the epilogue's operands
+    strides,  # tuple of their row strides
+    num_tokens,
+    n,
+    k,
+    per_split,  # weight tiles along K of one split; no split is empty
+    eps,
+    stride_x,
+    stride_out,
+    stride_scale,
+    G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NORM: tl.constexpr,
+    EXACT_NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """A program owns BN features of BT tokens and one split of K; the last of S programs to arrive sums their parts.
+
+    COLS is 0, or divides BK, or is a multiple of it. Programs of the same weights are neighbours.
+    dtypes: x, norm_weight, out one of fp32, fp16, bf16; a weight is dequantized in fp32 and rounded to x's dtype.
+    Bytes: G * N * K * bits / 8 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from
+    the L2 per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
+    """
+    PACK: tl.constexpr = 2 if KIND >= 3 else 1  # codes of a byte
+    BLOCK_N: tl.constexpr = BLOCK_R // G
+    t_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    t_block = tl.program_id(0) % t_blocks
+    split = tl.program_id(0) // t_blocks % SPLITS
+    block = tl.program_id(0) // t_blocks // SPLITS
+    first = block.to(tl.int64) * BLOCK_N
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, tl.cdiv(k, BLOCK_K))
+    t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
+    live = t < num_tokens
+    rows = weight_rows(first, n, BLOCK_R, G)[:, None]
+    srow = scale_row(rows, ROWS)
+    cols = tl.arange(0, BLOCK_K)
+    places = tl.arange(0, BLOCK_K // PACK)[None, :]
+    tile_at = q + rows * (k // PACK) + places
+    x_at = x + t * stride_x + cols[:, None]
+
+    acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
+    factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
+    SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
+    if USE_PDL:
+        gdc_launch_dependents()
+        _prefetch(q + rows * (k // PACK), lo * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
+        gdc_wait()
+    if EXACT_NORM:
+        factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+    for tile in range(lo, hi):
+        start = tile * BLOCK_K
+        code = load_codes(tile_at + start // PACK, start + places * PACK < k, EVEN_K)
+        v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+        w = values(code, KIND, OFFSET)
+        if zero is not None:
+            w -= _spread_scales(zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+        w *= _spread_scales(scale, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+        if NORM > 0:
+            g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            squares = add_squares(squares, v, SUM_SQUARES)
+            v = normalize(v, g, factor, NORM)
+        acc = tl.dot(w.to(v.dtype), v, acc, input_precision="ieee")
+
+    sum_squares = tl.sum(squares, 0)  # [BT]
+    last = True
+    if SPLITS > 1:
+        team = block.to(tl.int64) * t_blocks + t_block
+        last, acc, sum_squares = sum_of_splits(
+            acc, sum_squares, partials, part_squares, counters, team, split, BLOCK_R, BLOCK_T, SPLITS, SUM_SQUARES
+        )
+    if last:
+        if SUM_SQUARES:
+            acc *= rms_scale(sum_squares, k, eps)[None, :]
+        features = (first + tl.arange(0, BLOCK_N))[:, None]
+        mask = (features < n) & live
+        y = EPILOGUE(split_groups(acc, G), args, strides, t, features, mask)
+        tl.store(out + t * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _spread_scales(
+    scale,
+    srow,
+    start,
+    k,
+    stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Scales (or zeros) of a tile, [BR, BK] or [BR, 1]."""
+    if COLS == 0 or COLS >= BLOCK_K:
+        return load_scales(scale, srow, start + tl.zeros([1, 1], tl.int32), k, stride, COLS, EVEN_K)
+    else:
+        columns = start + tl.arange(0, BLOCK_K // COLS)[None, :] * COLS
+        found = load_scales(scale, srow, columns, k, stride, COLS, EVEN_K)
+        spread = tl.broadcast_to(found[:, :, None], [BLOCK_R, BLOCK_K // COLS, COLS])
+        return tl.reshape(spread, [BLOCK_R, BLOCK_K])
+
+
+@triton.jit
+def _prefetch(row_at, start, width, BYTES: tl.constexpr):
+    """Ask the L2 for the lines of a first tile, up to the last byte of a row."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    lines = row_at + tl.minimum(start + tl.arange(0, LINES) * 128, width - 1)[None, :]
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def dequantize_kernel(
+    q,  # [B, N, K] codes or [B, N, K / 2] bytes, contiguous
+    scale,  # [B, ceil(N / ROWS), ceil(K / COLS)] contiguous, a float type or uint8 exponents
+    zero,  # as scale, a float type, or None
+    out,  # [B, N, K] contiguous
+    n,
+    k,
+    scale_rows,
+    stride_scale,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """out = (codes - zero) * scale, in fp32 and rounded once; a program does BR rows by BK columns of one matrix.
+
+    Bytes: the codes, the scales and the result.
+    """
+    PACK: tl.constexpr = 2 if KIND >= 3 else 1
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    start = tl.program_id(1) * BLOCK_K
+    cols, places = start + tl.arange(0, BLOCK_K)[None, :], start // PACK + tl.arange(0, BLOCK_K // PACK)[None, :]
+    row = tl.minimum(rows, n - 1)
+    code = load_codes(q + (matrix * n + row) * (k // PACK) + places, places * PACK < k, EVEN_K)
+    srow = matrix * scale_rows + scale_row(row, ROWS)
+    w = values(code, KIND, OFFSET)
+    if zero is not None:
+        w -= _spread_scales(zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+    w *= _spread_scales(scale, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+    tl.store(out + (matrix * n + row) * k + cols, w.to(out.dtype.element_ty), mask=(rows < n) & (cols < k))

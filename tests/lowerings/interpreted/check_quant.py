@@ -1,0 +1,195 @@
+"""Kernels of quantized linears under Triton's interpreter; `tests/lowerings/test_quant.py` runs this file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fusecomp.lowerings import device
+from fusecomp.lowerings.quant import lowering
+from fusecomp.lowerings.quant.heuristics import QuantConfig, fitting_columns
+from fusecomp.lowerings.quant.lowering import launch_dequantize, launch_quant_linear, run_quant
+from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
+from fusecomp.ops.norm import NormSpec
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
+from fusecomp.ops.quant_linear import quant_linear_reference
+from fusecomp.patterns.quant_examples import random_weight
+
+SETTINGS = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
+PROGRAMS = {
+    "plain": Program(1, (), (), "float32"),
+    "residual": Program(1, (FULL,), (("add", "i0", "a0"),), "float32"),
+    "bias": Program(1, (ROW,), (("add", "a0", "i0"),), "float32"),
+    "swiglu": Program(2, (), SILU, "float32"),
+}
+NORMS = {"none": None, "rms": NormSpec("rms", 1e-5), "plus one": NormSpec("rms", 1e-5, True)}
+
+
+def _float32(handle: TensorHandle) -> TensorHandle:
+    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+_create_dot = InterpreterBuilder.create_dot
+InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@st.composite
+def specs(draw):
+    """Every kind of codes, by rows, tensors, groups and blocks."""
+    kind, bits = draw(st.sampled_from([(INT, 4), (INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4)]))
+    rows, cols = draw(st.sampled_from([(1, 0), (0, 0), (1, 16), (1, 32), (1, 128), (16, 32), (3, 48)]))
+    return WeightSpec(kind, bits, rows, cols, draw(st.sampled_from(["float32", "float16", "bfloat16"])))
+
+
+@st.composite
+def layers(draw, tokens):
+    """(x, weight, norm weight, operands, program, spec)."""
+    spec, name = draw(specs()), draw(st.sampled_from([*PROGRAMS]))
+    count, n, k = draw(tokens), draw(st.integers(1, 50)), 2 * draw(st.integers(1, 100))
+    norm = NORMS[draw(st.sampled_from([*NORMS]))]
+    program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
+    shape = (program.groups * n, k)
+    zero = spec.kind == INT and draw(st.booleans())
+    weight = list(random_weight(shape, spec, torch.float32, zero=zero, seed=draw(st.integers(0, 9))))
+    if spec.kind == FP4 and draw(st.booleans()):
+        weight[1] = torch.randint(120, 126, weight[1].shape, dtype=torch.uint8)
+    else:
+        weight[1] = weight[1].to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
+    torch.manual_seed(0)
+    x = torch.randn(count, k + 8, dtype=spec.torch_dtype)[:, :k] * 3
+    operands = [torch.randn((count, n + 3) if part == FULL else (n,)).to(spec.torch_dtype) for part in program.operands]
+    operands = [o[:, :n] if o.dim() == 2 else o for o in operands]
+    norm_weight = torch.randn(k).to(spec.torch_dtype) if norm and (norm.plus_one or draw(st.booleans())) else None
+    return x, tuple(weight), norm_weight, operands, program, spec
+
+
+def check(found, layer) -> None:
+    """Error against fp32 at most 1.5 times that of the unfused layer, or two roundings of its inputs."""
+    x, (q, scale, zero), norm_weight, operands, program, spec = layer
+    exact_program = replace(program, dtype="float64").to_text()
+    weight = dequantize_reference(q, scale, zero, replace(spec, dtype="float64").to_text())
+    doubles = [o.double() for o in operands]
+    norm = None if norm_weight is None else norm_weight.double()
+    exact = linear_reference(x.double(), weight, norm, None, doubles, exact_program)
+    unfused = quant_linear_reference(
+        x, q, scale, zero, norm_weight, None, operands, program.to_text(), spec.to_text()
+    ).double()
+    assert found.isfinite().all()
+    # Sums may cancel: the size of their terms says what a rounding of an input amounts to.
+    size = linear_reference(
+        x.double().abs(), weight.abs(), None if norm is None else norm.abs(), None, doubles, exact_program
+    )
+    eps = torch.finfo(x.dtype).eps
+    floor = (4 if x.dtype == torch.float32 else 2) * eps * (size.norm() / max(1, x.shape[1]) ** 0.5 + exact.norm())
+    error, allowed = (found.double() - exact).norm(), 1.5 * (unfused - exact).norm()
+    assert error <= max(allowed, floor), (error, allowed, floor)
+
+
+def run(layer, config):
+    x, (q, scale, zero), norm_weight, operands, program, spec = layer
+    tokens, n = x.shape[0], q.shape[0] // program.groups
+    buffer = torch.full((tokens + 1, n + 3), float("nan"), dtype=spec.torch_dtype)
+    out = buffer[:tokens, :n]
+    config = replace(config, block_k=fitting_columns(config.block_k, spec.cols))
+    run_quant(config, x, q, scale, zero, norm_weight, operands, program, spec, out, False)
+    assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
+    for counters in device._arrival_counters.values():
+        assert not counters.any(), "a launch left its counters raised"
+    check(out, layer)
+    return out
+
+
+@settings(SETTINGS, max_examples=40)
+@given(layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
+def test_one_token(layer, block_r, block_k):
+    run(layer, QuantConfig("vector", 1, block_r, block_k))
+
+
+@settings(SETTINGS, max_examples=40)
+@given(
+    layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([16, 64]),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_tokens(layer, block_t, block_r, block_k, splits):
+    run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits))
+
+
+@settings(SETTINGS, max_examples=20)
+@given(specs(), st.integers(1, 40), st.integers(1, 150), st.booleans(), st.sampled_from([(), (3,)]))
+def test_dequantize(spec, n, half_k, zero, leading):
+    q, scale, zeros = random_weight((*leading, n, 2 * half_k), spec, torch.float32, zero=zero and spec.kind == INT)
+    found = launch_dequantize(q, scale, zeros, spec)
+    exact = dequantize_reference(q, scale, zeros, spec.to_text())
+    # The interpreter truncates where a GPU rounds to nearest.
+    eps = 0.0 if spec.dtype in ("float32", "float16") else torch.finfo(spec.torch_dtype).eps
+    assert torch.allclose(found.float(), exact.float(), rtol=eps, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [INT, FP8, FP4, NF4])
+def test_every_code(kind):
+    """All codes, NaN among them, stand for what the reference says; and so do all e8m0 exponents."""
+    bits = 8 if kind in (INT, FP8) else 4
+    spec = WeightSpec(kind, bits, 1, 0, "float32")
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    q = codes if bits == 4 else codes.view(spec.codes_dtype)
+    scale = torch.ones(1, 1)
+    found, exact = launch_dequantize(q, scale, None, spec), dequantize_reference(q, scale, None, spec.to_text())
+    assert torch.equal(found.nan_to_num(7777.0), exact.nan_to_num(7777.0))
+    assert int(found.isnan().sum()) == (2 if kind == FP8 else 0)
+
+
+def test_every_exponent():
+    spec = WeightSpec(FP4, 4, 1, 0, "float32")
+    q, scale = torch.full((256, 8), 0x22, dtype=torch.uint8), torch.arange(256, dtype=torch.uint8)[:, None]
+    found, exact = launch_dequantize(q, scale, None, spec), dequantize_reference(q, scale, None, spec.to_text())
+    assert torch.equal(found.nan_to_num(7777.0), exact.nan_to_num(7777.0)) and found[255].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 33])
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_launch(monkeypatch, tokens, norm):
+    """Norm, choice and kernel together."""
+    monkeypatch.setattr(lowering, "quant_config", _small(lowering.quant_config))
+    spec = WeightSpec(INT, 4, 1, 32, "bfloat16")
+    chosen = {"none": None, "rms": NORMS["rms"], "layer": NormSpec("layer", 1e-5)}[norm]
+    program = replace(PROGRAMS["residual"], dtype="bfloat16", norm=chosen)
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 96).bfloat16(), random_weight((40, 96), spec, torch.bfloat16, zero=True)
+    operands, gain = [torch.randn(tokens, 40).bfloat16()], torch.randn(96).bfloat16()
+    found = launch_quant_linear(x, *weight, gain if chosen else None, None, operands, program, spec)
+    assert found.shape == (tokens, 40)
+    if tokens:
+        check(found, (x, weight, gain if chosen else None, operands, program, spec))
+
+
+def _small(original):
+    def config(*args):
+        found = original(*args)
+        return replace(found, block_r=min(found.block_r, 16), block_k=min(found.block_k, 32))
+
+    return config
