@@ -4,7 +4,7 @@ Each op has a `torch.library` schema, an eager reference (also the CPU path), a 
 a symbolic cost. Importing this package registers them under `torch.ops.fusecomp`.
 """
 
-from fusecomp.ops import attention, experts, linear, norm, rope, router, sampling
+from fusecomp.ops import attention, experts, linear, norm, quant, rope, router, sampling
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
@@ -17,6 +17,7 @@ __all__ = [
     "linear",
     "norm",
     "op_cost",
+    "quant",
     "record_fallback",
     "rope",
     "router",
