@@ -7,9 +7,16 @@ from typing import Any
 
 from fusecomp.errors import CheckpointError, UnsupportedModelError
 from fusecomp.quant.formats.base import Format
+from fusecomp.quant.formats.fp8 import Fp8
 from fusecomp.quant.formats.gptq import Gptq
 
-FORMATS: dict[str, type[Format]] = {f.method: f for f in (Gptq,)}
+FORMATS: dict[str, type[Format]] = {
+    f.method: f
+    for f in (
+        Gptq,
+        Fp8,
+    )
+}
 
 
 def quantization_format(config: dict[str, Any], where: str) -> Format | None:
