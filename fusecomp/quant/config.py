@@ -7,6 +7,7 @@ from typing import Any
 
 from fusecomp.errors import CheckpointError, UnsupportedModelError
 from fusecomp.quant.formats.base import Format
+from fusecomp.quant.formats.compressed_tensors import CompressedTensors
 from fusecomp.quant.formats.fp8 import Fp8
 from fusecomp.quant.formats.gptq import Gptq
 
@@ -15,6 +16,7 @@ FORMATS: dict[str, type[Format]] = {
     for f in (
         Gptq,
         Fp8,
+        CompressedTensors,
     )
 }
 
