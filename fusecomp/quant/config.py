@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from fusecomp.errors import CheckpointError, UnsupportedModelError
+from fusecomp.quant.formats.awq import Awq
 from fusecomp.quant.formats.base import Format
 from fusecomp.quant.formats.compressed_tensors import CompressedTensors
 from fusecomp.quant.formats.fp8 import Fp8
@@ -17,6 +18,7 @@ FORMATS: dict[str, type[Format]] = {
         Gptq,
         Fp8,
         CompressedTensors,
+        Awq,
     )
 }
 
