@@ -11,6 +11,7 @@ from fusecomp.quant.formats.base import Format
 from fusecomp.quant.formats.compressed_tensors import CompressedTensors
 from fusecomp.quant.formats.fp8 import Fp8
 from fusecomp.quant.formats.gptq import Gptq
+from fusecomp.quant.formats.mxfp4 import Mxfp4
 
 FORMATS: dict[str, type[Format]] = {
     f.method: f
@@ -19,6 +20,7 @@ FORMATS: dict[str, type[Format]] = {
         Fp8,
         CompressedTensors,
         Awq,
+        Mxfp4,
     )
 }
 
