@@ -8,21 +8,13 @@ from typing import Any
 from fusecomp.errors import CheckpointError, UnsupportedModelError
 from fusecomp.quant.formats.awq import Awq
 from fusecomp.quant.formats.base import Format
+from fusecomp.quant.formats.bitsandbytes import Nf4
 from fusecomp.quant.formats.compressed_tensors import CompressedTensors
 from fusecomp.quant.formats.fp8 import Fp8
 from fusecomp.quant.formats.gptq import Gptq
 from fusecomp.quant.formats.mxfp4 import Mxfp4
 
-FORMATS: dict[str, type[Format]] = {
-    f.method: f
-    for f in (
-        Gptq,
-        Fp8,
-        CompressedTensors,
-        Awq,
-        Mxfp4,
-    )
-}
+FORMATS: dict[str, type[Format]] = {f.method: f for f in (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Nf4)}
 
 
 def quantization_format(config: dict[str, Any], where: str) -> Format | None:
