@@ -34,10 +34,10 @@ class _FixedDtypes(nn.Module):
             probe = fn(tensor.new_empty(0))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
-        for parameter in self.parameters(recurse=False):
-            to = fn(torch.empty(0, dtype=WeightSpec.from_text(self.spec).torch_dtype, device=parameter.device)).dtype
-            self.spec = replace(WeightSpec.from_text(self.spec), dtype=str(to).removeprefix("torch.")).to_text()
-            break
+        spec = WeightSpec.from_text(self.spec)
+        device = next((parameter.device for parameter in self.parameters(recurse=False)), None)
+        to = fn(torch.empty(0, dtype=spec.torch_dtype, device=device)).dtype
+        self.spec = replace(spec, dtype=str(to).removeprefix("torch.")).to_text()
         return super()._apply(keep, recurse)
 
 

@@ -146,6 +146,7 @@ class Placement:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()  # layers for speculation, say
         for key in self.plain:
             dtype = self.files.entries[key].dtype
             if (
@@ -159,6 +160,8 @@ class Placement:
         for weight, parts in self.parts.items():
             key = weight if self.format.names_parameters else f"{weight}.weight"
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+            if name not in meta and any(re.search(rule, key) for rule in ignored):
+                continue
             if name not in meta:
                 names = ", ".join(map(repr, parts.values()))
                 raise self.files.error(f"tensors {names} belong to no parameter of {type(model).__name__}")

@@ -193,6 +193,29 @@ def test_dtype_follows_the_model_and_codes_stay(tmp_path):
     torch.testing.assert_close(linear.weight, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ["int8 dynamic", "int8 static", "fp8 block"])
+def test_dtype_of_quantized_inputs_follows(tmp_path, case):
+    checkpoint = make(tmp_path, "llama", *ACTIVATIONS[case][:2], num_hidden_layers=1)
+    wanted = checkpoint.load()(PROMPT).logits
+    half = checkpoint.load("bfloat16")
+    assert half(PROMPT).logits.dtype == torch.bfloat16
+    assert half.model.layers[0].mlp.up_proj.input.scale is None or "static" in case
+    got = half.float()(PROMPT).logits
+    assert got.dtype == torch.float32 and (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_layers_that_the_model_ignores(tmp_path, monkeypatch):
+    """DeepSeek V3 has a further layer, for speculation, in its checkpoint."""
+    from transformers import LlamaForCausalLM
+
+    checkpoint = make(tmp_path, "llama", packers.gptq, GPTQ)
+    extra = {name.replace("layers.0", "layers.3"): value for name, value in checkpoint.tensors.items()}
+    checkpoint.tensors |= {name: value for name, value in extra.items() if "layers.3" in name}
+    checkpoint.rewrite()
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3\..*"])
+    check_logits(checkpoint)
+
+
 def test_dynamic_settings_of_gptq(tmp_path):
     """One layer has 8 bits, and the router stays plain although nothing says so."""
     bits = iter([8, 8, 8, 8, 8, 8, 8] + [4] * 14)  # in the order of names: layer 0 first

@@ -142,6 +142,15 @@ def test_codes_that_are_not_of_this_format(tmp_path):
         checkpoint.load()
 
 
+def test_nf4_codes_alone(tmp_path):
+    checkpoint = make(tmp_path, *PACKS["nf4"])
+    for name in [name for name in checkpoint.tensors if name.startswith(f"{FIRST}.weight.")]:
+        del checkpoint.tensors[name]
+    checkpoint.rewrite()
+    with pytest.raises(CheckpointError, match=rf"{FIRST}.weight' holds U8 codes, and no scales of bitsandbytes"):
+        checkpoint.load()
+
+
 def test_nothing_is_quantized(tmp_path):
     checkpoint = make(tmp_path, *PACKS["gptq"])
     plain = {name: value for name, value in checkpoint.tensors.items() if name.split(".")[-1] == "weight"}
