@@ -236,6 +236,15 @@ def test_a_quantized_model_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "phimoe", "ernie4.5-moe"])
+def test_families_of_experts(tmp_path, family):
+    """Their checkpoints call experts differently, and some linears stand outside of them."""
+    only = r"model\.layers\.\d+\.(?!.*gate$).*(proj\w*|w\d)"
+    config = {**FP8, "weight_block_size": [32, 32]}
+    checkpoint = make(tmp_path, family, lambda w: packers.fp8(w, 32, 32, "weight_scale_inv"), config, only)
+    assert len(list(weights(check_logits(checkpoint, exact=False)))) < len(checkpoint.values)
+
+
 def test_the_engine_serves_it(tmp_path):
     from fusecomp import LLM, SamplingParams
     from tests.conftest import ENGINE_OPTIONS

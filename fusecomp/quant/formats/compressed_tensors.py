@@ -82,7 +82,7 @@ class CompressedTensors(Format):
             return signed((q[:, :k] if order is None else q[:, order]).contiguous())
         if k % 2:
             raise self.unsupported(f"weight {parts['weight_packed']!r} with {k} columns of 4 bits, an odd number")
-        return q[:, : k // 2].contiguous() if order is None else pack(nibbles(q)[:, order])
+        return q[:, : k // 2].contiguous() if order is None else pack(nibbles(q).index_select(1, order))
 
     def _plain(self, s: Scheme, parts: Parts, files: TensorFiles, n: int, k: int, order: Tensor | None) -> Tensor:
         q = files.get(parts["weight"], INTEGERS if s.kind == "int" else ("F8_E4M3",), (n, k))

@@ -70,7 +70,7 @@ class Gptq(Format):
         order = column_order(files, parts["g_idx"], k, groups, size) if "g_idx" in parts else None
         q = byte_view(words.t())
         if bits == 8:
-            q = signed(q if order is None else q[:, order])
+            q = signed(q if order is None else q.index_select(1, order))
         elif order is not None:
-            q = pack(nibbles(q)[:, order])
+            q = pack(nibbles(q).index_select(1, order))
         return Codes(q, compact(scale), zero, WeightSpec("int", bits, 1, 0 if groups == 1 else size, dtype), order)
