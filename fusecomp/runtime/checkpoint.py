@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fusecomp.errors import CheckpointError, UnsupportedModelError
 
@@ -46,15 +46,33 @@ def check_checkpoint(folder: Path) -> None:
             why="the model it modifies is somewhere else and would be loaded unchecked",
             remedy="merge it (peft's merge_and_unload) and save the merged model",
         )
+    weights = _weights(folder, config)
+    if weights.name.endswith(".index.json"):
+        _check_index(folder, weights)
+    else:
+        read_header(weights)
+
+
+def read_tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """Per weight file of a checked folder, its tensor table; of shards, what the index places in them."""
+    weights = _weights(folder, read_json(folder / "config.json", "restore the file"))
+    if not weights.name.endswith(".index.json"):
+        return {weights.name: read_header(weights)}
+    placed: dict[str, list[str]] = {}
+    for tensor, shard in read_json(weights, "restore the file")["weight_map"].items():
+        placed.setdefault(shard, []).append(tensor)
+    headers = {shard: read_header(folder / shard) for shard in placed}
+    return {shard: {name: headers[shard][name] for name in tensors} for shard, tensors in placed.items()}
+
+
+def _weights(folder: Path, config: dict[str, Any]) -> Path:
+    """The file that holds, or lists, the weights; `CheckpointError` without one."""
     explicit = config.get("transformers_weights")  # a file name that overrides the two usual ones
     names = [WEIGHTS, INDEX] if explicit is None else [Path(str(explicit)).name]
     present = [name for name in names if (folder / name).is_file()]
     if not present:
         _refuse_without_weights(folder, names)
-    if present[0].endswith(".index.json"):
-        _check_index(folder, folder / present[0])
-    else:
-        read_header(folder / present[0])
+    return folder / present[0]
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -172,7 +190,7 @@ def _check_index(folder: Path, index: Path) -> None:
             )
 
 
-def _refuse_without_weights(folder: Path, names: list[str]) -> None:
+def _refuse_without_weights(folder: Path, names: list[str]) -> NoReturn:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

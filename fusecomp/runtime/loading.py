@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusecomp.config import DTYPES
-from fusecomp.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModelError
-from fusecomp.runtime.checkpoint import check_checkpoint
+from fusecomp.errors import CapacityError, CheckpointError, ConfigError, FusecompError, UnsupportedModelError
+from fusecomp.quant.config import quantization_format
+from fusecomp.runtime.checkpoint import check_checkpoint, read_json, read_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fusecomp.quant.formats.base import Format
 
 logger = logging.getLogger("fusecomp")
 
@@ -45,7 +48,8 @@ def load_model(
 
     Raises:
         CheckpointError: files are missing, truncated, malformed or pickled, or weights do not fit the architecture.
-        UnsupportedModelError: the architecture is not a causal LM of the installed transformers.
+        UnsupportedModelError: the architecture is not a causal LM of the installed transformers, or its weights are
+            quantized in a way that is not supported.
         CapacityError: the device is too small for the weights.
     """
     if dtype not in DTYPES:
@@ -146,7 +150,6 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {
-        "dtype": dtype,
         "use_safetensors": True,
         "trust_remote_code": False,
         "local_files_only": True,
@@ -155,10 +158,18 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
     }
+    config = read_json(folder / "config.json", "restore the file")
+    quantized = quantization_format(config, str(folder / "config.json"))
     try:
         with EXCLUSIVE, _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+            if quantized is None:
+                _refuse_codes(folder)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
+            else:
+                loaded = _load_quantized(folder, quantized, dtype, options)
             model, info = loaded
+    except FusecompError:
+        raise
     except ImportError as error:
         raise UnsupportedModelError(
             "a package that the checkpoint needs is missing", where=str(folder), why=str(error), remedy="install it"
@@ -174,6 +185,31 @@ def _load_weights(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         ) from error
     _refuse_incomplete(folder, type(model).__name__, info)
     return model
+
+
+def _refuse_codes(folder: Path) -> None:
+    """Raise `CheckpointError` for codes that nothing describes: transformers would take them for numbers."""
+    for file, table in read_tables(folder).items():
+        for name, entry in table.items():
+            if entry["dtype"].startswith(("F8", "F4")):
+                raise CheckpointError(
+                    f"tensor {name!r} is {entry['dtype']}",
+                    where=str(folder / file),
+                    why="config.json has no quantization_config that says what its codes stand for",
+                    remedy="restore the config.json of this checkpoint",
+                )
+
+
+def _load_quantized(folder: Path, quantized: Format, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, GenerationConfig
+
+    from fusecomp.quant.files import TensorFiles
+    from fusecomp.quant.loading import load_quantized
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if (folder / "generation_config.json").exists():
+        options = {**options, "generation_config": GenerationConfig.from_pretrained(str(folder))}
+    return load_quantized(TensorFiles(folder, read_tables(folder)), quantized, config, dtype, options)
 
 
 def _refuse_incomplete(folder: Path, architecture: str, info: dict[str, Any]) -> None:
