@@ -19,7 +19,6 @@ from fusecomp.lowerings.quant.lowering import launch_dequantize, launch_quant_li
 from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
-from fusecomp.ops.quant_linear import quant_linear_reference
 from fusecomp.patterns.quant_examples import random_weight
 
 SETTINGS = settings(
@@ -96,9 +95,8 @@ def check(found, layer) -> None:
     doubles = [o.double() for o in operands]
     norm = None if norm_weight is None else norm_weight.double()
     exact = linear_reference(x.double(), weight, norm, None, doubles, exact_program)
-    unfused = quant_linear_reference(
-        x, q, scale, zero, norm_weight, None, operands, program.to_text(), spec.to_text()
-    ).double()
+    rounded = dequantize_reference(q, scale, zero, spec.to_text())
+    unfused = linear_reference(x, rounded, norm_weight, None, operands, program.to_text()).double()
     assert found.isfinite().all()
     # Sums may cancel: the size of their terms says what a rounding of an input amounts to.
     size = linear_reference(
