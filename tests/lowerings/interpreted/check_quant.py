@@ -122,13 +122,13 @@ def run(layer, config):
     return out
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=30)
 @given(layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
 def test_one_token(layer, block_r, block_k):
     run(layer, QuantConfig("vector", 1, block_r, block_k))
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=30)
 @given(
     layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([16, 64]),
     st.integers(1, 4),
@@ -137,7 +137,7 @@ def test_tokens(layer, block_t, block_r, block_k, splits):
     run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits))
 
 
-@settings(SETTINGS, max_examples=20)
+@settings(SETTINGS, max_examples=15)
 @given(specs(), st.integers(1, 40), st.integers(1, 150), st.booleans(), st.sampled_from([(), (3,)]))
 def test_dequantize(spec, n, half_k, zero, leading):
     q, scale, zeros = random_weight((*leading, n, 2 * half_k), spec, torch.float32, zero=zero and spec.kind == INT)
