@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def quant_linear_reference(
     x_scale: Tensor | None = None,
     activation: str = "",
 ) -> Tensor:
-    """Epilogue(norm(x) @ dequantize(q)^T) [T, N], accumulated and evaluated in fp32.
+    """Epilogue(norm(x) @ dequantize(q)^T) [T, N], dequantized, accumulated and evaluated in fp32 and rounded once.
 
     Args:
         x: [T, K]; codes if there is an activation spec.
@@ -92,7 +92,7 @@ def quant_linear_reference(
         x = dequantize_reference(
             x, x_scale, None, ActivationSpec.from_text(activation).dequantized("float32").to_text()
         )
-    weight = dequantize_reference(q, scale, zero, spec)
+    weight = dequantize_reference(q, scale, zero, replace(WeightSpec.from_text(spec), dtype="float32").to_text())
     return linear_reference(x, weight, norm_weight, norm_bias, operands, program)
 
 

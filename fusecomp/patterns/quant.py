@@ -94,15 +94,15 @@ class QuantLinear(Pattern):
         return candidate.reason() or _flat_reason(candidate)
 
     def emit(self, candidate: DequantizedWeight, gm: GraphModule, context: PassContext) -> str:
-        node, found = candidate.node, []
+        node, parts, found = candidate.node, candidate.parts, []
         for linear in list(node.users):
             x, _, norm_weight, norm_bias, operands, program = linear.args
             with gm.graph.inserting_before(linear):
-                args = (x, *candidate.parts, norm_weight, norm_bias, operands, program, node.args[3])
+                args = (x, *parts, norm_weight, norm_bias, operands, program, node.args[3])
                 new = functional.call(gm.graph, QUANT_LINEAR, args, linear)
             replace_and_prune(linear, new)
             found.append(Program.from_text(program).describe())  # type: ignore[arg-type]
-        zero = ", with zero points" if candidate.parts[2] is not None else ""
+        zero = ", with zero points" if parts[2] is not None else ""
         return f"{candidate.spec.describe()}{zero}: {'; '.join(found)}"
 
     def operation(self, candidate: DequantizedWeight) -> str:

@@ -1,5 +1,6 @@
 """Quantized weights and activations: the ops' own meaning, and folds of any layout; examples are in test_fusion.py."""
 
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -107,7 +108,7 @@ def test_specs_refuse_what_they_cannot_mean():
 @settings(deadline=None, max_examples=20)
 @given(specs(), st.integers(2, 6), st.integers(2, 24), st.integers(8, 20), st.booleans(), st.booleans())
 def test_any_layout_folds_into_its_linear(spec, tokens, n, half_k, with_zero, gated):
-    """One fold, no dequantize left (Inductor takes products of single rows apart), and the numerics contract against fp32 of the dequantized model."""
+    """One fold, no dequantize left, and the numerics contract; Inductor takes products of single rows apart."""
     k, dtype = 2 * half_k, spec.torch_dtype
     q, scale, zero = random_weight((2 * n if gated else n, k), spec, dtype, zero=with_zero and spec.kind == INT)
     by_dtype = texts(spec)
@@ -123,7 +124,8 @@ def test_any_layout_folds_into_its_linear(spec, tokens, n, half_k, with_zero, ga
     assert not context.report.near_misses
     assert not any(n.target is OPS.dequantize.default for n in graph.graph.nodes)
     exact = function(x.float(), q, scale.float(), None if zero is None else zero.float())
-    limit = max(1.5 * relative_error(function(x, q, scale, zero), exact), 2e-6)
+    # Of a handful of outputs the graph's roundings may happen to cancel: one rounding of the output is allowed.
+    limit = max(1.5 * relative_error(function(x, q, scale, zero), exact), torch.finfo(dtype).eps / 2, 2e-6)
     assert relative_error(output, exact) <= limit
 
 
@@ -144,7 +146,9 @@ def test_inductor_runs_what_is_not_folded_once():
             seen.extend(str(node.target) for node in graph.nodes)
 
     def backend(gm, inputs):
-        return inductor_compile(gm, inputs, {"post_grad_custom_pre_pass": Stage(FUSE, context)})
+        stage = Stage(FUSE, context)
+        stage.nonce = uuid.uuid4().hex  # a graph from Inductor's cache would not run the stage
+        return inductor_compile(gm, inputs, {"post_grad_custom_pre_pass": stage})
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -46,8 +46,9 @@ class QuantConfig:
 def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
     if tokens == 1:
-        # One 16-byte load of codes a thread; a table of values takes registers, so half of one.
+        # One 16-byte load of codes a thread; a table of values and fp32 inputs take registers, so half of one.
         block_k = 2048 if (shape.kind, shape.bits) == (INT, 4) else 1024
+        block_k = block_k // 2 if shape.dtype == "float32" else block_k
         return QuantConfig(VECTOR, 1, 2 * shape.groups, max(min(block_k, next_power_of_2(shape.k)), 32), 4)
     if tokens > TILE_LIMIT:
         return QuantConfig(DEQUANTIZE)
