@@ -63,7 +63,7 @@ class DequantizedWeight:
             return f"its scales {tuple(scale.shape)} are not {wanted} as {self.spec.describe()} has them"
         if scale.dtype not in (*FLOATS, torch.uint8):
             return f"its scales are {scale.dtype}"
-        if zero is not None and (zero.shape != scale.shape or zero.dtype not in FLOATS):
+        if zero is not None and (zero.shape != scale.shape or zero.dtype not in (*FLOATS, torch.float8_e4m3fn)):
             return f"its zero points are {zero.dtype} {tuple(zero.shape)}, its scales {tuple(scale.shape)}"
         return None
 

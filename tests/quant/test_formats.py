@@ -256,6 +256,20 @@ def test_the_engine_serves_it(tmp_path):
     assert served[0].outputs[0].token_ids == wanted
 
 
+@pytest.mark.parametrize(("case", "folds"), [("gptq", {"quant_linear": 12}), ("packed experts", {"quant_experts": 2})])
+def test_the_pass_folds_it(tmp_path, case, folds):
+    from fusecomp import LLM, SamplingParams
+    from tests.conftest import ENGINE_OPTIONS
+
+    checkpoint = make(tmp_path, *WEIGHT_ONLY[case])
+    wanted = checkpoint.load().generate(PROMPT, max_new_tokens=6, do_sample=False)[0, PROMPT.shape[1] :].tolist()
+    llm = LLM(checkpoint.folder, dtype="float32", **{**ENGINE_OPTIONS, "enforce_eager": False}, fuse="always")
+    served = llm.generate([PROMPT[0].tolist()], SamplingParams(max_tokens=6, temperature=0))
+    assert served[0].outputs[0].token_ids == wanted
+    assert {name: llm.fusion_report.count(name) for name in folds} == folds
+    assert not llm.fusion_report.near_misses
+
+
 def test_tied_embeddings_shards_and_dtype(tmp_path):
     """qwen3 ties its output to its embeddings; the checkpoint comes in two files."""
     checkpoint = make(tmp_path, "qwen3", packers.gptq, GPTQ)
