@@ -172,6 +172,11 @@ def _quant_linear(
     return computed(launch_quant_linear(x, q, scale, zero, norm_weight, norm_bias, operands, parsed, layout))
 
 
+def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    record_fallback("quantize", "no kernel makes codes of activations")
+    return quantize_reference(x, scale, spec)
+
+
 def _quant_experts(*args: Any) -> Tensor:
     """Every expert is dequantized, then `experts` runs: unlike the reference, without a look at the routing."""
     record_fallback("quant_experts", "no kernel reads the codes of experts: their weights are dequantized")
@@ -236,7 +241,7 @@ def register() -> None:
     implement("linear", _linear, "CUDA")
     implement("norm", _norm, "CUDA")
     implement("dequantize", _dequantize, "CUDA")
-    implement("quantize", quantize_reference, "CUDA")
+    implement("quantize", _quantize, "CUDA")
     implement("quant_linear", _quant_linear, "CUDA")
     implement("quant_experts", _quant_experts, "CUDA")
     implement("greedy", _greedy, "CUDA")

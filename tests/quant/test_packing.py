@@ -38,7 +38,7 @@ def read(folder, tensors, config, shape, name="a.b"):
     return codes, weight if codes.order is None else weight[:, codes.order.argsort()]
 
 
-def same(weight, value):
+def assert_same(weight, value):
     torch.testing.assert_close(weight, torch.from_numpy(value), rtol=1e-6, atol=0)
 
 
@@ -60,7 +60,7 @@ def test_gptq(folder, seed, n8, k8, bits, size, symmetric, act_order, with_index
     )
     config = {**GPTQ, "bits": bits, "group_size": size, "checkpoint_format": ["gptq", "gptq_v2"][version - 1]}
     codes, weight = read(folder, tensors, config, w.shape)
-    same(weight, value)
+    assert_same(weight, value)
     assert (codes.zero is None) == bool((packed_zeros(tensors, bits, version) == 2 ** (bits - 1)).all())
     spec = codes.spec
     assert (codes.scale.shape[1] == 1) == (spec.cols == 0) and codes.q.dtype in (torch.uint8, torch.int8)
@@ -86,7 +86,7 @@ def test_gptq_zero_points_at_both_ends(folder):
 def test_awq(folder, seed, n8, k2, size):
     w, _ = random_weight(seed, 8 * n8, 2 * k2)
     tensors, value = packers.awq(w, w.shape[1] if size == -1 else size)
-    same(read(folder, tensors, {"quant_method": "awq", "bits": 4, "group_size": size}, w.shape)[1], value)
+    assert_same(read(folder, tensors, {"quant_method": "awq", "bits": 4, "group_size": size}, w.shape)[1], value)
 
 
 @EXAMPLES
@@ -98,7 +98,7 @@ def test_packed(folder, seed, n, k2, bits, size, symmetric, act_order):
     w, rng = random_weight(seed, n, 2 * k2)
     tensors, value = packers.ct_packed(w, bits, size, symmetric, rng if act_order and size else None)
     args = ints(bits, "group" if size else "channel", size, symmetric)
-    same(read(folder, tensors, ct(args), w.shape)[1], value)
+    assert_same(read(folder, tensors, ct(args), w.shape)[1], value)
 
 
 @EXAMPLES
@@ -109,12 +109,12 @@ def test_fp8(folder, seed, n, k, block):
     w, _ = random_weight(seed, n, k)
     if block[1]:
         tensors, value = packers.fp8(w, *block, "weight_scale_inv")
-        same(read(folder, tensors, {**FP8, "weight_block_size": list(block)}, w.shape)[1], value)
+        assert_same(read(folder, tensors, {**FP8, "weight_block_size": list(block)}, w.shape)[1], value)
         args = floats("block", block_structure=list(block))
     else:
         args = floats("channel" if block[0] else "tensor")
     tensors, value = packers.fp8(w, *block)
-    same(read(folder, tensors, ct(args, layout="float-quantized"), w.shape)[1], value)
+    assert_same(read(folder, tensors, ct(args, layout="float-quantized"), w.shape)[1], value)
 
 
 @EXAMPLES
@@ -122,4 +122,4 @@ def test_fp8(folder, seed, n, k, block):
 def test_nf4(folder, seed, n, blocks, block, nested):
     w, _ = random_weight(seed, n, blocks * block)
     tensors, value = packers.nf4(w, block, nested)
-    same(read(folder, tensors, NF4, w.shape)[1], value)
+    assert_same(read(folder, tensors, NF4, w.shape)[1], value)

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.launch import launch
 
-# More programs than this are launched in order: they would take the multiprocessors of the matmul they wait for.
+# More are launched in order: their programs would take the multiprocessors of the matmul they wait for.
 MAX_DEPENDENT_TOKENS = 256
 
 

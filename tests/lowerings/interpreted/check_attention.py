@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -16,6 +15,7 @@ from fusecomp.lowerings import device
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 from tests.lowerings import reference
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.steps import Step, check_attention, make_step
 
 SETTINGS = settings(
@@ -28,15 +28,7 @@ HEAD_DIMS = [32, 64, 80, 96, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 def _contiguous(handle: TensorHandle) -> TensorHandle:

@@ -21,6 +21,7 @@ from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
 from fusecomp.ops.experts import ACTIVATIONS
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 
 SETTINGS = settings(
     deadline=None,
@@ -32,15 +33,7 @@ SETTINGS = settings(
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 def _fp_trunc(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:

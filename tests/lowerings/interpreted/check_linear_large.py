@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.lowerings.linear import large_heuristics, norm
 from fusecomp.lowerings.linear.large import launch_large, run_matmul
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.norm import launch_norm
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.linear_epilogues import EPILOGUES, make_args, norm_reference, reference, row_strides
 
 SETTINGS = settings(
@@ -28,15 +26,7 @@ SETTINGS = settings(
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 @pytest.fixture(autouse=True)

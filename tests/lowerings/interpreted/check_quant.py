@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.lowerings import device
 from fusecomp.lowerings.quant import lowering
@@ -20,6 +17,7 @@ from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
 from fusecomp.patterns.quant_examples import random_weight
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 
 SETTINGS = settings(
     deadline=None,
@@ -38,15 +36,7 @@ PROGRAMS = {
 NORMS = {"none": None, "rms": NormSpec("rms", 1e-5), "plus one": NormSpec("rms", 1e-5, True)}
 
 
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 @pytest.fixture(autouse=True)

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.lowerings.route import router
 from fusecomp.lowerings.route.kernel import MAX_EXPERTS, launch_route, supports
 from fusecomp.lowerings.route.lowering import launch_router_op
 from fusecomp.ops.norm import LAYER, RMS, NormSpec, norm_reference
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SPARSEMIXER, RouteSpec, route_reference
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.patterns.test_router import inputs, routers
 
-
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 @pytest.fixture(autouse=True)

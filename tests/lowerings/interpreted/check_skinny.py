@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.lowerings import device
 from fusecomp.lowerings.linear import skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.linear_cases import EPILOGUES, Linear
 
 SETTINGS = settings(
@@ -26,15 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NORMS = ["none", "unit", "weight", "plus one"]
 
 
-def _float32(handle: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the bits of uint16, and its dot would multiply those bits as integers."""
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-
-_create_dot = InterpreterBuilder.create_dot
-InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(self, _float32(a), _float32(b), *rest)
+multiply_bfloat16()
 
 
 @pytest.fixture(autouse=True)
