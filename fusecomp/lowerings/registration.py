@@ -14,7 +14,13 @@ from fusecomp.ops.attention import attention_reference, paged_attention_referenc
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
-from fusecomp.ops.quant import ActivationSpec, WeightSpec, dequantize_reference, quantize_reference
+from fusecomp.ops.quant import (
+    ActivationSpec,
+    WeightSpec,
+    dequantize_reference,
+    fake_quantize_reference,
+    quantize_reference,
+)
 from fusecomp.ops.rope import Rope, rope_attention_reference
 from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
@@ -177,6 +183,11 @@ def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tenso
     return quantize_reference(x, scale, spec)
 
 
+def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
+    record_fallback("fake_quantize", "no kernel makes codes of activations")
+    return fake_quantize_reference(x, scale, spec)
+
+
 def _quant_experts(*args: Any) -> Tensor:
     """Every expert is dequantized, then `experts` runs: unlike the reference, without a look at the routing."""
     record_fallback("quant_experts", "no kernel reads the codes of experts: their weights are dequantized")
@@ -242,6 +253,7 @@ def register() -> None:
     implement("norm", _norm, "CUDA")
     implement("dequantize", _dequantize, "CUDA")
     implement("quantize", _quantize, "CUDA")
+    implement("fake_quantize", _fake_quantize, "CUDA")
     implement("quant_linear", _quant_linear, "CUDA")
     implement("quant_experts", _quant_experts, "CUDA")
     implement("greedy", _greedy, "CUDA")

@@ -122,6 +122,11 @@ def _quantize(x: Any, *_: Any) -> Cost:
     return Cost(T * K * (x.element_size() + 1), T * K)
 
 
+def _fake_quantize(x: Any, *_: Any) -> Cost:
+    K = int(x.shape[-1])
+    return Cost(2 * T * K * x.element_size(), 2 * T * K)
+
+
 def _quant_linear(x: Any, q: Any, scale: Any, zero: Any, *args: Any) -> Cost:
     """As `linear`, the weight as codes with their scales; the result as wide as the program says."""
     operands, program, spec = args[2], json.loads(args[3]), WeightSpec.from_text(args[4])
@@ -147,6 +152,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "norm": _norm,
     "dequantize": _dequantize,
     "quantize": _quantize,
+    "fake_quantize": _fake_quantize,
     "quant_linear": _quant_linear,
     "quant_experts": _quant_experts,
 }

@@ -1,4 +1,4 @@
-"""Canonical ops between real numbers and their codes: `dequantize`, `quantize`, and what describes a layout of codes.
+"""Canonical ops between real numbers and codes: `dequantize`, `quantize`, `fake_quantize`, and layouts of codes.
 
 Legend: N rows, K columns of a weight, T tokens.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ class ActivationSpec:
         granularity: "tensor", "token" or "block" (of a token's columns): what shares a scale.
         block: columns of a block, otherwise 0.
         dynamic: the scale follows from the values; otherwise it is given.
+        least_tokens: steps of fewer tokens keep their activations as they are.
     """
 
     kind: str
@@ -111,8 +112,11 @@ class ActivationSpec:
     granularity: str = TOKEN
     block: int = 0
     dynamic: bool = True
+    least_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.least_tokens < 0:
+            raise ValueError(f"activation spec: steps of at least {self.least_tokens} tokens")
         if self.kind not in LARGEST or self.bits != 8:
             raise ValueError(f"activation spec: no {self.bits}-bit codes of kind {self.kind!r}")
         if self.granularity not in (TENSOR, TOKEN, BLOCK) or (self.block > 0) != (self.granularity == BLOCK):
@@ -144,7 +148,8 @@ class ActivationSpec:
     def describe(self) -> str:
         """In a few words, for reports."""
         what = f"{self.block} columns of a token" if self.granularity == BLOCK else f"a {self.granularity}"
-        return f"{'dynamic' if self.dynamic else 'static'} {self.kind}8, a scale for {what}"
+        when = f", in steps of {self.least_tokens} tokens and more" if self.least_tokens else ""
+        return f"{'dynamic' if self.dynamic else 'static'} {self.kind}8, a scale for {what}{when}"
 
 
 def code_values(q: Tensor, spec: WeightSpec) -> Tensor:
@@ -221,9 +226,11 @@ def quantize_reference(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tens
         scale: the static one, [1]; None if the spec is dynamic.
 
     Raises:
-        ValueError: a scale for a dynamic spec, or none for a static one.
+        ValueError: a scale for a dynamic spec, none for a static one, or a spec that leaves some steps as they are.
     """
     parsed = ActivationSpec.from_text(spec)
+    if parsed.least_tokens:
+        raise ValueError(f"quantize: codes of {parsed.describe()} are not those of every step; use fake_quantize")
     if (scale is None) != parsed.dynamic:
         raise ValueError(f"quantize: {'no' if scale is None else 'a'} scale for {parsed.describe()}")
     values, largest = x.to(torch.float32), LARGEST[parsed.kind]
@@ -254,9 +261,32 @@ def _quantize_fake(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, 
     return x.new_empty(x.shape, dtype=parsed.codes_dtype), x.new_empty(shape, dtype=torch.float32)
 
 
+def fake_quantize_reference(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
+    """x [..., T, K] rounded to what its codes stand for, in x's dtype; as it is in steps below `least_tokens`.
+
+    Args:
+        scale: the static one, [1]; None if the spec is dynamic.
+
+    Raises:
+        ValueError: as `quantize`.
+    """
+    parsed = ActivationSpec.from_text(spec)
+    if x.numel() < parsed.least_tokens * x.shape[-1]:
+        return x.clone(memory_format=torch.contiguous_format)
+    every = replace(parsed, least_tokens=0)
+    codes, scales = quantize_reference(x, scale, every.to_text())
+    dtype = str(x.dtype).removeprefix("torch.")
+    return dequantize_reference(codes, scales, None, every.dequantized(dtype).to_text())
+
+
+def _fake_quantize_fake(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 define(
     "dequantize(Tensor q, Tensor scale, Tensor? zero, str spec) -> Tensor",
     dequantize_reference,
     _dequantize_fake,
 )
 define("quantize(Tensor x, Tensor? scale, str spec) -> (Tensor, Tensor)", quantize_reference, _quantize_fake)
+define("fake_quantize(Tensor x, Tensor? scale, str spec) -> Tensor", fake_quantize_reference, _fake_quantize_fake)
