@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 BLOCK_SIZES = (1, 16, 32, 64)
 VERIFY_MODES = ("off", "first")
 FUSE_MODES = ("auto", "always", "never")
+QUANTIZE_SCHEMES = ("fp8", "int8", "int4")
 
 C = TypeVar("C")
 
