@@ -31,9 +31,7 @@ class Calibration:
     source: str
 
 
-def calibration(
-    given: Given, tokenizer: Callable[[], Any], longest: int, vocabulary: int | None
-) -> Calibration | None:
+def calibration(given: Given, tokenizer: Callable[[], Any], longest: int, vocabulary: int | None) -> Calibration | None:
     """What a user gave as token ids.
 
     Args:

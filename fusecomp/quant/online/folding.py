@@ -1,4 +1,4 @@
-"""Where the scales of a layer's input channels can go: into the weight of the norm before, or the rows of a linear before.
+"""Where the scales of a layer's input channels can go: the weight of the norm before, or rows of a linear before.
 
 Dividing what makes an input by s, channel by channel, and multiplying the columns of all that read it by s changes no
 result. Whether a place is such a one is not read off names: it is scaled by powers of two, which is exact in any float
@@ -124,7 +124,11 @@ class Fold:
 
     @property
     def where(self) -> str:
-        return "the norm before" if isinstance(self.source, Norm) else f"{self.source.meaning} of {self.source.target.name}"
+        return (
+            "the norm before"
+            if isinstance(self.source, Norm)
+            else f"{self.source.meaning} of {self.source.target.name}"
+        )
 
     def channels(self) -> tuple[int, ...]:
         """Shape of its scales: [K], or [E, K] when every expert has its own."""

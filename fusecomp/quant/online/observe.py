@@ -6,7 +6,7 @@ Legend: R rows (tokens), K columns, E experts, G groups of C columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,10 +82,10 @@ class _ExpertProducts(TorchFunctionMode):
         (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
     ) | {Tensor.__matmul__}
 
-    def __init__(self, targets: Iterable[Target], cols: Callable[[int], int], observed: Observed) -> None:
+    def __init__(self, targets: Iterable[Target], observed: Observed) -> None:
         super().__init__()
         self.targets = {t.parameter.untyped_storage().data_ptr(): t for t in targets}
-        self.cols, self.observed = cols, observed
+        self.observed = observed
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS and len(args) >= 2:
@@ -98,24 +98,19 @@ class _ExpertProducts(TorchFunctionMode):
         experts, n, k = target.weight.shape
         first = (part.storage_offset() - target.parameter.storage_offset()) // (n * k)
         count = part.numel() // (n * k)
-        if x.shape[-1] != k or part.numel() % (n * k) or count > 1 and (x.dim() != 3 or x.shape[0] != count):
+        if x.shape[-1] != k or part.numel() % (n * k) or (count > 1 and (x.dim() != 3 or x.shape[0] != count)):
             return
         seen = self.observed.experts.get(target.name)
         if seen is None:
-            seen = ExpertInputs(experts, k, self.cols(k), part.device, len(self.observed.experts))
+            seen = ExpertInputs(experts, k, target.scheme.group(k) or k, part.device, len(self.observed.experts))
             self.observed.experts[target.name] = seen
         for i in range(count):
             seen.add(first + i, x if count == 1 else x[i])
 
 
 @contextmanager
-def observing(layer: nn.Module, experts: list[Target], cols: Callable[[int], int]) -> Iterator[Observed]:
-    """Within, a pass through `layer` is observed.
-
-    Args:
-        experts: weights of experts whose inputs are wanted.
-        cols: columns of a group, of K columns.
-    """
+def observing(layer: nn.Module, experts: list[Target]) -> Iterator[Observed]:
+    """Within, a pass through `layer` is observed; `experts` are weights of experts whose inputs are wanted."""
     observed = Observed()
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -136,7 +131,7 @@ def observing(layer: nn.Module, experts: list[Target], cols: Callable[[int], int
             elif 1 in dims:
                 stack.callback(module.register_forward_hook(wrote).remove)
         if experts:
-            stack.enter_context(_ExpertProducts(experts, cols, observed))
+            stack.enter_context(_ExpertProducts(experts, observed))
         yield observed
 
 

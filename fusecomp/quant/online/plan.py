@@ -1,4 +1,4 @@
-"""How the weights of one layer are rounded: scales of their input channels, ranges of their groups, zero points or none.
+"""How the weights of a layer are rounded: scales of their input channels, ranges of groups, zero points or none.
 
 Legend: N rows, K columns of a weight, E experts, G groups of columns.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fusecomp.quant.online.folding import Fold, Norm, Reader, Rows, Run, norm_forms, prove, row_forms
@@ -102,7 +101,7 @@ class Planner:
             if self.scheme.grouped:
                 for target, weight in weights.items():
                     s = roundings[target].columns
-                    roundings[target].clip, _ = search_clip(weight, s, self.scheme, target.parameter.dtype)
+                    roundings[target].clip, _ = search_clip(weight, s)
         rest = [t for t in targets if t not in met]
         for target, rounding in self.plain(rest).items():
             roundings[target].symmetric = rounding.symmetric
@@ -117,7 +116,11 @@ class Planner:
             x = observed.reads.get(target.owner)
             if target.experts:
                 seen = observed.experts.get(target.name)
-                own = [s for name, s in observed.experts.items() if name.rpartition(".")[0] == target.name.rpartition(".")[0]]
+                own = [
+                    s
+                    for name, s in observed.experts.items()
+                    if name.rpartition(".")[0] == target.name.rpartition(".")[0]
+                ]
                 if seen is None:
                     x = None
                 elif seen.first > min(s.first for s in own):
@@ -213,10 +216,11 @@ class Planner:
         rows = None if group.x is None else sample_rows(group.x)
         weights = {}
         for target in group.targets:
+            how = target.scheme, target.parameter.dtype
             if target.experts:
-                weights[target] = Weight(target.weight, None, observed.experts.get(target.name), True)
+                weights[target] = Weight(*how, target.weight, None, observed.experts.get(target.name))
             else:
-                weights[target] = Weight(target.weight.float(), rows, None, True)
+                weights[target] = Weight(*how, target.weight.float(), rows, None)
         return weights
 
     def _choose_symmetry(self, group: Group, weights: dict[Target, Weight]) -> None:
@@ -229,12 +233,8 @@ class Planner:
             for symmetric in (True, False):
                 for weight in chosen:
                     weight.symmetric = symmetric
-                errors.append(sum(search_clip(w, None, self.scheme, self._dtype(group))[1] for w in chosen))
+                errors.append(sum(search_clip(w, None)[1] for w in chosen))
             self._symmetric[experts] = errors[0] <= errors[1]
-
-    @staticmethod
-    def _dtype(group: Group) -> torch.dtype:
-        return group.targets[0].parameter.dtype
 
     def _scale(
         self, group: Group, fold: Fold, weights: dict[Target, Weight], roundings: dict[Target, Rounding]
@@ -248,7 +248,7 @@ class Planner:
             return s.log2().round().exp2() if fold.powers_of_two else s
 
         searched = [w for w in weights.values() if w.rows is not None or w.inputs is not None]
-        s = search_scale(searched, input_sizes(x, self.scheme), self.scheme, self._dtype(group), constrain)
+        s = search_scale(searched, input_sizes(x, self.scheme), constrain)
         if s is None:
             for target in group.targets:
                 roundings[target].note = "channels not scaled: no scales were better"
@@ -268,5 +268,5 @@ class Planner:
     def _plain_error(self, target: Target, symmetric: bool) -> float:
         weight = target.weight[:1] if target.experts else target.weight
         values = weight.float()
-        found = round_trip(values, self.scheme, target.parameter.dtype, symmetric)
+        found = round_trip(values, target.scheme, target.parameter.dtype, symmetric)
         return float((found - values).square().sum() / values.square().sum().clamp(min=1e-30))

@@ -1,4 +1,4 @@
-"""Weights -> codes: fp8 and int8 with a scale a row, int4 with a scale a group of columns. Vectorised, leading dims free.
+"""Weights -> codes: fp8 and int8 with a scale a row, int4 with a scale a group of columns.
 
 Legend: N rows, K columns, G groups of columns, C columns of a group.
 """
@@ -57,7 +57,9 @@ def make_codes(
     return Codes(q, scale, zero, spec)
 
 
-def round_trip(weight: Tensor, scheme: Scheme, dtype: torch.dtype, symmetric: bool, clip: Tensor | None = None) -> Tensor:
+def round_trip(
+    weight: Tensor, scheme: Scheme, dtype: torch.dtype, symmetric: bool, clip: Tensor | None = None
+) -> Tensor:
     """What the codes of a weight [..., N, K] fp32 stand for, in fp32 and without making codes."""
     if not scheme.grouped:
         values, scale, _ = _scaled_rows(weight, scheme, scale_dtype(dtype, False))

@@ -30,6 +30,7 @@ class Scheme:
         grouped: weights have a scale for a group of columns; otherwise one for a row.
         activation: of linears' inputs; None if they stay.
         calibrated: whether calibration text changes anything.
+        sizes: allowed groups, the best first.
     """
 
     name: str
@@ -38,16 +39,19 @@ class Scheme:
     grouped: bool
     activation: ActivationSpec | None
     calibrated: bool
+    sizes: tuple[int, ...] = GROUPS
 
     def from_tokens(self, least: int) -> Scheme:
         """The same scheme with activations rounded in steps of at least `least` tokens."""
-        return self if self.activation is None else replace(self, activation=replace(self.activation, least_tokens=least))
+        return (
+            self if self.activation is None else replace(self, activation=replace(self.activation, least_tokens=least))
+        )
 
-    def group(self, k: int) -> int | None:
-        """Columns that share a scale, 0 for all; None when K has no divisor that is allowed."""
+    def group(self, *ks: int) -> int | None:
+        """Columns that share a scale in weights of such K, 0 for all; None when no allowed size divides all of them."""
         if not self.grouped:
             return 0
-        return next((size for size in GROUPS if k % size == 0), None)
+        return next((size for size in self.sizes if all(k % size == 0 for k in ks)), None)
 
 
 SCHEMES = {

@@ -8,6 +8,7 @@ Legend: R rows (tokens), N rows, K columns of a weight, E experts, G groups of C
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,18 +33,25 @@ class Weight:
         values: fp32 [N, K], or the parameter itself [E, N, K] of experts.
         rows: of linears: inputs [R, K] fp32.
         inputs: of experts: statistics.
+        scheme, dtype: by which, and to what, it is quantized.
         symmetric: of int4.
     """
 
+    scheme: Scheme
+    dtype: torch.dtype
     values: Tensor
     rows: Tensor | None
     inputs: ExpertInputs | None
-    symmetric: bool
+    symmetric: bool = True
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """Outputs [R, N] of a linear."""
+        assert self.rows is not None
+        return self.rows @ self.values.t()
 
 
-def search_scale(
-    weights: Sequence[Weight], sizes: Tensor, scheme: Scheme, dtype: torch.dtype, constrain: Callable[[Tensor], Tensor]
-) -> Tensor | None:
+def search_scale(weights: Sequence[Weight], sizes: Tensor, constrain: Callable[[Tensor], Tensor]) -> Tensor | None:
     """The scales of channels under which `weights`, which share an input, err least.
 
     Args:
@@ -53,26 +61,27 @@ def search_scale(
     Returns:
         As sizes; None when none is better than no scales.
     """
-    best = _error(weights, None, scheme, dtype)
+    best = _error(weights, None)
     found: Tensor | None = None
-    for s in _candidates(weights, sizes, scheme):
-        s = constrain(s)
-        error = _error(weights, s, scheme, dtype)
+    for wished in _candidates(weights, sizes):
+        s = constrain(wished)
+        error = _error(weights, s)
         if error < best:
             best, found = error, s
     return found
 
 
 def input_sizes(x: Tensor | ExpertInputs, scheme: Scheme) -> Tensor:
-    """Largest magnitude of each channel where inputs are rounded, mean magnitude otherwise: [K] of [R, K], or [E, K]."""
+    """Largest magnitude of each channel where inputs are rounded, mean magnitude otherwise: [K], or [E, K]."""
     if isinstance(x, Tensor):
         return x.abs().amax(0) if scheme.activation else x.abs().mean(0)
     met = x.tokens.unsqueeze(-1) > 0
     return torch.where(met, x.magnitudes / x.tokens.clamp(min=1).unsqueeze(-1), 1.0)
 
 
-def _candidates(weights: Sequence[Weight], x: Tensor, scheme: Scheme) -> Iterator[Tensor]:
-    w = _weight_sizes(weights, x.dim() == 2, scheme)
+def _candidates(weights: Sequence[Weight], x: Tensor) -> Iterator[Tensor]:
+    scheme = weights[0].scheme
+    w = _weight_sizes(weights, x.dim() == 2)
     for a in EXPONENTS:
         for b in (1 - a,) if scheme.activation else (0.0, 1 - a):
             s = x.clamp(min=1e-5) ** a / w.clamp(min=1e-5) ** b
@@ -80,13 +89,14 @@ def _candidates(weights: Sequence[Weight], x: Tensor, scheme: Scheme) -> Iterato
             yield s.clamp(2.0**-10, 2.0**10)
 
 
-def _weight_sizes(weights: Sequence[Weight], per_expert: bool, scheme: Scheme) -> Tensor:
+def _weight_sizes(weights: Sequence[Weight], per_expert: bool) -> Tensor:
     """As `input_sizes`, of the columns of all weights together."""
     sizes = []
     for weight in weights:
         magnitudes = [part.float().abs() for part in _slices(weight.values)]
-        columns = torch.cat([(m.amax(-2) if scheme.activation else m.mean(-2)).reshape(-1, m.shape[-1]) for m in magnitudes])
-        sizes.append(columns if per_expert else columns.mean(0))
+        columns = [m.amax(-2) if weight.scheme.activation else m.mean(-2) for m in magnitudes]
+        joined = torch.cat([c.reshape(-1, c.shape[-1]) for c in columns])
+        sizes.append(joined if per_expert else joined.mean(0))
     return torch.stack(sizes).amax(0)
 
 
@@ -97,25 +107,22 @@ def _slices(values: Tensor) -> list[Tensor]:
     return list(values.split(max(1, MOST_ELEMENTS // (values.shape[1] * values.shape[2]))))
 
 
-def _error(weights: Sequence[Weight], s: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> float:
+def _error(weights: Sequence[Weight], s: Tensor | None) -> float:
     """Squared error of outputs relative to their squares, summed over the weights."""
-    return sum(
-        _experts_error(w, s, scheme, dtype) if w.rows is None else _linear_error(w, s, scheme, dtype) for w in weights
-    )
+    return sum(_experts_error(w, s) if w.rows is None else _linear_error(w, s) for w in weights)
 
 
-def _linear_error(weight: Weight, s: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> float:
-    rows = weight.rows
+def _linear_error(weight: Weight, s: Tensor | None) -> float:
+    rows, scheme = weight.rows, weight.scheme
     assert rows is not None
-    exact = rows @ weight.values.t()
     scaled, x = (weight.values, rows) if s is None else (weight.values * s, rows / s)
     if scheme.activation is not None:
         x = fake_quantize_reference(x, None, scheme.from_tokens(0).activation.to_text())  # type: ignore[union-attr]
-    found = x @ round_trip(scaled, scheme, dtype, weight.symmetric).t()
-    return float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+    found = x @ round_trip(scaled, weight.scheme, weight.dtype, weight.symmetric).t()
+    return float((found - weight.exact).square().sum() / weight.exact.square().sum().clamp(min=1e-30))
 
 
-def _experts_error(weight: Weight, s: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> float:
+def _experts_error(weight: Weight, s: Tensor | None) -> float:
     """By the second moments within groups: what lies between groups is left out, as it would take K * K numbers."""
     inputs = weight.inputs
     assert inputs is not None
@@ -126,7 +133,7 @@ def _experts_error(weight: Weight, s: Tensor | None, scheme: Scheme, dtype: torc
         here = slice(start, start + len(values))
         start += len(values)
         scaled = values if s is None else values * (s if s.dim() == 1 else s[here].unsqueeze(-2))
-        found = round_trip(scaled, scheme, dtype, weight.symmetric)
+        found = round_trip(scaled, weight.scheme, weight.dtype, weight.symmetric)
         if s is not None:
             found = found / (s if s.dim() == 1 else s[here].unsqueeze(-2))
         error = error + _quadratic(found - values, inputs.moments[here]).sum()
@@ -140,13 +147,13 @@ def _quadratic(values: Tensor, moments: Tensor) -> Tensor:
     return ((groups @ moments) * groups).sum(-1).transpose(-1, -2)
 
 
-def search_clip(weight: Weight, s: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, float]:
+def search_clip(weight: Weight, s: Tensor | None) -> tuple[Tensor, float]:
     """The share of each group's range that its codes span, [..., N, G], and the error left relative to the output.
 
     Args:
         s: scales of the channels, [K] or [E, K].
     """
-    cols = scheme.group(weight.values.shape[-1])
+    cols = weight.scheme.group(weight.values.shape[-1])
     assert cols
     shares, error, energy = [], 0.0, 0.0
     start = 0
@@ -160,7 +167,7 @@ def search_clip(weight: Weight, s: Tensor | None, scheme: Scheme, dtype: torch.d
         best = chosen = None
         for share in SHARES:
             clip = torch.full((*scaled.shape[:-1], scaled.shape[-1] // cols), share, device=scaled.device)
-            loss = _quadratic(round_trip(scaled, scheme, dtype, weight.symmetric, clip) - scaled, moments)
+            loss = _quadratic(round_trip(scaled, weight.scheme, weight.dtype, weight.symmetric, clip) - scaled, moments)
             if best is None or chosen is None:
                 best, chosen = loss, clip
             else:

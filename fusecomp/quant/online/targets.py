@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fusecomp.errors import UnsupportedModelError
+from fusecomp.quant.online.names import places
 from fusecomp.quant.online.schemes import Scheme
 
 # Narrower outputs are gates of a few numbers: nothing to save, and everything behind them feels an error.
@@ -38,6 +39,7 @@ class Target:
         owner, leaf: the module and the name of its parameter.
         transposed: the parameter is [..., K, N].
         experts: it has three dims.
+        scheme: by which it is quantized.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Target:
     leaf: str
     transposed: bool
     experts: bool
+    scheme: Scheme
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -85,13 +88,13 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def find_targets(
-    layer: Layer, scheme: Scheme, shared: set[int], portable: bool = False
+    layer: Layer, scheme: Scheme, shared: set[int], portable: nn.Module | None = None
 ) -> tuple[list[Target], list[LeftOut]]:
     """Weights of a layer that are quantized, in the order of their names, and those that are not.
 
     Args:
         shared: ids of parameters that two modules hold.
-        portable: only what a checkpoint of other engines can hold.
+        portable: the model, to quantize only what checkpoints of it can hold.
     """
     targets: list[Target] = []
     left: list[LeftOut] = []
@@ -106,13 +109,20 @@ def find_targets(
             if isinstance(transposed, str):
                 left.append(LeftOut(full, transposed))
                 continue
-            target = Target(full, module, leaf, transposed, parameter.dim() == 3)
-            reason = _refusal(target, scheme, crowds, shared, portable)
+            target = Target(full, module, leaf, transposed, parameter.dim() == 3, scheme)
+            reason = _refusal(target, crowds, shared, portable)
             if reason is None:
                 targets.append(target)
             else:
                 left.append(LeftOut(full, reason))
-    return targets, left
+    return [_portable(t, targets) for t in targets] if portable is not None else targets, left
+
+
+def _portable(target: Target, targets: list[Target]) -> Target:
+    """The target with groups of the size that all weights of its experts can have: other engines know one for all."""
+    ks = [t.weight.shape[-1] for t in targets if t.owner is target.owner]
+    size = target.scheme.group(*ks)
+    return target if not size else replace(target, scheme=replace(target.scheme, sizes=(size,)))
 
 
 def outside(model: nn.Module, layers: list[Layer]) -> Iterator[LeftOut]:
@@ -142,7 +152,7 @@ def _expert_counts(layer: nn.Module) -> set[int]:
     return counts | {len(m) for m in layer.modules() if isinstance(m, nn.ModuleList)}
 
 
-def _refusal(target: Target, scheme: Scheme, crowds: set[int], shared: set[int], portable: bool) -> str | None:
+def _refusal(target: Target, crowds: set[int], shared: set[int], portable: nn.Module | None) -> str | None:
     n, k = target.weight.shape[-2:]
     if id(target.parameter) in shared:
         return "another module holds the same parameter"
@@ -150,11 +160,15 @@ def _refusal(target: Target, scheme: Scheme, crowds: set[int], shared: set[int],
         return f"it chooses among {n} experts: an error there is wrong by a whole expert"
     if n < FEWEST_OUTPUTS:
         return f"it has {n} outputs, too few to matter"
-    if scheme.group(k) is None:
+    if target.scheme.group(k) is None:
         return f"no group size that kernels read divides its {k} columns"
-    if portable and not target.experts and type(target.owner) is not nn.Linear:
-        return f"a checkpoint of this format has no {type(target.owner).__name__}"
-    return None
+    if portable is None:
+        return None
+    if target.transposed or (not target.experts and type(target.owner) is not nn.Linear):
+        return f"checkpoints of this format have no {type(target.owner).__name__}"
+    name = target.name if target.experts else f"{target.name}.weight"
+    found = places(portable, name, tuple(target.weight.shape[:-1]))
+    return found if isinstance(found, str) else None
 
 
 def _orientation(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool | str:

@@ -153,7 +153,7 @@ class _Work:
             targets = self._targets(layer)
             # Only int4 rounds experts' weights so coarsely that their inputs matter.
             experts = [t for t in targets if t.experts] if self.scheme.grouped else []
-            with observing(layer.module, experts, lambda k: self.scheme.group(k) or k) as observed:
+            with observing(layer.module, experts) as observed:
                 output = forward(*args, **kwargs)
             before = _tensor_of(output)
             plan = self.planner.calibrated(
@@ -172,7 +172,7 @@ class _Work:
             layer.module.to(self.device)
 
     def _targets(self, layer: Layer) -> list[Target]:
-        targets, left = find_targets(layer, self.scheme, self.shared, self.portable)
+        targets, left = find_targets(layer, self.scheme, self.shared, self.model if self.portable else None)
         odd = [LeftOut(t.name, f"it is {t.parameter.dtype}") for t in targets if t.parameter.dtype not in PLAIN]
         self.record.left_out += [(item.name, item.reason) for item in (*left, *odd)]
         targets = [t for t in targets if t.parameter.dtype in PLAIN]
@@ -191,7 +191,7 @@ class _Work:
             dtype, (n, k) = target.parameter.dtype, target.weight.shape[-2:]
             codes = make_codes(
                 target.weight,
-                self.scheme,
+                target.scheme,
                 dtype,
                 symmetric=rounding.symmetric,
                 clip=rounding.clip,
