@@ -213,9 +213,12 @@ def quantization_settings(model: nn.Module, name: str) -> dict[str, Any]:
         key = (spec.cols, weight.zero is None, weight.q.dim() == 3)
         groups.setdefault(key, []).extend(place.name for place in _places(model, parameter, weight))
     config_groups = {}
+    alike = len({key[:2] for key in groups}) == 1
     for i, ((cols, symmetric, experts), names) in enumerate(groups.items()):
-        targets = ["Linear"] if len(groups) == 1 else _experts_pattern(names) if experts else names
+        targets = ["Linear"] if alike else _experts_pattern(names) if experts else names
         config_groups[f"group_{i}"] = {"targets": targets, **_group(name, cols, symmetric)}
+        if alike:
+            break
     return {
         "quant_method": "compressed-tensors",
         "format": FORMATS[name],

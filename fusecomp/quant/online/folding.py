@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fusecomp.quant.online.targets import Target
 
-# Of the effect that scaling a source alone has, what may be left with its readers scaled back. Powers of two leave 0;
-# a norm that adds 1 to its weight rounds it.
-MOST_LEFT = 0.01
+# Of the effect that scaling a source alone has, what may be left with its readers scaled back. Powers of two leave 0,
+# or next to it where a norm adds 1 to its weight.
+MOST_LEFT = 1e-4
 Run = Callable[[], Any]
 
 
@@ -170,14 +170,23 @@ def _holds(folds: Sequence[Fold], run: Run, before: Tensor) -> bool:
             s = torch.exp2(torch.randint(-1, 3, shape, generator=generator).float()).to(device)
             s = fold.source.shared(s).log2().round().exp2() if isinstance(fold.source, Rows) else s
             scales.append(s)
+            if isinstance(fold.source, Norm) and fold.source.offset:
+                weight = fold.source.module._parameters["weight"]
+                assert weight is not None
+                weight.data = weight.data.float()  # 16 bits would round a power of two less the offset
             fold.source.set(s)
         effect = _distance(run(), before)
         for fold, s in zip(folds, scales, strict=True):
             fold.apply_to_readers(s, targets=True)
         left = _distance(run(), before)
+    except RuntimeError:  # of dtypes, where fp32 does not suit a norm: its form is another
+        return False
     finally:
         for parameter, value in kept:
-            parameter.data.copy_(value)
+            if parameter.dtype == value.dtype:
+                parameter.data.copy_(value)
+            else:
+                parameter.data = value
     return effect > 0 and left <= MOST_LEFT * effect
 
 

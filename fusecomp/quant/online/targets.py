@@ -148,7 +148,8 @@ def shared_parameters(model: nn.Module) -> set[int]:
 
 def _expert_counts(layer: nn.Module) -> set[int]:
     """Numbers of experts in a layer."""
-    counts = {p.shape[0] for p in layer.parameters() if p.dim() == 3}
+    merged = [m for m in layer.modules() if not isinstance(m, nn.Conv1d)]
+    counts = {p.shape[0] for m in merged for p in m._parameters.values() if p is not None and p.dim() == 3}
     return counts | {len(m) for m in layer.modules() if isinstance(m, nn.ModuleList)}
 
 

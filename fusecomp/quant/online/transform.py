@@ -65,6 +65,8 @@ def quantize_model(
         fed = calibration(text, tokenizer, _longest(model), _vocabulary(model))
     source = fed.source if fed else "without calibration" if chosen.calibrated else "no calibration needed"
     record = QuantizationRecord(chosen.name, source)
+    if text and not chosen.calibrated:
+        record.notes.append(f"the calibration text was not used: {chosen.name} needs none")
     work = _Work(model, chosen, layers, shared, device, portable, record)
     training = model.training
     model.eval()
