@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from fusecomp.config import EngineConfig, check_keys
+from fusecomp.config import QUANTIZE_SCHEMES, EngineConfig, check_keys
 from fusecomp.errors import CheckpointError, ConfigError, FusecompError, RequestError
 from fusecomp.hf import FusedGeneration
 from fusecomp.request import CompletionOutput, RequestOutput, SamplingParams
-from fusecomp.runtime.loading import load_model, load_tokenizer, resolve_device
+from fusecomp.runtime.loading import load_model, load_tokenizer, quantize_in_memory, resolve_device, resolve_folder
 from fusecomp.runtime.session import Progress, Session
 
 if TYPE_CHECKING:
+    from fusecomp.quant.online.record import QuantizationRecord
     from fusecomp.report import FusionReport
 
 logger = logging.getLogger("fusecomp")
@@ -61,6 +62,8 @@ class LLM:
         fuse: str = "auto",
         disabled_patterns: Sequence[str] = (),
         compile_cache: bool = True,
+        quantize: str | None = None,
+        calibration: Any = None,
         tokenizer: Any = None,
         **unknown: Any,
     ) -> None:
@@ -81,10 +84,12 @@ class LLM:
             fuse=fuse,
             disabled_patterns=tuple(disabled_patterns),
             compile_cache=compile_cache,
+            quantize=quantize,
+            calibration=calibration,
             **unknown,
         )
         given = None if tokenizer is None else _tokenizer_of(tokenizer)
-        module, own_tokenizer, config = _materialize(model, config)
+        module, own_tokenizer, config = _materialize(model, config, given)
         self.config = config
         self._tokenizer = own_tokenizer if given is None else given
         self._vocab_size = _vocab_size(module)
@@ -250,14 +255,65 @@ def explain(model: str | Path | torch.nn.Module, **options: Any) -> FusionReport
     if isinstance(model, FusedGeneration) and not options:
         return model.fusion_report
     check_keys(EngineConfig, options, "explain")
-    module, _, config = _materialize(model, EngineConfig(**options))
+    config = EngineConfig(**options)
+    if config.quantize is not None and isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            "explain would change the weights of a model in memory",
+            where=f"quantize={config.quantize!r}",
+            remedy="give the folder or the name, or use LLM(model, quantize=...).fusion_report",
+        )
+    module, _, config = _materialize(model, config)
     return Session(module, config).engine.report
 
 
-def _materialize(model: Any, config: EngineConfig) -> tuple[Any, Any, EngineConfig]:
-    """A module in evaluation mode, its tokenizer if it came with one, and `config` with the device settled."""
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    scheme: str,
+    *,
+    calibration: Any = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> QuantizationRecord:
+    """Quantize a checkpoint in 16 or 32 bits into another, which fusecomp, transformers and vLLM read.
+
+    Args:
+        model: a folder, or a name on the Hugging Face Hub.
+        out: the folder that is made; it appears when it is whole.
+        scheme: "fp8", "int8" or "int4".
+        calibration: see `EngineConfig`.
+        overwrite: replace what `out` holds.
+
+    Returns:
+        What was quantized, and what was not and why.
+
+    Raises:
+        ConfigError: an option is invalid, `out` is not empty, or the checkpoint is quantized already.
+        CheckpointError, UnsupportedModelError, CapacityError: the model cannot be loaded or written.
+    """
+    from fusecomp.quant.online.export import check_destination, export
+    from fusecomp.quant.online.record import record_of
+
+    config = EngineConfig(quantize=scheme, calibration=calibration, device=device)
+    if config.quantize is None:
+        raise ConfigError("no scheme", where="quantize", remedy=f"use one of {', '.join(QUANTIZE_SCHEMES)}")
+    check_destination(Path(out), overwrite)
+    source = resolve_folder(model)
+    module, _ = load_model(source, "auto", config.device, config.quantize, config.calibration, portable=True)
+    export(module, source, Path(out), overwrite=overwrite)
+    record = record_of(module)
+    assert record is not None
+    return record
+
+
+def _materialize(model: Any, config: EngineConfig, given: Any = None) -> tuple[Any, Any, EngineConfig]:
+    """A module in evaluation mode, its tokenizer if it came with one, and `config` with the device settled.
+
+    Args:
+        given: the tokenizer that a user gave; None if none.
+    """
     if isinstance(model, str | Path):
-        module, tokenizer = load_model(model, config.dtype, config.device)
+        module, tokenizer = load_model(model, config.dtype, config.device, config.quantize, config.calibration)
         return module, tokenizer, config.replace(device=str(resolve_device(config.device)))
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
@@ -267,6 +323,8 @@ def _materialize(model: Any, config: EngineConfig) -> tuple[Any, Any, EngineConf
     if config.dtype != "auto" or config.device != "auto":
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         model.to(device=None if config.device == "auto" else resolve_device(config.device), dtype=dtype)
+    if config.quantize is not None:
+        quantize_in_memory(model, config, given)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return model, None, config.replace(device=str(device))
 

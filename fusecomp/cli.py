@@ -1,4 +1,4 @@
-"""The command line: `fusecomp generate MODEL` and `fusecomp explain MODEL`.
+"""The command line: `fusecomp generate MODEL`, `fusecomp explain MODEL` and `fusecomp quantize MODEL OUT`.
 
 Exit codes: 0 all served; 1 a model could not be loaded or some prompts failed; 2 wrong usage; 130 interrupted.
 Errors are one line on stderr (`--debug` adds the traceback). Results go to stdout or `--output`, all else to stderr.
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fusecomp import __version__
-from fusecomp.config import DTYPES, FUSE_MODES, VERIFY_MODES, EngineConfig
+from fusecomp.config import DTYPES, FUSE_MODES, QUANTIZE_SCHEMES, VERIFY_MODES, EngineConfig
 from fusecomp.errors import ConfigError, FusecompError
 from fusecomp.files import FORMATS, OutputFile, PromptLine, read_prompts, record_of
 from fusecomp.imports import fast_imports
@@ -81,6 +81,17 @@ def build_parser() -> Parser:
     _add_common(explain)
     explain.add_argument("--json", action="store_true", help="print the whole report as JSON")
     _add_engine_options(explain)
+
+    quantize = verbs.add_parser("quantize", help="write a checkpoint of codes", allow_abbrev=False)
+    quantize.set_defaults(run=run_quantize, parser=quantize)
+    _add_common(quantize)
+    quantize.add_argument("out", metavar="OUT", help="the folder to make; it appears when it is whole")
+    quantize.add_argument("--scheme", required=True, choices=QUANTIZE_SCHEMES, help="what weights become")
+    text = quantize.add_mutually_exclusive_group()
+    text.add_argument("--calibration", metavar="FILE", help="text for int8 and int4 (default: the package's own)")
+    text.add_argument("--no-calibration", action="store_true", help="round to nearest: faster, less accurate")
+    quantize.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    quantize.add_argument("--device", metavar="NAME", default="auto", help="where it is computed (default auto)")
     return parser
 
 
@@ -142,6 +153,29 @@ def run_explain(options: argparse.Namespace) -> int:
 
     report = explain(options.model, **engine_options)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.summary())
+    return 0
+
+
+def run_quantize(options: argparse.Namespace) -> int:
+    """`fusecomp quantize`."""
+    with _keeping_interrupts(), fast_imports(own_process=True):
+        from fusecomp.api import quantize
+
+    record = quantize(
+        options.model,
+        options.out,
+        options.scheme,
+        calibration=() if options.no_calibration else options.calibration,
+        overwrite=options.overwrite,
+        device=options.device,
+    )
+    for weight in record.weights:
+        print(f"+ {weight.name}: {weight.detail}")
+    for name, reason in record.left_out:
+        print(f"- {name}: {reason}")
+    for note in record.notes:
+        print(f"note: {note}")
+    print(f"fusecomp: {options.out}: {record.summary()}", file=sys.stderr)
     return 0
 
 
@@ -247,7 +281,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     names = [f.name for f in dataclasses.fields(EngineConfig)]
     starts = {name: documentation.index(f" {name}: ") for name in names}
     kinds = typing.get_type_hints(EngineConfig)
-    choices = {"dtype": DTYPES, "verify": VERIFY_MODES, "fuse": FUSE_MODES}
+    choices = {"dtype": DTYPES, "verify": VERIFY_MODES, "fuse": FUSE_MODES, "quantize": QUANTIZE_SCHEMES}
     for f in dataclasses.fields(EngineConfig):
         end = min((start for start in starts.values() if start > starts[f.name]), default=None)
         text = documentation[starts[f.name] :][: None if end is None else end - starts[f.name]]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 BLOCK_SIZES = (1, 16, 32, 64)
 VERIFY_MODES = ("off", "first")
 FUSE_MODES = ("auto", "always", "never")
+QUANTIZE_SCHEMES = ("fp8", "int8", "int4")
 
 C = TypeVar("C")
 
@@ -56,6 +58,23 @@ def is_real(value: Any) -> bool:
         return False
 
 
+def _calibration(given: Any) -> str | tuple[Any, ...] | None:
+    """A path as text, or texts and lists of token ids as tuples."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, os.PathLike):
+        return os.fspath(given)
+    items = tuple(given) if isinstance(given, list | tuple) else (None,)
+    ids = tuple(tuple(item) if isinstance(item, list | tuple) else item for item in items)
+    if not all(isinstance(item, str) or (isinstance(item, tuple) and all(map(is_int, item))) for item in ids):
+        raise ConfigError(
+            f"calibration is a {type(given).__name__} of something else",
+            where="EngineConfig",
+            remedy="give the path of a text file, a list of texts, or a list of lists of token ids",
+        )
+    return ids
+
+
 @refuses_unknown_options
 @dataclass(frozen=True)
 class EngineConfig:
@@ -81,6 +100,10 @@ class EngineConfig:
         fuse: run the fuse stage (norms, matmuls with their epilogues, rotary embedding with the cache write become
             canonical ops): "auto" on a GPU, where they have kernels; "always", on a CPU by their eager references.
         disabled_patterns: names of patterns, of merging or of the fuse stage, that are left out.
+        quantize: hold the weights of linears and experts as codes, "fp8", "int8" or "int4"; None leaves them. A model
+            in memory is changed.
+        calibration: for int8 and int4, a text file, or a list of texts or of lists of token ids; None takes the text
+            that comes with the package, an empty list does without.
     """
 
     dtype: str = "auto"
@@ -98,6 +121,8 @@ class EngineConfig:
     verify: str = "off"
     fuse: str = "auto"
     disabled_patterns: tuple[str, ...] = ()
+    quantize: str | None = None
+    calibration: str | tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         self._one_of("dtype", DTYPES)
@@ -109,6 +134,11 @@ class EngineConfig:
                 f"disabled_patterns={self.disabled_patterns!r}", where="EngineConfig", remedy="give a tuple of names"
             )
         object.__setattr__(self, "disabled_patterns", tuple(self.disabled_patterns))
+        if self.quantize is not None:
+            self._one_of("quantize", QUANTIZE_SCHEMES)
+        object.__setattr__(self, "calibration", _calibration(self.calibration))
+        if self.calibration is not None and self.quantize is None:
+            raise ConfigError("calibration without quantize", where="EngineConfig", remedy="give quantize as well")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             self._positive_int(name, getattr(self, name))
         for name in ("max_model_len", "kv_cache_bytes"):

@@ -24,7 +24,7 @@ from fusecomp.capture import forward_hooks
 from fusecomp.config import EngineConfig, check_keys
 from fusecomp.errors import ConfigError, FallbackError, FallbackWarning, UnsupportedModelError
 from fusecomp.generation import decode, make_plan, refuse_call
-from fusecomp.runtime.loading import resolve_device
+from fusecomp.runtime.loading import quantize_in_memory, resolve_device
 from fusecomp.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
         target: a model, a function that returns one, or a model class. None makes a decorator.
         warmup: build the engine now rather than at the first `generate`.
         **options: fields of `EngineConfig`. An explicit `dtype` or `device` converts the model as `model.to` does,
-            which `unfuse` does not undo; "auto" leaves it as it is.
+            and `quantize` replaces its weights by codes, which `unfuse` does not undo: it gives back a model of stock
+            class that computes with those codes. "auto" and None leave it as it is.
 
     Raises:
         ConfigError: an option is unknown or invalid, or `target` is nothing that can be fused.
@@ -169,6 +170,9 @@ class FusedState:
         if config.dtype != "auto" or config.device != "auto":
             dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
             model.to(device=None if config.device == "auto" else resolve_device(config.device), dtype=dtype)
+        if config.quantize is not None:
+            quantize_in_memory(model, config)
+            self.config = config.replace(quantize=None, calibration=None)  # a copy has its codes already
 
     def session(self, model: Any) -> Session:
         """The session for `model` as it is now. Raises `UnsupportedModelError` (again) when there cannot be one."""

@@ -123,6 +123,33 @@ def select_heldout(documents: Sequence[Document], limit: int = 100_000) -> list[
     return chosen
 
 
+def select_calibration(corpus: Corpus, limit: int = 40_000) -> list[Document]:
+    """Whole training files of library code, in the order of their hashes, up to `limit` bytes together.
+
+    Files that share a run of lines with a measured file (licence headers, idioms) are left out.
+    """
+    measured = {run for d in corpus.validation + corpus.heldout for run in line_runs(d.text)}
+    chosen, size = [], 0
+    for document in sorted(corpus.train, key=lambda d: hashlib.sha256(d.path.encode()).digest()):
+        length = len(document.text.encode())
+        library = not _TEST_FOLDERS & set(document.path.split("/"))
+        fits = 1_000 <= length <= 10_000 and size + length <= limit
+        if library and fits and document.text.isascii() and not measured & set(line_runs(document.text)):
+            chosen.append(document)
+            size += length
+    return chosen
+
+
+def line_runs(text: str, length: int = 3) -> list[tuple[str, ...]]:
+    """All runs of so many lines, blank ones left out."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [tuple(lines[i : i + length]) for i in range(len(lines) - length + 1)]
+
+
+def format_calibration(documents: Iterable[Document]) -> str:
+    return "".join(f"# ===== training file: {d.path} =====\n{d.text}" for d in documents)
+
+
 def format_heldout(documents: Iterable[Document]) -> str:
     return "".join(f"# ===== held-out file: {d.path} =====\n{d.text}" for d in documents)
 

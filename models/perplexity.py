@@ -4,7 +4,8 @@ The protocol, fixed so that figures stay comparable:
 - `heldout.txt` is split at its header lines into whole files; headers are not scored. A file is its tokens, then `eos`.
 - A file is cut into consecutive, non-overlapping windows of `context - 1` tokens, the last one shorter. Every window
   starts with `bos` and sees nothing of the windows before it. Every token but `bos` is scored, `eos` too.
-- The weights are loaded in fp32 and run by Hugging Face's eager attention and eager experts.
+- The weights are loaded in fp32 and run by Hugging Face's eager attention and eager experts. With `--quantize` they are
+  quantized as `fusecomp.LLM(model, quantize=...)` does, and inputs of linears are rounded in steps of any size.
 - nats/token divides the summed negative log likelihood by the tokens scored, nats/byte by the UTF-8 bytes of the files.
 """
 
@@ -86,11 +87,30 @@ def heldout_windows(tokenizer, text: str, context: int = CONTEXT) -> tuple[list[
     return rows, sum(len(d.text.encode()) for d in documents)
 
 
-def measure(folder: str | Path, text: str | None = None, limit: int | None = None, context: int = CONTEXT) -> Score:
-    """Scores a checkpoint on the held-out text, or on its first `limit` windows."""
+def quantize(model: PreTrainedModel, tokenizer, scheme: str, calibrated: bool) -> None:
+    """Quantize a loaded model as fusecomp does, with activations rounded whatever the number of tokens."""
+    from fusecomp.quant.online.schemes import SCHEMES
+    from fusecomp.quant.online.transform import quantize_model
+
+    every_step = SCHEMES[scheme].from_tokens(0)
+    quantize_model(model, every_step, text=None if calibrated else [], tokenizer=lambda: tokenizer)
+
+
+def measure(
+    folder: str | Path,
+    text: str | None = None,
+    limit: int | None = None,
+    context: int = CONTEXT,
+    scheme: str | None = None,
+    calibrated: bool = True,
+) -> Score:
+    """Scores a checkpoint on the held-out text, or on its first `limit` windows; quantized by `scheme` if given."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows, size = heldout_windows(tokenizer, HELDOUT.read_text(encoding="utf-8") if text is None else text, context)
-    nats, tokens = score_windows(load(folder), rows[:limit])
+    model = load(folder)
+    if scheme is not None:
+        quantize(model, tokenizer, scheme, calibrated)
+    nats, tokens = score_windows(model, rows[:limit])
     return Score(nats, tokens, size if limit is None or limit >= len(rows) else 0)
 
 
@@ -100,9 +120,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=HELDOUT, help="held-out text (default: the committed one)")
     parser.add_argument("--windows", type=int, help="score only the first N windows")
     parser.add_argument("--context", type=int, default=CONTEXT, help=f"window length (default: {CONTEXT})")
+    parser.add_argument("--quantize", metavar="SCHEME", help="fp8, int8 or int4 (default: as the checkpoint is)")
+    parser.add_argument("--no-calibration", action="store_true", help="quantize by rounding alone")
     args = parser.parse_args()
-    score = measure(args.model, args.text.read_text(encoding="utf-8"), args.windows, args.context)
-    print(f"{args.model}: {score.tokens} tokens, perplexity {score.perplexity:.3f}")
+    score = measure(
+        args.model,
+        args.text.read_text(encoding="utf-8"),
+        args.windows,
+        args.context,
+        args.quantize,
+        not args.no_calibration,
+    )
+    how = f" quantized to {args.quantize}" if args.quantize else ""
+    print(f"{args.model}{how}: {score.tokens} tokens, perplexity {score.perplexity:.3f}")
     result = asdict(score) | {
         "nats_per_token": score.nats_per_token,
         "nats_per_byte": score.nats_per_byte if score.bytes else None,

@@ -149,7 +149,8 @@ class ActivationSpec:
         """In a few words, for reports."""
         what = f"{self.block} columns of a token" if self.granularity == BLOCK else f"a {self.granularity}"
         when = f", in steps of {self.least_tokens} tokens and more" if self.least_tokens else ""
-        return f"{'dynamic' if self.dynamic else 'static'} {self.kind}8, a scale for {what}{when}"
+        kind = FP8 if self.kind == FP8 else "int8"
+        return f"{'dynamic' if self.dynamic else 'static'} {kind}, a scale for {what}{when}"
 
 
 def code_values(q: Tensor, spec: WeightSpec) -> Tensor:

@@ -30,8 +30,8 @@ class _Settings:
 
     quant_method = METHOD
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement: Placement | None = placement
+    def __init__(self, placement: Placement | None) -> None:
+        self.placement = placement
         self.shapes: dict[str, torch.Size] = {}
 
     def __deepcopy__(self, memo: dict) -> _Settings:
@@ -62,6 +62,11 @@ class _Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def refuse_saving(model: Any) -> None:
+    """Let transformers refuse to save a model whose weights were replaced by codes."""
+    model.hf_quantizer = _Quantizer(_Settings(None))
 
 
 def load_quantized(

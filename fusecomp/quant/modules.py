@@ -93,6 +93,22 @@ class QuantizedInput(_FixedDtypes):
         return OPS.dequantize(codes, scale, None, self.spec)
 
 
+class RoundedInput(nn.Module):
+    """Rounds a layer's input to what codes would stand for, in steps of enough tokens; in the input's dtype.
+
+    Attributes:
+        quantization: text of an `ActivationSpec` whose scale follows from the values.
+    """
+
+    def __init__(self, activation: ActivationSpec) -> None:
+        super().__init__()
+        self.quantization = activation.to_text()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., T, K] -> the same shape and dtype."""
+        return OPS.fake_quantize(x, None, self.quantization)
+
+
 class QuantizedLinear(nn.Module):
     """`nn.Linear` on codes.
 
@@ -105,7 +121,7 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     order: nn.Parameter | None
     codes: QuantizedWeight | None
-    input: QuantizedInput | None
+    input: QuantizedInput | RoundedInput | None
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         """Without codes; `fill` brings them, so that nothing but a bias is loaded by transformers."""

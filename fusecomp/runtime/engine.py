@@ -19,6 +19,7 @@ from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant_linear import QuantShape
+from fusecomp.quant.online.record import describe as describe_quantization
 from fusecomp.report import FusionReport
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import memory
@@ -97,6 +98,7 @@ class Engine:
 
             verify_engine(self, model)
         self._note_fallbacks()
+        describe_quantization(model, self.report)
         self.report.seconds["start-up"] = time.perf_counter() - begin
 
     # ------------------------------------------------------------------ requests

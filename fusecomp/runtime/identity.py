@@ -38,6 +38,7 @@ NEUTRAL = {
     *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks_with_kwargs", "_non_persistent_buffers_set", "_is_hf_initialized"),  # hooks: `refuse_hooks`
     *("generation_config", "name_or_path", "warnings_issued", "hf_quantizer", "_fusecomp", "_fusecomp_pending"),
+    "_fusecomp_quantization",  # an account for reports; what it accounts for are modules and tensors
     *("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan", "all_tied_weights_keys", "_tied_weights_keys"),
     *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_no_split_modules", "_skip_keys_device_placement"),
     *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"),

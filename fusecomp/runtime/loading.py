@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fusecomp.runtime.checkpoint import check_checkpoint, read_json, read_tables
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fusecomp.config import EngineConfig
     from fusecomp.quant.formats.base import Format
 
 logger = logging.getLogger("fusecomp")
@@ -34,7 +35,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.
 
 
 def load_model(
-    path_or_name: str | Path, dtype: str = "auto", device: str = "auto"
+    path_or_name: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
+    calibration: Any = None,
+    *,
+    portable: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load the causal LM in a local folder or of a Hub name, and its tokenizer.
 
@@ -42,6 +49,8 @@ def load_model(
         path_or_name: folder written by `save_pretrained`, or a name on the Hugging Face Hub.
         dtype: "auto" keeps the checkpoint's; otherwise parameters are converted.
         device: "auto" takes CUDA when there is one.
+        quantize, calibration: as in `EngineConfig`. Layers go to the device one by one and are quantized there.
+        portable: quantize only what a checkpoint for other engines can hold.
 
     Returns:
         The model, in evaluation mode and without gradients, and its tokenizer (None when the checkpoint has none).
@@ -59,9 +68,13 @@ def load_model(
     check_checkpoint(folder)
     _check_config(folder)
     tokenizer = load_tokenizer(folder)
+    if quantize is not None:
+        _refuse_quantized(folder)
     model = _load_weights(folder, "auto" if dtype == "auto" else getattr(torch, dtype))
     model.eval().requires_grad_(False)
     try:
+        if quantize is not None:
+            _quantize(model, quantize, calibration, lambda: tokenizer, target, portable)
         return model.to(target), tokenizer  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -71,6 +84,56 @@ def load_model(
             why=str(error).splitlines()[0],
             remedy="free the device, or load with a smaller dtype",
         ) from error
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = read_json(folder / "config.json", "restore the file")
+    found = quantization_format(config, str(folder / "config.json"))
+    if found is not None:
+        raise ConfigError(
+            f"the checkpoint is quantized already, by {found.method}",
+            where=str(folder),
+            remedy="drop quantize, or give the checkpoint in 16 or 32 bits",
+        )
+
+
+def quantize_in_memory(model: Any, config: EngineConfig, tokenizer: Any = None) -> None:
+    """Apply `config.quantize` to a model where it lies; text is for `tokenizer`, or that of the model's checkpoint."""
+    assert config.quantize is not None
+
+    def found() -> Any:
+        return tokenizer if tokenizer is not None else _tokenizer_of(model)
+
+    _quantize(model, config.quantize, config.calibration, found, None, False)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer of the checkpoint that a model says it came from, if it is on this machine; None otherwise."""
+    from huggingface_hub import snapshot_download
+
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return load_tokenizer(name)
+    try:
+        return load_tokenizer(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no name of the Hub: the caller says what to do
+        return None
+
+
+def _quantize(
+    model: Any,
+    quantize: str,
+    calibration: Any,
+    tokenizer: Callable[[], Any],
+    device: torch.device | None,
+    portable: bool,
+) -> None:
+    from fusecomp.quant.online.transform import quantize_model
+
+    with EXCLUSIVE:
+        quantize_model(model, quantize, text=calibration, tokenizer=tokenizer, device=device, portable=portable)
 
 
 def resolve_device(device: str) -> torch.device:

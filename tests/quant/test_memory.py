@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from fusecomp.runtime.loading import load_model
+from models.registry import FAMILIES, build
 from tests.quant import packers
 from tests.quant.checkpoints import make
 from tests.quant.test_formats import ACTIVATIONS, AWQ, FP8, GPTQ, ct, ints, orders
@@ -50,7 +54,7 @@ def anonymous():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["RssAnon"].split()[0]) * 1024
 
-load_model(sys.argv[1], "float32", "cpu")
+load_model(sys.argv[1], *json.loads(sys.argv[3]))
 peak, base, done = 0, anonymous(), False
 
 def watch():
@@ -59,9 +63,10 @@ def watch():
         peak = max(peak, anonymous() - base)
         time.sleep(0.0005)
 
+options = json.loads(sys.argv[3])
 thread = threading.Thread(target=watch)
 thread.start()
-model, _ = load_model(sys.argv[2], "float32", "cpu")
+model, _ = load_model(sys.argv[2], *options)
 done = True
 thread.join()
 print(json.dumps(peak))
@@ -77,7 +82,29 @@ def test_peak_while_loading(tmp_path):
     big = make(tmp_path, "qwen3-moe", pack, {**GPTQ, "group_size": 128}, **sizes)
     size = (big.folder / "model.safetensors").stat().st_size
     assert size > 10 << 20
-    command = [sys.executable, "-c", MEASURE, str(small.folder), str(big.folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = json.loads(ran.stdout.splitlines()[-1])
+    peak = measured_peak(small.folder, big.folder, "float32", "cpu")
     assert peak < 1.3 * size, f"{peak / size:.2f} of the checkpoint"
+
+
+def measured_peak(small, big, *options):
+    """Most bytes that loading `big` takes at a time, after `small` was loaded."""
+    command = [sys.executable, "-c", MEASURE, str(small), str(big), json.dumps(options)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("scheme", ["fp8", "int4"])
+def test_peak_while_quantizing(tmp_path, scheme):
+    """At most the model in 16 bits and 30%: a weight is freed as soon as its codes exist."""
+    sizes = {**BIG, "num_hidden_layers": 8, "intermediate_size": 1536}
+    entry = FAMILIES["llama"]
+    for name, changes in (("small", {}), ("big", sizes)):
+        layers = changes.get("num_hidden_layers", entry.layers)
+        changed = replace(entry, config={**entry.config, **changes}, layers=layers, windows=(0,) * layers)
+        build(changed, torch.bfloat16).save_pretrained(tmp_path / name)
+    size = (tmp_path / "big" / "model.safetensors").stat().st_size
+    assert size > 50 << 20
+    peak = measured_peak(tmp_path / "small", tmp_path / "big", "auto", "cpu", scheme, [list(range(3, 99))] * 2)
+    assert peak < 1.3 * size, f"{peak / size:.2f} of the checkpoint"
+    assert taken(load_model(tmp_path / "big", "auto", "cpu", scheme, ())[0]) < 0.6 * size
