@@ -107,7 +107,7 @@ def load_codes(at, mask, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(at, eviction_policy="evict_first")
     else:
-        return tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
