@@ -170,7 +170,7 @@ def _combined(
             rows = order[begin : begin + count]
             parts[rows] = run(rows // K, expert).to(wide)
         begin += count
-    total = (parts.view(T, K, -1) * top_k_weights.to(wide)[..., None]).sum(1)
+    total = (parts.view(T, K, x.shape[1]) * top_k_weights.to(wide)[..., None]).sum(1)
     return (total if residual is None else total + residual.to(wide)).to(x.dtype)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.experts.codes import code_constants
 from fusecomp.lowerings.experts.combine import MAX_DEPENDENT_TOKENS, combine_block, combine_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import (
@@ -16,8 +17,7 @@ from fusecomp.lowerings.experts.heuristics import (
     experts_config,
     load_table,
 )
-from fusecomp.lowerings.experts.codes import code_constants
-from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, codes_shape, load_codes_table, quant_experts_config
+from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, codes_shape, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routing import (
     CHUNK,

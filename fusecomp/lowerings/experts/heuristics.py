@@ -171,9 +171,7 @@ def fit_registers(tiles: Tiles, lanes: int) -> Tiles:
     return tiles
 
 
-def fit_tiles(
-    tiles: Tiles, block_t: int, target: Target, itemsize: int, *, weight_bits: int = 0
-) -> Tiles:
+def fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int, *, weight_bits: int = 0) -> Tiles:
     """Fewer stages, then narrower tiles, until stages, or else a finished tile, fit.
 
     Args:

@@ -7,7 +7,7 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.quant.lowering import launch_dequantize
 from fusecomp.ops.experts import Activation
 
 
@@ -63,6 +64,14 @@ class Experts:
         if self.transposed:
             rows, hidden = hidden, rows
         return experts, rows, hidden, rows // 2 if self.gated else rows
+
+    def dequantized(self) -> Experts:
+        """The same layer by weights of numbers."""
+        up, down = (
+            weight if codes is None else launch_dequantize(weight, codes.scale, codes.zero, codes.spec)
+            for weight, codes in ((self.up, self.up_codes), (self.down, self.down_codes))
+        )
+        return replace(self, up=up, down=down, up_codes=None, down_codes=None)
 
     def act_constants(self) -> dict[str, Any]:
         act = self.activation
@@ -153,7 +162,8 @@ def run_grouped(
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
         x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
-        D=hidden_size, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout, **_constants(config.up), **common,
+        D=hidden_size, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout, **_constants(config.up),
+        **common,
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
@@ -165,9 +175,7 @@ def run_grouped(
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
 
-def weight_tiles(
-    weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool
-) -> TensorDescriptor | None:
+def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool) -> TensorDescriptor | None:
     """The weight [E, G * N, D] as [E * G, N, D] in blocks [G, BN / G, BD]; None where TMA cannot or shall not read it.
 
     It needs rows of a multiple of 16 bytes. Bytes of two codes count once: `columns` is D, of numbers.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -130,8 +129,8 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
         if config.method == "vector":
             tiles.append(replace(tile, block_d=max(32, min(tile.block_d, next_power_of_2(columns)))))
         else:
-            tile = replace(tile, block_d=fitting_columns(tile.block_d, cols))
-            tiles.append(fit_tiles(tile, config.block_t, target, shape.itemsize, weight_bits=shape.bits))
+            fitting = replace(tile, block_d=fitting_columns(tile.block_d, cols))
+            tiles.append(fit_tiles(fitting, config.block_t, target, shape.itemsize, weight_bits=shape.bits))
     if config.method == "vector":
         tiles = [fit_registers(tiles[0], 1), fit_registers(tiles[1], next_power_of_2(shape.top_k))]
     return replace(config, up=tiles[0], down=tiles[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts import quant_heuristics
 from fusecomp.lowerings.experts.codes import Codes
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, experts_config
 from fusecomp.lowerings.experts.launch import Experts, run_experts
 from fusecomp.lowerings.experts.lowering import DTYPES, launch_experts
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, codes_shape, quant_experts_config
@@ -71,15 +72,12 @@ def launch_quant_experts(
     parts = (up, up_scale, up_zero), (down, down_scale, down_zero)
     form = (act, gated, interleaved, transposed)
 
-    def dequantized() -> Tensor:
-        weights = (_dequantize(*part, spec) for part, spec in zip(parts, (first, second), strict=True))
-        return launch_experts(
-            x, top_k_index, top_k_weights, next(weights), up_bias, next(weights), down_bias, *form, residual
-        )
-
     if reason := supports(x, parts[0], up_bias, parts[1], down_bias, transposed, first, second):
         record_fallback("quant_experts", f"{reason}: all experts are dequantized")
-        return dequantized()
+        numbers = (_dequantize(*part, spec) for part, spec in zip(parts, (first, second), strict=True))
+        return launch_experts(
+            x, top_k_index, top_k_weights, next(numbers), up_bias, next(numbers), down_bias, *form, residual
+        )
     tokens, top_k = top_k_index.shape
     if tokens == 0 or top_k == 0:
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -91,12 +89,30 @@ def launch_quant_experts(
     experts, _, hidden, width = layer.sizes
     shape = codes_shape(first, second, (experts, top_k, hidden, width), x.element_size())
     config = quant_experts_config(target_of(x), shape, tokens)
-    if config.method == DEQUANTIZE:
-        return dequantized()
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    return run_experts(config, x, index, weights, layer, residual, uses_pdl(x))
+    return run_quant_experts(config, x, index, weights, layer, residual, uses_pdl(x))
+
+
+def run_quant_experts(
+    config: ExpertsConfig,
+    x: Tensor,
+    index: Tensor,
+    routing_weights: Tensor,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
+) -> Tensor:
+    """`run_experts`, or, if `config` says so, the same after all of the layer's weights were dequantized."""
+    if config.method == DEQUANTIZE:
+        (tokens, top_k), (experts, _, hidden, width) = index.shape, layer.sizes
+        config = experts_config(
+            target_of(x), experts=experts, top_k=top_k, hidden=hidden, width=width, tokens=tokens,
+            itemsize=x.element_size(),
+        )  # fmt: skip
+        layer = layer.dequantized()
+    return run_experts(config, x, index, routing_weights, layer, residual, use_pdl)
 
 
 def _dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -51,9 +51,9 @@ def multiply_codes(
 ):
     """fp32 products of the rows at x_rows [BT] with a tile of an expert's codes: [BT, BN], or [BN, BT] if SWAP.
 
-    COLS is 0, or divides BD, or is a multiple of it. Scales that serve all columns are applied to the accumulator; those
-    of a block of columns to the products of a step, where these are fewer than the step's weights; others to weights.
-    Scales and zero points are read one step ahead: they are too narrow for the pipeline of copies.
+    COLS is 0, or divides BD, or is a multiple of it. Scales that serve all columns are applied to the accumulator;
+    those of a block of columns to the products of a step, where these are fewer than the step's weights; others to
+    weights. Scales and zero points are read one step ahead: they are too narrow for the pipeline of copies.
     """
     G: tl.constexpr = 2 if GATING == 1 else 1
     PACK: tl.constexpr = 2 if KIND >= 3 else 1  # codes of a byte
@@ -72,19 +72,20 @@ def multiply_codes(
     s = _tile_scales(scale, srow, 0, D, BLOCK_D, COLS, EVEN_D)
     z = s if zero is None else _tile_scales(zero, srow, 0, D, BLOCK_D, COLS, EVEN_D)
     for step in range(STEPS):
-        d = step * BLOCK_D
+        d, at = step * BLOCK_D, step * (BLOCK_D // PACK)
+        inside = at + places < D // PACK  # of neighbours, so that codes are loaded in wide pieces
         if EVEN_D:
             tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
         else:
             tokens = tl.load(x_at + d, mask=live[:, None] & (d + cols < D)[None, :], other=0.0)
         if USE_TMA:
-            code = q_tiles.load([expert * G, block * (BLOCK_N // G), d // PACK]).reshape(BLOCK_N, BLOCK_D // PACK)
+            code = q_tiles.load([expert * G, block * (BLOCK_N // G), at]).reshape(BLOCK_N, BLOCK_D // PACK)
         elif BLOCK_T <= ONCE_TOKENS:
-            code = load_codes(q_at + d // PACK, d + places * PACK < D, EVEN_D)
+            code = load_codes(q_at + at, inside, EVEN_D)
         elif EVEN_D:
-            code = tl.load(q_at + d // PACK)
+            code = tl.load(q_at + at)
         else:
-            code = tl.load(q_at + d // PACK, mask=d + places * PACK < D, other=0.0)
+            code = tl.load(q_at + at, mask=inside, other=0.0)
         w = values(code, KIND, OFFSET)
         if zero is not None:
             w -= _spread(z, BLOCK_N, BLOCK_D, COLS)
@@ -120,9 +121,7 @@ def _dot(w, tokens, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _tile_scales(
-    scale, srow, start, D: tl.constexpr, BLOCK_D: tl.constexpr, COLS: tl.constexpr, EVEN_D: tl.constexpr
-):
+def _tile_scales(scale, srow, start, D: tl.constexpr, BLOCK_D: tl.constexpr, COLS: tl.constexpr, EVEN_D: tl.constexpr):
     """Scales (or zeros) of a tile from column `start` on: [BN, BD / COLS], or [BN, 1] if one serves the tile."""
     WIDTH: tl.constexpr = (D + COLS - 1) // COLS if COLS > 0 else 1
     COUNT: tl.constexpr = BLOCK_D // COLS if COLS > 0 and COLS < BLOCK_D else 1
@@ -178,10 +177,13 @@ def sum_code_products(
     srow = expert_scale_row(expert, rows, N, ROWS)[:, :, None]
     acc = tl.zeros([A, B, BLOCK_D // UNIT], tl.float32)
     if STEPS <= AHEAD:
-        codes, scales, zeros = (), (), ()
+        xs, codes, scales, zeros = (), (), (), ()
         for step in tl.static_range(STEPS):  # all loads in flight at once
             start = step * BLOCK_D
-            mask = live if EVEN else live & (start + places * PACK < D)
+            if not WAIT:  # before the codes: then their layout is that of the products
+                mask = live if EVEN else live & (start + cols < D)
+                xs = xs + (tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
+            mask = live if EVEN else live & (start // PACK + places < D // PACK)
             code = tl.load(q_at + start // PACK, mask=mask, other=0.0, eviction_policy="evict_first")
             s = load_scales(scale, srow, start + units, D, WIDTH, COLS, EVEN)
             z = s
@@ -193,10 +195,13 @@ def sum_code_products(
         for step in tl.static_range(STEPS):
             start = step * BLOCK_D
             mask = live if EVEN else live & (start + cols < D)
-            x = tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last")
+            if WAIT:
+                x = tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last")
+            else:
+                x = xs[step]
             acc += _unit_products(codes[step], x, scales[step], zeros[step], UNIT, KIND, OFFSET, HAS_ZERO)
     else:
-        code = tl.load(q_at, mask=live & (places * PACK < D), other=0.0, eviction_policy="evict_first")
+        code = tl.load(q_at, mask=live & (places < D // PACK), other=0.0, eviction_policy="evict_first")
         s = load_scales(scale, srow, units, D, WIDTH, COLS, EVEN)
         z = s
         if HAS_ZERO:
@@ -205,7 +210,7 @@ def sum_code_products(
             gdc_wait()
         x = tl.load(x_at, mask=live & (cols < D), other=0.0, eviction_policy="evict_last")
         for start in range(BLOCK_D, D, BLOCK_D):  # loads one tile, multiplies the one before
-            mask = live & (start + places * PACK < D)
+            mask = live & (start // PACK + places < D // PACK)
             code_next = tl.load(q_at + start // PACK, mask=mask, other=0.0, eviction_policy="evict_first")
             s_next = load_scales(scale, srow, start + units, D, WIDTH, COLS, EVEN)
             z_next = s_next
@@ -220,9 +225,7 @@ def sum_code_products(
 
 
 @triton.jit
-def _unit_products(
-    code, x, s, z, UNIT: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, HAS_ZERO: tl.constexpr
-):
+def _unit_products(code, x, s, z, UNIT: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, HAS_ZERO: tl.constexpr):
     """[A, B, C / UNIT] sums over units of dequantized codes times x [A, 1, C]."""
     x = x.to(tl.float32)
     if KIND >= 3:

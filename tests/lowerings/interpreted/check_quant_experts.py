@@ -91,8 +91,9 @@ def layers(draw, tokens: st.SearchStrategy[int]):
     index = torch.randint(lo, hi + 1, (T, K), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     sizes = 2 * draw(st.integers(1, 100)), 2 * draw(st.integers(1, 40))
     (up, zero), (down, down_zero) = draw(specs()), draw(specs())
+    gated = act == GPT_OSS or draw(st.booleans())
     return make_quant_layer(
-        T, K, E, *sizes, up=up, down=down, zeros=(zero, down_zero), act=act, gated=act == GPT_OSS or draw(st.booleans()),
+        T, K, E, *sizes, up=up, down=down, zeros=(zero, down_zero), act=act, gated=gated,
         interleaved=draw(st.booleans()), bias=draw(st.booleans()), residual=draw(st.booleans()), index=index,
         dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 9)),
     )  # fmt: skip
