@@ -39,7 +39,7 @@ class Scheme:
         """Of one expert's [N, D] weight, with scales and zero points."""
         scales = self.spec.scales(n, d)
         width = 1 if self.spec.kind == FP4 else 4 if self.spec.kind == FP8 else 2
-        return n * d * self.spec.bits / 8 + scales[0] * scales[1] * width * (2 if self.zero else 1)
+        return n * d * self.spec.bits / 8 + scales[0] * scales[1] * (width + self.zero)
 
 
 SCHEMES = {
@@ -69,7 +69,7 @@ def make_codes(scheme: Scheme, experts: int, n: int, d: int) -> tuple[Tensor, Co
         scale = (scale.log2().round() + 127).to(torch.uint8)
     elif spec.kind != FP8:
         scale = scale.to(torch.bfloat16)
-    zero = torch.randint(4, 12, size, device="cuda").to(torch.bfloat16) if scheme.zero else None
+    zero = torch.randint(4, 12, size, device="cuda").to(torch.float8_e4m3fn) if scheme.zero else None
     return q, Codes(scale, zero, spec)
 
 

@@ -77,7 +77,9 @@ def make_codes(shape: tuple[int, ...], spec: WeightSpec, zero: bool, dtype: torc
         scale = (scale.log2().round() + 127).to(torch.uint8)
     elif spec.kind != FP8:
         scale = scale.to(dtype)
-    return Codes(q, scale, None if zeros is None else zeros.to(dtype), spec)
+    if zeros is not None:
+        zeros = zeros.to(torch.float8_e4m3fn if spec.bits == 4 else dtype)  # as checkpoints' are kept
+    return Codes(q, scale, zeros, spec)
 
 
 def make_quant_layer(

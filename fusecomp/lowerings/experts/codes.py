@@ -15,7 +15,7 @@ from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import pieces
-from fusecomp.lowerings.quant.lowering import code_kind
+from fusecomp.lowerings.quant.lowering import code_kind, zero_points
 from fusecomp.ops.quant import INT4_OFFSET, WeightSpec
 
 
@@ -42,9 +42,8 @@ def kernel_weight(
     constants = code_constants(codes.spec, codes.zero is not None, target_of(weight))
     if constants["KIND"] == pieces.NATIVE_FP8 and not weight.is_cuda:
         constants["KIND"] = pieces.FP8  # the interpreter, which stands for GPUs without a conversion of fp8
-    return (
-        weight.view(torch.uint8) if constants["KIND"] == pieces.FP8 else weight, codes.scale, codes.zero, constants
-    )  # fmt: skip
+    q = weight.view(torch.uint8) if constants["KIND"] == pieces.FP8 else weight
+    return q, codes.scale, zero_points(codes.zero), constants
 
 
 def code_constants(spec: WeightSpec, has_zero: bool, target: Target) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_grouped(layer, config):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, config):
-    """Each layout by each kernel; a block of 128 rows ends inside tiles of the down projection, as one of 128 columns."""
+    """Each layout by each kernel; blocks of 128 rows and of 128 columns end inside tiles."""
     run(make_quant_layer(2, 1, 3, 144, 32, layout=layout, dtype=torch.bfloat16), CONFIGS[config])
 
 
