@@ -98,9 +98,9 @@ UP_VECTOR = (
 DOWN_VECTOR = ((1, 256), (1, 512), (1, 1024), (2, 256), (2, 512), (2, 1024), (4, 256), (4, 512), (8, 256))
 # Rows and columns of a weight tile, warps, stages, programs per multiprocessor, whether by TMA.
 NARROW = (
-    (64, 128, 4, 4, 0, False), (64, 128, 4, 6, 0, False), (64, 128, 4, 8, 0, False), (128, 128, 4, 4, 0, False),
-    (128, 128, 8, 4, 0, False), (128, 128, 8, 6, 0, False), (64, 256, 4, 3, 0, False), (64, 256, 4, 4, 0, False),
-    (128, 256, 8, 3, 0, False), (64, 128, 4, 6, 4, False), (64, 128, 4, 6, 0, True), (128, 128, 8, 4, 0, True),
+    (64, 128, 4, 4, 0, False), (64, 128, 4, 6, 0, False), (64, 128, 4, 8, 0, False), (128, 128, 8, 4, 0, False),
+    (128, 128, 4, 4, 0, False), (64, 256, 4, 3, 0, False), (64, 256, 4, 4, 0, False), (64, 256, 8, 4, 0, False),
+    (128, 256, 8, 3, 0, False), (64, 256, 4, 4, 0, True),
 )  # fmt: skip
 WIDE = {  # by tokens of a tile
     64: (

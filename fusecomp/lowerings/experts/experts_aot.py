@@ -42,8 +42,8 @@ LAYOUTS = {  # layout of codes, and whether it has zero points
     "fp8-block": (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
     "int8": (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
     "int8-zero": (WeightSpec(INT, 8, 1, 128, "bfloat16"), True),
-    "int4": (WeightSpec(INT, 4, 1, 128, "bfloat16"), False),
-    "int4-zero": (WeightSpec(INT, 4, 1, 32, "bfloat16"), True),
+    "int4": (WeightSpec(INT, 4, 1, 32, "bfloat16"), False),
+    "int4-zero": (WeightSpec(INT, 4, 1, 128, "bfloat16"), True),
     "mxfp4": (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),
     "nf4": (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
 }

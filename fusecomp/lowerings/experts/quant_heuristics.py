@@ -24,7 +24,7 @@ from fusecomp.lowerings.experts.heuristics import (
 )
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
-from fusecomp.ops.quant import INT, WeightSpec
+from fusecomp.ops.quant import INT, NF4, WeightSpec
 
 DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
 KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
@@ -132,7 +132,8 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
             fitting = replace(tile, block_d=fitting_columns(tile.block_d, cols))
             tiles.append(fit_tiles(fitting, config.block_t, target, shape.itemsize, weight_bits=shape.bits))
     if config.method == "vector":
-        tiles = [fit_registers(tiles[0], 1), fit_registers(tiles[1], next_power_of_2(shape.top_k))]
+        lanes = 2 if shape.kind == NF4 else 1  # its values are chosen by many comparisons
+        tiles = [fit_registers(tiles[0], lanes), fit_registers(tiles[1], lanes * next_power_of_2(shape.top_k))]
     return replace(config, up=tiles[0], down=tiles[1])
 
 

@@ -52,8 +52,9 @@ def multiply_codes(
     """fp32 products of the rows at x_rows [BT] with a tile of an expert's codes: [BT, BN], or [BN, BT] if SWAP.
 
     COLS is 0, or divides BD, or is a multiple of it. Scales that serve all columns are applied to the accumulator;
-    those of a block of columns to the products of a step, where these are fewer than the step's weights; others to
-    weights. Scales and zero points are read one step ahead: they are too narrow for the pipeline of copies.
+    those of a block of columns to the products of a step, where these are fewer than the step's weights, and zero
+    points there to the sums of tokens; others to weights. Both are read one step ahead: they are too narrow for the
+    pipeline of copies.
     """
     G: tl.constexpr = 2 if GATING == 1 else 1
     PACK: tl.constexpr = 2 if KIND >= 3 else 1  # codes of a byte
@@ -61,6 +62,7 @@ def multiply_codes(
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     SCALE_PRODUCTS: tl.constexpr = COLS >= BLOCK_D and BLOCK_T < BLOCK_D
     SCALE_WEIGHTS: tl.constexpr = COLS > 0 and not SCALE_PRODUCTS
+    HAS_ZERO: tl.constexpr = zero is not None
     cols = tl.arange(0, BLOCK_D)
     places = tl.arange(0, BLOCK_D // PACK)[None, :]
     x_at = x_rows[:, None] + cols[None, :]
@@ -86,16 +88,14 @@ def multiply_codes(
             code = tl.load(q_at + at)
         else:
             code = tl.load(q_at + at, mask=inside, other=0.0)
-        w = values(code, KIND, OFFSET)
-        if zero is not None:
-            w -= _spread(z, BLOCK_N, BLOCK_D, COLS)
-        if SCALE_WEIGHTS:
-            w *= _spread(s, BLOCK_N, BLOCK_D, COLS)
-        w = w.to(tokens.dtype)
         if SCALE_PRODUCTS:
-            acc += _dot(w, tokens, tl.zeros_like(acc), SWAP) * (s if SWAP else s.T)
+            part = _add_products(code, tokens, z, s, tl.zeros_like(acc), COLS, False, False, SWAP, KIND, OFFSET)
+            if HAS_ZERO:
+                sums = tl.sum(tokens.to(tl.float32), 1)
+                part -= z * sums[None, :] if SWAP else sums[:, None] * z.T
+            acc += part * (s if SWAP else s.T)
         else:
-            acc = _dot(w, tokens, acc, SWAP)
+            acc = _add_products(code, tokens, z, s, acc, COLS, HAS_ZERO, SCALE_WEIGHTS, SWAP, KIND, OFFSET)
         if COLS > 0:
             ahead = tl.minimum(d + BLOCK_D, (STEPS - 1) * BLOCK_D)
             s = _tile_scales(scale, srow, ahead, D, BLOCK_D, COLS, EVEN_D)
@@ -127,6 +127,49 @@ def _tile_scales(scale, srow, start, D: tl.constexpr, BLOCK_D: tl.constexpr, COL
     COUNT: tl.constexpr = BLOCK_D // COLS if COLS > 0 and COLS < BLOCK_D else 1
     columns = start + tl.arange(0, COUNT)[None, :] * COLS
     return load_scales(scale, srow, columns, D, WIDTH, COLS, EVEN_D)
+
+
+@triton.jit
+def _add_products(
+    code,
+    tokens,
+    z,
+    s,
+    acc,
+    COLS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    SCALED: tl.constexpr,
+    SWAP: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """acc plus the products of tokens [BT, BD] with dequantized codes [BN, BD], or, if not SCALED, before their scale.
+
+    With few tokens, the two codes of a byte are two products, of the even and the odd columns: then weights stay in the
+    registers where their codes were converted, and it is the tokens that change places.
+    """
+    BLOCK_D: tl.constexpr = tokens.shape[1]
+    if KIND >= 3 and tokens.shape[0] <= ONCE_TOKENS:
+        even, odd = tl.split(tl.reshape(tokens, [tokens.shape[0], BLOCK_D // 2, 2]))
+        low, high = nibble_values(code & 15, KIND, OFFSET), nibble_values(code >> 4, KIND, OFFSET)
+        low = _dequantized(low, z, s, BLOCK_D // 2, COLS // 2, HAS_ZERO, SCALED)
+        high = _dequantized(high, z, s, BLOCK_D // 2, COLS // 2, HAS_ZERO, SCALED)
+        return _dot(high.to(tokens.dtype), odd, _dot(low.to(tokens.dtype), even, acc, SWAP), SWAP)
+    else:
+        w = _dequantized(values(code, KIND, OFFSET), z, s, BLOCK_D, COLS, HAS_ZERO, SCALED)
+        return _dot(w.to(tokens.dtype), tokens, acc, SWAP)
+
+
+@triton.jit
+def _dequantized(
+    w, z, s, BLOCK_D: tl.constexpr, COLS: tl.constexpr, HAS_ZERO: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """(w - zero) * scale of fp32 values [BN, BD], or their difference alone."""
+    if HAS_ZERO:
+        w -= _spread(z, w.shape[0], BLOCK_D, COLS)
+    if SCALED:
+        w *= _spread(s, w.shape[0], BLOCK_D, COLS)
+    return w
 
 
 @triton.jit
