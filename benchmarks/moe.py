@@ -54,7 +54,7 @@ RACE_REPLAYS = 20
 BATCHED_BYTES = 12e9  # copies of experts that the batched peer may make
 LEAST_DEQUANTIZED = 64  # tokens of a call that may be worth dequantizing all experts for
 WIDTH = 160  # of a line of the output
-LOGGED = 2  # configurations of a tuned case that are printed
+LOGGED = 1  # configurations of a tuned case that are printed
 
 
 @dataclass(frozen=True)
