@@ -38,13 +38,12 @@ from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.quant_heuristics import (
     DEQUANTIZE,
     KEYS,
-    codes_shape,
     load_codes_table,
     quant_experts_config,
 )
 from fusecomp.lowerings.experts.quant_lowering import run_quant_experts
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.ops.experts import Activation
+from fusecomp.ops.experts import Activation, codes_shape
 
 DTYPE = torch.bfloat16
 TOKENS = (1, 16, 64, 512, 8192)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
+from fusecomp.ops.experts import codes_shape
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.quant_linear import quant_shape
@@ -211,6 +212,12 @@ class QuantExperts(Pattern):
             new = functional.call(gm.graph, QUANT_EXPERTS, args, node)
         replace_and_prune(node, new)
         return f"up {up.spec.describe()}; down {down.spec.describe()}"
+
+    def operation(self, candidate: QuantExpertsCandidate) -> str:
+        up, down = (DequantizedWeight(weight.dequantize) for weight in candidate.weights)  # type: ignore[arg-type]
+        experts, hidden, width = down.spec.shape(fake_value(down.parts[0]).shape)
+        sizes = (experts, int(fake_value(candidate.node.args[1]).shape[1]), hidden, width)
+        return str(codes_shape(up.spec, down.spec, sizes, fake_value(candidate.node).element_size()))
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.quant_examples import quant_experts_examples

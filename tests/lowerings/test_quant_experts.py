@@ -19,8 +19,6 @@ from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, ExpertsConfig
 from fusecomp.lowerings.experts.quant_heuristics import (
     DEQUANTIZE,
     KEYS,
-    CodesShape,
-    codes_shape,
     explain_choices,
     load_codes_table,
     quant_experts_config,
@@ -28,7 +26,7 @@ from fusecomp.lowerings.experts.quant_heuristics import (
 from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts, supports
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
 from fusecomp.ops import take_fallbacks
-from fusecomp.ops.experts import quant_experts_reference
+from fusecomp.ops.experts import CodesShape, codes_shape, quant_experts_reference
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from tests.lowerings.experts_cases import FORMS, ROUTINGS, routings
 from tests.lowerings.quant_experts_cases import LAYOUTS, check_quant_contract, make_quant_layer
@@ -76,6 +74,17 @@ def test_choices_are_explained():
     assert [line.split(", from")[0] for line in lines] == [
         "1 tokens: vector experts of codes",
         "64 tokens: grouped experts of codes",
+    ]
+
+
+def test_shape_is_its_text():
+    for kind, bits in KINDS:
+        shape = CodesShape(128, 8, 2048, 768, kind, bits, 128, 0, 2)
+        assert CodesShape.parse(str(shape)) == shape
+    assert CodesShape.parse("quant_linear 4096 x 14336 fp88 1x0 bfloat16") is None
+    odd = CodesShape(128, 8, 2048, 768, INT, 4, 8, 8, 2)
+    assert explain_choices(SM90, odd, [1]) == [
+        "any tokens: dequantized, then experts: a scale serves 8 columns, no multiple of 16"
     ]
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fusecomp.lowerings.experts.heuristics import METHODS
-from fusecomp.lowerings.experts.quant_heuristics import codes_shape, quant_experts_config
+from fusecomp.lowerings.experts.quant_heuristics import quant_experts_config
 from fusecomp.lowerings.experts.quant_lowering import supports
 from fusecomp.lowerings.paged_attention.heuristics import SM90
+from fusecomp.ops.experts import codes_shape
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.quant.modules import QuantizedLinear, QuantizedWeight
 from tests.quant import packers

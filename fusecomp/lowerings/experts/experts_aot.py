@@ -17,7 +17,7 @@ from fusecomp.lowerings.experts.heuristics import (
     experts_config,
     load_table,
 )
-from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, codes_shape, quant_experts_config
+from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routing import (
     CHUNK,
@@ -32,7 +32,7 @@ from fusecomp.lowerings.experts.routing import (
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces
-from fusecomp.ops.experts import Activation
+from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,45 +24,13 @@ from fusecomp.lowerings.experts.heuristics import (
 )
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
-from fusecomp.ops.quant import INT, NF4, WeightSpec
+from fusecomp.ops.experts import CodesShape
+from fusecomp.ops.quant import NF4, WeightSpec
 
 DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
 KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
 WIDE = Tiles(128, 64, 8, 4)  # with many tokens
 STAGES = 8
-
-
-@dataclass(frozen=True)
-class CodesShape:
-    """What the choice depends on, besides the number of tokens.
-
-    Attributes:
-        experts, top_k, hidden, width: E, K, C and F.
-        up_cols, down_cols: columns that share a scale; 0 for all.
-        bits: of a code.
-        itemsize: bytes of an activation.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    width: int
-    kind: str
-    bits: int
-    up_cols: int
-    down_cols: int
-    itemsize: int
-
-    @property
-    def codes(self) -> str:
-        """As the tables name a layout: "fp8", "fp8 blocks", "int4 blocks" and so on."""
-        name = f"{self.kind}{self.bits}" if self.kind == INT else self.kind
-        return f"{name} blocks" if self.up_cols else name
-
-
-def codes_shape(up: WeightSpec, down: WeightSpec, sizes: tuple[int, int, int, int], itemsize: int) -> CodesShape:
-    """The shape of a call; sizes are (E, K, C, F). Layouts of different kinds count as that of the first."""
-    return CodesShape(*sizes, up.kind, up.bits, up.cols, down.cols, itemsize)
 
 
 def refusal(up: WeightSpec, down: WeightSpec, transposed: bool) -> str | None:
@@ -71,8 +39,13 @@ def refusal(up: WeightSpec, down: WeightSpec, transposed: bool) -> str | None:
         return "two codes of a byte, or codes that share a scale, are neighbours along the outputs"
     for name, spec in (("up", up), ("down", down)):
         if spec.cols % LEAST_COLUMNS:
-            return f"a scale serves {spec.cols} columns of the {name} weights, no multiple of {LEAST_COLUMNS}"
+            return f"of the {name} weights, {columns_reason(spec.cols)}"
     return None
+
+
+def columns_reason(cols: int) -> str:
+    """Why no kernel reads codes of which this many columns share a scale."""
+    return f"a scale serves {cols} columns, no multiple of {LEAST_COLUMNS}"
 
 
 @cache
@@ -139,6 +112,9 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
 
 def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts that one choice serves."""
+    for cols in (shape.up_cols, shape.down_cols):
+        if cols % LEAST_COLUMNS:
+            return [f"any tokens: dequantized, then experts: {columns_reason(cols)}"]
     named = [(tokens, quant_experts_config(target, shape, tokens)) for tokens in sorted(set(token_counts)) if tokens]
     lines = []
     for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):

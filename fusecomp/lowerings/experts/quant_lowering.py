@@ -18,9 +18,9 @@ from fusecomp.lowerings.experts.codes import Codes
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, experts_config
 from fusecomp.lowerings.experts.launch import Experts, run_experts
 from fusecomp.lowerings.experts.lowering import DTYPES, launch_experts
-from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, codes_shape, quant_experts_config
+from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.quant.lowering import launch_dequantize, refusal
-from fusecomp.ops.experts import Activation
+from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.library import record_fallback
 from fusecomp.ops.quant import WeightSpec, dequantize_reference
 
