@@ -384,7 +384,7 @@ class Engine:
         self.report.seconds["graphs"] = time.perf_counter() - start
 
     def _explain_lowerings(self) -> None:
-        """Say which kernels a linear or a layer of experts of codes takes, for batches with a graph and the longest step."""
+        """Say which kernels linears and experts of codes take, for batches with a graph and the longest step."""
         from fusecomp.lowerings.device import target_of
         from fusecomp.lowerings.experts.quant_heuristics import explain_choices as explain_experts
         from fusecomp.lowerings.linear.lowering import explain_choices
