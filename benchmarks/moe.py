@@ -2,12 +2,14 @@
 
     python -m benchmarks.moe                                   # the committed configurations and the peers
     python -m benchmarks.moe --tune --out DIR --seconds 200    # sweep, write DIR/<gpu>.json
+    python -m benchmarks.moe --scheme fp8 int4 [--tune ...]    # weights that are codes, DIR/<gpu>_codes.json
 
 Routing is random and spread; each launch has inputs and routing of its own and takes the next of several layers, so
 weights come from memory. Times are medians of CUDA-graph replays. Peers, in the same dtype: `torch._grouped_mm` between
 a sort and a scatter, batched products over copies of the chosen experts (few rows only), and a loop over the experts,
-which waits for the device and so has no graph. Shares are of limits measured in the same run; bytes are the weights of
-the touched experts. The last line is JSON. A failed check ends the run.
+which waits for the device and so has no graph. Peers of codes are the same layer in 16 bits, and one dequantized in
+each call; their check's reference is the dequantized layer. Shares are of limits measured in the same run; bytes are
+the weights of the touched experts. The last line is JSON. A failed check ends the run.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -27,18 +29,31 @@ import triton
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.moe_schemes import SCHEMES, expert_weight, make_layer
 from benchmarks.moe_tune import build_all, frames
 from benchmarks.timing import time_calls, time_chain
 from fusecomp.lowerings.device import device_target
-from fusecomp.lowerings.experts.heuristics import DEFAULT_TABLE, ExpertsConfig, experts_config, load_table
-from fusecomp.lowerings.experts.launch import Experts, run_experts
-from fusecomp.ops.experts import Activation
+from fusecomp.lowerings.experts.heuristics import DEFAULT_TABLE, ExpertsConfig, Tiles, experts_config, load_table
+from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.quant_heuristics import (
+    DEQUANTIZE,
+    KEYS,
+    load_codes_table,
+    quant_experts_config,
+)
+from fusecomp.lowerings.experts.quant_lowering import run_quant_experts
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.ops.experts import Activation, codes_shape
 
 DTYPE = torch.bfloat16
 TOKENS = (1, 16, 64, 512, 8192)
+CODES_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 8192)
 CONTRACT = 1.5
 RACE_REPLAYS = 20
 BATCHED_BYTES = 12e9  # copies of experts that the batched peer may make
+LEAST_DEQUANTIZED = 64  # tokens of a call that may be worth dequantizing all experts for
+WIDTH = 160  # of a line of the output
+LOGGED = 1  # configurations of a tuned case that are printed
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,19 @@ class Shape:
     width: int
     layers: int
 
-    @property
-    def expert_bytes(self) -> int:
+    def expert_bytes(self, scheme: str = "") -> float:
+        """Of one expert's weights; a scheme's with scales and zero points."""
+        if scheme:
+            both = ((2 * self.width, self.hidden), (self.hidden, self.width))
+            return sum(SCHEMES[scheme].bytes(*size) for size in both)
         return 3 * self.hidden * self.width * DTYPE.itemsize
+
+    def config(self, target: Target, tokens: int, scheme: str) -> ExpertsConfig:
+        """The committed choice."""
+        if scheme:
+            spec, sizes = SCHEMES[scheme].spec, (self.experts, self.top_k, self.hidden, self.width)
+            return quant_experts_config(target, codes_shape(spec, spec, sizes, DTYPE.itemsize), tokens)
+        return experts_config(target, itemsize=DTYPE.itemsize, **self.keys(tokens))
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.top_k * 3 * self.hidden * self.width
@@ -69,13 +94,18 @@ SHAPES = {
     "mixtral-8x7b": Shape(8, 2, 4096, 14336, 2),
     "qwen3-30b-a3b": Shape(128, 8, 2048, 768, 3),
 }
+LAYERS = {"fp8": 2, "fp8-block": 2, "int8": 2}  # times as many of codes; of 4 bits four times
+
+
+class WrongError(Exception):
+    """No configuration of a case computes what it should."""
 
 
 class Case:
     """Inputs of one number of tokens over the layers of a shape."""
 
-    def __init__(self, shape: Shape, layers: list[Experts], tokens: int) -> None:
-        self.shape, self.layers, self.tokens = shape, layers, tokens
+    def __init__(self, shape: Shape, layers: list[Experts], tokens: int, scheme: str = "") -> None:
+        self.shape, self.layers, self.tokens, self.scheme = shape, layers, tokens, scheme
         self.launches = max(2, min(24, int(6e-3 / (self._floor() + 1e-5))))
         scores = torch.rand(self.launches, tokens, shape.experts, device="cuda")
         weights, self.index = scores.topk(shape.top_k, dim=-1)
@@ -86,11 +116,11 @@ class Case:
     def _floor(self) -> float:
         """About the seconds of one call, by an H200's limits."""
         touched = min(self.shape.experts, self.tokens * self.shape.top_k)
-        return max(touched * self.shape.expert_bytes / 4.6e12, self.shape.flops(self.tokens) / 6e14)
+        return max(touched * self.shape.expert_bytes(self.scheme) / 4.6e12, self.shape.flops(self.tokens) / 6e14)
 
     def run(self, config: ExpertsConfig, i: int = 0, use_pdl: bool | None = None) -> Tensor:
         pdl = self.use_pdl if use_pdl is None else use_pdl
-        return run_experts(
+        return run_quant_experts(
             config, self.x[i], self.index[i], self.weights[i], self.layers[i % len(self.layers)], None, pdl
         )
 
@@ -100,7 +130,7 @@ class Case:
     def touched_bytes(self) -> float:
         """Bytes of the experts that a launch touches, on average."""
         counts = [len(index.unique()) for index in self.index]
-        return statistics.fmean(counts) * self.shape.expert_bytes
+        return statistics.fmean(counts) * self.shape.expert_bytes(self.scheme)
 
     def check(self, config: ExpertsConfig) -> float:
         """Error over that of the loop in the same dtype, both against fp32, on up to 256 tokens of a full launch.
@@ -108,7 +138,7 @@ class Case:
         Raises:
             SystemExit: it is above the contract, or replays under dependent launch differ from an ordered launch.
         """
-        what = f"{self.shape} {self.tokens} tokens {config.to_entry()}"
+        what = f"{self.scheme} {self.tokens} tokens {short(config)}"
         ordered = self.run(config, 0, False)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -120,7 +150,8 @@ class Case:
             found.fill_(float("nan"))
             graph.replay()
             if not torch.equal(found, ordered):
-                raise SystemExit(f"{what}: a replay differs from the ordered launch")
+                broken = (found != ordered).float().mean().item()
+                raise SystemExit(f"{what}: {broken:.1%} of a replay differs, {found.isnan().sum()} are NaN")
         some = slice(0, min(self.tokens, 256))
         args = self.x[0, some], self.index[0, some], self.weights[0, some], self.layers[0]
         exact, unfused = expert_loop(*args, torch.float32), expert_loop(*args, DTYPE)
@@ -130,7 +161,11 @@ class Case:
         return error / allowed
 
 
-def make_layers(shape: Shape) -> list[Experts]:
+def make_layers(shape: Shape, scheme: str = "") -> list[Experts]:
+    if scheme:
+        count = shape.layers * LAYERS.get(scheme, 4)
+        return [make_layer(SCHEMES[scheme], shape.experts, shape.hidden, shape.width) for _ in range(count)]
+
     def weight(rows: int, columns: int) -> Tensor:
         empty = torch.empty(shape.experts, rows, columns, dtype=DTYPE, device="cuda")
         return empty.normal_(std=columns**-0.5)
@@ -149,8 +184,10 @@ def expert_loop(x: Tensor, index: Tensor, weights: Tensor, layer: Experts, dtype
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for expert in index.unique().tolist():
         token, k = torch.where(index == expert)
-        gate, up = (x[token].to(dtype) @ layer.up[expert].to(dtype).T).chunk(2, -1)
-        rows = (torch.nn.functional.silu(gate) * up) @ layer.down[expert].to(dtype).T
+        first = expert_weight(layer.up, layer.up_codes, expert, dtype)
+        second = expert_weight(layer.down, layer.down_codes, expert, dtype)
+        gate, up = (x[token].to(dtype) @ first.T).chunk(2, -1)
+        rows = (torch.nn.functional.silu(gate) * up) @ second.T
         out.index_add_(0, token, rows * weights[token, k, None].to(dtype))
     return out
 
@@ -190,20 +227,32 @@ def measure_peers(case: Case) -> dict[str, float]:
     return found | {"loop": loop.median * 1e-3}
 
 
-def report(name: str, case: Case, config: ExpertsConfig, ceilings: Ceilings, peers: bool) -> dict:
+def measure_forms(case: Case, plain: Case) -> dict[str, float]:
+    """Seconds of one call of the same layer in 16 bits, and of one that dequantizes its codes first."""
+    target, none = device_target(0), Tiles(1, 1)
+    found = {"16 bits": plain.seconds(plain.shape.config(target, plain.tokens, ""), 7)}
+    if case.tokens >= LEAST_DEQUANTIZED:
+        found[DEQUANTIZE] = case.seconds(ExpertsConfig(DEQUANTIZE, none, none), 7)
+    return found
+
+
+def report(
+    name: str, case: Case, config: ExpertsConfig, ceilings: Ceilings, peers: Callable[[], dict[str, float]]
+) -> dict:
     """One line of the output."""
     error, seconds, read = case.check(config), case.seconds(config, 9), case.touched_bytes()
     flops = case.shape.flops(case.tokens)
     row = {
-        "shape": name, "tokens": case.tokens, "us": round(seconds * 1e6, 2), "error_ratio": round(error, 3),
+        "shape": name, "scheme": case.scheme, "tokens": case.tokens, "us": round(seconds * 1e6, 2),
+        "error_ratio": round(error, 3),
         "read_share": round(read / seconds / ceilings.read_bytes_per_s, 3),
         "matmul_share": round(flops / seconds / ceilings.matmul_flops_per_s, 3),
         "TFLOP_s": round(flops / seconds / 1e12, 1), "config": asdict(config),
-        "peers_us": {k: round(v * 1e6, 1) for k, v in measure_peers(case).items()} if peers else {},
+        "peers_us": {k: round(v * 1e6, 1) for k, v in peers().items()},
     }  # fmt: skip
     print(
-        f"{name:14} {case.tokens:5} tokens {row['us']:10.2f} us  read {row['read_share']:6.1%}  matmul "
-        f"{row['matmul_share']:6.1%} ({row['TFLOP_s']:.0f} TFLOP/s)  peers {row['peers_us']}  {config.source}",
+        f"{name:14} {case.scheme:9} {case.tokens:5} tokens {row['us']:9.2f} us  read {row['read_share']:6.1%}  matmul "
+        f"{row['matmul_share']:6.1%} ({row['TFLOP_s']:.0f} TFLOP/s)  peers {row['peers_us']}  {config.source}"[:WIDTH],
         flush=True,
     )
     return row
@@ -212,14 +261,15 @@ def report(name: str, case: Case, config: ExpertsConfig, ceilings: Ceilings, pee
 def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
     """The fastest configuration that is right: each frame's up tiles, then its down tiles with the best of those."""
     log: list[tuple[float, ExpertsConfig]] = []
-    for frame, ups, downs in frames(case.shape.top_k, case.shape.experts, case.shape.width, case.tokens):
+    shape = case.shape
+    for frame, ups, downs in frames(shape.top_k, shape.experts, shape.width, case.tokens, case.scheme):
         best = frame
         for name, pool in (("up", ups), ("down", downs)):
             tried = []
             for config in (replace(best, **{name: tiles}) for tiles in pool):
                 try:
                     tried.append((case.seconds(config, 3), config))
-                except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+                except (triton.errors.TritonError, RuntimeError) as error:
                     print(f"not run: {config.to_entry()}: {str(error)[:120]}", flush=True)
             tried.sort(key=lambda pair: pair[0])
             log += tried
@@ -232,13 +282,13 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
             return config, [*finals, *log]
         except SystemExit as error:
             print(f"CHECK FAILED {error}", flush=True)
-    raise SystemExit(f"{case.shape} {case.tokens} tokens: no configuration is right")
+    raise WrongError(f"{case.scheme} {case.tokens} tokens: no configuration is right")
 
 
-def write_table(path: Path, environment: dict, entries: list[dict]) -> None:
+def write_table(path: Path, environment: dict, entries: list[dict], codes: bool = False) -> None:
     """A table with one line per entry; what was not tuned keeps its entry."""
-    keys = ("experts", "top_k", "hidden", "width", "tokens")
-    kept = load_table(DEFAULT_TABLE)["entries"]
+    keys = KEYS if codes else KEYS[1:]
+    kept = (load_codes_table if codes else load_table)(DEFAULT_TABLE)["entries"]
     merged = {tuple(entry[key] for key in keys): entry for entry in (*kept, *entries)}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
@@ -248,41 +298,80 @@ def write_table(path: Path, environment: dict, entries: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--scheme", nargs="*", choices=SCHEMES, default=[""], help="of weights that are codes")
+    parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--seconds", type=float, default=300.0, help="tune no further case after this long")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
     start, target = time.time(), device_target(0)
-    cases = [(name, tokens) for tokens in args.tokens for name in args.shapes]
+    counts = args.tokens or (CODES_TOKENS if any(args.scheme) else TOKENS)
+    cases = [(scheme, name, tokens) for scheme in args.scheme for name in args.shapes for tokens in counts]
     if args.tune:
-        build_all([SHAPES[name].keys(tokens) for name, tokens in cases])
+        build_all([(SHAPES[name].keys(tokens), scheme) for scheme, name, tokens in cases])
     ceilings = measure_ceilings(torch.device("cuda"))
     environment = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         **ceilings.to_dict(),
     }  # fmt: skip
     print(environment, flush=True)
-    layers = {name: make_layers(SHAPES[name]) for name in args.shapes}
-    rows, entries = [], []
-    for name, tokens in cases:
+    rows, entries, held = [], [], {}
+    for scheme, name, tokens in cases:
         shape = SHAPES[name]
-        case = Case(shape, layers[name], tokens)
-        config = experts_config(target, itemsize=DTYPE.itemsize, **shape.keys(tokens))
+        if (scheme, name) not in held:
+            held.clear()  # those of one shape at a time: they fill the card
+            held[scheme, name] = make_layers(shape, scheme)
+            if scheme and not args.no_peers:
+                held["", name] = make_layers(shape)
+        case = Case(shape, held[scheme, name], tokens, scheme)
+        config = shape.config(target, tokens, scheme)
         if args.tune:
             if time.time() - start > args.seconds:
-                print(f"out of time before {name}, {tokens} tokens")
+                print(f"out of time before {scheme} {name}, {tokens} tokens")
                 break
-            config, log = tune(case)
-            entries.append({**shape.keys(tokens), "config": config.to_entry(), "us": round(log[0][0] * 1e6, 2)})
-            for seconds, tried in log[:8]:
-                print(f"    {seconds * 1e6:10.2f} us {tried.to_entry()}", flush=True)
-            write_table(args.out / f"{target.table}.json", environment, entries)
-        rows.append(report(name, case, config, ceilings, not (args.tune or args.no_peers)))
+            try:
+                config, log = tune(case)
+            except WrongError as error:
+                print(error, flush=True)
+                continue
+            entry = {"codes": codes_name(scheme)} if scheme else {}
+            entries.append(
+                {**entry, **shape.keys(tokens), "config": config.to_entry(), "us": round(log[0][0] * 1e6, 2)}
+            )
+            for seconds, tried in log[:LOGGED]:
+                print(f"    {seconds * 1e6:10.2f} us {short(tried)}", flush=True)
+            table = f"{target.table}_codes.json" if scheme else f"{target.table}.json"
+            write_table(args.out / table, environment, entries, codes=bool(scheme))
+        rows.append(report(name, case, config, ceilings, peers(args, case, held)))
     result = {**environment, "layers": rows}
     (args.out / "moe.json").write_text(json.dumps(result))
     print(json.dumps(result))
+
+
+def peers(args: argparse.Namespace, case: Case, held: dict) -> Callable[[], dict[str, float]]:
+    """What measures the peers of a case, or nothing."""
+    if args.no_peers or (args.tune and not case.scheme):
+        return dict
+    if case.scheme:
+        name = next(name for name, shape in SHAPES.items() if shape is case.shape)
+        return lambda: measure_forms(case, Case(case.shape, held["", name], case.tokens))
+    return lambda: measure_peers(case)
+
+
+def codes_name(scheme: str) -> str:
+    """As the tables name its layout."""
+    spec = SCHEMES[scheme].spec
+    return codes_shape(spec, spec, (1, 1, 1, 1), DTYPE.itemsize).codes
+
+
+def short(config: ExpertsConfig) -> str:
+    """On one line of a terminal."""
+    tiles = (
+        f"{t.block_n}x{t.block_d} w{t.num_warps} s{t.num_stages} p{t.per_sm}{' tma' * t.use_tma}"
+        for t in (config.up, config.down)
+    )
+    return f"{config.method} t{config.block_t} g{config.group_t}{' swap' * config.swap}: {'; '.join(tiles)}"
 
 
 if __name__ == "__main__":

@@ -15,14 +15,16 @@ from functools import cache
 
 import torch
 
+from benchmarks.moe_schemes import SCHEMES, Frame, code_frames, make_layer
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
-from fusecomp.lowerings.experts.launch import Experts, run_experts
+from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.quant_lowering import run_quant_experts
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.ops.experts import Activation
 
-Frame = tuple[ExpertsConfig, list[Tiles], list[Tiles]]
-Job = tuple[tuple[tuple[str, int], ...], ExpertsConfig]  # shape and tokens as the tables name them, configuration
+# Shape and tokens as the tables name them, scheme of codes or "", configuration.
+Job = tuple[tuple[tuple[str, int], ...], str, ExpertsConfig]
 
 UP_VECTOR = (
     (2, 512, 1), (2, 1024, 1), (2, 2048, 1), (2, 2048, 2), (4, 512, 1), (4, 1024, 2), (4, 2048, 2), (4, 2048, 4),
@@ -46,8 +48,11 @@ HALF = (  # with tiles of 64 tokens
 )  # fmt: skip
 
 
-def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]:
+def frames(top_k: int, experts: int, width: int, tokens: int, scheme: str = "") -> Iterator[Frame]:
     """Configurations with, for each, the tiles of both matmuls to try in it."""
+    if scheme:
+        yield from code_frames(SCHEMES[scheme], top_k, experts, width, tokens)
+        return
     rows = tokens * top_k / experts
     some = Tiles(128, 64, 4, 4)
     if tokens * top_k <= MOST_VECTOR_ROWS:
@@ -77,7 +82,9 @@ def frames(top_k: int, experts: int, width: int, tokens: int) -> Iterator[Frame]
 
 
 @cache
-def _layer(experts: int, hidden: int, width: int) -> Experts:
+def _layer(experts: int, hidden: int, width: int, scheme: str) -> Experts:
+    if scheme:
+        return make_layer(SCHEMES[scheme], experts, hidden, width)
     up, down = (
         torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         for shape in ((experts, 2 * width, hidden), (experts, hidden, width))
@@ -87,28 +94,33 @@ def _layer(experts: int, hidden: int, width: int) -> Experts:
 
 def _build(job: Job) -> str:
     """Compile one configuration into Triton's disk cache, in a process of its own; returns why it cannot."""
-    keys, config = dict(job[0]), job[1]
+    keys, scheme, config = dict(job[0]), job[1], job[2]
     tokens, top_k = keys["tokens"], keys["top_k"]
     try:
         x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
         index = torch.zeros(tokens, top_k, dtype=torch.int64, device="cuda")
-        layer = _layer(keys["experts"], keys["hidden"], keys["width"])
+        layer = _layer(keys["experts"], keys["hidden"], keys["width"], scheme)
         with compile_ahead(x.device):  # what does not compile is logged, and met again when it is timed
-            run_experts(config, x, index, x[:, :top_k].contiguous(), layer, None, device_target(0).has_pdl)
+            run_quant_experts(config, x, index, x[:, :top_k].contiguous(), layer, None, device_target(0).has_pdl)
     except Exception as error:
         return f"{config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
     return ""
 
 
-def build_all(shapes: list[dict[str, int]]) -> None:
+def build_all(shapes: list[tuple[dict[str, int], str]]) -> None:
     """Compile what tuning these shapes will launch, on several processes."""
     start, jobs = time.time(), []
-    for shape in shapes:
-        for frame, ups, downs in frames(shape["top_k"], shape["experts"], shape["width"], shape["tokens"]):
+    for shape, scheme in shapes:
+        for frame, ups, downs in frames(shape["top_k"], shape["experts"], shape["width"], shape["tokens"], scheme):
             # The number of programs plays no part in the code.
             pools = [list(dict.fromkeys(replace(tiles, per_sm=0) for tiles in pool)) for pool in (ups, downs)]
             for up, down in itertools.zip_longest(*pools):
-                jobs.append((tuple(shape.items()), replace(frame, up=up or ups[0], down=down or downs[0])))
+                jobs.append((tuple(shape.items()), scheme, replace(frame, up=up or ups[0], down=down or downs[0])))
+    # Nor does the number of tokens, but in the routing's.
+    seen = {}
+    for keys, scheme, config in jobs:
+        seen.setdefault((tuple(k for k in keys if k[0] != "tokens"), scheme, config), (keys, scheme, config))
+    jobs = list(seen.values())
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as processes:
         failures = processes.map(_build, jobs, chunksize=2)
     print(f"{len(jobs)} configurations built: {time.time() - start:.0f} s", flush=True)

@@ -189,13 +189,9 @@ def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
 
 
 def _quant_experts(*args: Any) -> Tensor:
-    """Every expert is dequantized, then `experts` runs: unlike the reference, without a look at the routing."""
-    record_fallback("quant_experts", "no kernel reads the codes of experts: their weights are dequantized")
-    x, index, weights, up, up_scale, up_zero, up_bias, down, down_scale, down_zero, down_bias, *rest = args
-    *form, up_spec, down_spec = rest[:6]
-    first = _dequantize(up, up_scale, up_zero, up_spec)
-    second = _dequantize(down, down_scale, down_zero, down_spec)
-    return _experts(x, index, weights, first, up_bias, second, down_bias, *form, *rest[6:])
+    from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts
+
+    return computed(launch_quant_experts(*args))
 
 
 def _greedy(logits: Tensor) -> Tensor:

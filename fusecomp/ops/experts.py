@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusecomp.ops.library import define
-from fusecomp.ops.quant import dequantize_reference
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -68,6 +68,54 @@ class Activation:
             return ACTIVATIONS[self.name](gate) * up
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+@dataclass(frozen=True)
+class CodesShape:
+    """What the choice of kernels for experts of codes depends on, besides the number of tokens.
+
+    Attributes:
+        experts, top_k, hidden, width: E, K, C and F.
+        up_cols, down_cols: columns that share a scale; 0 for all.
+        bits: of a code.
+        itemsize: bytes of an activation.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    kind: str
+    bits: int
+    up_cols: int
+    down_cols: int
+    itemsize: int
+
+    @property
+    def codes(self) -> str:
+        """As the tables name a layout: "fp8", "fp8 blocks", "int4 blocks" and so on."""
+        name = f"{self.kind}{self.bits}" if self.kind == INT else self.kind
+        return f"{name} blocks" if self.up_cols else name
+
+    def __str__(self) -> str:
+        sizes = f"{self.experts} x {self.top_k} x {self.hidden} x {self.width}"
+        return f"quant_experts {sizes} {self.kind}{self.bits} {self.up_cols}, {self.down_cols} of {self.itemsize} bytes"
+
+    @classmethod
+    def parse(cls, text: str) -> CodesShape | None:
+        """The shape that `str` gave, or None for another text."""
+        kinds, number = "|".join((INT, FP8, FP4, NF4)), r"(\d+)"
+        sizes = " x ".join([number] * 4)
+        found = re.fullmatch(rf"quant_experts {sizes} ({kinds})(\d) {number}, {number} of {number} bytes", text)
+        if not found:
+            return None
+        experts, top_k, hidden, width, kind, *rest = found.groups()
+        return cls(int(experts), int(top_k), int(hidden), int(width), kind, *map(int, rest))
+
+
+def codes_shape(up: WeightSpec, down: WeightSpec, sizes: tuple[int, int, int, int], itemsize: int) -> CodesShape:
+    """The shape of a call; sizes are (E, K, C, F). Layouts of different kinds count as that of the first."""
+    return CodesShape(*sizes, up.kind, up.bits, up.cols, down.cols, itemsize)
 
 
 def _expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -170,7 +218,7 @@ def _combined(
             rows = order[begin : begin + count]
             parts[rows] = run(rows // K, expert).to(wide)
         begin += count
-    total = (parts.view(T, K, -1) * top_k_weights.to(wide)[..., None]).sum(1)
+    total = (parts.view(T, K, x.shape[1]) * top_k_weights.to(wide)[..., None]).sum(1)
     return (total if residual is None else total + residual.to(wide)).to(x.dtype)
 
 

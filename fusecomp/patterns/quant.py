@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
+from fusecomp.ops.experts import codes_shape
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.quant_linear import quant_shape
@@ -23,10 +24,16 @@ from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import FLOATS, is_call
 
+aten = torch.ops.aten
 DEQUANTIZE, QUANTIZE = OPS.dequantize.default, OPS.quantize.default
 LINEAR, QUANT_LINEAR = OPS.linear.default, OPS.quant_linear.default
 EXPERTS, QUANT_EXPERTS = OPS.experts.default, OPS.quant_experts.default
 UP, DOWN = 3, 5  # arguments of `experts`
+TURNS = (aten.permute.default, aten.transpose.int)
+REORDERINGS = (
+    aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.view.default, aten.reshape.default,
+    aten._unsafe_view.default, aten.clone.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,56 @@ class QuantLinear(Pattern):
 
 
 @dataclass(frozen=True)
+class ExpertWeight:
+    """A weight of experts, and the dequantize that it comes from.
+
+    Attributes:
+        argument: what the experts read.
+        between: the nodes from the dequantize, left out, to the argument, included.
+    """
+
+    argument: Node
+    dequantize: Node | None
+    between: tuple[Node, ...]
+
+    @staticmethod
+    def of(argument: Any) -> ExpertWeight:
+        node, between = argument, []
+        while isinstance(node, Node) and is_call(node, *REORDERINGS, *TURNS):
+            between.append(node)
+            node = node.args[0]
+        return ExpertWeight(argument, node if is_call(node, DEQUANTIZE) else None, tuple(between))
+
+    @property
+    def turned(self) -> bool:
+        """Whether what is dequantized is [E, N, K], and the experts read [E, K, N]."""
+        return len(self.between) == 1 and _swaps_last_dims(self.between[0])
+
+    def reason(self, experts: Node) -> str | None:
+        """Why the experts cannot read its codes, or None."""
+        if self.dequantize is None:
+            return "are not quantized, the others are"
+        if self.between and not self.turned:
+            how = op_name(self.between[-1])
+            return f"are put in another order after they are dequantized (by {how}, as act-order asks for)"
+        for node, reader in zip((*self.between, self.dequantize), (experts, *self.between), strict=True):
+            others = [op_name(user) for user in node.users if user is not reader]
+            if others or sum(a is node for a in reader.args) > 1:
+                return f"are also read by {(others or ['itself'])[0]}"
+        if fake_value(self.dequantize).dtype != fake_value(experts).dtype:
+            return f"are {fake_value(self.dequantize).dtype}"
+        return None
+
+
+@dataclass(frozen=True)
 class QuantExpertsCandidate:
     """Canonical experts, of whose weights at least one is dequantized."""
 
     node: Node
 
     @property
-    def weights(self) -> tuple[Node, Node]:
-        return self.node.args[UP], self.node.args[DOWN]  # type: ignore[return-value]
+    def weights(self) -> tuple[ExpertWeight, ExpertWeight]:
+        return ExpertWeight.of(self.node.args[UP]), ExpertWeight.of(self.node.args[DOWN])
 
 
 class QuantExperts(Pattern):
@@ -136,33 +185,39 @@ class QuantExperts(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[QuantExpertsCandidate]:
         for node in list(graph.nodes):
-            if is_call(node, EXPERTS) and any(is_call(node.args[at], DEQUANTIZE) for at in (UP, DOWN)):
+            if is_call(node, EXPERTS) and any(ExpertWeight.of(node.args[at]).dequantize for at in (UP, DOWN)):
                 yield QuantExpertsCandidate(node)
 
     def guard(self, candidate: QuantExpertsCandidate, context: PassContext) -> str | None:
-        for name, weight in zip(("up", "down"), candidate.weights, strict=True):
-            if not is_call(weight, DEQUANTIZE):
-                return f"its {name} weights are not quantized, the others are"
-            others = [op_name(user) for user in weight.users if user is not candidate.node]
-            if others or sum(a is weight for a in candidate.node.args) > 1:
-                return f"its dequantized {name} weights are also read by {(others or ['itself'])[0]}"
-            if fake_value(weight).dtype != fake_value(candidate.node).dtype:
-                return f"its {name} weights are {fake_value(weight).dtype}"
-            if reason := DequantizedWeight(weight).reason():
+        up, down = candidate.weights
+        for name, weight in (("up", up), ("down", down)):
+            if reason := weight.reason(candidate.node):
+                return f"its {name} weights {reason}"
+            assert weight.dequantize is not None
+            if reason := DequantizedWeight(weight.dequantize).reason():
                 return f"of its {name} weights, {reason}"
+        if up.turned != down.turned:
+            return "codes of one of its weights run along the inputs, of the other along the outputs"
         return None
 
     def emit(self, candidate: QuantExpertsCandidate, gm: GraphModule, context: PassContext) -> str:
         node = candidate.node
-        up, down = (DequantizedWeight(weight) for weight in candidate.weights)
-        x, index, weights, _, up_bias, _, down_bias, *form = node.args[:11]
+        up, down = (DequantizedWeight(weight.dequantize) for weight in candidate.weights)  # type: ignore[arg-type]
+        x, index, weights, _, up_bias, _, down_bias, *form, transposed = node.args[:11]
+        transposed = transposed != candidate.weights[0].turned
         residual = node.args[11:]
         specs = (up.node.args[3], down.node.args[3])
-        args = (x, index, weights, *up.parts, up_bias, *down.parts, down_bias, *form, *specs, *residual)
+        args = (x, index, weights, *up.parts, up_bias, *down.parts, down_bias, *form, transposed, *specs, *residual)
         with gm.graph.inserting_before(node):
             new = functional.call(gm.graph, QUANT_EXPERTS, args, node)
         replace_and_prune(node, new)
         return f"up {up.spec.describe()}; down {down.spec.describe()}"
+
+    def operation(self, candidate: QuantExpertsCandidate) -> str:
+        up, down = (DequantizedWeight(weight.dequantize) for weight in candidate.weights)  # type: ignore[arg-type]
+        experts, hidden, width = down.spec.shape(fake_value(down.parts[0]).shape)
+        sizes = (experts, int(fake_value(candidate.node.args[1]).shape[1]), hidden, width)
+        return str(codes_shape(up.spec, down.spec, sizes, fake_value(candidate.node).element_size()))
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.quant_examples import quant_experts_examples
@@ -173,6 +228,14 @@ class QuantExperts(Pattern):
 def _flat_reason(candidate: DequantizedWeight) -> str | None:
     q = fake_value(candidate.parts[0])
     return None if q.dim() == 2 else f"its codes have shape {tuple(q.shape)}, a linear's are [N, K]"
+
+
+def _swaps_last_dims(node: Node) -> bool:
+    """Whether a permute or transpose of a [E, N, K] exchanges its last two dims."""
+    dims = node.args[1] if is_call(node, aten.permute.default) else node.args[1:]
+    if is_call(node, aten.permute.default):
+        return [d % 3 for d in dims] == [0, 2, 1]  # type: ignore[union-attr, operator]
+    return is_call(node, aten.transpose.int) and {d % 3 for d in dims} == {1, 2}  # type: ignore[union-attr, operator]
 
 
 def _reads(argument: Any, node: Node) -> bool:

@@ -164,6 +164,14 @@ def quant_experts_examples() -> list[Example]:
     def read_elsewhere(x: Tensor, r: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> object:
         return experts(x, r, ids, weights, up, down), up.sum()
 
+    def turned(x: Tensor, _: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+        return OPS.experts(x, ids, weights, up, None, down, None, "silu", True, False, True)
+
+    def put_in_order(x: Tensor, r: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        order = torch.arange(K - 1, -1, -1).expand(up.shape)
+        return experts(x, r, ids, weights, up.gather(-1, order), down)
+
     def one_quantized(x: Tensor, r: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return experts(x, r, ids, weights, up, down * 2)
 
@@ -173,5 +181,7 @@ def quant_experts_examples() -> list[Example]:
         case("fp8_block", FP8_BLOCK, experts),
         case("residual", INT8, residual),
         case("read_elsewhere", INT8, read_elsewhere, matches=0, reason="up weights are also read by sum"),
+        case("turned", FP4_SPEC, turned),
+        case("put_in_order", INT8, put_in_order, matches=0, reason="up weights are put in another order"),
         case("one_quantized", INT8, one_quantized, matches=0, reason="its down weights are not quantized"),
     ]

@@ -17,6 +17,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
+from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.quant.online.record import describe as describe_quantization
@@ -385,8 +386,9 @@ class Engine:
         self.report.seconds["graphs"] = time.perf_counter() - start
 
     def _explain_lowerings(self) -> None:
-        """Say which kernel each linear takes, for the batches that have a graph and for the longest step."""
+        """Say which kernels linears and experts of codes take, for batches with a graph and the longest step."""
         from fusecomp.lowerings.device import target_of
+        from fusecomp.lowerings.experts.quant_heuristics import explain_choices as explain_experts
         from fusecomp.lowerings.linear.lowering import explain_choices
         from fusecomp.lowerings.quant.lowering import explain_choices as explain_quantized
 
@@ -397,6 +399,8 @@ class Engine:
                 self.report.lowerings[operation] = explain_choices(target, shape, counts)
             elif quantized := QuantShape.parse(operation):
                 self.report.lowerings[operation] = explain_quantized(target, quantized, counts)
+            elif experts := CodesShape.parse(operation):
+                self.report.lowerings[operation] = explain_experts(target, experts, counts)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

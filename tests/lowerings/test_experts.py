@@ -88,8 +88,9 @@ class TestActivation:
         assert Activation.parse("silu", False) == Activation("silu")
 
 
-def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_experts.py"]
+@pytest.mark.parametrize("file", ["check_experts.py", "check_quant_experts.py"])
+def test_interpreted(file):
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/{file}"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fusecomp.quant.modules import QuantizedLinear
+from fusecomp.lowerings.experts.heuristics import METHODS
+from fusecomp.lowerings.experts.quant_heuristics import quant_experts_config
+from fusecomp.lowerings.experts.quant_lowering import supports
+from fusecomp.lowerings.paged_attention.heuristics import SM90
+from fusecomp.ops.experts import codes_shape
+from fusecomp.ops.quant import WeightSpec
+from fusecomp.quant.modules import QuantizedLinear, QuantizedWeight
 from tests.quant import packers
 from tests.quant.checkpoints import LINEARS, PROMPT, check_logits, make, weights
 
@@ -256,18 +262,63 @@ def test_the_engine_serves_it(tmp_path):
     assert served[0].outputs[0].token_ids == wanted
 
 
-@pytest.mark.parametrize(("case", "folds"), [("gptq", {"quant_linear": 12}), ("packed experts", {"quant_experts": 2})])
-def test_the_pass_folds_it(tmp_path, case, folds):
+def gpt_oss(tmp_path):
+    """Its experts are stored as codes along the inputs, and read as [E, in, out]."""
+    config = {"quant_method": "mxfp4"}
+    return make(tmp_path, "gpt-oss", mxfp4, config, only=MXFP4, sep="_", intermediate_size=64, hidden_size=128)
+
+
+FOLDS = {
+    "gptq": {"quant_linear": 12},
+    "packed experts": {"quant_experts": 2},
+    "gpt-oss": {"quant_experts": 2},
+    "gptq experts act-order": {"quant_experts": 0},
+}
+
+
+@pytest.mark.parametrize("case", FOLDS)
+def test_the_pass_folds_it(tmp_path, case):
     from fusecomp import LLM, SamplingParams
     from tests.conftest import ENGINE_OPTIONS
 
-    checkpoint = make(tmp_path, *WEIGHT_ONLY[case])
+    checkpoint = gpt_oss(tmp_path) if case == "gpt-oss" else make(tmp_path, *WEIGHT_ONLY[case])
     wanted = checkpoint.load().generate(PROMPT, max_new_tokens=6, do_sample=False)[0, PROMPT.shape[1] :].tolist()
     llm = LLM(checkpoint.folder, dtype="float32", **{**ENGINE_OPTIONS, "enforce_eager": False}, fuse="always")
     served = llm.generate([PROMPT[0].tolist()], SamplingParams(max_tokens=6, temperature=0))
     assert served[0].outputs[0].token_ids == wanted
-    assert {name: llm.fusion_report.count(name) for name in folds} == folds
-    assert not llm.fusion_report.near_misses
+    assert {name: llm.fusion_report.count(name) for name in FOLDS[case]} == FOLDS[case]
+    reasons = [miss.reason for miss in llm.fusion_report.near_misses]
+    assert all("as act-order asks for" in reason for reason in reasons) and bool(reasons) == ("act-order" in case)
+
+
+BLOCKS = {**FP8, "weight_block_size": [32, 32]}
+EXPERTS = {
+    "gptq": lambda path: make(path, "qwen3-moe", packers.gptq, GPTQ),
+    "awq": lambda path: make(path, *WEIGHT_ONLY["awq experts"]),
+    "packed": lambda path: make(path, *WEIGHT_ONLY["packed experts"]),
+    "fp8 tensor": lambda path: make(path, *WEIGHT_ONLY["fp8 tensor, experts"]),
+    "fp8 blocks": lambda path: make(
+        *(path, "qwen3-moe", lambda w: packers.fp8(w, 32, 32, "weight_scale_inv"), BLOCKS), only=r".*experts.*proj"
+    ),
+    "mxfp4": gpt_oss,
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_kernels_read_the_experts_of_every_format(tmp_path, case):
+    """What a GPU would run follows from shapes and layouts: no layer would be dequantized, for any number of tokens."""
+    model = EXPERTS[case](tmp_path).load("bfloat16")
+    held = [m for m in model.modules() if isinstance(m, QuantizedWeight) and m.q.dim() == 3]
+    assert len(held) == 2 * len(model.model.layers)
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    for up, down in zip(held[::2], held[1::2], strict=True):
+        specs = [WeightSpec.from_text(weight.spec) for weight in (up, down)]
+        parts = [(weight.q, weight.scale, weight.zero) for weight in (up, down)]
+        assert supports(x, parts[0], None, parts[1], None, False, *specs) is None
+        experts, hidden, width = specs[1].shape(down.q.shape)
+        shape = codes_shape(*specs, (experts, 2, hidden, width), 2)
+        for tokens in (1, 2, 8, 64, 512, 8192):
+            assert quant_experts_config(SM90, shape, tokens).method in METHODS
 
 
 def test_tied_embeddings_shards_and_dtype(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.experts.codes import code_constants
 from fusecomp.lowerings.experts.combine import MAX_DEPENDENT_TOKENS, combine_block, combine_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import (
@@ -16,6 +17,8 @@ from fusecomp.lowerings.experts.heuristics import (
     experts_config,
     load_table,
 )
+from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
+from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routing import (
     CHUNK,
     SINGLE_LAUNCH_ROWS,
@@ -28,7 +31,22 @@ from fusecomp.lowerings.experts.routing import (
 )
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
-from fusecomp.ops.experts import Activation
+from fusecomp.lowerings.quant import pieces
+from fusecomp.ops.experts import Activation, codes_shape
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
+
+NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CODE_TYPES = {pieces.INT8: "i8", pieces.NATIVE_FP8: "fp8e4nv"}
+LAYOUTS = {  # layout of codes, and whether it has zero points
+    "fp8": (WeightSpec(FP8, 8, 1, 0, "bfloat16"), False),
+    "fp8-block": (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
+    "int8": (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
+    "int8-zero": (WeightSpec(INT, 8, 1, 128, "bfloat16"), True),
+    "int4": (WeightSpec(INT, 4, 1, 32, "bfloat16"), False),
+    "int4-zero": (WeightSpec(INT, 4, 1, 128, "bfloat16"), True),
+    "mxfp4": (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),
+    "nf4": (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +63,18 @@ class Shape:
     gating: int = 1
     biased: bool = False
     transposed: bool = False
+    codes: str = ""  # one of `LAYOUTS`, or numbers
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
 
     @property
     def rows(self) -> int:
         return 2 * self.width if self.gating else self.width
 
     def __str__(self) -> str:
-        marks = "-biased" * self.biased + "-transposed" * self.transposed
+        marks = "-biased" * self.biased + "-transposed" * self.transposed + f"-{self.codes}" * bool(self.codes)
         size = f"e{self.experts}-k{self.top_k}-c{self.hidden}-f{self.width}-t{self.tokens}"
         return f"{self.dtype}-{size}-{self.act}-g{self.gating}{marks}"
 
@@ -68,6 +91,12 @@ SUBSET = (
     _gpt_oss(64),
     _gpt_oss(4096),
     Shape(60, 4, 1001, 703, 9, dtype="fp32", act="gelu", gating=0, biased=True),
+    *(Shape(128, 8, 2048, 768, tokens, codes=codes) for codes in ("fp8", "int4-zero") for tokens in (1, 64, 4096)),
+    *(replace(_gpt_oss(tokens), transposed=False, codes="mxfp4") for tokens in (1, 64)),
+    Shape(128, 8, 2048, 768, 64, codes="fp8-block"),
+    Shape(8, 2, 4096, 14336, 8192, codes="fp8-block"),
+    Shape(60, 4, 1024, 704, 1, dtype="fp16", act="gelu", gating=0, codes="nf4"),
+    Shape(60, 4, 1024, 704, 9, dtype="fp32", act="gelu", gating=0, codes="int8-zero"),
 )
 
 
@@ -78,32 +107,59 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
         plain = Shape(*(entry[key] for key in ("experts", "top_k", "hidden", "width", "tokens")))
         shapes += [plain, replace(plain, dtype="fp16"), replace(plain, dtype="fp32"), replace(plain, transposed=True)]
         shapes += [replace(plain, act="gelu_tanh", gating=2, biased=True), replace(plain, act="relu2", gating=0)]
+    for codes in LAYOUTS if full else ():
+        for tokens in (1, 2, 8, 64, 256, 1024, 8192):
+            plain = Shape(128, 8, 2048, 768, tokens, codes=codes)
+            shapes += [plain, replace(plain, dtype="fp16", gating=2), replace(plain, experts=8, top_k=2, hidden=4096)]
+        shapes += [replace(plain, dtype="fp32", tokens=tokens) for tokens in (1, 64)]
     for shape in shapes:
         yield from specializations(target, shape)
 
 
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     """What one call launches."""
-    config = experts_config(
-        target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
-        itemsize=4 if shape.dtype == "fp32" else 2, transposed=shape.transposed,
-    )  # fmt: skip
+    config = _config(target, shape)
+    if config.method == DEQUANTIZE:
+        yield from specializations(target, replace(shape, codes=""))
+        return
     act = Activation.parse(shape.act, shape.gating > 0)
     activation = {"GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
-    common: dict[str, Any] = {"USE_PDL": target.has_pdl}
+    common: dict[str, Any] = {"USE_PDL": target.has_pdl, **_layout(target, shape)[1]}
     if config.method == "grouped":
         common["TRANSPOSED"] = shape.transposed
     ups = {"K": shape.top_k, "N": shape.rows, "D": shape.hidden, **activation, **common}
     downs = {"N": shape.hidden, "D": shape.width, **common}
     if config.method == "vector":
-        yield from _vector(shape, config, ups, downs)
+        yield from _vector(target, shape, config, ups, downs)
     else:
         yield from _grouped(target, shape, config, ups, downs)
 
 
-def _vector(shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
+def _config(target: Target, shape: Shape) -> ExpertsConfig:
+    if shape.codes:
+        spec = LAYOUTS[shape.codes][0]
+        sizes = (shape.experts, shape.top_k, shape.hidden, shape.width)
+        return quant_experts_config(target, codes_shape(spec, spec, sizes, shape.itemsize), shape.tokens)
+    return experts_config(
+        target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
+        itemsize=shape.itemsize, transposed=shape.transposed,
+    )  # fmt: skip
+
+
+def _layout(target: Target, shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pointers and constants of the weight and, if it is codes, of its scales and zero points."""
+    if not shape.codes:
+        none = {"scale": None, "zero": None, "KIND": PLAIN, "OFFSET": 0.0, "ROWS": 0, "COLS": 0}
+        return {"weight": shape.dtype}, none
+    spec, has_zero = LAYOUTS[shape.codes]
+    constants = code_constants(spec, has_zero, target)
+    pointers = {"weight": CODE_TYPES.get(constants["KIND"], "u8"), "scale": "u8" if spec.kind == FP4 else "fp32"}
+    return (pointers | {"zero": "bf16"}, constants) if has_zero else (pointers, constants | {"zero": None})
+
+
+def _vector(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
     dtype = shape.dtype
-    pointers, none = _bias({"index": "i64", "weight": dtype, "hidden": dtype}, shape)
+    pointers, none = _bias({"index": "i64", "hidden": dtype, **_layout(target, shape)[0]}, shape)
     for name, kernel, tiles, own, scalars, constants in (
         ("up", up_vector_kernel, config.up, {"x": dtype}, {"stride_x": "i32"}, ups),
         ("down", down_vector_kernel, config.down, {"routing_weights": dtype, "residual": dtype, "out": dtype},
@@ -120,14 +176,15 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     yield from _routing(target, shape, config.block_t)
     dtype = shape.dtype
     tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
-    pointers, none = _bias({"plan": "i32", "weight": dtype, "hidden": dtype}, shape)
-    described, more = _described(config.up, shape, 2 if shape.gating == 1 else 1, shape.hidden)
+    weight = _layout(target, shape)[0]
+    pointers, none = _bias({"plan": "i32", "hidden": dtype, **weight}, shape)
+    described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
-    described, more = _described(config.down, shape, 1, shape.width)
+    described, more = _described(config.down, shape, weight["weight"], 1, shape.width)
     yield Specialization(
         f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
@@ -169,12 +226,15 @@ def _bias(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[
     return ({**pointers, "bias": shape.dtype}, {}) if shape.biased else (pointers, {"bias": None})
 
 
-def _described(tiles: Tiles, shape: Shape, groups: int, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(pointers, constants) of the weight's descriptor, as `launch.weight_tiles` decides."""
-    if not tiles.use_tma or shape.transposed or columns * (4 if shape.dtype == "fp32" else 2) % 16:
+def _described(
+    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(pointers, constants) of the descriptor of a weight of elements `kind`, as `launch.weight_tiles` decides."""
+    bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
+    if not tiles.use_tma or shape.transposed or columns * bits // 8 % 16:
         return {}, {"w_tiles": None, "USE_TMA": False}
-    block = [groups, tiles.block_n // groups, tiles.block_d]
-    return {"w_tiles": f"tensordesc<{shape.dtype}{block}>"}, {"USE_TMA": True}
+    block = [groups, tiles.block_n // groups, tiles.block_d * bits // 8 if bits < 8 else tiles.block_d]
+    return {"w_tiles": f"tensordesc<{kind}{block}>"}, {"USE_TMA": True}
 
 
 def _blocks(tiles: Tiles) -> dict[str, int]:

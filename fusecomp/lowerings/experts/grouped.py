@@ -6,7 +6,8 @@ BN weight rows in a tile, BD columns of a step. GATING: see `pieces.py`.
 
 Both kernels: SWAP puts the weights on the wide side of the matrix units and the tokens on the narrow one. USE_TMA reads
 weights through `w_tiles`, the weight seen as [E * G, N / G, D] in blocks [G, BN / G, BD], G = 2 for GATING 1, else 1.
-TRANSPOSED weights are [E, D, N] and read as they lie, without TMA. GROUP_T tiles of tokens share a weight tile before
+TRANSPOSED weights are [E, D, N] and read as they lie, without TMA. Weights that are codes, which KIND says, have scales
+and maybe zero points: see `quant_pieces.py`. GROUP_T tiles of tokens share a weight tile before
 the next one. dtypes: fp32, fp16 or bf16, products summed in fp32, those of fp32 operands exact.
 Bytes: each touched expert's weight once (again from the L2 for its further tiles). FLOPs: 2 * R * N * D.
 """
@@ -18,14 +19,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
+from fusecomp.lowerings.experts.quant_pieces import multiply_codes
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def up_kernel(
     x,  # [T, C], last dim contiguous
     plan,
-    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous
+    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C] or bytes of two
     w_tiles,  # descriptor of the weight, or None
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, N] contiguous, or None
     hidden,  # [R, F] at the plan's places; those of sentinels are not written
     capacity,
@@ -44,6 +48,10 @@ def up_kernel(
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """hidden = activation(x[tokens of the plan's rows] @ up^T + bias)."""
@@ -64,10 +72,16 @@ def up_kernel(
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
-        acc = _multiply(
-            x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
-            N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-        )  # fmt: skip
+        if KIND >= 0:
+            acc = multiply_codes(
+                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
+                BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
+            )  # fmt: skip
+        else:
+            acc = _multiply(
+                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block,
+                (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+            )  # fmt: skip
         acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
         y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
         feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -79,8 +93,10 @@ def up_kernel(
 def down_kernel(
     hidden,  # [R, F] at the plan's places
     plan,
-    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous
+    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F] or bytes of two
     w_tiles,  # descriptor of the weight, or None
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, C] contiguous, or None
     parts,  # [R, C] in the order of rows; those of sentinels are not written
     capacity,
@@ -93,6 +109,10 @@ def down_kernel(
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written."""
@@ -105,7 +125,7 @@ def down_kernel(
     next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     if USE_PDL:
         if tile < num_tiles:
-            _prefetch(weight, next_expert, block, N, D, BLOCK_N, TRANSPOSED)
+            _prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         gdc_wait()
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
         expert, first, row = next_expert, next_first, next_row
@@ -114,10 +134,16 @@ def down_kernel(
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
-        acc = _multiply(
-            hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
-            N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-        )  # fmt: skip
+        if KIND >= 0:
+            acc = multiply_codes(
+                hidden + place.to(tl.int64) * D, live, weight, w_tiles, scale, zero, expert, block, N, D, 0,
+                BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
+            )  # fmt: skip
+        else:
+            acc = _multiply(
+                hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block,
+                (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+            )  # fmt: skip
         acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
         feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
         at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)

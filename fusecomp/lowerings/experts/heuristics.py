@@ -106,13 +106,7 @@ def experts_config(
     vector = [e for e in table["entries"] if e["config"]["method"] == "vector" and e["tokens"] >= tokens]
     entries = [e for e in table["entries"] if e["config"]["method"] == "grouped"] + vector * (not transposed)
 
-    def distance(entry: dict[str, Any]) -> float:
-        # Rows per expert decide the tile; whether experts fill the card comes second.
-        rows = abs(math.log2(_rows_per_expert(entry) / _rows_per_expert(wanted)))
-        sizes = sum(abs(math.log2(entry[key] / wanted[key])) for key in ("experts", "hidden", "width"))
-        return 4.0 * rows + sizes + 16.0 * ((entry["tokens"] == 1) != (tokens == 1))
-
-    entry = min(entries, key=distance)
+    entry = min(entries, key=lambda entry: distance(entry, wanted))
     exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
     shape = " ".join(f"{key}={entry[key]}" for key in wanted)
     how = ("exact" if exact else "nearest") + ("" if "us" in entry else ", not measured")
@@ -121,6 +115,14 @@ def experts_config(
     if transposed:
         config = _transposed(config)
     return _fit(config, target, itemsize, top_k)
+
+
+def distance(entry: dict[str, Any], wanted: dict[str, int]) -> float:
+    """How far an entry's shape is from another."""
+    # Rows per expert decide the tile; whether experts fill the card comes second.
+    rows = abs(math.log2(_rows_per_expert(entry) / _rows_per_expert(wanted)))
+    sizes = sum(abs(math.log2(entry[key] / wanted[key])) for key in ("experts", "hidden", "width"))
+    return 4.0 * rows + sizes + 16.0 * ((entry["tokens"] == 1) != (wanted["tokens"] == 1))
 
 
 def _transposed(config: ExpertsConfig) -> ExpertsConfig:
@@ -148,15 +150,15 @@ def _exact_products(experts: int, rows: int, itemsize: int, transposed: bool) ->
 def _fit(config: ExpertsConfig, target: Target, itemsize: int, top_k: int) -> ExpertsConfig:
     """The same within a target's registers and shared memory, and without TMA where there is none."""
     if config.method == "vector":
-        return replace(config, down=_fit_registers(config.down, next_power_of_2(top_k)))
+        return replace(config, down=fit_registers(config.down, next_power_of_2(top_k)))
     return replace(
         config,
-        up=_fit_tiles(config.up, config.block_t, target, itemsize),
-        down=_fit_tiles(config.down, config.block_t, target, itemsize),
+        up=fit_tiles(config.up, config.block_t, target, itemsize),
+        down=fit_tiles(config.down, config.block_t, target, itemsize),
     )
 
 
-def _fit_registers(tiles: Tiles, lanes: int) -> Tiles:
+def fit_registers(tiles: Tiles, lanes: int) -> Tiles:
     """Narrower and lower tiles until a thread holds at most `VECTOR_ELEMENTS` of `lanes` experts' tiles."""
 
     def crowded(t: Tiles) -> bool:
@@ -169,14 +171,19 @@ def _fit_registers(tiles: Tiles, lanes: int) -> Tiles:
     return tiles
 
 
-def _fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int) -> Tiles:
-    """Fewer stages, then narrower tiles, until stages, or else a finished tile, fit."""
+def fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int, *, weight_bits: int = 0) -> Tiles:
+    """Fewer stages, then narrower tiles, until stages, or else a finished tile, fit.
+
+    Args:
+        weight_bits: of a weight, where it is not as wide as an activation.
+    """
     if target.backend == "hip":
         tiles = replace(tiles, num_stages=min(tiles.num_stages, 2))
     tiles = replace(tiles, use_tma=tiles.use_tma and target.has_tma)
 
     def need(t: Tiles) -> int:
-        return t.num_stages * (t.block_n + block_t) * t.block_d * itemsize + 1024
+        weight = t.block_n * (weight_bits or 8 * itemsize)
+        return t.num_stages * (weight + block_t * 8 * itemsize) * t.block_d // 8 + 1024
 
     while need(tiles) > target.smem_bytes and tiles.num_stages > 2:
         tiles = replace(tiles, num_stages=tiles.num_stages - 1)

@@ -7,7 +7,7 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of
+from fusecomp.lowerings.experts.codes import Codes, kernel_weight
 from fusecomp.lowerings.experts.combine import launch_combine
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
@@ -23,6 +24,7 @@ from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.quant.lowering import launch_dequantize
 from fusecomp.ops.experts import Activation
 
 
@@ -35,6 +37,8 @@ class Experts:
         up_bias: [E, N], or None.
         down: [E, C, F]; transposed: [E, F, C].
         down_bias: [E, C], or None.
+        up_codes, down_codes: what up and down stand for if they are codes, then [E, N, C] and [E, C, F], or bytes of
+            two along the last dim, and not transposed; None if they are numbers.
     """
 
     up: Tensor
@@ -45,6 +49,8 @@ class Experts:
     gated: bool
     interleaved: bool
     transposed: bool
+    up_codes: Codes | None = None
+    down_codes: Codes | None = None
 
     @property
     def gating(self) -> int:
@@ -54,10 +60,18 @@ class Experts:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(E, N, C, F)."""
-        experts, rows, hidden = self.up.shape
+        experts, rows, hidden = self.up.shape if self.up_codes is None else self.up_codes.spec.shape(self.up.shape)
         if self.transposed:
             rows, hidden = hidden, rows
         return experts, rows, hidden, rows // 2 if self.gated else rows
+
+    def dequantized(self) -> Experts:
+        """The same layer by weights of numbers."""
+        up, down = (
+            weight if codes is None else launch_dequantize(weight, codes.scale, codes.zero, codes.spec)
+            for weight, codes in ((self.up, self.up_codes), (self.down, self.down_codes))
+        )
+        return replace(self, up=up, down=down, up_codes=None, down_codes=None)
 
     def act_constants(self) -> dict[str, Any]:
         act = self.activation
@@ -105,16 +119,18 @@ def run_vector(
     if use_pdl:
         common["launch_pdl"] = True
     up, down = config.up, config.down
+    weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     launch(
         up_vector_kernel, (tokens * top_k * triton.cdiv(rows, up.block_n),),
-        x, index, layer.up, layer.up_bias, hidden, x.stride(0), N=rows, D=hidden_size, BLOCK_N=up.block_n,
-        BLOCK_D=up.block_d, num_warps=up.num_warps, **layer.act_constants(), **common,
+        x, index, weight, scale, zero, layer.up_bias, hidden, x.stride(0), N=rows, D=hidden_size, BLOCK_N=up.block_n,
+        BLOCK_D=up.block_d, num_warps=up.num_warps, **layer.act_constants(), **layout, **common,
     )  # fmt: skip
+    weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     launch(
         down_vector_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
-        hidden, index, layer.down, layer.down_bias, routing_weights, residual, out,
+        hidden, index, weight, scale, zero, layer.down_bias, routing_weights, residual, out,
         0 if residual is None else residual.stride(0), KP=next_power_of_2(top_k), N=hidden_size, D=width,
-        BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
+        BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **layout, **common,
     )  # fmt: skip
     return out
 
@@ -141,31 +157,35 @@ def run_grouped(
     if use_pdl:
         common["launch_pdl"] = True
 
-    w_tiles = weight_tiles(layer.up, config.up, 2 if layer.gating == 1 else 1, layer.transposed)
+    weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
+    w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
-        x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size,
-        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
+        x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
+        D=hidden_size, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout, **_constants(config.up),
+        **common,
     )  # fmt: skip
-    w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
+    weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
+    w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
-        hidden, plan, layer.down, w_tiles, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        USE_TMA=w_tiles is not None, **_constants(config.down), **common,
+        hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
+        USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
 
-def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) -> TensorDescriptor | None:
+def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool) -> TensorDescriptor | None:
     """The weight [E, G * N, D] as [E * G, N, D] in blocks [G, BN / G, BD]; None where TMA cannot or shall not read it.
 
-    It needs rows of a multiple of 16 bytes.
+    It needs rows of a multiple of 16 bytes. Bytes of two codes count once: `columns` is D, of numbers.
     """
     if not tiles.use_tma or transposed or weight.shape[2] * weight.element_size() % 16 or weight.data_ptr() % 16:
         return None
     shape = [weight.shape[0] * groups, weight.shape[1] // groups, weight.shape[2]]
     strides = [shape[1] * shape[2], shape[2], 1]
-    return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, tiles.block_d])
+    block_d = tiles.block_d * weight.shape[2] // columns
+    return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, block_d])
 
 
 def _programs(tiles: Tiles, items: int, sms: int) -> int:

@@ -4,6 +4,8 @@ Programs are small and many, each with all loads of its first tile in flight. Wh
 the wait for the kernel before, in the up projection; the down projection knows it at once, since the kernels before the
 up projection have ended when it starts, and asks for its weights before it waits.
 
+Weights that are codes, which KIND says, have scales and maybe zero points: see `quant_pieces.py`.
+
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows,
 N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns, BN, BD of a tile, KP = K padded to a
 power of two. GATING: see `pieces.py`.
@@ -16,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
+from fusecomp.lowerings.experts.quant_pieces import sum_code_products
 
 AHEAD: tl.constexpr = tl.constexpr(4)  # tiles of a row that are loaded at once, if there are no more
 
@@ -24,7 +27,9 @@ AHEAD: tl.constexpr = tl.constexpr(4)  # tiles of a row that are loaded at once,
 def up_vector_kernel(
     x,  # [T, C], last dim contiguous
     index,  # [R]
-    weight,  # [E, N, C] contiguous
+    weight,  # [E, N, C] contiguous; codes: also bytes of two
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, N] contiguous, or None
     hidden,  # [R, F]; rows of sentinels are not written
     stride_x,
@@ -38,6 +43,10 @@ def up_vector_kernel(
     LIMIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """BN rows of one expert's weight by one token per program. Bytes: R * N * D * itemsize. FLOPs: 2 * R * N * D."""
@@ -52,8 +61,16 @@ def up_vector_kernel(
     if (expert >= 0) & (expert < E):
         rows = weight_rows(block, N, GATING, BLOCK_N, True)
         x_at = x + (row // K).to(tl.int64) * stride_x + tl.zeros([1, 1], tl.int64)
-        w_at = (weight + expert * (N * D) + rows.to(tl.int64) * D)[None, :]
-        y = tl.reshape(_products(w_at, x_at, tl.full([1, 1], 1, tl.int1), D, BLOCK_D, False), [BLOCK_N])
+        always = tl.full([1, 1], 1, tl.int1)
+        if KIND >= 0:
+            y = sum_code_products(
+                weight, scale, zero, expert + tl.zeros([1, 1], tl.int64), rows[None, :], x_at, always, N, D, BLOCK_D,
+                KIND, OFFSET, ROWS, COLS, False,
+            )  # fmt: skip
+        else:
+            w_at = (weight + expert * (N * D) + rows.to(tl.int64) * D)[None, :]
+            y = _products(w_at, x_at, always, D, BLOCK_D, False)
+        y = tl.reshape(y, [BLOCK_N])
         if bias is not None:
             y += tl.load(bias + expert * N + rows).to(tl.float32)
         y = activated(y[:, None], GATING, True, ACT, ALPHA, LIMIT)
@@ -65,7 +82,9 @@ def up_vector_kernel(
 def down_vector_kernel(
     hidden,  # [R, F]
     index,  # [R]
-    weight,  # [E, C, F] contiguous
+    weight,  # [E, C, F] contiguous; codes: also bytes of two
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, C] contiguous, or None
     routing_weights,  # [R]
     residual,  # [T, C], last dim contiguous, or None
@@ -78,6 +97,10 @@ def down_vector_kernel(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """BN features of one token per program, from all of its K experts, summed in fp32 in one order.
@@ -95,10 +118,16 @@ def down_vector_kernel(
     live = (expert >= 0) & (expert < E)
     feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(feature, N - 1)[None, :]
-    base = weight + tl.where(live, expert, 0) * (N * D)
-    y = _products(
-        base + inside.to(tl.int64) * D, hidden + row.to(tl.int64) * D, live, D, BLOCK_D, USE_PDL,
-    )  # fmt: skip
+    if KIND >= 0:
+        y = sum_code_products(
+            weight, scale, zero, tl.where(live, expert, 0), inside, hidden + row.to(tl.int64) * D, live, N, D, BLOCK_D,
+            KIND, OFFSET, ROWS, COLS, USE_PDL,
+        )  # fmt: skip
+    else:
+        base = weight + tl.where(live, expert, 0) * (N * D)
+        y = _products(
+            base + inside.to(tl.int64) * D, hidden + row.to(tl.int64) * D, live, D, BLOCK_D, USE_PDL,
+        )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + expert * N + inside, mask=live, other=0.0).to(tl.float32)
     y *= tl.load(routing_weights + row, mask=live, other=0.0).to(tl.float32)

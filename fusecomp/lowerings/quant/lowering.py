@@ -25,15 +25,17 @@ from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER
-from fusecomp.ops.quant import FP4, INT, INT4_OFFSET, NF4, WeightSpec
+from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
+
+ZERO_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # 0 to 16 are exact in each
 
 
 def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> str | None:
     """Why no kernel reads this weight, or None."""
     if q.dtype != spec.codes_dtype or not q.is_contiguous():
         return f"codes are {q.dtype} with strides {q.stride()}"
-    if scale.dtype not in (*DTYPES, torch.uint8) or (zero is not None and zero.dtype not in DTYPES):
+    if scale.dtype not in (*DTYPES, torch.uint8) or (zero is not None and zero.dtype not in ZERO_DTYPES):
         return f"scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}"
     if not scale.is_contiguous() or (zero is not None and not zero.is_contiguous()):
         return "scales or zero points are not contiguous"
@@ -71,6 +73,14 @@ def code_kind(kind: str, bits: int, target: Target) -> int:
     return {(INT, 8): pieces.INT8, (INT, 4): pieces.INT4, (FP4, 4): pieces.FP4, (NF4, 4): pieces.NF4}.get(
         (kind, bits), fp8
     )
+
+
+def zero_points(zero: Tensor | None) -> Tensor | None:
+    """Zero points as a kernel reads them: those in fp8 are bytes where a GPU does not convert it."""
+    if zero is None or zero.dtype != torch.float8_e4m3fn:
+        return zero
+    native = zero.is_cuda and code_kind(FP8, 8, target_of(zero)) == pieces.NATIVE_FP8
+    return zero if native else zero.view(torch.int8)
 
 
 def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, dict[str, Any]]:
@@ -141,6 +151,7 @@ def run_quant(
     shape = quant_shape(x.dtype, q, zero, program, spec)
     scheme = 0 if norm is None else 1 if norm_weight is None else 3 if norm.plus_one else 2
     codes, layout = _layout(q, zero, spec)
+    zero = zero_points(zero)
     common = {
         "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
         "NORM": scheme, "EPILOGUE": epilogue_hook(program), "USE_PDL": use_pdl, "num_warps": config.num_warps,
@@ -181,6 +192,7 @@ def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
     if out.numel() == 0:
         return out
     codes, layout = _layout(q, zero, spec)
+    zero = zero_points(zero)
     block_r, block_k = 16, heuristics.fitting_columns(256, spec.cols)
     rows, columns = spec.scales(n, k)
     launch(

@@ -106,6 +106,8 @@ def values(code, KIND: tl.constexpr, OFFSET: tl.constexpr):
 def load_codes(at, mask, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(at, eviction_policy="evict_first")
+    elif at.dtype.element_ty.is_floating():
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
     else:
         return tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
@@ -128,10 +130,12 @@ def load_scales(scale, row, column, k, stride, COLS: tl.constexpr, EVEN_K: tl.co
     if EVEN_K:
         found = tl.load(scale + place, eviction_policy="evict_last")
     else:
-        found = tl.load(scale + place, mask=(column < k) & (row >= 0), other=0, eviction_policy="evict_last")
+        found = tl.load(scale + place, mask=(column < k) & (row >= 0), other=0.0, eviction_policy="evict_last")
     if scale.dtype.element_ty == tl.uint8:  # e8m0: an exponent; 255 is no number, and 2^-127 a denormal
         bits = found.to(tl.int32)
         number = tl.where(bits == 0, 0x400000, bits << 23)
         return tl.where(bits == 255, 0x7FC00000, number).to(tl.float32, bitcast=True)
+    elif scale.dtype.element_ty == tl.int8:  # e4m3fn bytes, which zero points may be
+        return byte_values(found, 1)
     else:
         return found.to(tl.float32)

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.lowerings.experts import lowering, routing
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
@@ -21,7 +18,7 @@ from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
 from fusecomp.ops.experts import ACTIVATIONS
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
-from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
 
 SETTINGS = settings(
     deadline=None,
@@ -34,17 +31,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 multiply_bfloat16()
-
-
-def _fp_trunc(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:
-    """To the nearest, as a GPU rounds: the interpreter cuts the low bits of fp32 off, which is bf16 rounded down."""
-    if to.scalar != tl.bfloat16:
-        return self.cast_impl(x, to)
-    rounded = torch.from_numpy(np.ascontiguousarray(x.data, dtype=np.float32)).bfloat16().view(torch.int16)
-    return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
-
-
-InterpreterBuilder.create_fp_trunc = _fp_trunc
+round_to_nearest()
 
 
 @pytest.fixture(autouse=True)

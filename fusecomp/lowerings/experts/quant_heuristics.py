@@ -1,0 +1,125 @@
+"""How experts whose weights are codes run: a table per GPU; what was not measured follows from 16-bit weights.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from fusecomp.lowerings.experts.heuristics import (
+    DEFAULT_TABLE,
+    TABLES,
+    ExpertsConfig,
+    Tiles,
+    distance,
+    experts_config,
+    fit_registers,
+    fit_tiles,
+)
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
+from fusecomp.ops.experts import CodesShape
+from fusecomp.ops.quant import NF4, WeightSpec
+
+DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
+KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
+WIDE = Tiles(128, 64, 8, 4)  # with many tokens
+STAGES = 8
+
+
+def refusal(up: WeightSpec, down: WeightSpec, transposed: bool) -> str | None:
+    """Why no kernel reads experts of these layouts, or None."""
+    if transposed:
+        return "two codes of a byte, or codes that share a scale, are neighbours along the outputs"
+    for name, spec in (("up", up), ("down", down)):
+        if spec.cols % LEAST_COLUMNS:
+            return f"of the {name} weights, {columns_reason(spec.cols)}"
+    return None
+
+
+def columns_reason(cols: int) -> str:
+    """Why no kernel reads codes of which this many columns share a scale."""
+    return f"a scale serves {cols} columns, no multiple of {LEAST_COLUMNS}"
+
+
+@cache
+def load_codes_table(name: str) -> dict[str, Any]:
+    """The committed table of a GPU; the default GPU's where it has none."""
+    path = TABLES / f"{name}_codes.json"
+    if not path.exists():
+        path = TABLES / f"{DEFAULT_TABLE}_codes.json"
+    return json.loads(path.read_text())
+
+
+@cache
+def quant_experts_config(target: Target, shape: CodesShape, tokens: int) -> ExpertsConfig:
+    """Configuration of one call; any shape that `refusal` accepts has one. Its method may be `DEQUANTIZE`."""
+    wanted = {
+        "experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "width": shape.width, "tokens": tokens,
+    }  # fmt: skip
+    table = load_codes_table(target.table)
+    measured = [e for e in table["entries"] if e["codes"] == shape.codes] if shape.itemsize == 2 else []
+    if measured:
+        entry = min(measured, key=lambda entry: distance(entry, wanted))
+        exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
+        found = " ".join(f"{key}={entry[key]}" for key in KEYS[1:])
+        source = f"{table['gpu']} experts of {shape.codes} {found} ({'exact' if exact else 'nearest'})"
+        config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
+    else:
+        config = _derived(experts_config(target, itemsize=shape.itemsize, **wanted), shape)
+    if config.method == DEQUANTIZE:
+        return config
+    return _fit(config, target, shape)
+
+
+def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
+    """From that of numbers: as many bytes in flight, and weights as the operand that comes from registers."""
+    source = f"as 16-bit experts, not measured: {config.source}"
+    if shape.itemsize == 4:  # products without matrix units, whose operands are in registers: small tiles as they are
+        return replace(config, source=source)
+    if config.method == "vector":
+        up, down = (replace(t, block_d=min(t.block_d * 16 // shape.bits, 4096)) for t in (config.up, config.down))
+        return replace(config, up=up, down=down, source=source)
+    if not config.swap:
+        return replace(config, up=WIDE, down=WIDE, swap=True, source=source)
+    up, down = (
+        replace(t, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False)
+        for t in (config.up, config.down)
+    )
+    return replace(config, up=up, down=down, source=source)
+
+
+def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsConfig:
+    """The same within a target's registers and shared memory; columns of a tile keep to those of a scale."""
+    tiles = []
+    for tile, cols, columns in ((config.up, shape.up_cols, shape.hidden), (config.down, shape.down_cols, shape.width)):
+        if config.method == "vector":
+            tiles.append(replace(tile, block_d=max(32, min(tile.block_d, next_power_of_2(columns)))))
+        else:
+            fitting = replace(tile, block_d=fitting_columns(tile.block_d, cols))
+            tiles.append(fit_tiles(fitting, config.block_t, target, shape.itemsize, weight_bits=shape.bits))
+    if config.method == "vector":
+        lanes = 2 if shape.kind == NF4 else 1  # its values are chosen by many comparisons
+        tiles = [fit_registers(tiles[0], lanes), fit_registers(tiles[1], lanes * next_power_of_2(shape.top_k))]
+    return replace(config, up=tiles[0], down=tiles[1])
+
+
+def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[int]) -> list[str]:
+    """One line for each run of token counts that one choice serves."""
+    for cols in (shape.up_cols, shape.down_cols):
+        if cols % LEAST_COLUMNS:
+            return [f"any tokens: dequantized, then experts: {columns_reason(cols)}"]
+    named = [(tokens, quant_experts_config(target, shape, tokens)) for tokens in sorted(set(token_counts)) if tokens]
+    lines = []
+    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
+        counts = [tokens for tokens, _ in run]
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        name = "dequantize, then experts" if choice.method == DEQUANTIZE else f"{choice.method} experts of codes"
+        lines.append(f"{span} tokens: {name}, from {choice.source}")
+    return lines
