@@ -30,9 +30,9 @@ LINEAR, QUANT_LINEAR = OPS.linear.default, OPS.quant_linear.default
 EXPERTS, QUANT_EXPERTS = OPS.experts.default, OPS.quant_experts.default
 UP, DOWN = 3, 5  # arguments of `experts`
 TURNS = (aten.permute.default, aten.transpose.int)
+CHOICES = (aten.gather.default, aten.index.Tensor, aten.index_select.default)
 REORDERINGS = (
-    aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.view.default, aten.reshape.default,
-    aten._unsafe_view.default, aten.clone.default,
+    *CHOICES, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default,
 )  # fmt: skip
 
 
@@ -83,11 +83,7 @@ class QuantLinear(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[DequantizedWeight]:
         for node in list(graph.nodes):
-            if (
-                is_call(node, DEQUANTIZE)
-                and not _is_activation(node)
-                and not any(is_call(u, EXPERTS) for u in node.users)
-            ):
+            if is_call(node, DEQUANTIZE) and not _is_activation(node) and not _feeds_experts(node):
                 yield DequantizedWeight(node)
 
     def guard(self, candidate: DequantizedWeight, context: PassContext) -> str | None:
@@ -155,7 +151,7 @@ class ExpertWeight:
         if self.dequantize is None:
             return "are not quantized, the others are"
         if self.between and not self.turned:
-            how = op_name(self.between[-1])
+            how = op_name(next((node for node in self.between if is_call(node, *CHOICES)), self.between[-1]))
             return f"are put in another order after they are dequantized (by {how}, as act-order asks for)"
         for node, reader in zip((*self.between, self.dequantize), (experts, *self.between), strict=True):
             others = [op_name(user) for user in node.users if user is not reader]
@@ -228,6 +224,11 @@ class QuantExperts(Pattern):
 def _flat_reason(candidate: DequantizedWeight) -> str | None:
     q = fake_value(candidate.parts[0])
     return None if q.dim() == 2 else f"its codes have shape {tuple(q.shape)}, a linear's are [N, K]"
+
+
+def _feeds_experts(node: Node) -> bool:
+    """Whether what a node makes, as it is or in another order, is a weight of experts."""
+    return any(is_call(u, EXPERTS) or (is_call(u, *REORDERINGS, *TURNS) and _feeds_experts(u)) for u in node.users)
 
 
 def _swaps_last_dims(node: Node) -> bool:

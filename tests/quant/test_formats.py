@@ -287,8 +287,9 @@ def test_the_pass_folds_it(tmp_path, case):
     served = llm.generate([PROMPT[0].tolist()], SamplingParams(max_tokens=6, temperature=0))
     assert served[0].outputs[0].token_ids == wanted
     assert {name: llm.fusion_report.count(name) for name in FOLDS[case]} == FOLDS[case]
-    reasons = [miss.reason for miss in llm.fusion_report.near_misses]
-    assert all("as act-order asks for" in reason for reason in reasons) and bool(reasons) == ("act-order" in case)
+    reasons = [miss.reason for miss in llm.fusion_report.near_misses if miss.pattern.startswith("quant")]
+    assert all("as act-order asks for" in reason for reason in reasons), reasons
+    assert bool(reasons) == ("act-order" in case)
 
 
 BLOCKS = {**FP8, "weight_block_size": [32, 32]}

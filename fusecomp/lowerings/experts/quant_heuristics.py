@@ -82,7 +82,10 @@ def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
     """From that of numbers: as many bytes in flight, and weights as the operand that comes from registers."""
     source = f"as 16-bit experts, not measured: {config.source}"
     if shape.itemsize == 4:  # products without matrix units, whose operands are in registers: small tiles as they are
-        return replace(config, source=source)
+        if config.method == "vector":
+            return replace(config, source=source)
+        up, down = (replace(t, block_d=LEAST_COLUMNS) for t in (config.up, config.down))
+        return replace(config, up=up, down=down, source=source)
     if config.method == "vector":
         up, down = (replace(t, block_d=min(t.block_d * 16 // shape.bits, 4096)) for t in (config.up, config.down))
         return replace(config, up=up, down=down, source=source)

@@ -197,12 +197,15 @@ def sum_code_products(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    X_FIRST: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """[A, B] fp32 products of rows of experts with one input each, zero where not live; without matrix units.
 
     Sums over the columns of a unit, which share a scale, are taken of codes; COLS is 0 or a multiple of 16.
     WAIT: inputs are touched only after the kernel before has ended, the first codes before.
+    X_FIRST: inputs are loaded before codes, which then need not change places; it decides the order of sums, as WAIT
+    must not.
     """
     PACK: tl.constexpr = 2 if KIND >= 3 else 1  # codes of a byte
     UNIT: tl.constexpr = 16 * PACK if COLS % (16 * PACK) == 0 else 16  # those of a 16-byte load, if they may be
@@ -223,7 +226,7 @@ def sum_code_products(
         xs, codes, scales, zeros = (), (), (), ()
         for step in tl.static_range(STEPS):  # all loads in flight at once
             start = step * BLOCK_D
-            if not WAIT:  # before the codes: then their layout is that of the products
+            if X_FIRST:  # the products take the layout of what is loaded last
                 mask = live if EVEN else live & (start + cols < D)
                 xs = xs + (tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last"),)  # noqa: RUF005
             mask = live if EVEN else live & (start // PACK + places < D // PACK)
@@ -238,7 +241,7 @@ def sum_code_products(
         for step in tl.static_range(STEPS):
             start = step * BLOCK_D
             mask = live if EVEN else live & (start + cols < D)
-            if WAIT:
+            if not X_FIRST:
                 x = tl.load(x_at + start, mask=mask, other=0.0, eviction_policy="evict_last")
             else:
                 x = xs[step]

@@ -65,7 +65,7 @@ def up_vector_kernel(
         if KIND >= 0:
             y = sum_code_products(
                 weight, scale, zero, expert + tl.zeros([1, 1], tl.int64), rows[None, :], x_at, always, N, D, BLOCK_D,
-                KIND, OFFSET, ROWS, COLS, False,
+                KIND, OFFSET, ROWS, COLS, True, False,
             )  # fmt: skip
         else:
             w_at = (weight + expert * (N * D) + rows.to(tl.int64) * D)[None, :]
@@ -121,7 +121,7 @@ def down_vector_kernel(
     if KIND >= 0:
         y = sum_code_products(
             weight, scale, zero, tl.where(live, expert, 0), inside, hidden + row.to(tl.int64) * D, live, N, D, BLOCK_D,
-            KIND, OFFSET, ROWS, COLS, USE_PDL,
+            KIND, OFFSET, ROWS, COLS, False, USE_PDL,
         )  # fmt: skip
     else:
         base = weight + tl.where(live, expert, 0) * (N * D)
