@@ -19,7 +19,7 @@ from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_
 
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
-METHODS = ("vector", "grouped")
+METHODS = ("vector", "few", "grouped")
 VECTOR_ELEMENTS = 64  # of weights, in one thread's registers
 
 
@@ -41,6 +41,9 @@ class Tiles:
     num_stages: int = 1
     per_sm: int = 0
     use_tma: bool = False
+    flatten: bool = False
+    half: bool = False
+    rows_tma: bool = False
 
 
 @dataclass(frozen=True)
