@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.moe import SHAPES, Case, make_layers
@@ -20,7 +19,9 @@ from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import Tiles, experts_config
 from fusecomp.lowerings.experts.launch import Router, run_chosen, run_experts
 from fusecomp.lowerings.launch import compile_ahead
+from fusecomp.lowerings.linear import lowering as linear_lowering
 from fusecomp.lowerings.route.lowering import launch_router_op
+from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
 
@@ -132,6 +133,39 @@ def wide(tokens):
             yield "up " + text(up), replace(base, up=up)
 
 
+QKV = Program(1, (), (), "bfloat16", NormSpec(RMS, 1e-6))
+O = Program(1, (FULL,), (("add", "a0", "i0"),), "bfloat16")
+
+
+class Linears:
+    """qkv with its norm, o with the residual, of layers with weights of their own."""
+
+    def __init__(self, layers=12):
+        def weight(n, k):
+            return (torch.randn(n, k, device="cuda") / k**0.5).bfloat16()
+
+        self.layers = [(weight(5120, 2048), weight(2048, 4096), torch.ones(2048, device="cuda").bfloat16()) for _ in range(layers)]
+
+    def layer(self, i, x):
+        qkv, o, norm = self.layers[i]
+        rows = linear_lowering.launch_linear(x, qkv, norm, None, [], QKV)
+        return linear_lowering.launch_linear(rows[:, :4096], o, None, None, [x], O)
+
+    def seconds(self, tokens, limit):
+        linear_lowering.SKINNY_LIMIT = limit
+        linear_lowering.choose.cache_clear()
+        state = {"x": torch.randn(tokens, 2048, device="cuda").bfloat16()}
+        first = state["x"]
+
+        def run(i):
+            state["x"] = self.layer(i, first if i == 0 else state["x"])
+
+        found = time_chain(run, len(self.layers), 9)
+        linear_lowering.SKINNY_LIMIT = 32
+        linear_lowering.choose.cache_clear()
+        return found
+
+
 def attempt(name, job):
     try:
         FOUND[name] = job() * 1e6
@@ -198,6 +232,12 @@ def main() -> None:
         attempt(f"{t}|apart again", lambda: chain.seconds(chain.apart, c))
         print(f"T={t} error {chain.check(chain.apart, few[t][0])} few, {chain.check(chain.apart, c)} apart")
         table(f"T={t} us", [n for n in FOUND if n.startswith(f"{t}|")])
+    linears = Linears()
+    for t in (32, 48, 64):
+        for limit in (16, 64):
+            attempt(f"lin{t}|limit{limit}", lambda: linears.seconds(t, limit))
+    table("qkv and o, us a layer", [n for n in FOUND if n.startswith("lin")])
+    del linears
     attempt("256|apart", lambda: chains[256].seconds(chains[256].apart, config_of(256)))
     table("T=256 us", ["256|apart"])
     for name, config in variants:

@@ -94,6 +94,14 @@ def _router(x: Any, weight: Any, *args: Any) -> Cost:
     return Cost((E * C + T * C * (2 if norm else 1)) * x.element_size() + T * chosen, 2 * T * E * C)
 
 
+def _routed_experts(x: Any, router: Any, *args: Any) -> Cost:
+    """As `experts`, and the router's weight; what is chosen stays on the chip."""
+    spec, up, down = RouteSpec.from_text(args[6]), args[7], args[9]
+    E, C = (int(size) for size in router.shape)
+    chosen = torch.empty(0, spec.k, device="meta")
+    return _experts(x, chosen, None, up, None, down) + Cost(E * C * sympy.Integer(x.element_size()), 2 * T * E * C)
+
+
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
     rows, K = int(weight.shape[0]), int(weight.shape[1])
     out = rows // json.loads(program)["groups"]
@@ -141,6 +149,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "cache_write": _cache_write,
     "rope_attention": _rope_attention,
     "experts": _experts,
+    "routed_experts": _routed_experts,
     "route": _route,
     "router": _router,
     "linear": _linear,
