@@ -17,10 +17,12 @@ from benchmarks.moe import SHAPES, Case, make_layers
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import Tiles, experts_config
+from fusecomp.lowerings.experts import launch as launch_module
 from fusecomp.lowerings.experts.launch import Router, run_chosen, run_experts
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import lowering as linear_lowering
 from fusecomp.lowerings.route.lowering import launch_router_op
+from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
@@ -96,22 +98,28 @@ def text(t: Tiles) -> str:
 
 
 UP_CHOSEN = [
-    *[Tiles(2, 2048, 1, 1, p) for p in (8, 10, 16, 0)],
-    *[Tiles(1 * 2, 2048, 2, 1, p) for p in (4, 7, 0)],
-    *[Tiles(4, 2048, 4, 1, p) for p in (2, 3, 4, 0)],
-    *[Tiles(4, 2048, 2, 1, p) for p in (4, 6, 0)],
-    *[Tiles(8, 2048, 8, 1, p) for p in (1, 2, 0)],
-    *[Tiles(2, 2048, 1, 4, p) for p in (6, 9)],
-    *[Tiles(4, 2048, 4, 3, p) for p in (3, 5)],
-    *[Tiles(4, 2048, 4, 4, p) for p in (2, 4)],
-    *[Tiles(2, 2048, 2, 4, p) for p in (4, 8)],
-    *[Tiles(8, 2048, 4, 4, p) for p in (1, 2)],
+    *[Tiles(2, 2048, 1, 1, p) for p in (0, 8, 20)],
+    *[Tiles(2, 2048, 2, 1, p) for p in (7, 12)],
+    *[Tiles(4, 2048, 4, 1, p) for p in (4, 6)],
+    *[Tiles(2, 2048, 1, 4, p) for p in (9, 13)],
+    *[Tiles(2, 2048, 1, 3, p) for p in (0, 12, 18)],
+    Tiles(4, 2048, 1, 1, 0), Tiles(4, 2048, 2, 1, 3),
 ]
-DOWN_CHOSEN = [Tiles(8, 256, 8), Tiles(4, 256, 4), Tiles(2, 256, 2), Tiles(4, 256, 8), Tiles(2, 256, 4)]
+DOWN_CHOSEN = [
+    Tiles(4, 256, 4), Tiles(8, 256, 8), Tiles(4, 128, 2), Tiles(4, 128, 4), Tiles(2, 128, 1), Tiles(2, 256, 1),
+    Tiles(1, 256, 1), Tiles(2, 256, 2),
+]
 FEW = [Tiles(n, d, w, s, 0, tma) for n, d, w, s, tma in (
     (64, 128, 4, 6, False), (64, 128, 4, 4, False), (64, 128, 4, 6, True), (64, 128, 4, 4, True),
     (128, 64, 4, 6, True), (128, 128, 4, 3, True), (128, 64, 4, 4, False), (64, 256, 4, 3, True),
 )]  # fmt: skip
+
+
+LOGITS = [(1, 4), (1, 1), (1, 2), (2, 2), (2, 4), (1, 8)]
+
+
+def ups(tokens):
+    return UP_CHOSEN if tokens == 1 else UP_CHOSEN[:6]
 
 
 def wide(tokens):
@@ -170,7 +178,7 @@ def attempt(name, job):
     try:
         FOUND[name] = job() * 1e6
     except Exception as error:  # noqa: BLE001 - a variant that does not fit the card is a result
-        FOUND[name] = float("nan")
+        FOUND[name] = float("inf")
         print(f"{name}: {type(error).__name__} {str(error)[:90]}")
 
 
@@ -178,10 +186,33 @@ def table(title, names):
     print(textwrap.fill(f"{title}: " + "  ".join(f"{n.split('|')[-1].replace(' ', ':')}={FOUND[n]:.2f}" for n in names), 158), flush=True)
 
 
+def stub() -> None:
+    """The script's flow without a card."""
+    import contextlib
+    import random
+    import types
+
+    g = globals()
+    g["make_layers"] = lambda shape: []
+    g["compile_ahead"] = lambda device: contextlib.nullcontext()
+    g["measure_ceilings"] = lambda device: types.SimpleNamespace(to_dict=lambda: {})
+    g["device_target"] = lambda i: SM90
+    for kind in (Chain, Linears, Case):
+        kind.__init__ = lambda self, *a: None
+        kind.seconds = lambda self, *a: random.random() / 1e4
+        kind.check = lambda self, *a: 1.0
+    Chain.apart = Chain.chosen = Case.run = lambda self, *a: None
+    Chain.x = None
+    torch.cuda.get_device_name = lambda: "none"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--stub", action="store_true")
     args = parser.parse_args()
+    if args.stub:
+        stub()
     start = time.time()
     torch.manual_seed(0)
     layers = make_layers(SHAPE)
@@ -195,8 +226,10 @@ def main() -> None:
     with compile_ahead(torch.device("cuda", 0)):
         for t in (1, 2, 4):
             c = config_of(t)
-            for up in UP_CHOSEN if t == 1 else UP_CHOSEN[::2]:
+            for up in ups(t):
                 chains[t].chosen(replace(c, up=up, down=DOWN_CHOSEN[0]), 0, chains[t].x)
+            for launch_module.LOGITS in LOGITS[::-1]:
+                chains[t].chosen(replace(c, up=UP_CHOSEN[0], down=DOWN_CHOSEN[0]), 0, chains[t].x)
             for down in DOWN_CHOSEN:
                 chains[t].chosen(replace(c, up=UP_CHOSEN[0], down=down), 0, chains[t].x)
         for t, chain in chains.items():
@@ -213,15 +246,20 @@ def main() -> None:
     for t in (1, 2, 4):
         chain, c = chains[t], config_of(t)
         attempt(f"{t}|apart", lambda: chain.seconds(chain.apart, c))
-        for up in UP_CHOSEN if t == 1 else UP_CHOSEN[::2]:
+        for up in ups(t):
             config = replace(c, up=up, down=DOWN_CHOSEN[0])
             attempt(f"{t}|{text(up)}", lambda: chain.seconds(chain.chosen, config))
-        best = min((FOUND[f"{t}|{text(up)}"], i) for i, up in enumerate(UP_CHOSEN) if FOUND.get(f"{t}|{text(up)}", 9e9) > 0)[1]
+        best = min(ups(t), key=lambda up: FOUND[f"{t}|{text(up)}"])
         for down in DOWN_CHOSEN[1:]:
-            config = replace(c, up=UP_CHOSEN[best], down=down)
+            config = replace(c, up=best, down=down)
             attempt(f"{t}|down {text(down)}", lambda: chain.seconds(chain.chosen, config))
-        config = replace(c, up=UP_CHOSEN[best], down=DOWN_CHOSEN[0])
-        print(f"T={t} best up {text(UP_CHOSEN[best])}, error {chain.check(chain.chosen, config)}; apart {chain.check(chain.apart, c)}")
+        config = replace(c, up=best, down=DOWN_CHOSEN[0])
+        for shape in LOGITS:
+            launch_module.LOGITS = shape
+            attempt(f"{t}|logits {shape[0]}w{shape[1]}", lambda: chain.seconds(chain.chosen, config))
+        launch_module.LOGITS = LOGITS[0]
+        attempt(f"{t}|apart again", lambda: chain.seconds(chain.apart, c))
+        print(f"T={t} best up {text(best)}, error {chain.check(chain.chosen, config)}; apart {chain.check(chain.apart, c)}")
         table(f"T={t} us", [n for n in FOUND if n.startswith(f"{t}|")])
     for t in (8, 16, 32, 64):
         chain, c = chains[t], config_of(t)
@@ -243,7 +281,7 @@ def main() -> None:
     for name, config in variants:
         attempt(f"8192|{name}", lambda: prefill.seconds(config, 5))
     names = {f"8192|{name}": config for name, config in variants}
-    best = {part: min((FOUND[n], n) for n in names if n.startswith(f"8192|{part}") and FOUND[n] > 0)[1] for part in ("up", "down")}
+    best = {part: min((FOUND[n], n) for n in names if n.startswith(f"8192|{part}"))[1] for part in ("up", "down")}
     print({part: n for part, n in best.items()})
     for group in (4, 8, 16, 32):
         config = replace(names[best["up"]], down=names[best["down"]].down, group_t=group)

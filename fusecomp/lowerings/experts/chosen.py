@@ -235,10 +235,12 @@ def _choice(
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
     z = tl.load(logits + e, mask=e < E, other=0.0, cache_modifier=".cg").to(DTYPE).to(tl.float32)
     rank, weight = choose(z, route_bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
-    hit = rank == tl.arange(0, KP)[:, None]  # [KP, BG * BS]; what is not chosen has rank K
-    hit = hit & (rank < K)
-    e = tl.reshape(e, [1, BLOCK_G * BLOCK_S])
-    return tl.sum(tl.where(hit, e, 0), 1), tl.sum(tl.where(hit, weight, 0.0), 1)
+    e, slot = tl.reshape(e, [1, BLOCK_G * BLOCK_S]), tl.arange(0, KP)
+    experts, weights = tl.zeros([KP], tl.int32), tl.zeros([KP], tl.float32)
+    for k in tl.static_range(K):
+        experts = tl.where(slot == k, tl.max(tl.where(rank == k, e, 0)), experts)
+        weights = tl.where(slot == k, tl.sum(tl.where(rank == k, weight, 0.0)), weights)
+    return experts, weights
 
 
 @triton.jit

@@ -70,6 +70,9 @@ class Experts:
         return {"GATING": self.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
 
 
+LOGITS = (1, 4)
+
+
 @dataclass(frozen=True)
 class Router:
     """The router of a layer; see `ops/router.py`.
@@ -194,12 +197,12 @@ def run_chosen(
     hidden = torch.empty((tokens * spec.k, width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
     options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
-    block_n = 1
+    block_n, warps = LOGITS
     launch(
         logits_kernel, (tokens * triton.cdiv(experts, block_n),),
         x, router.weight, router.bias, router.norm_weight, y if norm else None, logits, norm.eps if norm else 0.0,
         x.stride(0), NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
-        BLOCK_N=block_n, BLOCK_D=next_power_of_2(hidden_size), num_warps=4, **options,
+        BLOCK_N=block_n, BLOCK_D=next_power_of_2(hidden_size), num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "KP": next_power_of_2(spec.k), "DTYPE": triton_dtype(router.logits)}
     up, down = config.up, config.down
@@ -248,13 +251,13 @@ def run_grouped(
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
         x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size,
-        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
+        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **_loops(config.up), **common,
     )  # fmt: skip
     w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
         hidden, *hidden_tiles(hidden, config), plan, layer.down, w_tiles, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        USE_TMA=w_tiles is not None, **_constants(config.down), **common,
+        USE_TMA=w_tiles is not None, **_constants(config.down), **_loops(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
@@ -287,5 +290,9 @@ def _programs(tiles: Tiles, items: int, sms: int) -> int:
 def _constants(tiles: Tiles) -> dict[str, int]:
     return {
         "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages, "FLATTEN": tiles.flatten, "HALF": tiles.half,
+        "num_stages": tiles.num_stages,
     }  # fmt: skip
+
+
+def _loops(tiles: Tiles) -> dict[str, bool]:
+    return {"FLATTEN": tiles.flatten, "HALF": tiles.half}
