@@ -1,14 +1,15 @@
-"""Variants of the experts' launches against the committed ones, one section per number of tokens. Scratch."""
+"""Scratch: variants of the experts' launches, in child processes that compile side by side and time in turn."""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
-import json
+import subprocess
+import sys
 import textwrap
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,20 +17,18 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.moe import SHAPES, Case, make_layers
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.experts import routed
 from fusecomp.lowerings.experts.heuristics import Tiles, experts_config
-from fusecomp.lowerings.experts import launch as launch_module
-from fusecomp.lowerings.experts.launch import Router, run_chosen, run_experts
+from fusecomp.lowerings.experts.launch import run_experts
+from fusecomp.lowerings.experts.routed import Router, run_chosen
 from fusecomp.lowerings.launch import compile_ahead
-from fusecomp.lowerings.linear import lowering as linear_lowering
 from fusecomp.lowerings.route.lowering import launch_router_op
-from fusecomp.lowerings.paged_attention.heuristics import SM90
-from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
 
 SHAPE = SHAPES["qwen3-30b-a3b"]
 SPEC = RouteSpec(SOFTMAX, 8, SUM, dtype="bfloat16")
-FOUND: dict[str, float] = {}
+LOCK = "/tmp/moe-timing.lock"
 
 
 def config_of(tokens):
@@ -50,7 +49,7 @@ class Chain:
         self.x = randn(tokens, c).bfloat16()
         norm = NormSpec(RMS, 1e-6)
         self.routers = [
-            Router((2 * randn(e, c) / c**0.5).bfloat16(), None, (1 + 0.1 * randn(c)).bfloat16(), None, norm,
+            Router((2 * randn(e, c) / c**0.5).bfloat16(), None, (1 + 0.1 * randn(c)).bfloat16(), None, None, norm,
                    torch.bfloat16, SPEC)
             for _ in range(launches)
         ]  # fmt: skip
@@ -63,7 +62,7 @@ class Chain:
     def chosen(self, config, i, x, pdl=True):
         return run_chosen(config, x, self.routers[i], self.layers[i % len(self.layers)], x, pdl)[1]
 
-    def seconds(self, step, config, replays=9):
+    def seconds(self, step, config, replays=11):
         state = {}
 
         def run(i):
@@ -75,15 +74,12 @@ class Chain:
         """Replays against an ordered launch, bit for bit, and both against the launches apart."""
         want = self.apart(config_of(self.tokens), 0, self.x)
         ordered = step(config, 0, self.x, False)
-        torch.cuda.synchronize()
-        error = (ordered.float() - want.float()).norm() / want.float().norm()
-        graph = torch.cuda.CUDAGraph()
-        step(config, 1, step(config, 0, self.x))
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            mid = step(config, 0, self.x)
-            end = step(config, 1, mid)
+        error = (ordered.float() - want.float()).norm() / (want.float() - self.x.float()).norm()
         wanted = step(config, 1, ordered, False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            end = step(config, 1, step(config, 0, self.x))
         same = True
         for _ in range(20):
             end.fill_(float("nan"))
@@ -97,212 +93,133 @@ def text(t: Tiles) -> str:
     return f"{t.block_n}x{t.block_d}w{t.num_warps}s{t.num_stages}p{t.per_sm}{marks}"
 
 
-UP_CHOSEN = [
-    *[Tiles(2, 2048, 1, 1, p) for p in (0, 8, 20)],
-    *[Tiles(2, 2048, 2, 1, p) for p in (7, 12)],
-    *[Tiles(4, 2048, 4, 1, p) for p in (4, 6)],
-    *[Tiles(2, 2048, 1, 4, p) for p in (9, 13)],
-    *[Tiles(2, 2048, 1, 3, p) for p in (0, 12, 18)],
-    Tiles(4, 2048, 1, 1, 0), Tiles(4, 2048, 2, 1, 3),
-]
-DOWN_CHOSEN = [
-    Tiles(4, 256, 4), Tiles(8, 256, 8), Tiles(4, 128, 2), Tiles(4, 128, 4), Tiles(2, 128, 1), Tiles(2, 256, 1),
-    Tiles(1, 256, 1), Tiles(2, 256, 2),
-]
-FEW = [Tiles(n, d, w, s, 0, tma) for n, d, w, s, tma in (
-    (64, 128, 4, 6, False), (64, 128, 4, 4, False), (64, 128, 4, 6, True), (64, 128, 4, 4, True),
-    (128, 64, 4, 6, True), (128, 128, 4, 3, True), (128, 64, 4, 4, False), (64, 256, 4, 3, True),
-)]  # fmt: skip
-
-
-LOGITS = [(1, 4), (1, 1), (1, 2), (2, 2), (2, 4), (1, 8)]
-
-
-def ups(tokens):
-    return UP_CHOSEN if tokens == 1 else UP_CHOSEN[:6]
-
-
-def wide(tokens):
+def variants(section):
     """(name, config) of prefill variants: up alone, then down alone, changed."""
-    base = config_of(tokens)
+    base = config_of(8192)
     yield "base", base
-    for s, (flatten, half), tma in itertools.product((3, 4), ((False, False), (True, False), (False, True)), (True, False)):
-        if tma or s == 3:
-            up = replace(base.up, num_stages=s, use_tma=tma, flatten=flatten, half=half)
-            yield "up " + text(up), replace(base, up=up)
-    for s, (flatten, half), rows in itertools.product((3, 4), ((False, False), (True, False), (False, True)), (True, False)):
-        down = replace(base.down, num_stages=s, use_tma=True, flatten=flatten, half=half, rows_tma=rows)
-        yield "down " + text(down), replace(base, down=down)
-    for w, s, p in ((4, 3, 2), (8, 3, 2), (8, 5, 1)):
-        for flatten in (False, True):
-            down = Tiles(128, 64, w, s, p, True, flatten, False, True)
-            yield "down " + text(down), replace(base, down=down)
-            up = Tiles(128, 64, w, s, p, True, flatten)
-            yield "up " + text(up), replace(base, up=up)
+    if section == "safe":
+        up, down = base.up, base.down
+        for group in (4, 8, 32):
+            yield f"g{group}", replace(base, group_t=group)
+        for s, tma, half in ((3, True, False), (4, True, False), (3, False, True), (3, True, True), (4, True, True)):
+            tiles = replace(up, num_stages=s, use_tma=tma, half=half)
+            yield "up:" + text(tiles), replace(base, up=tiles)
+        for s, half, rows in itertools.product((3, 4), (False, True), (False, True)):
+            tiles = replace(down, num_stages=s, half=half, rows_tma=rows)
+            if tiles != down:
+                yield "down:" + text(tiles), replace(base, down=tiles)
+        both = replace(base, up=replace(up, half=True), down=replace(down, half=True, rows_tma=True))
+        yield "both:H", both
+        yield "both:H,g8", replace(both, group_t=8)
+        yield "down:128x64w4s3p2TR", replace(base, down=Tiles(128, 64, 4, 3, 2, True, False, False, True))
+    else:
+        flat_ups = [replace(base.up, num_stages=s, use_tma=tma, flatten=True) for s, tma in ((3, True), (4, True), (3, False))]
+        flat_downs = [replace(base.down, num_stages=s, rows_tma=r, flatten=True) for s, r in ((3, True), (4, True), (4, False))]
+        for tiles in flat_downs:
+            yield "down:" + text(tiles), replace(base, down=tiles)
+        for tiles in flat_ups:
+            yield "up:" + text(tiles), replace(base, up=tiles)
+        yield "both:F", replace(base, up=flat_ups[1], down=flat_downs[1])
+        yield "both:F,g8", replace(base, up=flat_ups[1], down=flat_downs[1], group_t=8)
+        two = Tiles(128, 64, 4, 3, 2, True, True, False, True)
+        yield "down:" + text(two), replace(base, down=two)
 
 
-QKV = Program(1, (), (), "bfloat16", NormSpec(RMS, 1e-6))
-O = Program(1, (FULL,), (("add", "a0", "i0"),), "bfloat16")
+def table(title, found):
+    print(textwrap.fill(f"{title}: " + "  ".join(f"{n}={v * 1e6:.1f}" for n, v in found.items()), 158), flush=True)
 
 
-class Linears:
-    """qkv with its norm, o with the residual, of layers with weights of their own."""
-
-    def __init__(self, layers=12):
-        def weight(n, k):
-            return (torch.randn(n, k, device="cuda") / k**0.5).bfloat16()
-
-        self.layers = [(weight(5120, 2048), weight(2048, 4096), torch.ones(2048, device="cuda").bfloat16()) for _ in range(layers)]
-
-    def layer(self, i, x):
-        qkv, o, norm = self.layers[i]
-        rows = linear_lowering.launch_linear(x, qkv, norm, None, [], QKV)
-        return linear_lowering.launch_linear(rows[:, :4096], o, None, None, [x], O)
-
-    def seconds(self, tokens, limit):
-        linear_lowering.SKINNY_LIMIT = limit
-        linear_lowering.choose.cache_clear()
-        state = {"x": torch.randn(tokens, 2048, device="cuda").bfloat16()}
-        first = state["x"]
-
-        def run(i):
-            state["x"] = self.layer(i, first if i == 0 else state["x"])
-
-        found = time_chain(run, len(self.layers), 9)
-        linear_lowering.SKINNY_LIMIT = 32
-        linear_lowering.choose.cache_clear()
-        return found
+def prefill(section, lock):
+    layers = make_layers(SHAPE)
+    case = Case(SHAPE, layers, 8192)
+    case.launches = 4
+    pool = list(variants(section))
+    with compile_ahead(torch.device("cuda", 0)):
+        for _, config in pool:
+            case.run(config)
+    with lock():
+        if section == "safe":
+            print(torch.cuda.get_device_name(), measure_ceilings(torch.device("cuda")).to_dict(), flush=True)
+        found, wrong = {}, []
+        try:
+            for name, config in pool:
+                try:
+                    case.check(config)
+                except SystemExit as error:
+                    wrong.append(f"{name} WRONG {str(error)[-60:]}")
+                    continue
+                found[name] = case.seconds(config, 7)
+            found["base again"] = case.seconds(pool[0][1], 7)
+        finally:
+            table(f"T=8192 {section} us", found)
+            print("\n".join(wrong), flush=True)
 
 
-def attempt(name, job):
-    try:
-        FOUND[name] = job() * 1e6
-    except Exception as error:  # noqa: BLE001 - a variant that does not fit the card is a result
-        FOUND[name] = float("inf")
-        print(f"{name}: {type(error).__name__} {str(error)[:90]}")
+def few(_, lock):
+    layers = make_layers(SHAPE)
+    chains = {t: Chain(layers, t, 24) for t in (1, 2)}
+    downs = [Tiles(4, 256, 4), Tiles(2, 128, 1), Tiles(4, 128, 2), Tiles(8, 128, 4), Tiles(2, 256, 2)]
+    ups = [Tiles(2, 2048, 1), Tiles(4, 2048, 2)]
+    warps = (4, 1, 2, 8)
+    configs = [replace(config_of(1), up=u, down=d) for u, d in [*[(ups[0], d) for d in downs], *[(u, downs[0]) for u in ups[1:]]]]
+    with compile_ahead(torch.device("cuda", 0)):
+        for t, chain in chains.items():
+            chain.apart(config_of(t), 0, chain.x)
+            for c in configs:
+                chain.chosen(c, 0, chain.x)
+        for w in warps[1:]:
+            routed.logits_warps = lambda columns, w=w: w
+            chains[1].chosen(configs[0], 0, chains[1].x)
+    with lock():
+        for t, chain in chains.items():
+            routed.logits_warps = lambda columns: 4
+            found = {"apart": chain.seconds(chain.apart, config_of(t))}
+            for c in configs:
+                found[f"{text(c.up)}/{text(c.down)}"] = chain.seconds(chain.chosen, c)
+            for w in warps[1:]:
+                routed.logits_warps = lambda columns, w=w: w
+                found[f"logits w{w}"] = chain.seconds(chain.chosen, configs[0])
+            found["apart again"] = chain.seconds(chain.apart, config_of(t))
+            table(f"T={t} us", found)
+            routed.logits_warps = lambda columns: 4
+            print(f"T={t} error {chain.check(chain.chosen, configs[0])} chosen, {chain.check(chain.apart, config_of(t))} apart", flush=True)
 
 
-def table(title, names):
-    print(textwrap.fill(f"{title}: " + "  ".join(f"{n.split('|')[-1].replace(' ', ':')}={FOUND[n]:.2f}" for n in names), 158), flush=True)
+class Lock:
+    def __enter__(self):
+        self.file = open(LOCK, "w")  # noqa: SIM115
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self.file.close()
 
 
-def stub() -> None:
-    """The script's flow without a card."""
-    import contextlib
-    import random
-    import types
-
-    g = globals()
-    g["make_layers"] = lambda shape: []
-    g["compile_ahead"] = lambda device: contextlib.nullcontext()
-    g["measure_ceilings"] = lambda device: types.SimpleNamespace(to_dict=lambda: {})
-    g["device_target"] = lambda i: SM90
-    for kind in (Chain, Linears, Case):
-        kind.__init__ = lambda self, *a: None
-        kind.seconds = lambda self, *a: random.random() / 1e4
-        kind.check = lambda self, *a: 1.0
-    Chain.apart = Chain.chosen = Case.run = lambda self, *a: None
-    Chain.x = None
-    torch.cuda.get_device_name = lambda: "none"
+SECTIONS = {"few": few, "safe": prefill, "flat": prefill}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("."))
-    parser.add_argument("--stub", action="store_true")
+    parser.add_argument("section", nargs="?", choices=SECTIONS)
     args = parser.parse_args()
-    if args.stub:
-        stub()
+    if args.section:
+        torch.manual_seed(0)
+        SECTIONS[args.section](args.section, Lock)
+        return
     start = time.time()
-    torch.manual_seed(0)
-    layers = make_layers(SHAPE)
-    chains = {t: Chain(layers, t, 24 if t == 1 else 12) for t in (1, 2, 4, 8, 16, 32, 64, 256)}
-    few = {t: [replace(config_of(8), method="few", block_t=max(8, t), up=u, down=FEW[0]) for u in FEW]
-           + [replace(config_of(8), method="few", block_t=max(8, t), up=FEW[0], down=d) for d in FEW[1:]]
-           for t in (8, 16, 32, 64)}  # fmt: skip
-    prefill = Case(SHAPE, layers, 8192)
-    prefill.launches = 4
-    variants = list(wide(8192))
-    with compile_ahead(torch.device("cuda", 0)):
-        for t in (1, 2, 4):
-            c = config_of(t)
-            for up in ups(t):
-                chains[t].chosen(replace(c, up=up, down=DOWN_CHOSEN[0]), 0, chains[t].x)
-            for launch_module.LOGITS in LOGITS[::-1]:
-                chains[t].chosen(replace(c, up=UP_CHOSEN[0], down=DOWN_CHOSEN[0]), 0, chains[t].x)
-            for down in DOWN_CHOSEN:
-                chains[t].chosen(replace(c, up=UP_CHOSEN[0], down=down), 0, chains[t].x)
-        for t, chain in chains.items():
-            chain.apart(config_of(t), 0, chain.x)
-        for t, configs in few.items():
-            for c in configs:
-                chains[t].apart(c, 0, chains[t].x)
-        for _, c in variants:
-            prefill.run(c)
-    print(f"compiled: {time.time() - start:.0f} s")
-    ceilings = measure_ceilings(torch.device("cuda"))
-    print(torch.cuda.get_device_name(), ceilings.to_dict())
-
-    for t in (1, 2, 4):
-        chain, c = chains[t], config_of(t)
-        attempt(f"{t}|apart", lambda: chain.seconds(chain.apart, c))
-        for up in ups(t):
-            config = replace(c, up=up, down=DOWN_CHOSEN[0])
-            attempt(f"{t}|{text(up)}", lambda: chain.seconds(chain.chosen, config))
-        best = min(ups(t), key=lambda up: FOUND[f"{t}|{text(up)}"])
-        for down in DOWN_CHOSEN[1:]:
-            config = replace(c, up=best, down=down)
-            attempt(f"{t}|down {text(down)}", lambda: chain.seconds(chain.chosen, config))
-        config = replace(c, up=best, down=DOWN_CHOSEN[0])
-        for shape in LOGITS:
-            launch_module.LOGITS = shape
-            attempt(f"{t}|logits {shape[0]}w{shape[1]}", lambda: chain.seconds(chain.chosen, config))
-        launch_module.LOGITS = LOGITS[0]
-        attempt(f"{t}|apart again", lambda: chain.seconds(chain.apart, c))
-        print(f"T={t} best up {text(best)}, error {chain.check(chain.chosen, config)}; apart {chain.check(chain.apart, c)}")
-        table(f"T={t} us", [n for n in FOUND if n.startswith(f"{t}|")])
-    for t in (8, 16, 32, 64):
-        chain, c = chains[t], config_of(t)
-        attempt(f"{t}|apart", lambda: chain.seconds(chain.apart, c))
-        for config in few[t]:
-            up = config.up is not FEW[0]
-            attempt(f"{t}|{'up' if up else 'down'} {text(config.up if up else config.down)}", lambda: chain.seconds(chain.apart, config))
-        attempt(f"{t}|apart again", lambda: chain.seconds(chain.apart, c))
-        print(f"T={t} error {chain.check(chain.apart, few[t][0])} few, {chain.check(chain.apart, c)} apart")
-        table(f"T={t} us", [n for n in FOUND if n.startswith(f"{t}|")])
-    linears = Linears()
-    for t in (32, 48, 64):
-        for limit in (16, 64):
-            attempt(f"lin{t}|limit{limit}", lambda: linears.seconds(t, limit))
-    table("qkv and o, us a layer", [n for n in FOUND if n.startswith("lin")])
-    del linears
-    attempt("256|apart", lambda: chains[256].seconds(chains[256].apart, config_of(256)))
-    table("T=256 us", ["256|apart"])
-    for name, config in variants:
-        attempt(f"8192|{name}", lambda: prefill.seconds(config, 5))
-    names = {f"8192|{name}": config for name, config in variants}
-    best = {part: min((FOUND[n], n) for n in names if n.startswith(f"8192|{part}"))[1] for part in ("up", "down")}
-    print({part: n for part, n in best.items()})
-    for group in (4, 8, 16, 32):
-        config = replace(names[best["up"]], down=names[best["down"]].down, group_t=group)
-        variants.append((f"both g{group}", config))
-        attempt(f"8192|both g{group}", lambda: prefill.seconds(config, 5))
-    for tokens in (2048, 16384):
-        other = Case(SHAPE, layers, tokens)
-        other.launches = 2
-        attempt(f"{tokens}|table", lambda: other.seconds(config_of(tokens), 5))
-        attempt(f"{tokens}|both", lambda: other.seconds(replace(config, group_t=16), 5))
-        table(f"T={tokens} us", [f"{tokens}|table", f"{tokens}|both"])
-    attempt("8192|base again", lambda: prefill.seconds(variants[0][1], 5))
-    table("T=8192 us", [n for n in FOUND if n.startswith("8192|")])
-    for name, config in sorted(variants[1:], key=lambda v: FOUND[f"8192|{v[0]}"])[:6]:
+    for section in SECTIONS:
+        command = [sys.executable, "-m", "benchmarks.moe_round", section]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for section, child in zip(SECTIONS, children, strict=True):
         try:
-            print(f"  {name}: error ratio {prefill.check(config):.3f}")
-        except SystemExit as error:
-            print(f"  {name}: WRONG {str(error)[-90:]}")
-    print(f"{time.time() - start:.0f} s")
-    (args.out / "moe-round1.json").write_text(json.dumps({"card": torch.cuda.get_device_name(), **ceilings.to_dict(), "us": FOUND}))
+            out, _ = child.communicate(timeout=max(1, 57 - (time.time() - start)))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            out = (child.communicate()[0] or "") + "TIMED OUT"
+        lines = [line for line in out.splitlines() if "did not compile" not in line]
+        print(f"--- {section} {time.time() - start:.0f} s", *lines[-18:], sep="\n", flush=True)
 
+
+children: list[subprocess.Popen] = []
 
 if __name__ == "__main__":
     main()

@@ -95,11 +95,12 @@ def _router(x: Any, weight: Any, *args: Any) -> Cost:
 
 
 def _routed_experts(x: Any, router: Any, *args: Any) -> Cost:
-    """As `experts`, and the router's weight; what is chosen stays on the chip."""
-    spec, up, down = RouteSpec.from_text(args[6]), args[7], args[9]
+    """As `experts`, and the router's weight; the norm's result where there is one, while what is chosen stays inside."""
+    norm, spec, up, down = args[4], RouteSpec.from_text(args[6]), args[7], args[9]
     E, C = (int(size) for size in router.shape)
     chosen = torch.empty(0, spec.k, device="meta")
-    return _experts(x, chosen, None, up, None, down) + Cost(E * C * sympy.Integer(x.element_size()), 2 * T * E * C)
+    rows = (sympy.Integer(E * C) + (T * C if norm else 0)) * x.element_size()
+    return _experts(x, chosen, None, up, None, down) + Cost(rows, 2 * T * E * C)
 
 
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:

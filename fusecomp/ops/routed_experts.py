@@ -33,21 +33,26 @@ def routed_experts_reference(
     interleaved: bool,
     transposed: bool,
     residual: Tensor | None = None,
-) -> Tensor:
-    """residual + `experts` of y, with the ids and weights that `router` chooses by y; y = norm(x), or x; [T, C] -> [T, C].
+) -> tuple[Tensor, Tensor]:
+    """(y, out): y = norm(x) [T, C] and residual + `experts` of y [T, C], by the ids and weights that `router` chooses.
 
-    Arguments as those ops have them; `router` [E, C] is the weight of the logits.
+    Arguments as those ops have them; `router` [E, C] is the weight of the logits. Without a norm the experts read x, and
+    y is empty.
     """
     args = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = router_reference(x, *args)
     form = (up, up_bias, down, down_bias, act, gated, interleaved, transposed)
-    return experts_reference(y if norm else x, ids, weights, *form, residual)
+    return y, experts_reference(y if norm else x, ids, weights, *form, residual)
+
+
+def _fake(x: Tensor, router: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape) if args[4] else x.new_empty(0), x.new_empty(x.shape)
 
 
 define(
     "routed_experts(Tensor x, Tensor router, Tensor? router_bias, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? route_bias, str norm, str logits, str spec, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
-    "str act, bool gated, bool interleaved, bool transposed, Tensor? residual=None) -> Tensor",
+    "str act, bool gated, bool interleaved, bool transposed, Tensor? residual=None) -> (Tensor, Tensor)",
     routed_experts_reference,
-    lambda x, *_: x.new_empty(x.shape),
+    _fake,
 )

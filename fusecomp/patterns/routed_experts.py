@@ -18,7 +18,7 @@ from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fak
 from fusecomp.patterns.functional import RESHAPES, is_call, skip_reshapes
 
 EXPERTS, ROUTER, ROUTED = OPS.experts.default, OPS.router.default, OPS.routed_experts.default
-RESULTS = ("normalised rows", "ids", "weights")
+RESULTS = ("rows", "ids", "weights")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class RoutedCandidate:
 
 
 class RoutedExperts(Pattern):
-    """Experts with the router in front of them, its norm included, where they alone read what the router gives."""
+    """Experts with the router in front of them, its norm included, where they alone read what is chosen.
+
+    The norm's result stays a result: shared experts read it too.
+    """
 
     name = "routed_experts"
     numerics = TOLERANCE
@@ -55,15 +58,20 @@ class RoutedExperts(Pattern):
             return "the experts read other rows than the router"
         if fake_value(up).shape[0] != fake_value(router.args[1]).shape[0]:
             return f"the router chooses among {fake_value(router.args[1]).shape[0]} experts, of which some are elsewhere"
+        if later := _not_before(router, [arg for arg in node.args[3:] if isinstance(arg, Node)]):
+            return f"the experts also read a result of {op_name(later)}, which comes after the router"
         for which, reader in _other_readers(router, node):
-            return f"the router's {RESULTS[which]} are also read by {op_name(reader)}"
+            return f"the {RESULTS[which]} chosen are also read by {op_name(reader)}"
         return None
 
     def emit(self, candidate: RoutedCandidate, gm: GraphModule, context: PassContext) -> str:
         node, router = candidate.node, candidate.router
-        with gm.graph.inserting_before(node):
+        with gm.graph.inserting_before(router):
             new = functional.call(gm.graph, ROUTED, (*router.args, *node.args[3:]), node)
-        replace_and_prune(node, new)
+            y, out = (functional.call(gm.graph, operator.getitem, (new, i), node) for i in range(2))
+        replace_and_prune(node, out)
+        for result in list(router.users):
+            replace_and_prune(result, y)  # only the rows are left
         norm, spec = router.args[6], RouteSpec.from_text(router.args[8])  # type: ignore[arg-type]
         return f"{NormSpec.from_text(norm).describe()} -> {spec.describe()}" if norm else spec.describe()  # type: ignore[arg-type]
 
@@ -82,11 +90,17 @@ def _result_of(value: Any) -> tuple[Node, int] | None:
     return None
 
 
+def _not_before(router: Node, nodes: list[Node]) -> Node | None:
+    """One of `nodes` that the graph computes after the router, or None."""
+    order = {node: i for i, node in enumerate(router.graph.nodes)}
+    return next((node for node in nodes if order[node] > order[router]), None)
+
+
 def _other_readers(router: Node, experts: Node) -> Iterable[tuple[int, Node]]:
-    """Readers of the router's results, under any reshape, other than one argument each of `experts`."""
+    """Readers of the ids and weights, under any reshape, other than one argument each of `experts`."""
     for result in router.users:
         stack, which = [result], int(result.args[1])  # type: ignore[call-overload]
-        while stack:
+        while stack and which:
             value = stack.pop()
             for user in value.users:
                 if is_call(user, *RESHAPES):

@@ -57,17 +57,18 @@ def routed_experts_examples() -> list[Example]:
         _case("residual", lambda run, x, y, ids, weights: run(y, ids, weights, residual=x)),
         _case("no norm", lambda run, x, y, ids, weights: run(y, ids, weights), norm=""),
         _case("reshaped", lambda run, x, y, ids, weights: run(y.view(1, T, C).view(T, C), ids.view(T, K), weights)),
+        _case("a shared expert", lambda run, x, y, ids, weights: run(y, ids, weights, residual=x) + y.relu()),
         _case(
-            "a shared expert", lambda run, x, y, ids, weights: run(y, ids, weights) + y.relu(), matches=0,
-            reason="normalised rows are also read by",
+            "a shared expert before", lambda run, x, y, ids, weights: run(y, ids, weights, residual=y.relu()), matches=0,
+            reason="comes after the router",
         ),
         _case(
             "ids returned", lambda run, x, y, ids, weights: (run(y, ids, weights), ids), matches=0,
-            reason="ids are also read by output",
+            reason="ids chosen are also read by output",
         ),
         _case(
             "weights read", lambda run, x, y, ids, weights: run(y, ids, weights) * weights.sum(), matches=0,
-            reason="weights are also read by sum",
+            reason="weights chosen are also read by sum",
         ),
         _case(
             "other rows", lambda run, x, y, ids, weights: run(x, ids, weights), matches=0, reason="other rows",

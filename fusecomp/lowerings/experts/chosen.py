@@ -34,20 +34,19 @@ def logits_kernel(
     PLUS_ONE: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # a power of two, at least D
     USE_PDL: tl.constexpr,
 ):
-    """logits = norm(x) @ weight^T + bias, and y = norm(x): BN experts of one token per program."""
-    VEC: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
-    BLOCKS: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
-    token, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
-    expert = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    """logits = norm(x) @ weight^T + bias, one of a token per program, and y = norm(x) by each token's first program.
+
+    Bytes: E * C * itemsize. FLOPs: 2 * T * C * E.
+    """
+    token, expert = (tl.program_id(0) // E).to(tl.int64), tl.program_id(0) % E
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = cols < D
     if USE_PDL:
         gdc_launch_dependents()
-    w = tl.load(weight + tl.minimum(expert, E - 1)[:, None] * D + cols, mask=inside, other=0.0)
+    w = tl.load(weight + expert * D + cols, mask=inside, other=0.0)
     scale = tl.full([1, BLOCK_D], 1.0, tl.float32)
     if norm_weight is not None:
         scale = tl.load(norm_weight + cols, mask=inside, other=0.0).to(tl.float32)
@@ -55,16 +54,16 @@ def logits_kernel(
             scale += 1.0
     if USE_PDL:
         gdc_wait()
-    v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
-    z = tl.sum(_fold(w.to(tl.float32) * (v * scale), VEC), 1)
+    v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0)
+    z = _dots(w, v.to(tl.float32) * scale)
     if NORM:
-        rstd = tl.rsqrt(tl.sum(_fold(v * v, VEC), 1) / D + eps)  # [1]
+        rstd = tl.rsqrt(_dots(v, v.to(tl.float32)) / D + eps)
         z *= rstd
-        if block == 0:
-            tl.store(y + token * D + cols, (v * rstd[:, None] * scale).to(y.dtype.element_ty), mask=inside)
+        if expert == 0:
+            tl.store(y + token * D + cols, (v.to(tl.float32) * rstd[:, None] * scale).to(y.dtype.element_ty), mask=inside)
     if bias is not None:
-        z += tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
-    tl.store(logits + token * E + expert, z, mask=expert < E)
+        z += tl.load(bias + expert).to(tl.float32)
+    tl.store(logits + token * E + expert + tl.arange(0, 1), z)
 
 
 @triton.jit
@@ -90,7 +89,6 @@ def up_chosen_kernel(
     CHOSEN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    KP: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     GATING: tl.constexpr,
@@ -98,73 +96,38 @@ def up_chosen_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # of one token
-    STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # a power of two, at least D
     USE_PDL: tl.constexpr,
 ):
-    """Tiles of BN rows of a token's experts in turn, the next one loaded while one is multiplied."""
-    VEC: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    """BN whole rows of one expert's weight by one token per program. Bytes: R * N * D * itemsize. FLOPs: 2 * R * N * D.
+
+    A tile is best one warp's: its choice and its sums meet no barrier.
+    """
     FEATURES: tl.constexpr = N // 2 if GATING else N
     BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
-    token, first = (tl.program_id(0) // PROGRAMS).to(tl.int64), tl.program_id(0) % PROGRAMS
+    row, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    token = (row // K).to(tl.int64)
     if USE_PDL:
         gdc_wait()  # before the next line: then the down projection may read the logits without waiting
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_D)[None, :]
-    experts, _ = _choice(
+    inside = cols < D
+    v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
+    rank, _, e = _choice(
         logits + token * E, route_bias, DTYPE, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G,
-        CHOSEN, BLOCK_G, BLOCK_S, KP,
+        CHOSEN, BLOCK_G, BLOCK_S,
     )  # fmt: skip
-    v = tl.load(x + token * stride_x + cols, mask=cols < D, other=0.0).to(tl.float32)
-    if STAGES > 0:
-        for item in tl.range(first, K * BLOCKS, PROGRAMS, num_stages=STAGES):
-            w = _load_rows(weight, experts, item, K * BLOCKS, BLOCKS, N, D, GATING, BLOCK_N, BLOCK_D, KP)
-            _finish(
-                _fold(w.to(tl.float32) * v, VEC), experts, bias, hidden, token, item, K, BLOCKS, N, GATING, ACT, ALPHA,
-                LIMIT, BLOCK_N, BLOCK_F, FEATURES, KP,
-            )  # fmt: skip
-    else:
-        w = _load_rows(weight, experts, first, K * BLOCKS, BLOCKS, N, D, GATING, BLOCK_N, BLOCK_D, KP)
-        for item in range(first, K * BLOCKS, PROGRAMS):
-            w_next = _load_rows(weight, experts, item + PROGRAMS, K * BLOCKS, BLOCKS, N, D, GATING, BLOCK_N, BLOCK_D, KP)
-            _finish(
-                _fold(w.to(tl.float32) * v, VEC), experts, bias, hidden, token, item, K, BLOCKS, N, GATING, ACT, ALPHA,
-                LIMIT, BLOCK_N, BLOCK_F, FEATURES, KP,
-            )  # fmt: skip
-            w = w_next
-
-
-@triton.jit
-def _load_rows(
-    weight, experts, item, ITEMS: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    GATING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
-    """[BN, BD] whole rows of an item's expert; zeros behind the last item."""
-    expert = tl.sum(tl.where(tl.arange(0, KP) == item // BLOCKS, experts, 0), 0).to(tl.int64)
-    rows = weight_rows(item % BLOCKS, N, GATING, BLOCK_N, True).to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (item < ITEMS) & (cols < D)
-    at = weight + expert * (N * D) + rows[:, None] * D + cols
-    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _finish(
-    parts, experts, bias, hidden, token, item, K: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    GATING: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr, FEATURES: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
-    """The hidden values of an item from partial sums [BN, BD / VEC]."""
-    y = tl.sum(parts, 1)
-    k, block = item // BLOCKS, item % BLOCKS
+    expert = tl.max(tl.where(rank == row % K, e, 0)).to(tl.int64)
+    rows = weight_rows(block, N, GATING, BLOCK_N, True)
+    at = weight + expert * (N * D) + rows.to(tl.int64)[:, None] * D + cols
+    w = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+    y = _dots(w, v)
     if bias is not None:
-        expert = tl.sum(tl.where(tl.arange(0, KP) == k, experts, 0), 0).to(tl.int64)
-        y += tl.load(bias + expert * N + weight_rows(block, N, GATING, BLOCK_N, True)).to(tl.float32)
+        y += tl.load(bias + expert * N + rows).to(tl.float32)
     y = activated(y[:, None], GATING, True, ACT, ALPHA, LIMIT)
     feature = (block * BLOCK_F + tl.arange(0, BLOCK_F))[:, None]
-    tl.store(hidden + (token * K + k) * FEATURES + feature, y.to(hidden.dtype.element_ty), mask=feature < FEATURES)
+    tl.store(hidden + row.to(tl.int64) * FEATURES + feature, y.to(hidden.dtype.element_ty), mask=feature < FEATURES)
 
 
 @triton.jit
@@ -204,10 +167,15 @@ def down_chosen_kernel(
     token, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     if USE_PDL:
         gdc_launch_dependents()
-    experts, weights = _choice(
+    rank, weights, e = _choice(
         logits + token * E, route_bias, DTYPE, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G,
-        CHOSEN, BLOCK_G, BLOCK_S, KP,
+        CHOSEN, BLOCK_G, BLOCK_S,
     )  # fmt: skip
+    slot = tl.arange(0, KP)
+    experts, scales = tl.zeros([KP], tl.int32), tl.zeros([KP], tl.float32)
+    for i in tl.static_range(K):
+        experts = tl.where(slot == i, tl.max(tl.where(rank == i, e, 0)), experts)
+        scales = tl.where(slot == i, tl.sum(tl.where(rank == i, weights, 0.0)), scales)
     k = tl.arange(0, KP)[:, None]
     live, expert = k < K, experts[:, None].to(tl.int64)
     feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,8 +185,7 @@ def down_chosen_kernel(
     )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + expert * N + inside, mask=live, other=0.0).to(tl.float32)
-    y *= weights[:, None].to(WEIGHT_DTYPE).to(tl.float32)
-    total = tl.sum(tl.where(live, y, 0.0), 0)
+    total = tl.sum(y * scales[:, None].to(WEIGHT_DTYPE).to(tl.float32), 0)
     if residual is not None:
         total += tl.load(residual + token * stride_r + feature, mask=feature < N, other=0.0).to(tl.float32)
     tl.store(out + token * N + feature, total.to(out.dtype.element_ty), mask=feature < N)
@@ -229,21 +196,17 @@ def _choice(
     logits, route_bias, DTYPE: tl.constexpr, KIND: tl.constexpr, NORMALISE: tl.constexpr, GROUP_SCORE: tl.constexpr,
     EPS: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, E: tl.constexpr,
     K: tl.constexpr, G: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    KP: tl.constexpr,
 ):  # fmt: skip
-    """(experts [KP] int32, weights [KP] fp32) of the token whose logits these are; expert 0 and no weight past K."""
+    """(rank, weight, expert), each [1, BG * BS], of the token whose logits these are; see `choose`."""
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
     z = tl.load(logits + e, mask=e < E, other=0.0, cache_modifier=".cg").to(DTYPE).to(tl.float32)
     rank, weight = choose(z, route_bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
-    e, slot = tl.reshape(e, [1, BLOCK_G * BLOCK_S]), tl.arange(0, KP)
-    experts, weights = tl.zeros([KP], tl.int32), tl.zeros([KP], tl.float32)
-    for k in tl.static_range(K):
-        experts = tl.where(slot == k, tl.max(tl.where(rank == k, e, 0)), experts)
-        weights = tl.where(slot == k, tl.sum(tl.where(rank == k, weight, 0.0)), weights)
-    return experts, weights
+    return rank, weight, tl.reshape(e, [1, BLOCK_G * BLOCK_S])
 
 
 @triton.jit
-def _fold(x, VEC: tl.constexpr):
-    """[R, C] -> [R, C / VEC]: sums of VEC neighbours."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // VEC, VEC]), 2)
+def _dots(w, v):
+    """[R] fp32 products of rows w [R, C] with v [1, C]: sums of neighbours stay within a thread, threads meet once."""
+    VEC: tl.constexpr = 128 // w.dtype.primitive_bitwidth
+    x = w.to(tl.float32) * v
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // VEC, VEC]), 2), 1)

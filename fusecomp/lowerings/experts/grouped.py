@@ -59,10 +59,13 @@ def up_kernel(
     tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
     next_expert, next_first, next_row, next_full = _tile(plan, tile, capacity, BLOCK_T, HALF)
     for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLATTEN):
-        expert, first, row, full = next_expert, next_first, next_row, next_full
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
+        if FLATTEN:  # Triton's fused loop takes the next turn's values for what is carried from turn to turn
+            expert, first, row, full = _tile(plan, tile, capacity, BLOCK_T, HALF)
+        else:
+            expert, first, row, full = next_expert, next_first, next_row, next_full
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
         if HALF:
             if full:
                 _up_tile(
@@ -142,10 +145,13 @@ def down_kernel(
             _prefetch(weight, next_expert, block, N, D, BLOCK_N, TRANSPOSED)
         gdc_wait()
     for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLATTEN):
-        expert, first, row, full = next_expert, next_first, next_row, next_full
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
+        if FLATTEN:  # Triton's fused loop takes the next turn's values for what is carried from turn to turn
+            expert, first, row, full = _tile(plan, tile, capacity, BLOCK_T, HALF)
+        else:
+            expert, first, row, full = next_expert, next_first, next_row, next_full
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
         if HALF:
             if full:
                 _down_tile(

@@ -16,20 +16,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of
-from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.combine import launch_combine
-from fusecomp.lowerings.experts.few import down_few_kernel, up_few_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
-from fusecomp.lowerings.route.kernel import triton_dtype
-from fusecomp.lowerings.route.pieces import constants
 from fusecomp.ops.experts import Activation
-from fusecomp.ops.norm import NormSpec
-from fusecomp.ops.router import RouteSpec
 
 
 @dataclass(frozen=True)
@@ -70,28 +64,6 @@ class Experts:
         return {"GATING": self.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
 
 
-LOGITS = (1, 4)
-
-
-@dataclass(frozen=True)
-class Router:
-    """The router of a layer; see `ops/router.py`.
-
-    Attributes:
-        weight: [E, C] contiguous.
-        logits: dtype that logits are rounded to.
-        norm: in front of the router, whose result the experts read too.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    route_bias: Tensor | None
-    norm: NormSpec | None
-    logits: torch.dtype
-    spec: RouteSpec
-
-
 def run_experts(
     config: ExpertsConfig,
     x: Tensor,
@@ -110,7 +82,7 @@ def run_experts(
         residual: [T, C], last dim contiguous, or None.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
     """
-    run = {"vector": run_vector, "few": run_few, "grouped": run_grouped}[config.method]
+    run = run_vector if config.method == "vector" else run_grouped
     return run(config, x, index, routing_weights, layer, residual, use_pdl)
 
 
@@ -145,84 +117,6 @@ def run_vector(
         BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **common,
     )  # fmt: skip
     return out
-
-
-def run_few(
-    config: ExpertsConfig,
-    x: Tensor,
-    index: Tensor,
-    routing_weights: Tensor,
-    layer: Experts,
-    residual: Tensor | None,
-    use_pdl: bool,
-) -> Tensor:
-    """`run_experts` by the matrix units for at most `block_t` tokens: every touched expert is read once."""
-    (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
-    hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-    parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
-    common = {
-        "E": experts, "K": top_k, "KP": next_power_of_2(top_k), "BLOCK_T": config.block_t, "SWAP": config.swap,
-        "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
-    }  # fmt: skip
-    if use_pdl:
-        common["launch_pdl"] = True
-    w_tiles = weight_tiles(layer.up, config.up, 2 if layer.gating == 1 else 1, layer.transposed)
-    launch(
-        up_few_kernel, (tokens * top_k * triton.cdiv(rows, config.up.block_n),),
-        x, index, layer.up, w_tiles, layer.up_bias, hidden, tokens, x.stride(0), N=rows, D=hidden_size,
-        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
-    )  # fmt: skip
-    w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
-    launch(
-        down_few_kernel, (tokens * top_k * triton.cdiv(hidden_size, config.down.block_n),),
-        hidden, index, layer.down, w_tiles, layer.down_bias, parts, tokens, N=hidden_size, D=width,
-        USE_TMA=w_tiles is not None, **_constants(config.down), **common,
-    )  # fmt: skip
-    return launch_combine(parts, index, routing_weights, residual, experts, target_of(x).num_sms, use_pdl)
-
-
-def run_chosen(
-    config: ExpertsConfig,
-    x: Tensor,
-    router: Router,
-    layer: Experts,
-    residual: Tensor | None,
-    use_pdl: bool,
-) -> tuple[Tensor, Tensor]:
-    """(norm(x) or x, experts of it): router and experts in three launches, weights not transposed."""
-    (tokens, hidden_size), (experts, rows, _, width) = x.shape, layer.sizes
-    spec, norm = router.spec, router.norm
-    y = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device) if norm else x
-    logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
-    hidden = torch.empty((tokens * spec.k, width), dtype=x.dtype, device=x.device)
-    out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
-    options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
-    block_n, warps = LOGITS
-    launch(
-        logits_kernel, (tokens * triton.cdiv(experts, block_n),),
-        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits, norm.eps if norm else 0.0,
-        x.stride(0), NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
-        BLOCK_N=block_n, BLOCK_D=next_power_of_2(hidden_size), num_warps=warps, **options,
-    )  # fmt: skip
-    choice = {**constants(spec, experts), "KP": next_power_of_2(spec.k), "DTYPE": triton_dtype(router.logits)}
-    up, down = config.up, config.down
-    items = spec.k * triton.cdiv(rows, up.block_n)
-    programs = min(items, max(1, up.per_sm * target_of(x).num_sms // tokens)) if up.per_sm else items
-    launch(
-        up_chosen_kernel, (tokens * programs,),
-        y, logits, router.route_bias, layer.up, layer.up_bias, hidden, y.stride(0), N=rows, D=hidden_size,
-        BLOCK_N=up.block_n, BLOCK_D=next_power_of_2(hidden_size), PROGRAMS=programs,
-        STAGES=up.num_stages if up.num_stages > 1 else 0, num_warps=up.num_warps, **layer.act_constants(), **choice,
-        **options,
-    )  # fmt: skip
-    launch(
-        down_chosen_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
-        hidden, logits, router.route_bias, layer.down, layer.down_bias, residual, out,
-        0 if residual is None else residual.stride(0), WEIGHT_DTYPE=triton_dtype(getattr(torch, spec.dtype)),
-        N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **choice,
-        **options,
-    )  # fmt: skip
-    return y, out
 
 
 def run_grouped(
