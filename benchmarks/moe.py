@@ -238,11 +238,12 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
 def write_table(path: Path, environment: dict, entries: list[dict]) -> None:
     """A table with one line per entry; what was not tuned keeps its entry."""
     keys = ("experts", "top_k", "hidden", "width", "tokens")
-    kept = load_table(DEFAULT_TABLE)["entries"]
-    merged = {tuple(entry[key] for key in keys): entry for entry in (*kept, *entries)}
+    kept = load_table(DEFAULT_TABLE)
+    merged = {tuple(entry[key] for key in keys): entry for entry in (*kept["entries"], *entries)}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
+    routed = ",\n".join("    " + json.dumps(entry) for entry in kept["routed"])
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
-    path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
+    path.write_text("{\n" + head + '  "entries": [\n' + body + '\n  ],\n  "routed": [\n' + routed + "\n  ]\n}\n")
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def _router(x: Any, weight: Any, *args: Any) -> Cost:
 
 
 def _routed_experts(x: Any, router: Any, *args: Any) -> Cost:
-    """As `experts`, and the router's weight; the norm's result where there is one, while what is chosen stays inside."""
+    """As `experts`, with the router's weight and, where there is one, the norm's result; what is chosen stays."""
     norm, spec, up, down = args[4], RouteSpec.from_text(args[6]), args[7], args[9]
     E, C = (int(size) for size in router.shape)
     chosen = torch.empty(0, spec.k, device="meta")

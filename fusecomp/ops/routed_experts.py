@@ -36,8 +36,8 @@ def routed_experts_reference(
 ) -> tuple[Tensor, Tensor]:
     """(y, out): y = norm(x) [T, C] and residual + `experts` of y [T, C], by the ids and weights that `router` chooses.
 
-    Arguments as those ops have them; `router` [E, C] is the weight of the logits. Without a norm the experts read x, and
-    y is empty.
+    Arguments as those ops have them; `router` [E, C] is the weight of the logits. Without a norm the experts read x,
+    and y is empty.
     """
     args = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = router_reference(x, *args)

@@ -33,6 +33,12 @@ class RoutedCandidate:
     node: Node
     router: Node
 
+    @property
+    def given(self) -> list[Any]:
+        """What the experts read besides rows and what is chosen, the residual under its reshapes."""
+        form, residual = list(self.node.args[3:11]), self.node.args[11:]
+        return form + [skip_reshapes(value) for value in residual if isinstance(value, Node)]
+
 
 class RoutedExperts(Pattern):
     """Experts with the router in front of them, its norm included, where they alone read what is chosen.
@@ -57,8 +63,8 @@ class RoutedExperts(Pattern):
         if (_result_of(x) != (router, 0)) if normed else (skip_reshapes(x) is not skip_reshapes(router.args[0])):  # type: ignore[arg-type]
             return "the experts read other rows than the router"
         if fake_value(up).shape[0] != fake_value(router.args[1]).shape[0]:
-            return f"the router chooses among {fake_value(router.args[1]).shape[0]} experts, of which some are elsewhere"
-        if later := _not_before(router, [arg for arg in node.args[3:] if isinstance(arg, Node)]):
+            return f"of the router's {fake_value(router.args[1]).shape[0]} experts some are elsewhere"
+        if later := _not_before(router, [arg for arg in candidate.given if isinstance(arg, Node)]):
             return f"the experts also read a result of {op_name(later)}, which comes after the router"
         for which, reader in _other_readers(router, node):
             return f"the {RESULTS[which]} chosen are also read by {op_name(reader)}"
@@ -66,8 +72,10 @@ class RoutedExperts(Pattern):
 
     def emit(self, candidate: RoutedCandidate, gm: GraphModule, context: PassContext) -> str:
         node, router = candidate.node, candidate.router
+        form, residual = candidate.given[:8], candidate.given[8:]
         with gm.graph.inserting_before(router):
-            new = functional.call(gm.graph, ROUTED, (*router.args, *node.args[3:]), node)
+            rows = [functional.as_rows(value, fake_value(node).shape[1]) for value in residual]
+            new = functional.call(gm.graph, ROUTED, (*router.args, *form, *rows), node)
             y, out = (functional.call(gm.graph, operator.getitem, (new, i), node) for i in range(2))
         replace_and_prune(node, out)
         for result in list(router.users):
@@ -99,7 +107,7 @@ def _not_before(router: Node, nodes: list[Node]) -> Node | None:
 def _other_readers(router: Node, experts: Node) -> Iterable[tuple[int, Node]]:
     """Readers of the ids and weights, under any reshape, other than one argument each of `experts`."""
     for result in router.users:
-        stack, which = [result], int(result.args[1])  # type: ignore[call-overload]
+        stack, which = [result], int(result.args[1])  # type: ignore[arg-type]
         while stack and which:
             value = stack.pop()
             for user in value.users:

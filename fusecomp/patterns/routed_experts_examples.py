@@ -19,7 +19,7 @@ SPECS = {dtype: RouteSpec(SOFTMAX, K, SUM, dtype=name).to_text() for dtype, name
 
 
 def _inputs(dtype: torch.dtype) -> tuple:
-    """x [1, T, C], a norm's weight [C], a router [E, C], up and down; logits lie apart, so that rounding chooses as fp32."""
+    """x [1, T, C], a norm's weight [C], a router [E, C], up and down; logits lie apart, however rounded."""
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -55,12 +55,13 @@ def routed_experts_examples() -> list[Example]:
     return [
         _case("norm", lambda run, x, y, ids, weights: run(y, ids, weights)),
         _case("residual", lambda run, x, y, ids, weights: run(y, ids, weights, residual=x)),
+        _case("residual reshaped", lambda run, x, y, ids, weights: run(y, ids, weights, residual=x[None].view(T, C))),
         _case("no norm", lambda run, x, y, ids, weights: run(y, ids, weights), norm=""),
         _case("reshaped", lambda run, x, y, ids, weights: run(y.view(1, T, C).view(T, C), ids.view(T, K), weights)),
         _case("a shared expert", lambda run, x, y, ids, weights: run(y, ids, weights, residual=x) + y.relu()),
         _case(
-            "a shared expert before", lambda run, x, y, ids, weights: run(y, ids, weights, residual=y.relu()), matches=0,
-            reason="comes after the router",
+            "a shared expert first", lambda run, x, y, ids, weights: run(y, ids, weights, residual=y.relu()),
+            matches=0, reason="comes after the router",
         ),
         _case(
             "ids returned", lambda run, x, y, ids, weights: (run(y, ids, weights), ids), matches=0,

@@ -44,8 +44,6 @@ def up_kernel(
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    HALF: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """hidden = activation(x[tokens of the plan's rows] @ up^T + bias)."""
@@ -53,66 +51,33 @@ def up_kernel(
         # In this order, so that the down projection, which the second line lets begin, may read the plan at once.
         gdc_wait()
         gdc_launch_dependents()
-    PARTS: tl.constexpr = 2 if GATING else 1
-    BLOCKS: tl.constexpr = (N // PARTS + BLOCK_N // PARTS - 1) // (BLOCK_N // PARTS)
-    num_tiles = tl.load(plan)
-    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    next_expert, next_first, next_row, next_full = _tile(plan, tile, capacity, BLOCK_T, HALF)
-    for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLATTEN):
-        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        if FLATTEN:  # Triton's fused loop takes the next turn's values for what is carried from turn to turn
-            expert, first, row, full = _tile(plan, tile, capacity, BLOCK_T, HALF)
-        else:
-            expert, first, row, full = next_expert, next_first, next_row, next_full
-            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-            next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
-        if HALF:
-            if full:
-                _up_tile(
-                    x, weight, w_tiles, bias, hidden, expert, first, row, block, stride_x, K, N, D, GATING, ACT, ALPHA,
-                    LIMIT, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            else:
-                _up_tile(
-                    x, weight, w_tiles, bias, hidden, expert, first, _half_rows(plan, tile, capacity, BLOCK_T), block,
-                    stride_x, K, N, D, GATING, ACT, ALPHA, LIMIT, BLOCK_T // 2, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED,
-                    USE_TMA,
-                )  # fmt: skip
-        else:
-            _up_tile(
-                x, weight, w_tiles, bias, hidden, expert, first, row, block, stride_x, K, N, D, GATING, ACT, ALPHA,
-                LIMIT, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-            )  # fmt: skip
-
-
-@triton.jit
-def _up_tile(
-    x, weight, w_tiles, bias, hidden, expert, first, row, block, stride_x, K: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, GATING: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """The hidden values of BT rows by a tile of their expert's weight."""
     FEATURES: tl.constexpr = N // 2 if GATING else N
     BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
-    live = row >= 0
-    acc = _multiply(
-        x + (row // K).to(tl.int64) * stride_x, None, first, live, weight, w_tiles, expert, block,
-        (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-    )  # fmt: skip
-    acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
-    y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
-    feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
-    place = first + tl.arange(0, BLOCK_T)
-    at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
-    tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
+    BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
+    num_tiles = tl.load(plan)
+    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
+        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        live = row >= 0
+        place = first + tl.arange(0, BLOCK_T)
+        acc = _multiply(
+            x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
+            N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+        )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
+        y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
+        feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
+        at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
+        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def down_kernel(
     hidden,  # [R, F] at the plan's places
-    hidden_tiles,  # descriptor of hidden in blocks [BT, BD], or None
-    half_tiles,  # the same in blocks [BT / 2, BD]
     plan,
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous
     w_tiles,  # descriptor of the weight, or None
@@ -128,8 +93,6 @@ def down_kernel(
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    HALF: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written."""
@@ -139,61 +102,26 @@ def down_kernel(
     # The plan was complete before the up projection let this launch begin.
     num_tiles = tl.load(plan, cache_modifier=".cg")
     tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    next_expert, next_first, next_row, next_full = _tile(plan, tile, capacity, BLOCK_T, HALF)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     if USE_PDL:
         if tile < num_tiles:
             _prefetch(weight, next_expert, block, N, D, BLOCK_N, TRANSPOSED)
         gdc_wait()
-    for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLATTEN):
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        if FLATTEN:  # Triton's fused loop takes the next turn's values for what is carried from turn to turn
-            expert, first, row, full = _tile(plan, tile, capacity, BLOCK_T, HALF)
-        else:
-            expert, first, row, full = next_expert, next_first, next_row, next_full
-            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-            next_expert, next_first, next_row, next_full = _tile(plan, next_tile, capacity, BLOCK_T, HALF)
-        if HALF:
-            if full:
-                _down_tile(
-                    hidden, hidden_tiles, weight, w_tiles, bias, parts, expert, first, row, block, N, D, BLOCK_T,
-                    BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            else:
-                _down_tile(
-                    hidden, half_tiles, weight, w_tiles, bias, parts, expert, first,
-                    _half_rows(plan, tile, capacity, BLOCK_T), block, N, D, BLOCK_T // 2, BLOCK_N, BLOCK_D, SWAP,
-                    TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-        else:
-            _down_tile(
-                hidden, hidden_tiles, weight, w_tiles, bias, parts, expert, first, row, block, N, D, BLOCK_T, BLOCK_N,
-                BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-            )  # fmt: skip
-
-
-@triton.jit
-def _down_tile(
-    hidden, hidden_tiles, weight, w_tiles, bias, parts, expert, first, row, block, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, TRANSPOSED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """The results of BT rows by a tile of their expert's weight."""
-    live = row >= 0
-    place = first + tl.arange(0, BLOCK_T)
-    acc = _multiply(
-        hidden + place.to(tl.int64) * D, hidden_tiles, first, live, weight, w_tiles, expert, block,
-        (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-    )  # fmt: skip
-    acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
-    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
-    tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _half_rows(plan, tile, capacity, BLOCK_T: tl.constexpr):
-    """The first half of a tile's rows."""
-    return tl.load(plan + 4 + 2 * capacity + tile * BLOCK_T + tl.arange(0, BLOCK_T // 2), cache_modifier=".cg")
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        live = row >= 0
+        place = first + tl.arange(0, BLOCK_T)
+        acc = _multiply(
+            hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
+            N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+        )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
+        feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
+        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -208,7 +136,7 @@ def _place(item, num_tiles, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
     """(expert, first place, rows [BT]) of a tile; of the last one there is room for if `tile` lies behind it.
 
     Past the L1, as the down projection reads the plan before it waits.
@@ -217,10 +145,7 @@ def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
     at = plan + 4 + 2 * tile
     row_at = plan + 4 + 2 * capacity + tile * BLOCK_T + tl.arange(0, BLOCK_T)
     expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
-    full = True
-    if HALF:
-        full = tl.load(plan + 4 + 2 * capacity + tile * BLOCK_T + BLOCK_T // 2, cache_modifier=".cg") >= 0
-    return expert, first, tl.load(row_at, cache_modifier=".cg"), full
+    return expert, first, tl.load(row_at, cache_modifier=".cg")
 
 
 @triton.jit
@@ -248,8 +173,6 @@ def _add_bias(
 @triton.jit
 def _multiply(
     x_rows,
-    x_tiles,
-    first,
     live,
     weight,
     w_tiles,
@@ -284,9 +207,7 @@ def _multiply(
     acc = tl.zeros([BLOCK_N, BLOCK_T] if SWAP else [BLOCK_T, BLOCK_N], tl.float32)
     for step in range(steps):
         d = step * BLOCK_D
-        if x_tiles is not None:
-            tokens = x_tiles.load([first, d])
-        elif EVEN_D:
+        if EVEN_D:
             tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
         else:
             tokens = tl.load(x_at + d, mask=live[:, None] & (d + cols < D)[None, :], other=0.0)

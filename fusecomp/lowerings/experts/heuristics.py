@@ -41,9 +41,6 @@ class Tiles:
     num_stages: int = 1
     per_sm: int = 0
     use_tma: bool = False
-    flatten: bool = False
-    half: bool = False
-    rows_tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,8 @@ def routed_config(
     if itemsize != 2 or not entries or experts_config(target, itemsize=itemsize, **sizes).method != "vector":
         return None
     config = _nearest(table, entries, sizes, target)
-    return replace(
-        config, up=_fit_rows(config.up, next_power_of_2(hidden)), down=_fit_registers(config.down, next_power_of_2(top_k))
-    )
+    up, down = _fit_rows(config.up, next_power_of_2(hidden)), _fit_registers(config.down, next_power_of_2(top_k))
+    return replace(config, up=up, down=down)
 
 
 def _nearest(

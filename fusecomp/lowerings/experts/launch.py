@@ -145,13 +145,13 @@ def run_grouped(
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
         x, plan, layer.up, w_tiles, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size,
-        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **_loops(config.up), **common,
+        USE_TMA=w_tiles is not None, **layer.act_constants(), **_constants(config.up), **common,
     )  # fmt: skip
     w_tiles = weight_tiles(layer.down, config.down, 1, layer.transposed)
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
-        hidden, *hidden_tiles(hidden, config), plan, layer.down, w_tiles, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        USE_TMA=w_tiles is not None, **_constants(config.down), **_loops(config.down), **common,
+        hidden, plan, layer.down, w_tiles, layer.down_bias, parts, capacity, N=hidden_size, D=width,
+        USE_TMA=w_tiles is not None, **_constants(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
@@ -168,15 +168,6 @@ def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, transposed: bool) ->
     return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, tiles.block_d])
 
 
-def hidden_tiles(hidden: Tensor, config: ExpertsConfig) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """[R, F] in blocks [BT, BD] and in blocks of half the height."""
-    if not config.down.rows_tma or hidden.shape[1] * hidden.element_size() % 16:
-        return None, None
-    t, d = config.block_t, config.down.block_d
-    half = TensorDescriptor(hidden, list(hidden.shape), list(hidden.stride()), [t // 2, d]) if config.down.half else None
-    return TensorDescriptor(hidden, list(hidden.shape), list(hidden.stride()), [t, d]), half
-
-
 def _programs(tiles: Tiles, items: int, sms: int) -> int:
     return min(items, tiles.per_sm * sms) if tiles.per_sm else items
 
@@ -186,7 +177,3 @@ def _constants(tiles: Tiles) -> dict[str, int]:
         "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }  # fmt: skip
-
-
-def _loops(tiles: Tiles) -> dict[str, bool]:
-    return {"FLATTEN": tiles.flatten, "HALF": tiles.half}

@@ -1,4 +1,4 @@
-"""CUDA implementation of `routed_experts`: three launches for very few tokens, those of `router` and `experts` otherwise.
+"""CUDA implementation of `routed_experts`: three launches for very few tokens, else those of `router` and `experts`.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -137,8 +137,8 @@ def run_chosen(
         down_chosen_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
         hidden, logits, router.route_bias, layer.down, layer.down_bias, residual, out,
         0 if residual is None else residual.stride(0), WEIGHT_DTYPE=triton_dtype(getattr(torch, spec.dtype)),
-        KP=next_power_of_2(spec.k), N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **choice,
-        **options,
+        KP=next_power_of_2(spec.k), N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d,
+        num_warps=down.num_warps, **choice, **options,
     )  # fmt: skip
     return y if norm else x.new_empty(0), out
 
