@@ -4,8 +4,8 @@ The launch that would choose each token's experts is left out: every program of 
 registers, from the logits. The down projection does it while the up projection runs.
 
 A router of 128 x 2048 with its norm and its experts of 768, in a chain of layers on an H100 (bf16): 30.5 us at one
-token and 53.9 at two, against 32.2 and 57.0 by the launches of `route/` and `vector.py`; slower from four on, where
-every token's rows are chosen and read by programs of their own.
+token and 53.9 at two, against 32.2 and 57.0 by the launches of `route/` and `vector.py`; measured when the down
+projection still took its experts one by one from the choice. No faster from four tokens on.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows,
 N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns, BN, BD of a tile, KP = K padded to a
