@@ -325,7 +325,8 @@ _ENTRIES = (
         | {"num_local_experts": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
         | {"no_rope_layers": [1, 1], "layer_types": ["full_attention", "full_attention"]},
         expected_matches={**_SHARED, "raw_experts": 1},
-        fused_matches={name: count for name, count in _SHARED_FUSED.items() if name != "router"},
+        # Without a router, nothing of what is made of one.
+        fused_matches={name: count for name, count in _SHARED_FUSED.items() if "rout" not in name},
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions={
