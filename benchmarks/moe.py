@@ -288,11 +288,15 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
 def write_table(path: Path, environment: dict, entries: list[dict], codes: bool = False) -> None:
     """A table with one line per entry; what was not tuned keeps its entry."""
     keys = KEYS if codes else KEYS[1:]
-    kept = (load_codes_table if codes else load_table)(DEFAULT_TABLE)["entries"]
-    merged = {tuple(entry[key] for key in keys): entry for entry in (*kept, *entries)}
+    kept = (load_codes_table if codes else load_table)(DEFAULT_TABLE)
+    merged = {tuple(entry[key] for key in keys): entry for entry in (*kept["entries"], *entries)}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
-    path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
+    text = "{\n" + head + '  "entries": [\n' + body + "\n  ]"
+    if not codes:
+        routed = ",\n".join("    " + json.dumps(entry) for entry in kept["routed"])
+        text += ',\n  "routed": [\n' + routed + "\n  ]"
+    path.write_text(text + "\n}\n")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.quant import QuantExperts, QuantLinear
 from fusecomp.patterns.quant_activations import QuantizeRoundTrip, ScaledLinear
 from fusecomp.patterns.rope import RopeAttention
+from fusecomp.patterns.routed_experts import RoutedExperts
 from fusecomp.patterns.router import Router
 from fusecomp.patterns.router_linear import RouterLinear
 from fusecomp.patterns.rows import SelectedRows
@@ -46,6 +47,7 @@ FUSE: tuple[Pattern, ...] = (
     RopeAttention(),
     QuantLinear(),  # after all that a linear takes in, whatever its weight
     QuantExperts(),
+    RoutedExperts(),  # after quantized experts, which need ids
     ScaledLinear(),  # after the weights: both sides are codes by then
 )
 

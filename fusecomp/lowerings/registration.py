@@ -239,6 +239,28 @@ def _router(
     return computed(y), computed(ids), computed(weights)
 
 
+def _routed_experts(
+    x: Tensor,
+    router: Tensor,
+    router_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    route_bias: Tensor | None,
+    norm: str,
+    logits: str,
+    spec: str,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.experts.routed import launch_routed_experts
+
+    given = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
+    found = launch_routed_experts(_unit_stride(x), *given, *args)
+    if found is not None:
+        return computed(found[0]), computed(found[1])
+    y, ids, weights = _router(x, *given)
+    return y, _experts(y if norm else x, ids, weights, *args)
+
+
 @cache
 def register() -> None:
     """Register once per process. Triton is imported when a kernel first runs, not here."""
@@ -256,4 +278,5 @@ def register() -> None:
     implement("route", _route, "CUDA")
     implement("router", _router, "CUDA")
     implement("experts", _experts, "CUDA")
+    implement("routed_experts", _routed_experts, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -4,7 +4,7 @@ Each op has a `torch.library` schema, an eager reference (also the CPU path), a 
 a symbolic cost. Importing this package registers them under `torch.ops.fusecomp`.
 """
 
-from fusecomp.ops import attention, experts, linear, norm, quant, quant_linear, rope, router, sampling
+from fusecomp.ops import attention, experts, linear, norm, quant, quant_linear, rope, routed_experts, router, sampling
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
@@ -21,6 +21,7 @@ __all__ = [
     "quant_linear",
     "record_fallback",
     "rope",
+    "routed_experts",
     "router",
     "sampling",
     "take_fallbacks",

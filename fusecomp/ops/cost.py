@@ -94,6 +94,15 @@ def _router(x: Any, weight: Any, *args: Any) -> Cost:
     return Cost((E * C + T * C * (2 if norm else 1)) * x.element_size() + T * chosen, 2 * T * E * C)
 
 
+def _routed_experts(x: Any, router: Any, *args: Any) -> Cost:
+    """As `experts`, with the router's weight and, where there is one, the norm's result; what is chosen stays."""
+    norm, spec, up, down = args[4], RouteSpec.from_text(args[6]), args[7], args[9]
+    E, C = (int(size) for size in router.shape)
+    chosen = torch.empty(0, spec.k, device="meta")
+    rows = (sympy.Integer(E * C) + (T * C if norm else 0)) * x.element_size()
+    return _experts(x, chosen, None, up, None, down) + Cost(rows, 2 * T * E * C)
+
+
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
     rows, K = int(weight.shape[0]), int(weight.shape[1])
     out = rows // json.loads(program)["groups"]
@@ -146,6 +155,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "cache_write": _cache_write,
     "rope_attention": _rope_attention,
     "experts": _experts,
+    "routed_experts": _routed_experts,
     "route": _route,
     "router": _router,
     "linear": _linear,

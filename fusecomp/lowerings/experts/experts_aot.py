@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import triton.language as tl
+
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.codes import code_constants
 from fusecomp.lowerings.experts.combine import MAX_DEPENDENT_TOKENS, combine_block, combine_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
@@ -16,9 +19,11 @@ from fusecomp.lowerings.experts.heuristics import (
     Tiles,
     experts_config,
     load_table,
+    routed_config,
 )
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
+from fusecomp.lowerings.experts.routed import logits_warps
 from fusecomp.lowerings.experts.routing import (
     CHUNK,
     SINGLE_LAUNCH_ROWS,
@@ -32,8 +37,10 @@ from fusecomp.lowerings.experts.routing import (
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces
+from fusecomp.lowerings.route.pieces import constants as route_constants
 from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
+from fusecomp.ops.router import SIGMOID, SOFTMAX, SUM, TOP2, RouteSpec
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CODE_TYPES = {pieces.INT8: "i8", pieces.NATIVE_FP8: "fp8e4nv"}
@@ -100,6 +107,15 @@ SUBSET = (
 )
 
 
+# Qwen3-30B-A3B; DeepSeek V3's router in front of wide rows; gpt-oss's in front of experts that lie the other way.
+ROUTED = (
+    (Shape(128, 8, 2048, 768, 1), RouteSpec(SOFTMAX, 8, SUM, dtype="bfloat16"), True),
+    (Shape(256, 8, 7168, 2048, 1), RouteSpec(SIGMOID, 8, SUM, 1e-20, 0.0, 8, 4, TOP2, 2.5), True),
+    (Shape(512, 10, 2048, 512, 1, dtype="fp16"), RouteSpec(SOFTMAX, 10, SUM, dtype="float16"), True),
+    (replace(_gpt_oss(1), transposed=False), RouteSpec("logits", 4, "softmax", dtype="bfloat16"), False),
+)
+
+
 def experts_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
     """Kernels of a few layers; if `full`, of every tuned one, in both halves, and of its neighbours."""
     shapes = list(SUBSET)
@@ -114,6 +130,8 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
         shapes += [replace(plain, dtype="fp32", tokens=tokens) for tokens in (1, 64)]
     for shape in shapes:
         yield from specializations(target, shape)
+    for shape, spec, normed in ROUTED:
+        yield from routed_specializations(target, shape, spec, normed)
 
 
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
@@ -170,6 +188,41 @@ def _vector(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, down
             f"experts-{name}-vector-{shape}", kernel, {**pointers, **own}, scalars, {**constants, **blocks, **none},
             tiles.num_warps, num_stages=3,
         )  # fmt: skip
+
+
+def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed: bool) -> Iterator[Specialization]:
+    """What one call launches with its router inside."""
+    config = routed_config(
+        target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
+        itemsize=2,
+    )  # fmt: skip
+    assert config is not None
+    dtype, columns, pdl = shape.dtype, next_power_of_2(shape.hidden), {"USE_PDL": target.has_pdl}
+    given = {"norm_weight": dtype, "y": dtype} if normed else {}
+    absent: dict[str, Any] = {"bias": None, **({} if normed else {"norm_weight": None, "y": None})}
+    yield Specialization(
+        f"experts-logits-{shape}", logits_kernel, {"x": dtype, "weight": dtype, "logits": "fp32", **given},
+        {"eps": "fp32", "stride_x": "i32"},
+        {"E": shape.experts, "D": shape.hidden, "BLOCK_D": columns, "NORM": normed, "PLUS_ONE": False, **absent, **pdl},
+        logits_warps(columns), num_stages=3,
+    )  # fmt: skip
+    number = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
+    act = Activation.parse(shape.act, shape.gating > 0)
+    choice: dict[str, Any] = {**route_constants(spec, shape.experts), "DTYPE": number, **pdl}
+    pointers, none = _bias({"logits": "fp32", "route_bias": "fp32", "weight": dtype, "hidden": dtype}, shape)
+    yield Specialization(
+        f"experts-up-chosen-{shape}", up_chosen_kernel, {**pointers, "x": dtype}, {"stride_x": "i32"},
+        {**choice, "N": shape.rows, "D": shape.hidden, "GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha,
+         "LIMIT": act.limit, "BLOCK_N": config.up.block_n, "BLOCK_D": columns, **none},
+        config.up.num_warps, num_stages=3,
+    )  # fmt: skip
+    yield Specialization(
+        f"experts-down-chosen-{shape}", down_chosen_kernel, {**pointers, "residual": dtype, "out": dtype},
+        {"stride_r": "i32"},
+        {**choice, "WEIGHT_DTYPE": number, "KP": next_power_of_2(shape.top_k), "N": shape.hidden, "D": shape.width,
+         "BLOCK_N": config.down.block_n, "BLOCK_D": config.down.block_d, **none},
+        config.down.num_warps, num_stages=3,
+    )  # fmt: skip
 
 
 def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:

@@ -106,15 +106,39 @@ def experts_config(
     vector = [e for e in table["entries"] if e["config"]["method"] == "vector" and e["tokens"] >= tokens]
     entries = [e for e in table["entries"] if e["config"]["method"] == "grouped"] + vector * (not transposed)
 
-    entry = min(entries, key=lambda entry: distance(entry, wanted))
-    exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
-    shape = " ".join(f"{key}={entry[key]}" for key in wanted)
-    how = ("exact" if exact else "nearest") + ("" if "us" in entry else ", not measured")
-    source = f"{table['gpu']} experts {shape} ({how})"
-    config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
+    config = _nearest(table, entries, wanted, target)
     if transposed:
         config = _transposed(config)
     return _fit(config, target, itemsize, top_k)
+
+
+def routed_config(
+    target: Target, *, experts: int, top_k: int, hidden: int, width: int, tokens: int, itemsize: int
+) -> ExpertsConfig | None:
+    """Configuration of `routed.run_chosen`; None where router and experts are launched apart.
+
+    Every program chooses for itself, so it serves no more tokens than it was measured with.
+    """
+    sizes = {"experts": experts, "top_k": top_k, "hidden": hidden, "width": width, "tokens": tokens}
+    table = load_table(target.table)
+    entries = [e for e in table["routed"] if e["tokens"] >= tokens]
+    if itemsize != 2 or not entries or experts_config(target, itemsize=itemsize, **sizes).method != "vector":
+        return None
+    config = _nearest(table, entries, sizes, target)
+    up, down = _fit_rows(config.up, next_power_of_2(hidden)), fit_registers(config.down, next_power_of_2(top_k))
+    return replace(config, up=up, down=down)
+
+
+def _nearest(
+    table: dict[str, Any], entries: list[dict[str, Any]], wanted: dict[str, int], target: Target
+) -> ExpertsConfig:
+    """The configuration of the entry that is most like the shape wanted."""
+    entry = min(entries, key=lambda entry: distance(entry, wanted))
+    exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
+    shape = " ".join(f"{key}={entry[key]}" for key in ("tokens", "experts", "top_k", "hidden", "width"))
+    how = ("exact" if exact else "nearest") + ("" if "us" in entry else ", not measured")
+    source = f"{table['gpu']} experts {shape} ({how})"
+    return replace(ExpertsConfig.from_entry(entry["config"]), source=source)
 
 
 def distance(entry: dict[str, Any], wanted: dict[str, int]) -> float:
@@ -168,6 +192,16 @@ def fit_registers(tiles: Tiles, lanes: int) -> Tiles:
         tiles = replace(tiles, block_d=tiles.block_d // 2)
     while crowded(tiles) and tiles.block_n > 1:
         tiles = replace(tiles, block_n=tiles.block_n // 2)
+    return tiles
+
+
+def _fit_rows(tiles: Tiles, columns: int) -> Tiles:
+    """More warps, then fewer rows, until a thread holds at most `VECTOR_ELEMENTS` * 2 of whole rows of a weight."""
+    while tiles.block_n * columns > 2 * VECTOR_ELEMENTS * 32 * tiles.num_warps:
+        if tiles.num_warps < 8:
+            tiles = replace(tiles, num_warps=2 * tiles.num_warps)
+        else:
+            tiles = replace(tiles, block_n=tiles.block_n // 2)
     return tiles
 
 

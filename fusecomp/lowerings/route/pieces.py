@@ -12,6 +12,7 @@ import triton.language as tl
 from fusecomp.ops.router import RouteSpec
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+TAKEN: tl.constexpr = tl.constexpr(-(2**31))  # below the key of every number
 
 
 @triton.jit
@@ -74,19 +75,22 @@ def choose(
         allowed = allowed & alive[:, :, None]
         choice = tl.where(allowed, choice, float("-inf"))
 
-    # Numbers stay above what is taken or no candidate, so that no expert is chosen twice.
+    # Numbers stay above what is no number but a candidate, and candidates above all else.
     left = tl.reshape(tl.where(choice > LOWEST, choice, tl.where(allowed, LOWEST, float("-inf"))), [B, WIDTH])
     z, weight, lane = tl.reshape(z, [B, WIDTH]), tl.reshape(scores, [B, WIDTH]), tl.arange(0, WIDTH)[None, :]
     rank = tl.full([B, WIDTH], K, tl.int32)
+    key = _ordered(tl.where(left == 0, 0.0, left).to(tl.int32, bitcast=True))
     for i in tl.static_range(K):
-        top, at = tl.max(left, 1, return_indices=True)
-        top, this = top[:, None], lane == at[:, None]
+        top = tl.max(key, 1)[:, None]
+        this = lane == tl.min(tl.where(key == top, lane, WIDTH), 1)[:, None]
         if KIND == "sparsemixer":
-            hidden = (top - z) / tl.maximum(tl.abs(z), top) > THRESHOLD
-            gate = 1.0 / tl.sum(tl.where(hidden, 0.0, tl.exp(left - top)), 1)[:, None]
+            largest = _ordered(top).to(tl.float32, bitcast=True)
+            hidden = (largest - z) / tl.maximum(tl.abs(z), largest) > THRESHOLD
+            others = tl.where(hidden | (rank < K), 0.0, tl.exp(left - largest))
+            gate = 1.0 / tl.sum(others, 1)[:, None]
             weight = tl.where(this, gate, weight)
         rank = tl.where(this, i, rank)
-        left = tl.where(this, float("-inf"), left)
+        key = tl.where(this, TAKEN, key)
     if NORMALISE == "sum":
         weight = weight / tl.maximum(tl.sum(tl.where(rank < K, weight, 0.0), 1)[:, None] + EPS, FLOOR)
     elif NORMALISE == "softmax":
@@ -94,6 +98,12 @@ def choose(
         weight = tl.exp(weight - tl.max(weight, 1)[:, None])
         weight = weight / tl.sum(weight, 1)[:, None]
     return rank, weight * SCALE
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of fp32 as int32 of the same order, and back: the largest of a warp's integers is one instruction."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

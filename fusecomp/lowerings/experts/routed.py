@@ -1,0 +1,148 @@
+"""CUDA implementation of `routed_experts`: three launches for very few tokens, else those of `router` and `experts`.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
+from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.lowering import supports as supports_experts
+from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.route.kernel import triton_dtype
+from fusecomp.lowerings.route.lowering import supports as supports_router
+from fusecomp.lowerings.route.pieces import constants
+from fusecomp.ops.experts import Activation
+from fusecomp.ops.norm import RMS, NormSpec
+from fusecomp.ops.router import RouteSpec
+
+MAX_EXPERTS, MAX_CHOSEN, MAX_COLUMNS = 512, 16, 8192
+
+
+@dataclass(frozen=True)
+class Router:
+    """The router of a layer; see `ops/router.py`.
+
+    Attributes:
+        weight: [E, C] contiguous.
+        logits: dtype that logits are rounded to.
+        norm: of x, whose result the experts read too, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    route_bias: Tensor | None
+    norm: NormSpec | None
+    logits: torch.dtype
+    spec: RouteSpec
+
+
+def launch_routed_experts(
+    x: Tensor,
+    router: Tensor,
+    router_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    route_bias: Tensor | None,
+    norm: str,
+    logits: str,
+    spec: str,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    act: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other."""
+    normed = NormSpec.from_text(norm) if norm else None
+    wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
+    gate = Router(router, router_bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
+    layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
+    config = chosen_config(x, gate, layer) if len(x) else None
+    if config is None:
+        return None
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    return run_chosen(config, x, gate, layer, residual, uses_pdl(x))
+
+
+def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
+    """How `run_chosen` runs this call; None if it does not."""
+    experts, _, hidden, width = layer.sizes
+    norm = router.norm
+    if (
+        layer.transposed
+        or supports_router(x, router.weight, router.spec)
+        or supports_experts(x, layer.up, layer.up_bias, layer.down, layer.down_bias)
+        or (norm is not None and (norm.kind != RMS or router.norm_bias is not None))
+        or experts > MAX_EXPERTS
+        or router.spec.k > MAX_CHOSEN
+        or hidden > MAX_COLUMNS
+    ):
+        return None
+    return routed_config(
+        target_of(x), experts=experts, top_k=router.spec.k, hidden=hidden, width=width, tokens=len(x),
+        itemsize=x.element_size(),
+    )  # fmt: skip
+
+
+def run_chosen(
+    config: ExpertsConfig, x: Tensor, router: Router, layer: Experts, residual: Tensor | None, use_pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, residual + experts of y) [T, C], chosen by y, without a launch for the choice; bitwise repeatable.
+
+    y is norm(x), or empty without a norm, where the experts read x.
+
+    Args:
+        config: from `chosen_config`.
+        x, residual: [T, C], last dim contiguous.
+        use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
+    """
+    (tokens, hidden_size), (experts, rows, _, width) = x.shape, layer.sizes
+    spec, norm, up, down = router.spec, router.norm, config.up, config.down
+    y = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device) if norm else x
+    logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
+    hidden = torch.empty((tokens * spec.k, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
+    columns = next_power_of_2(hidden_size)
+    options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
+    launch(
+        logits_kernel, (tokens * experts,),
+        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits, norm.eps if norm else 0.0,
+        x.stride(0), NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
+        BLOCK_D=columns, num_warps=logits_warps(columns), **options,
+    )  # fmt: skip
+    choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
+    launch(
+        up_chosen_kernel, (tokens * spec.k * triton.cdiv(rows, up.block_n),),
+        y, logits, router.route_bias, layer.up, layer.up_bias, hidden, y.stride(0), N=rows, D=hidden_size,
+        BLOCK_N=up.block_n, BLOCK_D=columns, num_warps=up.num_warps, **layer.act_constants(),
+        **choice, **options,
+    )  # fmt: skip
+    launch(
+        down_chosen_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
+        hidden, logits, router.route_bias, layer.down, layer.down_bias, residual, out,
+        0 if residual is None else residual.stride(0), WEIGHT_DTYPE=triton_dtype(getattr(torch, spec.dtype)),
+        KP=next_power_of_2(spec.k), N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d,
+        num_warps=down.num_warps, **choice, **options,
+    )  # fmt: skip
+    return y if norm else x.new_empty(0), out
+
+
+def logits_warps(columns: int) -> int:
+    """Warps of a program that multiplies one row of `columns`."""
+    return max(1, min(8, columns // 512))

@@ -1,0 +1,113 @@
+"""Router and experts as one op: its reference and cost, when it runs in three launches, and its kernels on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, load_table, routed_config
+from fusecomp.lowerings.experts.routed import launch_routed_experts
+from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
+from fusecomp.ops import OPS, op_cost, take_fallbacks
+from fusecomp.ops.routed_experts import routed_experts_reference
+from tests.lowerings.experts_cases import CONTRACT, relative_rms
+from tests.lowerings.routed_cases import MIXTURES, make_mixture
+
+ROOT = Path(__file__).parents[2]
+QWEN3 = {"experts": 128, "top_k": 8, "hidden": 2048, "width": 768}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_reference_is_router_then_experts(name):
+    x, *args = make_mixture(name, 5)
+    y, ids, weights = OPS.router(x, *args[:8])
+    out = OPS.experts(y if args[5] else x, ids, weights, *args[8:])
+    assert all(torch.equal(a, b) for a, b in zip(routed_experts_reference(x, *args), (y, out), strict=True))
+
+
+def test_costs_less_than_its_halves_by_what_is_chosen():
+    x, *args = make_mixture("qwen3", 5)
+    _, ids, weights = OPS.router(x, *args[:8])
+    halves = op_cost("router", (x, *args[:8])) + op_cost("experts", (x, ids, weights, *args[8:]))
+    whole = op_cost("routed_experts", (x, *args))
+    T, C, width, K = 5, x.shape[1], x.element_size(), ids.shape[1]
+    saved = T * K * (8 + weights.element_size()) + T * C * width  # and the rows, which the experts need not read again
+    assert (halves.at(T, 1, 1)[0] - whole.at(T, 1, 1)[0], halves.flops - whole.flops) == (saved, 0)
+
+
+def test_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_routed.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+    def test_fits_registers_whatever_the_shape(self, target):
+        for experts, top_k, hidden, width in ((128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 2048)):
+            config = routed_config(
+                target, experts=experts, top_k=top_k, hidden=hidden, width=width, tokens=1, itemsize=2
+            )
+            columns = 1 << (hidden - 1).bit_length()
+            assert config is not None and config.up.block_n >= 2
+            assert config.up.block_n * columns <= 2 * VECTOR_ELEMENTS * 32 * config.up.num_warps
+
+    def test_serves_what_was_measured(self):
+        most = max(entry["tokens"] for entry in load_table(SM90.table)["routed"])
+        assert routed_config(SM90, tokens=most, itemsize=2, **QWEN3) is not None
+        assert routed_config(SM90, tokens=most + 1, itemsize=2, **QWEN3) is None
+        assert routed_config(SM90, tokens=1, itemsize=4, **QWEN3) is None
+
+    def test_what_the_kernels_do_not_serve_is_launched_apart(self):
+        x, *args = make_mixture("qwen3", dtype=torch.bfloat16, transposed=True)
+        assert launch_routed_experts(x, *args) is None
+        x, *args = make_mixture("qwen3", dtype=torch.bfloat16)
+        assert launch_routed_experts(x[:0], *args[:-1], None) is None
+        args[0] = args[0].mT.contiguous().mT
+        assert launch_routed_experts(x, *args) is None
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("tokens", [1, 2, 9])
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_numerics_contract(self, name, tokens, dtype):
+        x, *args = make_mixture(name, tokens, C=200, width=72, dtype=dtype, device="cuda")
+        text = args[7].replace(str(dtype).removeprefix("torch."), "float32")
+        wide = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+        exact = routed_experts_reference(x.float(), *wide[:6], "float32", text, *wide[8:])
+        take_fallbacks()
+        found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)
+        assert take_fallbacks() == {}
+        for actual, plain, wanted in zip(found, unfused, exact, strict=True):
+            if wanted.numel():
+                allowed = max(relative_rms(plain, wanted), torch.finfo(dtype).eps / 4)
+                assert relative_rms(actual, wanted) <= CONTRACT * allowed
+
+    def test_replays_under_dependent_launch_are_bitwise_equal(self):
+        """A chain of layers, each of which reads what the one before wrote."""
+        x, *args = make_mixture("qwen3", 1, 128, 2048, 768, dtype=torch.bfloat16, device="cuda")
+
+        def chain():
+            rows = x
+            for _ in range(4):
+                rows = OPS.routed_experts(rows, *args[:-1], rows)[1]
+            return rows
+
+        expected = chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = chain()
+        for _ in range(50):
+            found.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(found, expected)
