@@ -56,7 +56,8 @@ def encode(value, KIND: tl.constexpr):
 @triton.jit
 def scale_of(magnitude, KIND: tl.constexpr):
     """The scale that makes the largest magnitude the largest code; 1 for zeros."""
-    scale = magnitude / (127.0 if KIND == 0 else 448.0)
+    # Divided as IEEE has it, here and by the scale: values half-way between two codes are not rare.
+    scale = tl.div_rn(magnitude, tl.full(magnitude.shape, 127.0 if KIND == 0 else 448.0, tl.float32))
     return tl.where(scale == 0.0, 1.0, scale)
 
 
@@ -88,7 +89,7 @@ def _write(
             block = first // BLOCK + tl.arange(0, BLOCKS)[:, None]
             width: tl.constexpr = (K + BLOCK - 1) // BLOCK
             tl.store(scales + m * width + block, scale, mask=block < width)
-    codes = encode(value / scale, KIND)
+    codes = encode(tl.div_rn(value, tl.broadcast_to(scale, value.shape)), KIND)
     if FAKE:
         codes = (byte_values(codes, KIND) * scale).to(out.dtype.element_ty)
     if SCALE == 2:
