@@ -9,8 +9,10 @@ Legend: T tokens, N output features, K input features, G accumulator groups.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
-from fusecomp.lowerings.linear.large_heuristics import norm_block, tma_reads
+from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, tma_reads
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
-from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces, rows, scaled_heuristics
 from fusecomp.lowerings.quant.scaled import scaled_kernel
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig, ScaledShape, scaled_config
@@ -30,10 +32,20 @@ from fusecomp.lowerings.quant.scaled_tile import scaled_tile_kernel
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER, NormSpec
 from fusecomp.ops.quant import FP8, INT, LARGEST, TENSOR, ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import QuantShape, is_codes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# With fewer tokens a linear whose activations are not codes yet reads codes of its weight alone.
+LEAST_TOKENS = 2
 # Widest row of a launch that moves in before the kernel before has ended.
 MAX_DEPENDENT_K = 16384
+
+
+def rows_block(target: Target, tokens: int, k: int) -> tuple[int, int]:
+    """(columns held at once, warps) of a program: few rows are waited for, so that each has many threads."""
+    block_k = min(next_power_of_2(k), MAX_BLOCK_K)
+    most = 16 if target.backend == "hip" else 32
+    return block_k, max(1, min(most, block_k // (256 if tokens < 1024 else 512)))
 
 
 def code_kind(spec: ActivationSpec, target: Target, on_gpu: bool) -> int:
@@ -97,7 +109,7 @@ def _launch_rows(
     x = x if x.stride(-1) == 1 else x.contiguous()
     tokens, k = x.shape
     kind = code_kind(spec, target_of(x), x.is_cuda)
-    _, block_k, num_warps = norm_block(tokens, k)
+    block_k, num_warps = rows_block(target_of(x), tokens, k)
     block_k = max(block_k, spec.block)
     use_pdl = uses_pdl(x) and k <= MAX_DEPENDENT_K
     constants: dict[str, Any] = {
@@ -111,7 +123,8 @@ def _launch_rows(
     def rows_by(scale: int, given: Tensor | None, out: Tensor | None, scales: Tensor | None, fake: bool) -> None:
         launch(
             rows.quantize_kernel, (tokens,),
-            x, norm_weight, norm_bias, given, out, scales, eps, tokens, x.stride(0), SCALE=scale, FAKE=fake, **constants,
+            x, norm_weight, norm_bias, given, out, scales, eps, tokens, x.stride(0), SCALE=scale, FAKE=fake,
+            **constants,
         )  # fmt: skip
 
     how = rows.GIVEN if not spec.dynamic else rows.OF_BLOCK if spec.block else rows.OF_TOKEN
@@ -124,22 +137,39 @@ def _launch_rows(
     rows_by(how, given, codes, scales, fake)
 
 
-def scaled_shape(q: Tensor, program: Program, spec: WeightSpec, activation: ActivationSpec) -> ScaledShape:
-    """What the choice of a product's kernel depends on."""
-    n, k = q.shape
-    block = min(filter(None, (spec.cols, activation.block)), default=0)
-    return ScaledShape(n // program.groups, k, program.groups, spec.kind, block, program.kind)
+def rows_refusal(x: Tensor, spec: ActivationSpec) -> str | None:
+    """Why no kernel makes codes of x, or None."""
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype} is none of fp32, fp16, bf16"
+    if spec.granularity != TENSOR and not spec.dynamic:
+        return f"activations are {spec.describe()}"
+    if spec.block & (spec.block - 1) or spec.block > MAX_BLOCK_K:
+        return f"a scale serves {spec.block} columns, no power of 2 up to {MAX_BLOCK_K}"
+    return None
 
 
-def refusal(q: Tensor, spec: WeightSpec, activation: ActivationSpec) -> str | None:
-    """Why no kernel multiplies such codes on the device of q, or None."""
-    target = target_of(q)
-    if activation.granularity != TENSOR and not activation.dynamic:
-        return f"activations are {activation.describe()}"
+def scaled_shape(n: int, k: int, groups: int, dtype: str, spec: WeightSpec, block: int, epilogue: str) -> ScaledShape:
+    """What the choice of a product's kernel depends on.
+
+    Args:
+        dtype: of the activations before they were quantized.
+        block: columns that share a scale of theirs, or 0.
+    """
+    shared = min(filter(None, (spec.cols, block)), default=0)
+    precise = spec.kind == FP8 and not shared and dtype == "float16"
+    return ScaledShape(n, k, groups, spec.kind, shared, epilogue, precise)
+
+
+def refusal(target: Target, k: int, spec: WeightSpec, zero: bool, activation: ActivationSpec) -> str | None:
+    """Why no kernel on `target` multiplies such codes, or None."""
+    if zero:
+        return "the weight has zero points"
     if (spec.kind, spec.bits) != (activation.kind, activation.bits):
-        return f"activations are {activation.kind}{activation.bits}, the weight {spec.describe()}"
-    if q.shape[1] % 16:
-        return f"rows of {q.shape[1]} codes are not aligned to 16 bytes"
+        return f"activations are {activation.codes}, the weight {spec.describe()}"
+    if spec.kind == FP8 and spec.dtype == "float32":
+        return "activations are float32, of which sums of fp8 products on matrix units are not as good"
+    if k % 16:
+        return f"rows of {k} codes are not aligned to 16 bytes"
     return scaled_heuristics.reason(target, spec.kind, (spec.rows, spec.cols), activation.block)
 
 
@@ -257,7 +287,7 @@ def _persistent(
         scaled_kernel, (min(tiles, target_of(x).num_sms * config.per_sm),),
         x, q, x_tiles, w_tiles, x_scale, w_scale, buffer, args, strides, tokens, x.stride(0), out.stride(0), stride_xs,
         columns, N=n, K=k, BLOCK_N=config.block_n, GROUP_T=config.group_t, SPLITS=config.splits, PIECES=config.pieces,
-        SWAP=config.swap, PROMOTE=config.promote, UNIT=_unit(k), USE_TMA=use_tma, **common,
+        SWAP=config.swap, UNIT=_unit(k), USE_TMA=use_tma, **common,
     )  # fmt: skip
     return launch_pointwise(buffer, out, hook, args, strides, groups) if config.splits > 1 else out
 
@@ -276,8 +306,52 @@ def choose(
     tokens: int,
 ) -> ScaledConfig:  # fmt: skip
     """The measured choice, or our kernel where the library does not serve these scales."""
-    target, shape = target_of(q), scaled_shape(q, program, spec, activation)
+    (rows_of_weight, k), groups, target = q.shape, program.groups, target_of(q)
+    shape = scaled_shape(rows_of_weight // groups, k, groups, spec.dtype, spec, activation.block, program.kind)
     config = scaled_config(target, shape, tokens)
     if config.method == LIBRARY and not library_serves(x_scale, w_scale, q, program.torch_dtype, spec):
         return scaled_heuristics.own_config(target, shape, tokens)
     return config
+
+
+def launch_scaled_linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    q: Tensor,
+    w_scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    spec: WeightSpec,
+    activation: ActivationSpec,
+) -> Tensor:
+    """`fusecomp::quant_linear` by codes of its activations, which x is or which are made of norm(x): [T, N] contiguous.
+
+    `refusal` must be None, and `rows_refusal` where codes are made.
+    """
+    if not is_codes(x):
+        x, x_scale = launch_quantize(x, x_scale, activation, program.norm, norm_weight, norm_bias)
+        program = replace(program, norm=None)
+    assert x_scale is not None and program.norm is None
+    config = choose(q, x_scale, w_scale, program, spec, activation, max(1, x.shape[0]))
+    return run_scaled(config, x, x_scale, q, w_scale, operands, program, spec, activation)
+
+
+def explain_scaled(target: Target, shape: QuantShape, token_counts: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Lines for the token counts whose activations are codes, and the counts that are left to weight-only kernels."""
+    spec = WeightSpec(shape.kind, shape.bits, shape.rows, shape.cols, shape.dtype)
+    activation = ActivationSpec(shape.kind, 8, shape.granularity, shape.block)
+    least = max(shape.least, LEAST_TOKENS)
+    counts = sorted(tokens for tokens in set(token_counts) if tokens >= least)
+    left = [tokens for tokens in token_counts if tokens < least]
+    if reason := refusal(target, shape.k, spec, shape.zero, activation):
+        return [f"activations are rounded, their products by codes are refused: {reason}"], list(token_counts)
+    scaled = scaled_shape(shape.n, shape.k, shape.groups, shape.dtype, spec, shape.block, shape.epilogue)
+    lines = []
+    named = [(tokens, scaled_config(target, scaled, tokens)) for tokens in counts]
+    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
+        found = [tokens for tokens, _ in run]
+        span = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        lines.append(f"{span} tokens: codes by codes, {choice.method}, from {choice.source}")
+    return lines, left

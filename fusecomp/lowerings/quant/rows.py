@@ -56,9 +56,22 @@ def encode(value, KIND: tl.constexpr):
 @triton.jit
 def scale_of(magnitude, KIND: tl.constexpr):
     """The scale that makes the largest magnitude the largest code; 1 for zeros."""
-    # Divided as IEEE has it, here and by the scale: values half-way between two codes are not rare.
     scale = tl.div_rn(magnitude, tl.full(magnitude.shape, 127.0 if KIND == 0 else 448.0, tl.float32))
     return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def quotient(value, scale):
+    """value / scale as IEEE has it, but for scales below 2^-126: values half-way between two codes are not rare.
+
+    A reciprocal for the row, and one step of refinement for each value.
+    """
+    inverse = tl.minimum(
+        tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 3e38, propagate_nan=tl.PropagateNan.ALL
+    )
+    inverse, scale = tl.broadcast_to(inverse, value.shape), tl.broadcast_to(scale, value.shape)
+    first = value * inverse
+    return tl.fma(tl.fma(-first, scale, value), inverse, first)
 
 
 @triton.jit
@@ -89,7 +102,7 @@ def _write(
             block = first // BLOCK + tl.arange(0, BLOCKS)[:, None]
             width: tl.constexpr = (K + BLOCK - 1) // BLOCK
             tl.store(scales + m * width + block, scale, mask=block < width)
-    codes = encode(tl.div_rn(value, tl.broadcast_to(scale, value.shape)), KIND)
+    codes = encode(quotient(value, scale), KIND)
     if FAKE:
         codes = (byte_values(codes, KIND) * scale).to(out.dtype.element_ty)
     if SCALE == 2:
@@ -170,7 +183,7 @@ def quantize_kernel(
                 rest = tl.where(k < K, value - mean, 0.0)
                 square += tl.sum(rest * rest, 1, keep_dims=True) / K
             factor = tl.rsqrt(square + eps)
-        if SCALE == 1 or SCALE == 4:
+        if SCALE % 3 == 1:  # from the row, or the maxima
             magnitude = zero
             for first in range(0, K, BLOCK_K):
                 k = first + columns
@@ -186,7 +199,7 @@ def quantize_kernel(
                 value = tl.load(x + m * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
                 value = _normed(value, mean, factor, weight, bias, k, k < K, NORM, PLUS_ONE)
                 _write(value, scale, out, scales, m, first, k, k < K, K, BLOCK_K, BLOCK, KIND, SCALE, FAKE)
-    if SCALE != 2 and SCALE != 4 and not FAKE:
+    if (SCALE < 2 or SCALE == 3) and not FAKE:
         if SCALE == 1:
             tl.store(scales + m + tl.zeros([1, 1], tl.int32), scale)
         elif m == 0:

@@ -8,9 +8,9 @@ from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.linear.large_heuristics import norm_block
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import rows, scaled_heuristics
+from fusecomp.lowerings.quant.activations import rows_block
 from fusecomp.lowerings.quant.pieces import FP8 as BYTES
 from fusecomp.lowerings.quant.pieces import INT8, NATIVE_FP8
 from fusecomp.lowerings.quant.scaled import scaled_kernel
@@ -28,6 +28,10 @@ def scaled_specializations(target: Target, *, full: bool) -> Iterator[Specializa
         for block in (0, 128):
             if scaled_heuristics.reason(target, kind, (1, block), block):
                 continue
+            if kind == FP8 and not block:
+                for precise, k, tokens in ((True, 4096, 8192), (False, 28672, 64), (False, 28672, 8192)):
+                    shape = ScaledShape(4096, k, 1, kind, 0, "residual", precise)
+                    seen.add((shape, replace(own_config(target, shape, tokens), source="", group_t=8)))
             for groups, tokens in ((1, 16), (2, 64), (1, 256), (2, 256), (1, 8192), (2, 8192)):
                 n, k = (14336, 4096) if groups == 2 else (4096, 14336)
                 shape = ScaledShape(n, k, groups, kind, block, "other" if groups == 2 else "residual")
@@ -78,7 +82,7 @@ def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> 
         constants |= {"x_tiles": None, "w_tiles": None}
     constants |= {
         "N": shape.n, "K": shape.k, "BLOCK_N": config.block_n, "GROUP_T": config.group_t, "PIECES": config.pieces,
-        "SWAP": config.swap, "PROMOTE": config.promote, "UNIT": 2.0**-16, "USE_TMA": config.use_tma,
+        "SWAP": config.swap, "UNIT": 2.0**-16, "USE_TMA": config.use_tma,
     }  # fmt: skip
     return Specialization(name, scaled_kernel, pointers, scalars, constants, config.num_warps, stages)
 
@@ -88,7 +92,7 @@ def _rows(target: Target) -> Iterator[Specialization]:
     for kind in (INT8, NATIVE_FP8 if native else BYTES):
         for scale, fake, k in ((1, False, 4096), (1, True, 4096), (2, False, 14336), (3, False, 20000), (4, False, 64)):
             for norm in (0, 1, 2):
-                _, block_k, num_warps = norm_block(64, k)
+                block_k, num_warps = rows_block(target, 64, k)
                 codes = "bf16" if fake else {INT8: "i8", NATIVE_FP8: "fp8e4nv"}.get(kind, "u8")
                 pointers = {
                     "x": "bf16",

@@ -19,6 +19,9 @@ from fusecomp.ops.quant import FP8, INT
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
 TILE, PERSISTENT, LIBRARY = "tile", "persistent", "library"
+# Columns that the matrix units of compute capability 9.0 may sum alone: their error over 14,336, with the rounding of
+# the result to bf16, is 1.2 times that of the product of dequantized bf16 operands.
+LONGEST_SUM = 14336
 TILE_TOKENS = 256  # up to which, where nothing was measured, weights are on the wide side
 MAX_SPLITS = 16
 
@@ -34,6 +37,7 @@ class ScaledShape:
         kind: of both codes, "fp8" or "int".
         block: columns that share a scale of either side, 0 if all do.
         epilogue: `Program.kind`.
+        precise: sums of fp8 codes must be good enough for fp16.
     """
 
     n: int
@@ -42,6 +46,7 @@ class ScaledShape:
     kind: str
     block: int
     epilogue: str
+    precise: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,9 @@ class ScaledConfig:
         swap: persistent: features on the row side of the MMA; one group only.
         splits: parts of K; of "persistent" summed by the epilogue's kernel.
         pieces, group_t, per_sm, use_tma: persistent: as `LargeConfig` has them.
-        promote: persistent: columns after which the compiler adds up fp8 sums in fp32; 0 for never.
-        chunk: steps after which the kernel does; of "tile" 1; 0 for never.
+        chunk: steps after which fp8 sums leave the matrix units; of "tile" 1; 0 for never.
         ahead: tile: weight tiles that the L2 is asked for before the wait.
-        exact: library: sums of fp8 codes in full precision.
+        exact: library: its slower sums of fp8 codes, added up in fp32.
     """
 
     method: str = PERSISTENT
@@ -72,10 +76,9 @@ class ScaledConfig:
     num_stages: int = 3
     per_sm: int = 1
     use_tma: bool = True
-    promote: int = 0
     chunk: int = 0
     ahead: int = 2
-    exact: bool = True
+    exact: bool = False
     source: str = ""
 
     def constants(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def scaled_config(target: Target, shape: ScaledShape, tokens: int) -> ScaledConf
 def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -> ScaledConfig:
     table = load_table(target.table) if target.has_tma else {"gpu": "", "entries": []}
     entries = [e for e in table["entries"] if (e["kind"], bool(e["block"])) == (shape.kind, bool(shape.block))]
-    if not entries:
+    if not entries or shape.precise:
         return _fit(_unmeasured(target, shape, tokens), target, shape)
 
     def distance(entry: dict[str, Any]) -> float:
@@ -155,34 +158,30 @@ def _splits(config: ScaledConfig, target: Target, shape: ScaledShape, tokens: in
 
 
 def _unmeasured(target: Target, shape: ScaledShape, tokens: int) -> ScaledConfig:
-    chunk = int(shape.kind == FP8 and not shape.block)
     stages = 2 if target.backend == "hip" else 3
-    if tokens <= TILE_TOKENS:
-        block_t = next_power_of_2(min(64, max(16, tokens)))
-        rows, warps = 128, 4
-        blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / block_t)
+    if tokens <= TILE_TOKENS or shape.precise:  # whose persistent kernel would leave the matrix units too often
+        block_t = next_power_of_2(min(64 if tokens <= TILE_TOKENS else 128, max(16, tokens)))
+        blocks = math.ceil(shape.n * shape.groups / 128) * math.ceil(tokens / block_t)
         splits = max(1, min(round(2 * target.num_sms / blocks), shape.k // 512, MAX_SPLITS))
         return ScaledConfig(
-            TILE, block_t, rows // shape.groups, 128, splits=splits, num_warps=warps, num_stages=stages + 1,
-            chunk=chunk, source="no table",
+            TILE, block_t, 128 // shape.groups, 128, splits=splits, num_warps=8 if block_t > 64 or shape.block else 4,
+            num_stages=stages + 1, source="no table",
         )  # fmt: skip
     tma = target.has_tma
     return ScaledConfig(
-        PERSISTENT, 128, 128 // shape.groups, 128 if tma else 64, num_stages=stages, use_tma=tma, chunk=16 * chunk,
-        source="no table",
-    )  # fmt: skip
+        PERSISTENT, 128, 128 // shape.groups, 128 if tma else 64, num_stages=stages, use_tma=tma, source="no table"
+    )
 
 
 def _fit(config: ScaledConfig, target: Target, shape: ScaledShape) -> ScaledConfig:
-    """Tiles as narrow as a block, then more pieces and fewer stages until all fits in shared memory."""
+    """Sums as long as they may be, tiles as narrow as a block, then more pieces and fewer stages until all fits."""
+    whole = shape.kind == INT or shape.block or (shape.k <= LONGEST_SUM and not shape.precise)
     if config.method == LIBRARY:
-        return config
+        return config if whole else replace(config, exact=True)
     if shape.block:
-        config = replace(config, block_k=min(config.block_k, shape.block), promote=0, chunk=0)
-    if shape.kind == INT:
-        config = replace(config, promote=0, chunk=0)
-    if config.promote:
-        config = replace(config, promote=min(config.promote, config.block_k))
+        config = replace(config, block_k=min(config.block_k, shape.block))
+    chunk = 1 if config.method == TILE else LONGEST_SUM // 2 // config.block_k
+    config = replace(config, chunk=0 if whole else chunk)
 
     def need(c: ScaledConfig) -> int:
         stages = c.num_stages * (c.block_t + shape.groups * c.block_n) * c.block_k

@@ -15,7 +15,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import load_weight, split_groups, sum_of_splits, weight_rows
 from fusecomp.lowerings.quant.pieces import scale_row
-from fusecomp.lowerings.quant.scaled import multiply
 
 
 @triton.jit(do_not_specialize=["num_tokens", "per_split"])
@@ -88,6 +87,9 @@ def scaled_tile_kernel(
         gdc_wait()
 
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32 if BLOCKWISE else SUMS)
+    if BLOCKWISE:
+        xs = tl.load(xs_at + (lo * BLOCK_K // X_COLS if X_COLS else 0), mask=live, other=0.0)
+        ws = tl.load(ws_at + (lo * BLOCK_K // COLS if COLS else 0))
     for tile in range(lo, hi):
         start = tile * BLOCK_K
         w = load_weight(row_at + start + cols[None, :], (start + cols < k)[None, :], EVEN_K)
@@ -96,13 +98,16 @@ def scaled_tile_kernel(
         else:
             v = tl.load(x_at + start, mask=live & (start + cols < k)[:, None], other=0.0, eviction_policy="evict_last")
         if BLOCKWISE:
-            xs = tl.load(xs_at + (start // X_COLS if X_COLS else 0), mask=live, other=0.0)
-            ws = tl.load(ws_at + (start // COLS if COLS else 0)).to(tl.float32)
-            acc += multiply(w, v, tl.zeros([BLOCK_R, BLOCK_T], SUMS), 0).to(tl.float32) * (ws * xs)
+            after = tl.minimum(start + BLOCK_K, k - 1)  # on their way during the product
+            xs_next = tl.load(xs_at + (after // X_COLS if X_COLS else 0), mask=live, other=0.0)
+            ws_next = tl.load(ws_at + (after // COLS if COLS else 0))
+            part = tl.dot(w, v, tl.zeros([BLOCK_R, BLOCK_T], SUMS), out_dtype=SUMS)
+            acc += part.to(tl.float32) * (ws.to(tl.float32) * xs)
+            xs, ws = xs_next, ws_next
         elif CHUNK:
-            acc += multiply(w, v, tl.zeros([BLOCK_R, BLOCK_T], SUMS), 0)
+            acc += tl.dot(w, v, tl.zeros([BLOCK_R, BLOCK_T], SUMS), out_dtype=SUMS)
         else:
-            acc = multiply(w, v, acc, 0)
+            acc = tl.dot(w, v, acc, out_dtype=SUMS)
     if BLOCKWISE:
         sums = acc
     else:

@@ -1,4 +1,4 @@
-"""fp8 (e4m3fn) under Triton's interpreter, which keeps it as the bits of uint8 and loses NaN, carries and large values."""
+"""fp8 (e4m3fn) and int8 products under Triton's interpreter, which keeps fp8 as the bits of uint8 and loses its NaN."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def multiply_float8() -> None:
         return create_dot(self, _float32(a), _float32(b), *rest)
 
     InterpreterBuilder.create_dot = dot
+
+
+def fuse_multiply_add() -> None:
+    """Let fma round once, as a GPU does; once per process."""
+
+    def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fma
