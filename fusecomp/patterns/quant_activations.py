@@ -33,7 +33,7 @@ from fusecomp.patterns.base import (
     op_name,
     replace_and_prune,
 )
-from fusecomp.patterns.functional import RESHAPES, is_call, skip_reshapes
+from fusecomp.patterns.functional import RESHAPES, aten, is_call, skip_reshapes
 from fusecomp.patterns.quant import DEQUANTIZE, QUANT_LINEAR, QUANTIZE
 
 FAKE_QUANTIZE, NORM = OPS.fake_quantize.default, OPS.norm.default
@@ -187,11 +187,9 @@ class NormQuantize(Pattern):
     def guard(self, candidate: QuantizedActivation, context: PassContext) -> str | None:
         node = candidate.node
         norm = skip_reshapes(node.args[0])  # type: ignore[arg-type]
-        readers = _readers(norm)
-        if readers != [node]:
-            other = next(reader for reader in (*readers, node) if reader is not node or readers.count(node) > 1)
-            return f"the norm's result is also read by {op_name(other)}"
-        if node.all_input_nodes.count(node.args[0]) != 1 or node.args[0] in _flat(node.args[1:]):  # type: ignore[arg-type]
+        if others := [reader for reader in _readers(norm) if reader is not node]:
+            return f"the norm's result is also read by {op_name(others[0])}"
+        if len(_readers(norm)) > 1 or node.args[0] in _flat(node.args[1:]):
             return "the norm's result is also an operand of the linear"
         return None
 
@@ -279,13 +277,13 @@ def _reader_besides(node: Node, quantize: Node) -> Node | None:
 
 
 def _readers(node: Node) -> list[Node]:
-    """What reads the value of `node`, under any reshape."""
+    """What reads the value of `node`, under any reshape; a size that only reshapes are told is not read."""
     found, stack = [], [node]
     while stack:
         for user in stack.pop().users:
             if is_call(user, *RESHAPES):
                 stack.append(user)
-            else:
+            elif not (is_call(user, aten.sym_size.int) and all(is_call(u, *RESHAPES) for u in user.users)):
                 found.append(user)
     return found
 

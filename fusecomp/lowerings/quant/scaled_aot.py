@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,28 +25,29 @@ CODES = {FP8: "fp8e4nv", INT: "i8"}
 def scaled_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
     """Kernels of a few layers; if `full`, of every tuned one."""
     seen = set()
-    for kind in (FP8, INT):
-        for block in (0, 128):
-            if scaled_heuristics.reason(target, kind, (1, block), block):
-                continue
-            if kind == FP8 and not block:
-                for precise, k, tokens in ((True, 4096, 8192), (False, 28672, 64), (False, 28672, 8192)):
-                    shape = ScaledShape(4096, k, 1, kind, 0, "residual", precise)
-                    seen.add((shape, replace(own_config(target, shape, tokens), source="", group_t=8)))
-            for groups, tokens in ((1, 16), (2, 64), (1, 256), (2, 256), (1, 8192), (2, 8192)):
-                n, k = (14336, 4096) if groups == 2 else (4096, 14336)
-                shape = ScaledShape(n, k, groups, kind, block, "other" if groups == 2 else "residual")
-                config = own_config(target, shape, tokens)
-                seen.add((shape, replace(config, source="", group_t=8, per_sm=1, ahead=2)))
+
+    def add(shape: ScaledShape, tokens: int) -> None:
+        # What is no part of a kernel's code is left out.
+        seen.add((shape, replace(own_config(target, shape, tokens), source="", group_t=8, per_sm=1)))
+
+    for kind, block in itertools.product((FP8, INT), (0, 128)):
+        if scaled_heuristics.reason(target, kind, (1, block), block):
+            continue
+        sizes = ((1, 16), (2, 64), (1, 256), (2, 256), (1, 8192), (2, 8192)) if full else ((2, 64), (1, 8192))
+        for groups, tokens in sizes if full or kind == FP8 else sizes[1:]:
+            n, k = (14336, 4096) if groups == 2 else (4096, 14336)
+            add(ScaledShape(n, k, groups, kind, block, "other" if groups == 2 else "residual"), tokens)
+        if kind == FP8 and not block:
+            for precise, k, tokens in ((True, 4096, 8192), (False, 28672, 64), (False, 28672, 8192)):
+                add(ScaledShape(4096, k, 1, kind, 0, "residual", precise), tokens)
     table = scaled_heuristics.load_table(target.table) if target.has_tma else {"entries": []}
     for entry in table["entries"] if full else []:
         shape = ScaledShape(*(entry[key] for key in ("n", "k", "groups", "kind", "block", "epilogue")))
-        config = own_config(target, shape, entry["tokens"])
-        seen.add((shape, replace(config, source="", group_t=8, per_sm=1, ahead=2)))
+        add(shape, entry["tokens"])
     for shape, config in sorted(seen, key=str):
         assert config.method != LIBRARY
         yield specialization(target, shape, config)
-    yield from _rows(target)
+    yield from _rows(target, full)
 
 
 def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> Specialization:
@@ -87,11 +89,11 @@ def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> 
     return Specialization(name, scaled_kernel, pointers, scalars, constants, config.num_warps, stages)
 
 
-def _rows(target: Target) -> Iterator[Specialization]:
+def _rows(target: Target, full: bool) -> Iterator[Specialization]:
     native = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
     for kind in (INT8, NATIVE_FP8 if native else BYTES):
         for scale, fake, k in ((1, False, 4096), (1, True, 4096), (2, False, 14336), (3, False, 20000), (4, False, 64)):
-            for norm in (0, 1, 2):
+            for norm in (0, 1, 2) if full else (1,):
                 block_k, num_warps = rows_block(target, 64, k)
                 codes = "bf16" if fake else {INT8: "i8", NATIVE_FP8: "fp8e4nv"}.get(kind, "u8")
                 pointers = {

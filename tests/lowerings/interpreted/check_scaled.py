@@ -71,7 +71,7 @@ def activation_specs(draw):
     return ActivationSpec(kind, 8, granularity, block, granularity != TENSOR or draw(st.booleans()))
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=40)
 @given(
     spec=activation_specs(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -177,7 +177,7 @@ def check(found, product, slack=0.0) -> None:
     assert (found.double() - exact).norm() <= (eps + slack) * exact.norm() + eps * x.norm() / x.shape[1] ** 0.5
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=30)
 @given(
     products(), st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([32, 64]), st.integers(1, 4),
     st.integers(0, 1),
@@ -192,7 +192,7 @@ def test_tile(product, block_t, block_n, block_k, splits, chunk):
         assert not counters.any(), "a launch left its counters raised"
 
 
-@settings(SETTINGS, max_examples=80)
+@settings(SETTINGS, max_examples=40)
 @given(
     products(), st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([32, 64]),
     st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.booleans(), st.booleans(), st.integers(0, 2)),
@@ -219,7 +219,7 @@ def small(original):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 33])
-@pytest.mark.parametrize("norm", NORMS, ids=["none", "rms", "plus one", "layer"])
+@pytest.mark.parametrize("norm", [None, NORMS[1], NORMS[3]], ids=["none", "rms", "layer"])
 @pytest.mark.parametrize("least", [0, 5])
 def test_linear_that_quantizes(monkeypatch, tokens, norm, least):
     """Norm, codes, choice and kernel together, as the op on a GPU runs them; few tokens keep their activations."""
