@@ -32,6 +32,7 @@ from fusecomp.patterns.linear import MergedLinears
 from fusecomp.patterns.moe import Experts
 from fusecomp.patterns.raw_attention import SdpaAttention, SoftmaxAttention, is_call
 from fusecomp.patterns.raw_moe import RawExperts
+from fusecomp.patterns.shared_quantize import SharedQuantize
 from fusecomp.pieces import CompiledPieces, compile_pieces
 from fusecomp.report import FusionReport
 
@@ -45,7 +46,7 @@ CANONICALIZE: tuple[Pattern, ...] = (
     Experts(),
 )
 PAGE: tuple[Pattern, ...] = (PagedAttention(),)
-MERGE: tuple[Pattern, ...] = (MergedLinears(),)
+MERGE: tuple[Pattern, ...] = (SharedQuantize(), MergedLinears())
 STATELESS: tuple[Pattern, ...] = (StatelessAttention(),)
 
 

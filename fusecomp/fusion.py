@@ -27,7 +27,7 @@ from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.quant import QuantExperts, QuantLinear
-from fusecomp.patterns.quant_activations import QuantizeRoundTrip, ScaledLinear
+from fusecomp.patterns.quant_activations import FakeQuantize, NormQuantize, QuantizeRoundTrip, ScaledLinear
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.patterns.routed_experts import RoutedExperts
 from fusecomp.patterns.router import Router
@@ -38,6 +38,7 @@ from fusecomp.report import FusionReport, Match, NearMiss
 FUSE: tuple[Pattern, ...] = (
     OuterProduct(),
     QuantizeRoundTrip(),
+    FakeQuantize(),  # after the pairs that cancel, and before norms, which look through it
     Router(),  # before linears, which would take a sigmoid of the logits in
     LinearEpilogue(),
     ExpertsResidual(),  # after linears, which take the experts in where both meet in one sum
@@ -49,6 +50,7 @@ FUSE: tuple[Pattern, ...] = (
     QuantExperts(),
     RoutedExperts(),  # after quantized experts, which need ids
     ScaledLinear(),  # after the weights: both sides are codes by then
+    NormQuantize(),
 )
 
 

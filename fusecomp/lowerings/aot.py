@@ -301,6 +301,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
     from fusecomp.lowerings.quant.quant_aot import quant_specializations
+    from fusecomp.lowerings.quant.scaled_aot import scaled_specializations
     from fusecomp.lowerings.route.route_aot import specializations as route_specializations
     from fusecomp.lowerings.sampling.greedy_aot import specializations as greedy_specializations
 
@@ -311,7 +312,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         epilogue_specializations(target), greedy_specializations(target), route_specializations(target)
     )
     experts = experts_specializations(target, full=full)
-    quantized = quant_specializations(target, full=full)
+    quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))
     for spec in itertools.chain(attention, linear, others, experts, quantized):
         key = repr(replace(spec, name=""))
         if key not in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from fusecomp.ops.quant import (
     fake_quantize_reference,
     quantize_reference,
 )
+from fusecomp.ops.quant_linear import is_codes
 from fusecomp.ops.rope import Rope, rope_attention_reference
 from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
@@ -169,23 +171,89 @@ def _quant_linear(
 
     parsed, layout = Program.from_text(program), WeightSpec.from_text(spec)
     if activation:
-        assert x_scale is not None
-        record_fallback("quant_linear", "no kernel multiplies codes by codes: activations are dequantized")
-        x = _dequantize(x, x_scale, None, ActivationSpec.from_text(activation).dequantized(layout.dtype).to_text())
+        done = _scaled_linear(x, q, scale, zero, norm_weight, norm_bias, operands, program, spec, x_scale, activation)
+        if isinstance(done, Tensor):
+            return done
+        x, parsed = done
+        if parsed.norm is None:
+            norm_weight = norm_bias = None
     if reason := supports(x, q, scale, zero, operands, parsed, layout):
         record_fallback("quant_linear", reason)
-        return _linear(x, dequantize_reference(q, scale, zero, spec), norm_weight, norm_bias, operands, program)
+        weight = dequantize_reference(q, scale, zero, spec)
+        return _linear(x, weight, norm_weight, norm_bias, operands, parsed.to_text())
     return computed(launch_quant_linear(x, q, scale, zero, norm_weight, norm_bias, operands, parsed, layout))
 
 
+def _scaled_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    spec: str,
+    x_scale: Tensor | None,
+    activation: str,
+) -> Tensor | tuple[Tensor, Program]:
+    """A quantized linear by codes of its activations; or what is left for a weight-only one: its input and program.
+
+    That is so in steps of fewer tokens than the spec's, which keep their activations; of one token, whose codes are
+    rounded to here; and where codes cannot be multiplied, which is counted.
+    """
+    from fusecomp.lowerings.device import target_of
+    from fusecomp.lowerings.quant import activations
+    from fusecomp.lowerings.quant.lowering import supports
+
+    parsed, layout, codes = Program.from_text(program), WeightSpec.from_text(spec), ActivationSpec.from_text(activation)
+    coded = is_codes(x)
+    if not coded and x.shape[0] < codes.least_tokens:
+        return x, parsed
+    if coded or x.shape[0] >= activations.LEAST_TOKENS:
+        reason = activations.refusal(target_of(q), q.shape[1], layout, zero is not None, codes)
+        reason = reason or (None if coded else activations.rows_refusal(x, codes))
+        stand_in = q.new_empty(0, dtype=layout.torch_dtype) if coded else x
+        if not (reason := reason or supports(stand_in, q, scale, zero, operands, parsed, layout)):
+            args = (x, x_scale, q, scale, norm_weight, norm_bias, operands, parsed, layout, codes)
+            return computed(activations.launch_scaled_linear(*args))
+        record_fallback("quant_linear", f"codes of activations are not multiplied: {reason}")
+    if coded:
+        assert x_scale is not None
+        return _dequantize(x, x_scale, None, codes.dequantized(layout.dtype).to_text()), parsed
+    if reason := activations.rows_refusal(x, codes):
+        record_fallback("quant_linear", f"no kernel makes codes of activations: {reason}")
+        x = x if parsed.norm is None else _norm(x, norm_weight, norm_bias, parsed.norm.to_text())
+        return fake_quantize_reference(x, x_scale, activation), replace(parsed, norm=None)
+    rounded = activations.launch_fake_quantize(x, x_scale, codes, parsed.norm, norm_weight, norm_bias)
+    return computed(rounded), replace(parsed, norm=None)
+
+
 def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
-    record_fallback("quantize", "no kernel makes codes of activations")
-    return quantize_reference(x, scale, spec)
+    from fusecomp.lowerings.quant.activations import launch_quantize, rows_refusal
+
+    parsed = ActivationSpec.from_text(spec)
+    if parsed.least_tokens or (scale is None) != parsed.dynamic:
+        return quantize_reference(x, scale, spec)  # which raises
+    if reason := rows_refusal(x, parsed):
+        record_fallback("quantize", reason)
+        return quantize_reference(x, scale, spec)
+    rows = x.reshape(-1, x.shape[-1])
+    codes, scales = launch_quantize(rows, scale, parsed)
+    scales = scales if scales.dim() == 1 else scales.view(*x.shape[:-1], scales.shape[-1])
+    return computed(codes).view(x.shape), computed(scales)
 
 
 def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
-    record_fallback("fake_quantize", "no kernel makes codes of activations")
-    return fake_quantize_reference(x, scale, spec)
+    from fusecomp.lowerings.quant.activations import launch_fake_quantize, rows_refusal
+
+    parsed, rows = ActivationSpec.from_text(spec), x.reshape(-1, x.shape[-1])
+    if rows.shape[0] < parsed.least_tokens:
+        return x.clone(memory_format=torch.contiguous_format)
+    if reason := rows_refusal(x, parsed):
+        record_fallback("fake_quantize", reason)
+        return fake_quantize_reference(x, scale, spec)
+    return computed(launch_fake_quantize(rows, scale, parsed)).view(x.shape)
 
 
 def _quant_experts(*args: Any) -> Tensor:

@@ -137,7 +137,10 @@ def _fake_quantize(x: Any, *_: Any) -> Cost:
 
 
 def _quant_linear(x: Any, q: Any, scale: Any, zero: Any, *args: Any) -> Cost:
-    """As `linear`, the weight as codes with their scales; the result as wide as the program says."""
+    """As `linear`, the weight as codes with their scales; the result as wide as the program says.
+
+    An x that is quantized inside is counted as it comes: the codes between need not leave the chip.
+    """
     operands, program, spec = args[2], json.loads(args[3]), WeightSpec.from_text(args[4])
     rows, K = spec.shape(q.shape)
     width = getattr(torch, program["dtype"]).itemsize

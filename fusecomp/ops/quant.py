@@ -140,6 +140,11 @@ class ActivationSpec:
     def codes_dtype(self) -> torch.dtype:
         return torch.int8 if self.kind == INT else torch.float8_e4m3fn
 
+    @property
+    def codes(self) -> str:
+        """The codes' type in a word: "int8" or "fp8"."""
+        return f"{self.kind}{self.bits}" if self.kind == INT else self.kind
+
     def dequantized(self, dtype: str) -> WeightSpec:
         """What `dequantize` calls the codes and scales of these activations."""
         rows = 0 if self.granularity == TENSOR else 1
@@ -149,8 +154,7 @@ class ActivationSpec:
         """In a few words, for reports."""
         what = f"{self.block} columns of a token" if self.granularity == BLOCK else f"a {self.granularity}"
         when = f", in steps of {self.least_tokens} tokens and more" if self.least_tokens else ""
-        kind = FP8 if self.kind == FP8 else "int8"
-        return f"{'dynamic' if self.dynamic else 'static'} {kind}, a scale for {what}{when}"
+        return f"{'dynamic' if self.dynamic else 'static'} {self.codes}, a scale for {what}{when}"
 
 
 def code_values(q: Tensor, spec: WeightSpec) -> Tensor:

@@ -48,6 +48,7 @@ ALLOWED = (
 MAX_NODES = 40
 DRAWS, AGREEMENT = 3, 1e-9
 LINEAR, NORM = OPS.linear.default, OPS.norm.default
+FAKE_QUANTIZE = OPS.fake_quantize.default
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class NormCandidate:
 
 
 class Norm(Pattern):
-    """A norm becomes the canonical op, or part of the one linear that reads it."""
+    """A norm becomes the canonical op, or part of the one linear that reads it.
+
+    Before a rounding to codes it becomes the op; `norm_quantize` takes that in, with the rounding.
+    """
 
     name = "norm"
     numerics = TOLERANCE
@@ -80,7 +84,7 @@ class Norm(Pattern):
         for node in list(graph.nodes):
             if not is_call(node, LINEAR):
                 continue
-            y = skip_reshapes(node.args[0])  # type: ignore[arg-type]
+            y = activations(node)
             if y in seen or (is_call(y, NORM) and not _only_reader(y, node)):
                 continue
             seen.add(y)
@@ -115,6 +119,12 @@ class Norm(Pattern):
         from fusecomp.patterns.functional_examples import norm_examples
 
         return norm_examples()
+
+
+def activations(linear: Node) -> Node:
+    """What a linear reads, under reshapes; and under the rounding to what codes stand for, which stays where it is."""
+    y = skip_reshapes(linear.args[0])  # type: ignore[arg-type]
+    return skip_reshapes(y.args[0]) if is_call(y, FAKE_QUANTIZE) else y  # type: ignore[arg-type]
 
 
 def norm_reason(candidate: NormCandidate) -> str | None:

@@ -22,7 +22,7 @@ from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.quant_linear import quant_shape
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
-from fusecomp.patterns.functional import FLOATS, is_call
+from fusecomp.patterns.functional import FLOATS, is_call, skip_reshapes
 
 aten = torch.ops.aten
 DEQUANTIZE, QUANTIZE = OPS.dequantize.default, OPS.quantize.default
@@ -110,6 +110,8 @@ class QuantLinear(Pattern):
 
     def operation(self, candidate: DequantizedWeight) -> str:
         linear = next(iter(candidate.node.users))
+        if is_call(skip_reshapes(linear.args[0]), OPS.fake_quantize.default):  # type: ignore[arg-type]
+            return ""  # it becomes a linear of codes by codes, which says its own
         program = Program.from_text(linear.args[5])  # type: ignore[arg-type]
         q, _, zero = candidate.parts
         return str(quant_shape(fake_value(candidate.node).dtype, fake_value(q), zero, program, candidate.spec))

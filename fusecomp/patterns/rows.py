@@ -28,7 +28,7 @@ from fusecomp.patterns.base import (
     replace_and_prune,
 )
 from fusecomp.patterns.functional import RESHAPES, aten, is_call, size_key, skip_reshapes
-from fusecomp.patterns.norm import LINEAR, NORM, NormCandidate, identify, norm_reason, read_norm
+from fusecomp.patterns.norm import LINEAR, NORM, NormCandidate, activations, identify, norm_reason, read_norm
 
 SELECTIONS = (aten.index.Tensor, aten.index_select.default, aten.slice.Tensor)
 
@@ -53,7 +53,7 @@ class SelectedRows(Pattern):
     numerics = TOLERANCE
 
     def find(self, graph: torch.fx.Graph) -> Iterable[SelectedRowsCandidate]:
-        read = [skip_reshapes(node.args[0]) for node in graph.nodes if is_call(node, LINEAR)]  # type: ignore[arg-type]
+        read = [activations(node) for node in graph.nodes if is_call(node, LINEAR)]
         for node in dict.fromkeys(read):
             if is_call(node, *SELECTIONS) and (norm := read_norm(skip_reshapes(node.args[0]))):  # type: ignore[arg-type]
                 yield SelectedRowsCandidate(node, norm)

@@ -20,6 +20,7 @@ from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
 from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
+from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
@@ -205,9 +206,11 @@ def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
 
 def explain_choices(target: Target, shape: QuantShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts that one choice serves: "8 to 16 tokens: tile 16 x 64 x 128, ..."."""
+    lines: list[str] = []
+    if shape.granularity:
+        lines, token_counts = explain_scaled(target, shape, token_counts)
     if reason := heuristics.reason(shape):
-        return [f"any tokens: dequantized by the reference: {reason}"]
-    lines = []
+        return [*lines, f"any{' other' if lines else ''} tokens: dequantized by the reference: {reason}"]
     named = [(tokens, quant_config(target, shape, tokens)) for tokens in sorted(set(token_counts)) if tokens]
     for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
         counts = [tokens for tokens, _ in run]

@@ -1,0 +1,515 @@
+"""Products of codes by codes on a GPU: correctness first, then single linears, the making of codes, and whole layers.
+
+    python -m benchmarks.quant_large                      # the committed choices, chains and peers
+    python -m benchmarks.quant_large --tune --out DIR     # sweep, write DIR/<gpu>_scaled.json
+
+A chain is every linear layer of a model with its norms, residuals and SwiGLU, and with the making of codes before each,
+without attention, over distinct weights in one CUDA graph under dependent launch. Times are medians of graph replays
+over random data. The last line of the output is JSON; a failed check ends the run.
+
+Legend: T tokens, N output features of one group, K input features, G groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.linear_large import MODELS, Layer, Model
+from benchmarks.timing import time_chain, time_replays
+from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.launch import compile_ahead
+from fusecomp.lowerings.quant import activations, scaled_heuristics
+from fusecomp.lowerings.quant.activations import launch_quantize, library_serves, run_scaled, scaled_shape
+from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig, scaled_config
+from fusecomp.ops.linear import FULL, Program, linear_reference
+from fusecomp.ops.norm import NormSpec
+from fusecomp.ops.quant import (
+    BLOCK,
+    FP8,
+    INT,
+    TENSOR,
+    TOKEN,
+    ActivationSpec,
+    WeightSpec,
+    dequantize_reference,
+    quantize_reference,
+)
+
+DTYPE, NAME = torch.bfloat16, "bfloat16"
+POOL = 1 << 30  # bytes of distinct weights that the repeats of one product cycle through
+SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
+PROGRAMS = {
+    "identity": Program(1, (), (), NAME),
+    "residual": Program(1, (FULL,), (("add", "i0", "a0"),), NAME),
+    "swiglu": Program(2, (), SILU, NAME),
+}
+SCHEMES = {
+    "fp8": (ActivationSpec(FP8, 8, TOKEN), WeightSpec(FP8, 8, 1, 0, NAME)),
+    "fp8-tensor": (ActivationSpec(FP8, 8, TENSOR), WeightSpec(FP8, 8, 0, 0, NAME)),
+    "fp8-block": (ActivationSpec(FP8, 8, BLOCK, 128), WeightSpec(FP8, 8, 128, 128, NAME)),
+    "int8": (ActivationSpec(INT, 8, TOKEN), WeightSpec(INT, 8, 1, 0, NAME)),
+}
+NORM = NormSpec("rms", 1e-5)
+TOKENS = [64, 256, 8192, 16, 32, 128, 512, 2048, 16384]
+RATE = 1.2e15  # a guess, to choose how often a product is repeated
+
+
+def random_codes(size: int, kind: str) -> Tensor:
+    """Codes with the spread of quantized normal numbers."""
+    values = torch.empty(size, dtype=torch.float16, device="cuda").normal_(std=100.0 if kind == FP8 else 32.0)
+    if kind == FP8:
+        return values.clamp_(-448, 448).to(torch.float8_e4m3fn)
+    return values.round_().clamp_(-127, 127).to(torch.int8)
+
+
+class Case:
+    """Inputs of one product; weights are slices of one large random buffer."""
+
+    def __init__(self, layer: Layer, tokens: int, scheme: str, pool: Tensor) -> None:
+        self.layer, self.tokens, self.scheme = layer, tokens, scheme
+        self.activation, self.spec = SCHEMES[scheme]
+        self.program = PROGRAMS[layer.epilogue]
+        rows, k = layer.groups * layer.n, layer.k
+        self.weights = [w.view(rows, k) for w in pool[: len(pool) // (rows * k) * (rows * k)].split(rows * k)]
+        size = self.spec.scales(rows, k)
+        self.scale = (torch.rand(size, device="cuda") + 0.5) * (0.01 * k**-0.5)
+        self.source = torch.randn(tokens, k, dtype=DTYPE, device="cuda")
+        self.x, self.x_scale = launch_quantize(self.source, None, self.activation)
+        self.operands = [torch.randn(tokens, layer.n, dtype=DTYPE, device="cuda")] * len(self.program.operands)
+
+    def run(self, config: ScaledConfig, i: int = 0) -> Tensor:
+        return run_scaled(
+            config, self.x, self.x_scale, self.weights[i % len(self.weights)], self.scale, self.operands, self.program,
+            self.spec, self.activation,
+        )  # fmt: skip
+
+    def seconds(self, run: Callable[[int], Any]) -> float:
+        launches = max(4, min(40, int(5e-3 * RATE / self.layer.flops(self.tokens))))
+        return time_chain(run, launches, replays=5)
+
+    def reference(self) -> tuple[Tensor, float]:
+        """fp32 result of the dequantized operands for the last 256 tokens, and the unfused computation's error."""
+        rows = slice(max(0, self.tokens - 256), self.tokens)
+        scale = self.x_scale if self.activation.granularity == TENSOR else self.x_scale[rows]
+        x = dequantize_reference(self.x[rows], scale, None, self.activation.dequantized("float32").to_text())
+        w = dequantize_reference(self.weights[0], self.scale, None, replace(self.spec, dtype="float32").to_text())
+        operands = [o[rows] for o in self.operands]
+        exact = linear_reference(x, w, None, None, operands, replace(self.program, dtype="float32").to_text())
+        y = x.to(DTYPE) @ w.to(DTYPE).t()
+        if self.program.groups == 2:
+            gate, up = y.chunk(2, 1)
+            y = torch.nn.functional.silu(gate) * up
+        unfused = y + operands[0] if operands else y
+        return exact, relative(unfused, exact)
+
+    def error(self, config: ScaledConfig, exact: Tensor) -> float:
+        return relative(self.run(config)[-exact.shape[0] :], exact)
+
+    def bf16(self, pool: Tensor) -> float:
+        """Seconds of the library's product of bf16 operands."""
+        size = self.layer.groups * self.layer.n * self.layer.k
+        weights = [w.view(-1, self.layer.k) for w in pool[: len(pool) // size * size].split(size)]
+        return self.seconds(lambda i: torch.nn.functional.linear(self.source, weights[i % len(weights)]))
+
+    def served(self, config: ScaledConfig) -> bool:
+        return config.method != LIBRARY or library_serves(self.x_scale, self.scale, self.weights[0], DTYPE, self.spec)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return ((found.float() - exact).norm() / exact.norm()).item()
+
+
+def split_counts(blocks: int, tiles: int, per: tuple[int, ...]) -> list[int]:
+    """Splits that give every multiprocessor so many programs, each with at least four tiles of K."""
+    counts = {max(1, int(132 * p / blocks)) for p in per}
+    return sorted({c for c in counts if c == 1 or (c <= 16 and tiles // c >= 4)}) or [1]
+
+
+def candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[ScaledConfig]:
+    """Configurations worth timing."""
+    g, block = layer.groups, scheme.endswith("block")
+    if tokens <= 256:
+        t = min(max(16, triton.next_power_of_2(tokens)), 64 if block else 128)
+        tiles = {
+            16: [(64, 256, 4, 4), (128, 256, 8, 4), (128, 128, 4, 5)],
+            32: [(64, 256, 4, 4), (128, 256, 8, 4), (128, 128, 4, 5)],
+            64: [(128, 128, 4, 5), (128, 256, 8, 3)],
+            128: [(128, 128, 8, 5), (256, 128, 8, 4)],
+        }[t]
+        if block:
+            tiles = [(64, 128, 4, 5), (128, 128, 8, 5)]
+        for r, k, w, s in tiles:
+            blocks = math.ceil(g * layer.n / r) * math.ceil(tokens / t)
+            for splits in split_counts(blocks, layer.k // k, (1, 2)):
+                for ahead in (2, 4) if tokens in (16, 64) else (2,):
+                    yield ScaledConfig(TILE, t, r // g, k, splits=splits, num_warps=w, num_stages=s, ahead=ahead)
+    if tokens < 64:
+        return
+    square = ScaledConfig(PERSISTENT, 128, 128 // g, 128, num_stages=6, pieces=2)
+    wide = replace(square, block_n=256 // g, num_stages=4, pieces=4)
+    if block:
+        yield from (replace(square, num_stages=4), replace(square, num_stages=5), replace(square, block_t=64))
+        return
+    if tokens <= 64:
+        whole = [replace(square, block_t=64, num_warps=4)]
+    elif tokens <= 128:
+        whole = [square] if g == 1 else [square, wide]
+    elif tokens <= 512:
+        whole = [replace(square, swap=True), replace(square, swap=True, block_t=256, num_stages=4, pieces=4)]
+        whole = whole if g == 1 else [wide]
+    else:
+        tall = replace(wide, block_t=256, block_n=128 // g)
+        whole = [wide, tall, replace(wide, group_t=16)]
+    for config in whole:
+        yield config
+        items = math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
+        for splits in (2, 3):
+            if g == 1 and tokens <= 256 and 60 <= items * splits <= 132 * config.per_sm:
+                yield replace(config, splits=splits)
+    if tokens >= 128:
+        yield ScaledConfig(LIBRARY)
+
+
+def build(job: tuple[Layer, int, str, ScaledConfig]) -> str:
+    """Compile one configuration into Triton's disk cache, in a process of its own; returns why it cannot."""
+    layer, tokens, scheme, config = job
+    activation, spec = SCHEMES[scheme]
+    program, device = PROGRAMS[layer.epilogue], torch.device("cuda", 0)
+    q = torch.empty(layer.groups * layer.n, layer.k, dtype=spec.codes_dtype, device=device)
+    codes = torch.empty(tokens, layer.k, dtype=spec.codes_dtype, device=device)
+    blocks = layer.k // activation.block if activation.block else 1
+    x_scale = torch.empty((1,) if activation.granularity == TENSOR else (tokens, blocks), device=device)
+    operands = [torch.empty(tokens, layer.n, dtype=DTYPE, device=device)] * len(program.operands)
+    scale = torch.empty(spec.scales(*q.shape), device=device)
+    try:
+        with compile_ahead(device):
+            run_scaled(config, codes, x_scale, q, scale, operands, program, spec, activation)
+    except Exception as error:
+        return f"{layer} {config.constants()}: {type(error).__name__} {str(error)[:200]}"
+    return ""
+
+
+def build_all(jobs: list[tuple[Layer, int, str, ScaledConfig]]) -> None:
+    """Compile all jobs on several processes, those that share a kernel once; failures show when they are timed."""
+    distinct: dict[tuple, tuple] = {}
+    for layer, tokens, scheme, config in jobs:
+        if config.method != LIBRARY:
+            shape = (layer.groups, layer.epilogue) if config.method == TILE else layer
+            distinct.setdefault((shape, scheme, replace(config, ahead=0)), (layer, min(tokens, 512), scheme, config))
+    start = time.time()
+    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1)) as pool:
+        for text in pool.imap_unordered(build, distinct.values(), chunksize=1):
+            if text:
+                print("not built:", text, flush=True)
+    print(f"{len(distinct)} kernels built: {time.time() - start:.0f} s", flush=True)
+
+
+def check(case: Case, config: ScaledConfig, known: tuple[Tensor, float] | None = None) -> tuple[float, str]:
+    """Error relative to the unfused computation's, and what is wrong: over 1.5 times that, or another second result."""
+    exact, unfused = known or case.reference()
+    found = case.error(config, exact)
+    what = f"{case.scheme} {case.layer} {case.tokens} tokens {config.method} {config.constants()}"
+    if not found <= 1.5 * unfused:
+        return found / unfused, f"CHECK FAILED {what}: error {found}, unfused {unfused}"
+    if config.method != LIBRARY and not torch.equal(case.run(config), case.run(config)):
+        return found / unfused, f"CHECK FAILED {what}: a second launch differs"
+    return found / unfused, ""
+
+
+def accuracy(pools: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Errors of sums over K, rounded to bf16, of each way of adding, beside the unfused computation's."""
+    rows = []
+    for k in (4096, 14336, 28672):
+        case = Case(Layer(4096, k), 512, "fp8", pools[FP8])
+        exact, unfused = case.reference()
+        wide = ScaledConfig(PERSISTENT, 128, 256, num_stages=4, pieces=4)
+        ways = {
+            "whole": wide, "chunk 56": replace(wide, chunk=56),
+            "tile each": ScaledConfig(TILE, 64, num_warps=4, chunk=1), "library": ScaledConfig(LIBRARY, exact=True),
+            "library fast": ScaledConfig(LIBRARY),
+        }  # fmt: skip
+        with compile_ahead(torch.device("cuda", 0)):
+            for config in ways.values():
+                if config.method != LIBRARY:
+                    case.run(config)
+        rows.append({"k": k, "unfused": unfused} | {name: case.error(config, exact) for name, config in ways.items()})
+        print(
+            "error of sums, x1e-4:", {a: round(b * 1e4, 2) if a != "k" else b for a, b in rows[-1].items()}, flush=True
+        )
+    return rows
+
+
+def check_rows() -> list[str]:
+    """What is wrong with the row kernel's codes and scales, of every kind and granularity, with norms and long rows."""
+    from fusecomp.ops.norm import norm_reference
+
+    wrong = []
+    for kind in (FP8, INT):
+        for gran, block, dynamic in ((TOKEN, 0, True), (TENSOR, 0, True), (TENSOR, 0, False), (BLOCK, 128, True)):
+            for k, norm in ((4096, None), (4096, NORM), (1000, NORM), (20000, NORM)):
+                spec = ActivationSpec(kind, 8, gran, block, dynamic)
+                x = torch.randn(37, k, dtype=DTYPE, device="cuda")
+                x[3] = 0
+                weight = None if norm is None else 1 + 0.1 * torch.randn(k, dtype=DTYPE, device="cuda")
+                given = None if dynamic else torch.tensor([0.01], device="cuda")
+                codes, scale = launch_quantize(x, given, spec, norm, weight)
+                y = x.float() if norm is None else norm_reference(x.float(), weight.float(), None, norm.to_text())
+                # On the CPU: PyTorch's division by a number is a multiplication by its reciprocal on a GPU.
+                static = None if given is None else given.cpu()
+                exact, exact_scale = (part.cuda() for part in quantize_reference(y.cpu(), static, spec.to_text()))
+                differ = (codes.float() != exact.float()).float().mean().item()
+                apart = ((scale - exact_scale).abs() / exact_scale).max().item()
+                # A sum in another order moves a value over a rounding boundary now and then.
+                if apart > 1e-5 or differ > (2e-3 if norm else 1e-4):
+                    wrong.append(f"CHECK FAILED rows {spec} K={k} {norm}: {differ} of codes differ, scales by {apart}")
+    return wrong
+
+
+def write_table(path: Path, environment: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """A table with one line per entry; shapes that were not tuned keep their entries."""
+    shape = ("kind", "block", "groups", "n", "k", "epilogue", "tokens")
+    kept = scaled_heuristics.load_table(scaled_heuristics.DEFAULT_TABLE)["entries"]
+    kept_keys = (*shape, "config", "own", "us", "layer_us")
+    clean = [{k: v for k, v in entry.items() if k in kept_keys} for entry in entries]
+    merged = {tuple(entry[key] for key in shape): entry for entry in (*kept, *clean)}
+    body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
+    head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
+    path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")
+
+
+class Chain:
+    """Layers of a model over distinct codes."""
+
+    def __init__(self, model: Model, scheme: str, layers: int) -> None:
+        self.model = model
+        self.activation, self.spec = SCHEMES[scheme]
+        shapes = [(part.groups * part.n, part.k) for part in model.parts()]
+        self.programs = [PROGRAMS[part.epilogue] for part in model.parts()]
+        self.layers = [tuple(random_codes(n * k, self.spec.kind).view(n, k) for n, k in shapes) for _ in range(layers)]
+        self.scales = [torch.full(self.spec.scales(n, k), 0.01 * k**-0.5, device="cuda") for n, k in shapes]
+        self.gain = torch.ones(model.hidden, dtype=DTYPE, device="cuda")
+
+    def linear(self, x: Tensor, q: Tensor, at: int, norm: bool, operands: list[Tensor], configs: Any) -> Tensor:
+        codes, scale = launch_quantize(x, None, self.activation, NORM if norm else None, self.gain if norm else None)
+        program = self.programs[at]
+        config = configs(q, scale, self.scales[at], program)
+        return run_scaled(config, codes, scale, q, self.scales[at], operands, program, self.spec, self.activation)
+
+    def run(self, h: Tensor, configs: Any) -> Tensor:
+        width = self.model.attention
+        for qkv, o, gate_up, down in self.layers:
+            attention = self.linear(h, qkv, 0, True, [], configs)[:, :width]
+            h = self.linear(attention, o, 1, False, [h], configs)
+            h = self.linear(self.linear(h, gate_up, 2, True, [], configs), down, 3, False, [h], configs)
+        return h
+
+    def seconds(self, tokens: int, picked: list[ScaledConfig] | None = None) -> float:
+        """Of one layer; `picked` has a configuration for each of its linears."""
+        h = torch.randn(tokens, self.model.hidden, dtype=DTYPE, device="cuda")
+
+        def configs(q: Tensor, x_scale: Tensor, w_scale: Tensor, program: Program) -> ScaledConfig:
+            if picked:
+                return picked[next(i for i, w in enumerate(self.layers[0]) if w.shape == q.shape)]
+            return activations.choose(q, x_scale, w_scale, program, self.spec, self.activation, tokens)
+
+        self.run(h, configs)
+        return time_replays(lambda: self.run(h, configs), 9 if tokens < 1024 else 5) / len(self.layers)
+
+
+def tune(chain: Chain, scheme: str, tokens: int, pool: Tensor) -> list[dict[str, Any]]:
+    """A table's entries for one number of tokens: each linear in turn by its candidates, in whole layers, two passes.
+
+    Alone, a product is timed between its like, cool, and without what follows it.
+    """
+    parts, choices = chain.model.parts(), []
+    for layer in parts:
+        case = Case(layer, tokens, scheme, pool)
+        known, right = case.reference(), []
+        for config in dict.fromkeys(candidates(layer, tokens, scheme)):
+            if not case.served(config):
+                continue
+            try:
+                problem = check(case, config, known)[1]
+            except triton.runtime.errors.OutOfResources as error:
+                problem = f"{layer} {config.constants()}: {str(error)[:80]}"
+            if problem:
+                print(problem, flush=True)
+            else:
+                right.append(config)
+        choices.append(right)
+    picked = [right[0] for right in choices]
+    timed: list[dict[str, float]] = [{} for _ in parts]
+    best = chain.seconds(tokens, picked)
+    for _ in range(2):
+        for at in (2, 3, 0, 1):
+            for config in choices[at]:
+                seconds = chain.seconds(tokens, [*picked[:at], config, *picked[at + 1 :]])
+                timed[at][f"{config.method} {config.constants()}"] = round(seconds * 1e6, 2)
+                if seconds < best:
+                    best, picked[at] = seconds, config
+        best = chain.seconds(tokens, picked)  # again: what was best by luck may lose
+    entries = []
+    for at, layer in enumerate(parts):
+        own = [config for config in choices[at] if config.method != LIBRARY]
+        ours = min(own, key=lambda config: timed[at][f"{config.method} {config.constants()}"])
+        entry: dict[str, Any] = {
+            "kind": chain.spec.kind, "block": chain.activation.block, "n": layer.n, "k": layer.k,
+            "groups": layer.groups, "epilogue": layer.kind, "tokens": tokens,
+            "config": picked[at].constants() | {"method": picked[at].method}, "layer_us": round(best * 1e6, 2),
+        }  # fmt: skip
+        if picked[at].method == LIBRARY:
+            entry["own"] = ours.constants() | {"method": ours.method}
+        entries.append(entry | {"timed": timed[at]})
+    return entries
+
+
+def time_rows(tokens: list[int]) -> list[dict[str, Any]]:
+    """The making of codes alone: us, and bytes per second."""
+    rows = []
+    for count in tokens:
+        row: dict[str, Any] = {"tokens": count}
+        for k, norm in ((4096, True), (4096, False), (14336, False)):
+            inputs = [torch.randn(count, k, dtype=DTYPE, device="cuda") for _ in range(max(1, min(8, 8192 // count)))]
+            gain = torch.ones(k, dtype=DTYPE, device="cuda")
+            spec = SCHEMES["fp8"][0]
+
+            def run(
+                i: int, xs: list[Tensor] = inputs, g: Tensor = gain, n: bool = norm, spec: ActivationSpec = spec
+            ) -> Any:
+                return launch_quantize(xs[i % len(xs)], None, spec, NORM if n else None, g if n else None)
+
+            seconds = time_chain(run, 20, replays=5)
+            row[f"{k}{' norm' if norm else ''}"] = f"{seconds * 1e6:.2f} us {3 * count * k / seconds / 1e12:.2f} TB/s"
+        rows.append(row)
+        print("codes:", row, flush=True)
+    return rows
+
+
+def fp8_rate(pool: Tensor) -> dict[str, float]:
+    """FLOP/s of the library's square product of fp8, with fast and with exact sums."""
+    n = 8192
+    a, b = pool[: n * n].view(n, n), pool[n * n : 2 * n * n].view(n, n)
+    one = torch.ones((), device="cuda")
+    found = {}
+    for name, fast in (("fast", True), ("exact", False)):
+
+        def run(_: int, fast: bool = fast) -> Tensor:
+            return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=DTYPE, use_fast_accum=fast)
+
+        found[f"fp8_{name}_TFLOP_per_s"] = round(2 * n**3 / time_chain(run, 8, replays=7) / 1e12, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--model", choices=MODELS, default="llama-8b")
+    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=["fp8"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--layers", type=int, default=6, help="of a chain")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--name", default="quant_large.json")
+    parser.add_argument("--seconds", type=float, default=120.0, help="tune no further shape after this long")
+    args = parser.parse_args()
+    begin, device, target = time.time(), torch.device("cuda", 0), device_target(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ceilings = measure_ceilings(device)
+    pools = {FP8: random_codes(POOL, FP8)}
+    if "int8" in args.schemes:
+        pools[INT] = random_codes(POOL, INT)
+    environment = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        **ceilings.to_dict(), **fp8_rate(pools[FP8]),
+    }  # fmt: skip
+    print(environment, flush=True)
+    limit = environment["fp8_fast_TFLOP_per_s"]
+    result: dict[str, Any] = {**environment}
+
+    def finish() -> None:
+        result["seconds"] = round(time.time() - begin, 1)
+        (args.out / args.name).write_text(json.dumps(result))
+
+    layers = MODELS[args.model].parts()
+    cases = [(layer, tokens, scheme) for scheme in args.schemes for tokens in args.tokens for layer in layers]
+
+    def committed(layer: Layer, tokens: int, scheme: str) -> ScaledConfig:
+        activation, spec = SCHEMES[scheme]
+        shape = scaled_shape(layer.n, layer.k, layer.groups, NAME, spec, activation.block, layer.kind)
+        return scaled_config(target, shape, tokens)
+
+    if args.tune:
+        jobs = [(*case, config) for case in cases for config in candidates(*case)]
+    else:
+        jobs = [(*case, committed(*case)) for case in cases]
+    build_all(jobs)
+    result["failed"] = check_rows()
+    print("\n".join(result["failed"]) or "codes and scales of rows are those of the reference", flush=True)
+    result["accuracy"] = accuracy(pools)
+    finish()
+    pool16 = torch.empty(POOL // 2, dtype=DTYPE, device="cuda").normal_(std=1 / 64)
+    entries: list[dict[str, Any]] = []
+    result["products"], result["layers"] = entries, []
+    for scheme in args.schemes:
+        pool, chain = pools[SCHEMES[scheme][1].kind], Chain(MODELS[args.model], scheme, args.layers)
+        for tokens in args.tokens:
+            if time.time() - begin > args.seconds:
+                print(f"out of time before {scheme}, {tokens} tokens", flush=True)
+                break
+            if args.tune:
+                found = tune(chain, scheme, tokens, pool)
+                picked = [ScaledConfig(**entry["config"]) for entry in found]
+            else:
+                found, picked = [{} for _ in layers], [committed(layer, tokens, scheme) for layer in layers]
+            for layer, config, entry in zip(layers, picked, found, strict=True):
+                case = Case(layer, tokens, scheme, pool)
+                entry["error"], problem = check(case, config)
+                entry["us"] = round(case.seconds(lambda i, c=config, case=case: case.run(c, i)) * 1e6, 2)
+                if scheme == FP8:
+                    entry["bf16_us"] = round(case.bf16(pool16) * 1e6, 2)
+                rate = layer.flops(tokens) / entry["us"] / 1e6
+                moved = layer.groups * layer.n * layer.k / entry["us"] / 1e6
+                short = {k: v for k, v in config.constants().items() if k != "method"}
+                line = (
+                    f"{scheme} {tokens:5d} {layer!s:27} {entry['us']:8.1f} us {rate:5.0f} TF {rate / limit:4.0%} "
+                    f"{moved:4.2f} TB/s bf16 {entry.get('bf16_us', 0):.1f} err {entry['error']:.2f} {config.method} "
+                )
+                print(problem or line + str(short), flush=True)
+                entries.append(entry | {"scheme": scheme, "layer": str(layer)})
+            row: dict[str, Any] = {"scheme": scheme, "tokens": tokens}
+            variants = {"us": picked}
+            if tokens >= 128 and not scheme.endswith("block"):
+                variants["library_us"] = [ScaledConfig(LIBRARY)] * len(layers)
+            for name, configs in variants.items():
+                row[name] = round(chain.seconds(tokens, configs) * 1e6, 2)
+            activations.MAX_DEPENDENT_K, kept = 0, activations.MAX_DEPENDENT_K
+            row["rows_not_dependent_us"] = round(chain.seconds(tokens, picked) * 1e6, 2)
+            activations.MAX_DEPENDENT_K = kept
+            moved, flops = sum(w.numel() for w in chain.layers[0]), sum(part.flops(tokens) for part in layers)
+            row |= {"TFLOP/s": round(flops / row["us"] / 1e6, 1), "TB/s": round(moved / row["us"] / 1e6, 2)}
+            result["layers"].append(row)
+            print("layer:", row, flush=True)
+            finish()
+            if args.tune:
+                write_table(args.out / f"{target.table}_scaled.json", environment, entries)
+        del chain
+    result["codes"] = time_rows([64, 256, 8192])
+    finish()
+    print(json.dumps(environment))
+
+
+if __name__ == "__main__":
+    main()
