@@ -77,9 +77,8 @@ class Chain:
     def __init__(self, model: Model, layers: int, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model, self.dtype = model, dtype
         counts = {name: 1 if name == "lm_head" else layers for name in model.kinds}
-        self.weights: dict[str, list[Tensor]] = {
-            name: [self.random(kind.groups * kind.n, kind.k) * kind.k**-0.5 for _ in range(counts[name])]
-            for name, kind in model.kinds.items()
+        self.weights: dict[str, list[Any]] = {
+            name: [self.make_weight(name) for _ in range(counts[name])] for name in model.kinds
         }
         self.norms = [1 + 0.2 * self.random(model.hidden) for _ in range(2 * layers + 1)]
         self.layers = layers
@@ -87,10 +86,19 @@ class Chain:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device="cuda")
 
-    def bytes(self, head: bool = True) -> int:
-        return sum(w.nbytes for name, ws in self.weights.items() for w in ws if head or name != "lm_head")
+    def make_weight(self, name: str) -> Any:
+        """A weight of a kind of layer, as `launch` takes it."""
+        kind = self.model.kinds[name]
+        return self.random(kind.groups * kind.n, kind.k) * kind.k**-0.5
 
-    def launch(self, name: str, i: int, x: Tensor, out: Tensor, added: Tensor | None, config: SkinnyConfig, pdl: bool):
+    def weight_bytes(self, name: str) -> int:
+        """What one weight of a kind takes in memory."""
+        return self.weights[name][0].nbytes
+
+    def bytes(self, head: bool = True) -> int:
+        return sum(len(ws) * self.weight_bytes(name) for name, ws in self.weights.items() if head or name != "lm_head")
+
+    def launch(self, name: str, i: int, x: Tensor, out: Tensor, added: Tensor | None, config: Any, pdl: bool) -> Tensor:
         kind = self.model.kinds[name]
         norm = {"qkv": 2 * i, "gate_up": 2 * i + 1, "lm_head": -1}.get(name, 0)
         args, strides = ((), ()) if added is None else ((added,), (added.stride(0),))
@@ -100,7 +108,7 @@ class Chain:
         )  # fmt: skip
         return out
 
-    def ours(self, x: Tensor, configs: Configs, pdl: bool, head: bool = True) -> Callable[[], Tensor]:
+    def ours(self, x: Tensor, configs: dict[str, Any], pdl: bool, head: bool = True) -> Callable[[], Tensor]:
         """A function that launches the whole chain on x [T, hidden] and returns what it wrote last."""
         empty = {name: x.new_empty(len(x), kind.n) for name, kind in self.model.kinds.items()}
         h1, h2 = torch.empty_like(x), torch.empty_like(x)
@@ -136,7 +144,7 @@ class Chain:
 
         return run
 
-    def single(self, name: str, x: Tensor, config: SkinnyConfig | None, pdl: bool) -> tuple[Callable[[], None], int]:
+    def single(self, name: str, x: Tensor, config: Any, pdl: bool) -> tuple[Callable[[], None], int]:
         """(launches of one kind over all its weights, their number); with cuBLAS alone where config is None."""
         kind = self.model.kinds[name]
         x = self.random(len(x), kind.k)
@@ -155,7 +163,7 @@ class Chain:
 
         return run, count
 
-    def check(self, name: str, tokens: int, config: SkinnyConfig, pdl: bool) -> float:
+    def check(self, name: str, tokens: int, config: Any, pdl: bool) -> float:
         """Error of one launch over that of the unfused layer in its dtype, both against fp32.
 
         Raises:
@@ -172,11 +180,15 @@ class Chain:
         assert torch.equal(out, again), f"{name} {tokens} {config}: a second launch differs"
         return error / unfused
 
+    def dense_weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The first weight of a kind, [G * N, K], rounded to `dtype` at most once."""
+        return self.weights[name][0].to(dtype)
+
     def _reference(self, name: str, x: Tensor, added: Tensor | None, dtype: torch.dtype) -> Tensor:
         kind = self.model.kinds[name]
         if kind.norm:
             x = _norm(x, self.norms[-1 if name == "lm_head" else {"qkv": 0, "gate_up": 1}[name]].to(dtype))
-        y = x @ self.weights[name][0].to(dtype).T
+        y = x @ self.dense_weight(name, dtype).T
         if kind.groups == 2:
             y = _swiglu(y)
         return y if added is None else y + added.to(dtype)

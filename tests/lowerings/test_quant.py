@@ -6,20 +6,36 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
+from fusecomp.lowerings.aot import compile_one
+from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
 from fusecomp.lowerings.quant import heuristics
-from fusecomp.lowerings.quant.heuristics import TILE_LIMIT, fitting_columns, quant_config, unit
-from fusecomp.lowerings.quant.lowering import explain_choices, refusal
-from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
-from fusecomp.ops.quant_linear import QuantShape
+from fusecomp.lowerings.quant.heuristics import (
+    MAX_SPLITS,
+    TILE_LIMIT,
+    QuantConfig,
+    fitting_columns,
+    load_table,
+    quant_config,
+    reads_words,
+    unit,
+)
+from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal
+from fusecomp.lowerings.quant.quant_aot import LAYOUTS, specialization
+from fusecomp.ops.linear import Program
+from fusecomp.ops.norm import NormSpec
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
+from fusecomp.ops.quant_linear import QuantShape, quant_linear_reference
 from fusecomp.patterns.quant_examples import random_weight
 
 ROOT = Path(__file__).parents[2]
+SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
+SWIGLU = Program(2, (), SILU, "bfloat16")
 KINDS = ((INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4))
 
 
@@ -34,21 +50,93 @@ def test_interpreted():
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 def test_every_shape_has_a_configuration(target):
     sizes, dtypes = (2, 1000, 14336), ("bfloat16", "float32")
-    for n, k, groups, tokens, dtype in itertools.product(sizes, sizes, (1, 2), (1, 2, 33, 500, 5000), dtypes):
+    for n, k, groups, tokens, dtype in itertools.product(sizes, sizes, (1, 2), (1, 2, 16, 33, 128, 5000), dtypes):
         for (kind, bits), cols in itertools.product(KINDS, (0, 16, 32, 48, 128, 160)):
             shape = QuantShape(n, k, groups, dtype, kind, bits, 1, cols, False)
             config = quant_config(target, shape, tokens)
-            assert (config.kernel == "vector") == (tokens == 1)
-            assert (config.kernel == "dequantize") == (tokens > TILE_LIMIT)
+            assert config.kernel != "vector" or tokens == 1
+            assert (config.kernel == "dequantize") == (tokens > TILE_LIMIT[bits])
             if config.kernel == "tile":
                 assert cols == 0 or cols % config.block_k == 0 or config.block_k % cols == 0
                 assert config.block_k >= 16 and config.block_r % groups == 0
+                assert 1 <= config.splits <= MAX_SPLITS and config.block_t <= 128
                 stage = (
                     config.block_r * bits // 8 + config.block_t * (2 if dtype == "bfloat16" else 4)
                 ) * config.block_k
                 assert config.num_stages * stage <= target.smem_bytes
             elif config.kernel == "vector":
                 assert cols % unit(shape) == 0 and config.block_k % unit(shape) == 0
+
+
+H100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms)
+
+
+def tuned_shape(entry: dict) -> QuantShape:
+    """The layer that an entry was measured on."""
+    n, (rows, cols) = entry["rows"] // entry["groups"], (1, 128 if entry["bits"] == 4 else 0)
+    return QuantShape(n, entry["k"], entry["groups"], "bfloat16", entry["kind"], entry["bits"], rows, cols, False)
+
+
+def test_source_says_whether_the_entry_was_measured_for_the_shape():
+    entries = load_table(H100.table)["quant"]
+    assert {(e["kind"], e["bits"]) for e in entries} == {(FP8, 8), (INT, 4)}
+    for entry in entries:
+        shape, tokens = tuned_shape(entry), entry["tokens"]
+        found = quant_config(H100, shape, tokens)
+        assert found.source.endswith("(exact)" if "us" in entry else "(nearest)")
+        assert found == QuantConfig(**entry["config"], source=found.source)
+        for other in (SM90, replace(H100, num_sms=100)):
+            assert quant_config(other, shape, tokens).kernel == found.kernel
+        assert quant_config(SM90, shape, tokens).source.endswith("(nearest)")
+        for change in ({"n": shape.n + 16}, {"k": shape.k + 128}, {"rows": 128}):
+            assert quant_config(H100, replace(shape, **change), tokens).source.endswith("(nearest)")
+
+
+def test_one_token_of_four_bits_takes_the_tile_kernel():
+    """Measured faster at eight tokens than products without matrix units at one."""
+    entry = next(e for e in load_table(H100.table)["quant"] if e["bits"] == 4 and e["tokens"] == 8)
+    assert quant_config(H100, tuned_shape(entry), 1).kernel == "tile"
+    assert quant_config(H100, replace(tuned_shape(entry), cols=32), 1).source == "no table"
+
+
+def test_splits_follow_the_gpu():
+    large = Target("Some GPU", "cuda", 90, SM90.smem_bytes, 2 * SM90.num_sms)
+    shape = QuantShape(3072, 4096, 1, "bfloat16", INT, 4, 1, 128, False)
+    assert quant_config(large, shape, 16).splits > quant_config(SM90, shape, 16).splits
+    assert quant_config(SM90, replace(shape, n=1 << 20), 16).splits == 1
+
+
+@pytest.mark.parametrize(
+    ("cols", "tokens", "config", "words"),
+    [
+        (128, 8, QuantConfig("tile", 8, 64, 128), True),
+        (0, 8, QuantConfig("tile", 8, 64, 256), True),
+        (128, 8, QuantConfig("tile", 8, 64, 64), False),
+        (32, 8, QuantConfig("tile", 8, 64, 128), False),
+    ],
+)
+def test_words_share_a_scale(cols, tokens, config, words):
+    assert reads_words(config, QuantShape(64, 1024, 1, "bfloat16", INT, 4, 1, cols, False)) == words
+    assert not reads_words(config, QuantShape(64, 1028, 1, "bfloat16", INT, 4, 1, cols, False))
+
+
+@pytest.mark.parametrize(("layout", "tokens"), [(0, 1), (0, 8), (1, 8), (3, 1), (3, 8)])
+def test_codes_are_asked_for_before_the_wait(layout, tokens):
+    """Under dependent launch; for the tile kernel it is Triton's pipeline that puts the copies there."""
+    spec = specialization(SM90, LAYOUTS[layout], 2, tokens, "bfloat16", 2)
+    assert spec.constants.get("EARLY", True)
+    ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
+    first = "cp.async" if spec.kernel.__name__ == "quant_tile_kernel" else "ld.global"
+    assert 0 < ptx.index(first) < ptx.index("griddepcontrol.wait")
+    assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
+
+
+def test_four_bit_integers_become_operands_in_their_registers():
+    """By one operation on two of them, and without a way through shared memory or a conversion of integers."""
+    spec = specialization(SM90, LAYOUTS[0], 1, 8, "bfloat16", 0)
+    ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
+    assert ptx.count("lop3.b32") >= 32 and "st.shared.b8" not in ptx
+    assert "0x43004300" in ptx and "cvt.rn.f32.s32" not in ptx
 
 
 def test_columns_of_a_tile_keep_to_those_of_a_scale():
@@ -66,10 +154,10 @@ def test_choices_are_explained():
     shape = QuantShape(4096, 4096, 1, "bfloat16", INT, 4, 1, 128, False)
     lines = explain_choices(SM90, shape, [0, 1, 8, 600, 8192])
     assert [line.split(", from")[0] for line in lines] == [
-        "1 tokens: quantized vector",
-        "8 tokens: quantized tile",
+        "1 to 8 tokens: quantized tile",
         "600 to 8192 tokens: dequantize, then linear",
     ]
+    assert "from NVIDIA H100 80GB HBM3 int4 rows=4096 k=4096 tokens=8 (nearest)" in lines[0]
     assert "no multiple of 16" in explain_choices(SM90, QuantShape(64, 64, 1, "bfloat16", INT, 4, 1, 8, False), [1])[0]
 
 
@@ -90,3 +178,41 @@ def test_refusals(change, reason):
     odd = WeightSpec(INT, 4, 1, 8, "bfloat16")
     assert "no multiple of 16" in refusal(*random_weight((32, 64), odd, torch.bfloat16), odd)
     assert heuristics.reason(QuantShape(32, 64, 1, "bfloat16", INT, 4, 1, 8, False))
+
+
+GPU_CASES = [
+    (WeightSpec(INT, 4, 1, 128, "bfloat16"), False),
+    (WeightSpec(INT, 4, 1, 128, "bfloat16"), True),
+    (WeightSpec(INT, 4, 1, 32, "bfloat16"), True),
+    (WeightSpec(INT, 4, 1, 0, "float16"), False),
+    (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
+    (WeightSpec(FP8, 8, 1, 0, "bfloat16"), False),
+    (WeightSpec(FP8, 8, 1, 0, "float16"), False),
+    (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
+    (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),
+    (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "zero"), GPU_CASES, ids=lambda v: v.describe() if isinstance(v, WeightSpec) else v)
+def test_gpu(spec, zero):
+    """Error against fp32 at most 1.5 times that of the dequantized layer in its dtype, of every size of launch."""
+    for (n, k), tokens in itertools.product(((192, 1024), (100, 4096 + 96)), (1, 2, 7, 16, 33, 64, 130, 600)):
+        weight = [
+            None if part is None else part.cuda() for part in random_weight((2 * n, k), spec, torch.float32, zero=zero)
+        ]
+        weight[1] = weight[1].to(spec.torch_dtype)
+        torch.manual_seed(0)
+        x, gain = (torch.randn(shape, device="cuda", dtype=spec.torch_dtype) for shape in ((tokens, k), (k,)))
+        program = replace(SWIGLU, dtype=spec.dtype, norm=NormSpec("rms", 1e-5))
+        found = launch_quant_linear(x, *weight, gain, None, [], program, spec)
+        exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))
+        exact = quant_linear_reference(
+            x.float(), *weight, gain.float(), None, [], exact_program, exact_spec
+        )  # fmt: skip
+        dense = dequantize_reference(*weight, spec.to_text())
+        y = torch.nn.functional.rms_norm(x, (k,), gain, 1e-5) @ dense.T
+        unfused = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
+        error, allowed = ((value.float() - exact).norm() for value in (found, unfused))
+        assert error <= 1.5 * allowed, (n, k, tokens, float(error), float(allowed))

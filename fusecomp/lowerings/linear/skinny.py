@@ -69,33 +69,45 @@ def run_skinny(
     if use_pdl:
         common["launch_pdl"] = True
     norm_weight = norm_weight if norm >= 2 else None
-    blocks = _cdiv(n, config.block_r // groups)
+    blocks = cdiv(n, config.block_r // groups)
     if config.kernel == "vector":
         launch(
             vector_kernel, (blocks,),
             x, weight, out, norm_weight, tuple(args), tuple(strides), n, k, eps or 0.0, **common,
         )  # fmt: skip
         return
-    per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
-    splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
-    teams = blocks * _cdiv(tokens, config.block_t)
-    partials = part_squares = counters = None
-    if splits > 1:
-        size = teams * splits * config.block_t
-        partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
-        part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = zeroed_counters(x.device, teams)
+    teams = blocks * cdiv(tokens, config.block_t)
+    per_split, splits = split_steps(cdiv(k, config.block_k), config.splits)
+    scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     launch(
         tile_kernel, (teams * splits,),
-        x, weight, out, norm_weight, partials, part_squares, counters, tuple(args), tuple(strides), tokens, n, k,
+        x, weight, out, norm_weight, *scratch, tuple(args), tuple(strides), tokens, n, k,
         per_split, eps or 0.0, x.stride(0), out.stride(0),
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def split_steps(steps: int, splits: int) -> tuple[int, int]:
+    """(steps of one split, splits) such that no split is empty."""
+    per_split = cdiv(steps, splits)
+    return per_split, cdiv(steps, per_split)
+
+
+def split_scratch(
+    x: Tensor, teams: int, splits: int, block_r: int, block_t: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Partial sums, partial squares and arrival counters of teams of `splits` programs; nothing for teams of one."""
+    if splits == 1:
+        return None, None, None
+    size = teams * splits * block_t
+    partials = torch.empty(size * block_r, dtype=torch.float32, device=x.device)
+    part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
+    return partials, part_squares, zeroed_counters(x.device, teams)
 
 
 def _require(condition: bool, message: str) -> None:

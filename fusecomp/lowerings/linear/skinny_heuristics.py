@@ -80,15 +80,15 @@ def skinny_config(target: Target, *, n: int, k: int, groups: int, tokens: int, i
     shape = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     config = SkinnyConfig(**entry["config"], source=f"{table['gpu']} {SECTION} {shape} ({how})")
     if how == "nearest" and config.kernel == "tile":
-        config = replace(config, splits=_splits(config, entry, target, n * groups, k))
+        config = replace(config, splits=scaled_splits(config, entry["rows"], target, n * groups, k))
     if k * itemsize % 16:  # narrow loads, which asynchronous copies cannot do: small tiles in registers
         config = replace(config, block_k=min(config.block_k, 32 if config.block_t > 1 else 512), num_stages=1)
     return _fit(config, target, itemsize)
 
 
-def _splits(config: SkinnyConfig, entry: dict, target: Target, rows: int, k: int) -> int:
+def scaled_splits(config: Any, tuned_rows: int, target: Target, rows: int, k: int) -> int:
     """As many programs as the tuned launch had, scaled to this GPU, each with at least two tiles of K."""
-    tuned = math.ceil(entry["rows"] / config.block_r) * config.splits * target.num_sms / SM90.num_sms
+    tuned = math.ceil(tuned_rows / config.block_r) * config.splits * target.num_sms / SM90.num_sms
     splits = round(tuned / math.ceil(rows / config.block_r))
     return max(1, min(splits, math.ceil(k / config.block_k) // 2, MAX_SPLITS))
 

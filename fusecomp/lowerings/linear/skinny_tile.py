@@ -71,13 +71,9 @@ def tile_kernel(
     2.93, 2.87, 2.43 and 1.84. What is lost is mostly the time between launches, about 4 us each.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
-    t_blocks = tl.cdiv(num_tokens, BLOCK_T)  # programs of the same weights are neighbours
-    t_block = tl.program_id(0) % t_blocks
-    split = tl.program_id(0) // t_blocks % SPLITS
-    block = tl.program_id(0) // t_blocks // SPLITS
-    first = block.to(tl.int64) * BLOCK_N
-    lo = split * per_split
-    hi = tl.minimum(lo + per_split, tl.cdiv(k, BLOCK_K))
+    t_block, t_blocks, split, block, first, lo, hi = tile_place(
+        num_tokens, per_split, k, BLOCK_T, BLOCK_N, BLOCK_K, SPLITS
+    )
     t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
     live = t < num_tokens
     row_at = weight + weight_rows(first, n, BLOCK_R, G)[:, None] * k
@@ -149,6 +145,66 @@ def tile_kernel(
         squares = add_squares(squares, v, SUM_SQUARES)
         acc = tl.dot(w, normalize(v, g, scale, NORM), acc, input_precision="ieee")
 
+    finish_tile(
+        acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
+        live, n, k, eps, stride_out, G, SPLITS, SUM_SQUARES, EPILOGUE,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_place(
+    num_tokens,
+    per_split,
+    k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """(block of tokens, of how many, split, block of features, its first, first and last step + 1) of this program.
+
+    Programs of the same weights are neighbours.
+    """
+    t_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    t_block = tl.program_id(0) % t_blocks
+    split = tl.program_id(0) // t_blocks % SPLITS
+    block = tl.program_id(0) // t_blocks // SPLITS
+    first = block.to(tl.int64) * BLOCK_N
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, tl.cdiv(k, STEP))
+    return t_block, t_blocks, split, block, first, lo, hi
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    squares,
+    out,
+    args,
+    strides,
+    partials,
+    part_squares,
+    counters,
+    block,
+    t_block,
+    t_blocks,
+    split,
+    first,
+    t,
+    live,
+    n,
+    k,
+    eps,
+    stride_out,
+    G: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """Sums of the splits, the norm's scale, the epilogue and the store of acc [BR, BT]; squares [*, BT] are inputs'."""
+    BLOCK_R: tl.constexpr = acc.shape[0]
+    BLOCK_T: tl.constexpr = acc.shape[1]
+    BLOCK_N: tl.constexpr = BLOCK_R // G
     sum_squares = tl.sum(squares, 0)  # [BT]
     last = True
     if SPLITS > 1:

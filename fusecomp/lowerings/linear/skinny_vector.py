@@ -18,7 +18,7 @@ from fusecomp.lowerings.linear.skinny_pieces import (
     load_weight,
     norm_factor,
     rms_scale,
-    split_groups,
+    store_features,
     weight_rows,
 )
 
@@ -79,11 +79,7 @@ def vector_kernel(
     if NORM > 0:
         squares += _fold(v * v, VEC)
         y *= rms_scale(tl.sum(squares, 1), k, eps)[:, None]
-
-    features = (first + tl.arange(0, BLOCK_N))[:, None]
-    mask = features < n
-    y = EPILOGUE(split_groups(y, G), args, strides, tl.zeros([1, 1], tl.int64), features, mask)
-    tl.store(out + features, y.to(out.dtype.element_ty), mask=mask)
+    store_features(y, first, n, out, args, strides, G, EPILOGUE)
 
 
 @triton.jit

@@ -1,21 +1,29 @@
-"""Launch configurations of quantized linears: pure functions of shapes and of a `Target`.
+"""Launch configurations of quantized linears: a tuned table per GPU, the nearest entry otherwise.
 
-No shape was measured yet: what is here follows the tuned tables of 16-bit weights, with tiles of as many bytes.
+Pure functions of shapes and of a `Target`. Tables hold 16-bit activations on NVIDIA GPUs, with fp8 by rows (int8 takes
+the same) and 4-bit integers whose scales serve 128 columns; other layouts have tiles of as many bytes.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+from fusecomp.lowerings.linear.skinny_heuristics import scaled_splits
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
-from fusecomp.ops.quant import INT
+from fusecomp.ops.quant import FP8, INT
 from fusecomp.ops.quant_linear import QuantShape
 
+TABLES = Path(__file__).parent / "tuned"
+DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
+SECTION = "quant"
 VECTOR, TILE, DEQUANTIZE = "vector", "tile", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
-TILE_LIMIT = 512  # tokens from which a product outweighs writing the dequantized weight
+TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 MAX_SPLITS = 16
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
@@ -30,6 +38,7 @@ class QuantConfig:
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
         splits: tile: programs that share the same features, each with its part of K.
+        early: tile: only codes go through the pipeline, which then begins before the wait for the kernel before.
     """
 
     kernel: str
@@ -39,22 +48,31 @@ class QuantConfig:
     num_warps: int = 4
     num_stages: int = 1
     splits: int = 1
+    early: bool = True
     source: str = "no table"
+
+
+@cache
+def load_table(name: str) -> dict[str, Any]:
+    """The committed table of a GPU; the default GPU's where it has none."""
+    path = TABLES / f"{name}.json"
+    return json.loads((path if path.exists() else TABLES / f"{DEFAULT_TABLE}.json").read_text())
 
 
 @cache
 def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
+    if tokens > TILE_LIMIT[shape.bits]:
+        return QuantConfig(DEQUANTIZE)
+    by_words = (shape.kind, shape.bits) == (INT, 4) and shape.cols % 128 == 0 and shape.k % 8 == 0
+    if (by_words or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda":
+        return _fit(_tuned(target, shape, tokens), target, shape)
     if tokens == 1:
         # One 16-byte load of codes a thread; a table of values and fp32 inputs take registers, so half of one.
-        block_k = 2048 if (shape.kind, shape.bits) == (INT, 4) else 1024
-        block_k = block_k // 2 if shape.dtype == "float32" else block_k
+        block_k = 1024 if shape.dtype != "float32" else 512
         return QuantConfig(VECTOR, 1, 2 * shape.groups, max(min(block_k, next_power_of_2(shape.k)), 32), 4)
-    if tokens > TILE_LIMIT:
-        return QuantConfig(DEQUANTIZE)
     block_t = next_power_of_2(min(128, max(8, tokens)))
-    wide = tokens > 64
-    block_r, block_k = (128, 64) if tokens > SKINNY_LIMIT else (64, 128)
+    block_r, block_k, wide = (128, 64, tokens > 64) if tokens > SKINNY_LIMIT else (64, 128, False)
     if shape.dtype == "float32":  # its products are computed without matrix units, in registers
         block_t, block_r, block_k, wide = min(block_t, 16), 32, 32, False
     block_k = fitting_columns(block_k, shape.cols)
@@ -65,6 +83,46 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     return QuantConfig(TILE, block_t, block_r, block_k, 8 if wide else 4, stages, splits)
 
 
+def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
+    """The nearest entry of the table: of the kind, then of the least tokens that hold them all, then of the shape."""
+    table = load_table(target.table)
+    kind = INT if shape.bits == 4 else FP8
+    entries = [e for e in table[SECTION] if (e["kind"], e["bits"]) == (kind, shape.bits)]
+    bucket = min(e["tokens"] for e in entries if e["tokens"] >= tokens)
+    wanted = {"rows": shape.n * shape.groups, "k": shape.k}
+
+    def distance(entry: dict) -> float:
+        return sum(abs(math.log2(entry[key] / wanted[key])) for key in wanted) + (entry["groups"] != shape.groups)
+
+    entry = min((e for e in entries if e["tokens"] == bucket), key=distance)
+    like = (shape.kind, shape.rows, shape.cols) == ((INT, 1, 128) if shape.bits == 4 else (FP8, 1, 0))
+    exact = like and table["gpu"] == target.name and distance(entry) == 0 and "us" in entry
+    text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
+    source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
+    config = QuantConfig(**entry["config"], source=source)
+    if distance(entry) and config.kernel == TILE:
+        config = replace(config, splits=scaled_splits(config, entry["rows"], target, wanted["rows"], shape.k))
+    return config
+
+
+def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+    """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
+    if config.kernel == VECTOR:
+        return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
+    config = replace(config, block_k=fitting_columns(config.block_k, shape.cols))
+    if shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
+        config = replace(config, block_k=min(config.block_k, 128))
+
+    def need(c: QuantConfig) -> int:
+        # Bytes of a column and token: with the norm inside, its weight is staged beside the inputs.
+        inputs = 4 if c.block_t <= SKINNY_LIMIT and not c.early else 2
+        return c.num_stages * (c.block_r * shape.bits // 8 + c.block_t * inputs) * c.block_k
+
+    while need(config) > target.smem_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
 def fitting_columns(block_k: int, cols: int) -> int:
     """The widest tile up to block_k that divides, or is divided by, the columns of a scale."""
     while cols and cols % block_k and block_k % cols:
@@ -73,9 +131,20 @@ def fitting_columns(block_k: int, cols: int) -> int:
 
 
 def unit(shape: QuantShape) -> int:
-    """Columns whose products are summed before they are scaled: those of a 16-byte load, if they share a scale."""
+    """Columns whose products the vector kernel sums before they are scaled: those of a 16-byte load, if possible."""
     wanted = 32 if shape.bits == 4 else 16
     return wanted if shape.cols % wanted == 0 else LEAST_COLUMNS
+
+
+def reads_words(config: QuantConfig, shape: QuantShape) -> bool:
+    """Whether codes are read as words, so that a thread's codes become its part of the product's operand.
+
+    That is 4-bit integers whose products share scales along a tile, and fp8 where the operand comes from registers.
+    """
+    shared = shape.cols == 0 or shape.cols % config.block_k == 0
+    if (shape.kind, shape.bits) == (INT, 4):
+        return shared and shape.k % 8 == 0 and config.block_k % 128 == 0
+    return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and config.block_t >= 16
 
 
 def reason(shape: QuantShape) -> str | None:

@@ -1,7 +1,7 @@
 """CUDA implementations of `dequantize`, `quant_linear` and `quant_experts`: which kernel runs, from shapes alone.
 
-Few tokens: one kernel with the norm, the epilogue and the weight's codes inside. Up to some hundreds: the norm's
-kernel, then the same tile kernel. More: the weight is dequantized by a kernel of its own, and `linear` does the rest.
+Few tokens: one kernel with the norm, the epilogue and the weight's codes inside. Some tens: the norm's kernel, then the
+same tile kernel. More: the weight is dequantized by a kernel of its own, and `linear` does the rest.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
 from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
+from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
@@ -38,6 +39,8 @@ def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> 
         return f"codes are {q.dtype} with strides {q.stride()}"
     if scale.dtype not in (*DTYPES, torch.uint8) or (zero is not None and zero.dtype not in ZERO_DTYPES):
         return f"scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}"
+    if q.data_ptr() % ALIGNMENT:
+        return f"codes do not begin at a multiple of {ALIGNMENT} bytes"
     if not scale.is_contiguous() or (zero is not None and not zero.is_contiguous()):
         return "scales or zero points are not contiguous"
     if spec.torch_dtype not in DTYPES:
@@ -92,6 +95,14 @@ def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, d
     offset = float(INT4_OFFSET) if kind == pieces.INT4 and zero is None else 0.0
     constants = {"KIND": kind, "OFFSET": offset, "ROWS": spec.rows, "COLS": spec.cols}
     return (q.view(torch.uint8) if kind == pieces.FP8 else q), constants
+
+
+def _words(config: QuantConfig, codes: Tensor, shape: QuantShape) -> tuple[Tensor, dict[str, Any]]:
+    """The codes as words of eight where they are 4-bit integers and lie so, and the kernel's WORDS and ASM."""
+    words = heuristics.reads_words(config, shape)
+    target = target_of(codes)
+    asm = codes.is_cuda and target.backend == "cuda" and shape.dtype != "float32"
+    return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": asm}
 
 
 def launch_quant_linear(
@@ -161,7 +172,8 @@ def run_quant(
     if use_pdl:
         common["launch_pdl"] = True
     norm_weight, eps = norm_weight if scheme >= 2 else None, 0.0 if norm is None else norm.eps
-    blocks, columns = _cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
+    blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
+    exact_norm = scheme > 0 and x.dtype == torch.float16
     if config.kernel == VECTOR:
         launch(
             quant_vector_kernel, (blocks,),
@@ -169,20 +181,15 @@ def run_quant(
             UNIT=heuristics.unit(shape), **common,
         )  # fmt: skip
         return
-    per_split = _cdiv(_cdiv(k, config.block_k), config.splits)
-    splits = _cdiv(_cdiv(k, config.block_k), per_split)  # none is empty
-    teams = blocks * _cdiv(tokens, config.block_t)
-    partials = part_squares = counters = None
-    if splits > 1:
-        size = teams * splits * config.block_t
-        partials = torch.empty(size * config.block_r, dtype=torch.float32, device=x.device)
-        part_squares = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = zeroed_counters(x.device, teams)
+    codes, words = _words(config, codes, shape)
+    teams = blocks * cdiv(tokens, config.block_t)
+    per_split, splits = split_steps(cdiv(k, config.block_k), config.splits)
+    scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     launch(
         quant_tile_kernel, (teams * splits,),
-        x, codes, scale, zero, out, norm_weight, partials, part_squares, counters, args, strides, tokens, n, k,
+        x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
-        EXACT_NORM=scheme > 0 and x.dtype == torch.float16, **common,
+        EARLY=config.early, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
 
 
@@ -197,7 +204,7 @@ def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
     block_r, block_k = 16, heuristics.fitting_columns(256, spec.cols)
     rows, columns = spec.scales(n, k)
     launch(
-        dequantize_kernel, (_cdiv(n, block_r), _cdiv(k, block_k), out.numel() // (n * k)),
+        dequantize_kernel, (cdiv(n, block_r), cdiv(k, block_k), out.numel() // (n * k)),
         codes, scale, zero, out, n, k, rows, columns, BLOCK_R=block_r, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
         num_warps=4, **layout,
     )  # fmt: skip
@@ -218,7 +225,3 @@ def explain_choices(target: Target, shape: QuantShape, token_counts: Sequence[in
         name = f"quantized {choice.kernel}" if choice.kernel != DEQUANTIZE else "dequantize, then linear"
         lines.append(f"{span} tokens: {name}, from {choice.source}")
     return lines
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -10,7 +10,7 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
-from fusecomp.lowerings.quant.heuristics import VECTOR, quant_config
+from fusecomp.lowerings.quant.heuristics import TILE, VECTOR, quant_config
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
@@ -36,8 +36,10 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (1, 1, 32, "float16", 2),
     (2, 1, 32, "bfloat16", 0),
     (3, 2, 32, "bfloat16", 2),
-    (0, 1, 256, "bfloat16", 0),
-    (3, 2, 256, "bfloat16", 0),
+    (0, 1, 64, "bfloat16", 0),
+    (3, 2, 128, "bfloat16", 0),
+    (4, 2, 16, "float16", 2),
+    (5, 1, 8, "bfloat16", 2),
 )
 
 
@@ -49,7 +51,8 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     if full:
         for layout in LAYOUTS:
             yield _dequantize(target, layout)
-            for groups, tokens, dtype in itertools.product((1, 2), (1, 2, 8, 32, 64, 256), ("bfloat16", "float16")):
+            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= heuristics.TILE_LIMIT[layout[1]]]
+            for groups, tokens, dtype in itertools.product((1, 2), counts, ("bfloat16", "float16")):
                 for norm in (0, 2, 3) if tokens <= heuristics.SKINNY_LIMIT else (0,):
                     yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
@@ -90,16 +93,27 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     if config.kernel == VECTOR:
         constants["UNIT"] = heuristics.unit(shape)
     else:
+        words = heuristics.reads_words(config, shape)
+        pointers["q"] = "i32" if words else pointers["q"]
+        constants |= {
+            "WORDS": words, "ASM": target.backend == "cuda" and dtype != "float32",
+            "EXACT_NORM": norm > 0 and dtype == "float16",
+        }  # fmt: skip
+    if config.kernel == TILE:
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
-        exact = norm > 0 and dtype == "float16"
-        constants |= {"BLOCK_T": config.block_t, "SPLITS": config.splits, "EXACT_NORM": exact}
+        constants |= {
+            "BLOCK_T": config.block_t,
+            "SPLITS": config.splits,
+            "EARLY": config.early,
+        }
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
             pointers |= scratch
         else:
             constants |= dict.fromkeys(scratch)
     name = f"quant-{kind}{bits}-{rows}x{cols}-{short}-g{groups}-t{tokens}-norm{norm}"
-    kernel = quant_vector_kernel if config.kernel == VECTOR else quant_tile_kernel
+    kernels = {VECTOR: quant_vector_kernel, TILE: quant_tile_kernel}
+    kernel = kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
 

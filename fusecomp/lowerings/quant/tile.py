@@ -1,7 +1,7 @@
 """Kernel of a quantized linear layer with several tokens: codes become numbers on their way to the matrix units.
 
-Weights are on the wide side of the product, as in the skinny tile kernel: on an NVIDIA GPU of compute capability 9.0
-that operand may come from registers, where the codes were converted.
+Weights are on the wide side of the product, as in the skinny tile kernel: the matrix units take that operand from
+registers, where the codes were converted.
 
 Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a weight tile,
 BN = BR / G, BT tokens of an accumulator, S splits of K.
@@ -13,15 +13,32 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, split_groups, sum_of_splits, weight_rows
-from fusecomp.lowerings.linear.skinny_tile import add_squares, load_tokens, normalize, spread, sum_squares_of
-from fusecomp.lowerings.quant.pieces import load_codes, load_scales, scale_row, values
+from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, weight_rows
+from fusecomp.lowerings.linear.skinny_tile import (
+    add_squares,
+    finish_tile,
+    load_tokens,
+    normalize,
+    spread,
+    sum_squares_of,
+    tile_place,
+)
+from fusecomp.lowerings.quant.pieces import (
+    load_codes,
+    load_scales,
+    scale_row,
+    scaled,
+    unscaled,
+    values,
+    word_order,
+    word_values,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "per_split"])
 def quant_tile_kernel(
     x,  # [T, K], last dim contiguous
-    q,  # [G * N, K] codes or [G * N, K / 2] bytes, contiguous
+    q,  # [G * N, K] codes or [G * N, K / 2] bytes, contiguous, perhaps seen as int32 words
     scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type or uint8 exponents
     zero,  # as scale, a float type, or None
     out,  # [T, N], last dim contiguous
@@ -44,7 +61,10 @@ def quant_tile_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
     KIND: tl.constexpr,
+    WORDS: tl.constexpr,  # 4-bit integers or fp8 are read as words
+    ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -54,22 +74,22 @@ def quant_tile_kernel(
     EPILOGUE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """A program owns BN features of BT tokens and one split of K; the last of S programs to arrive sums their parts.
+    """A program owns BN features of BT tokens and one split of K. Programs of the same weights are neighbours.
 
-    COLS is 0, or divides BK, or is a multiple of it. Programs of the same weights are neighbours.
-    dtypes: x, norm_weight, out one of fp32, fp16, bf16; a weight is dequantized in fp32 and rounded to x's dtype.
+    COLS is 0, or divides BK, or is a multiple of it. Where a tile's columns share a scale, products are scaled and not
+    weights; else weights are dequantized in fp32 and rounded to x's dtype.
+    dtypes: x, norm_weight, out one of fp32, fp16, bf16.
     Bytes: G * N * K * bits / 8 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from
     the L2 per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
+
+    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 67%, 64%, 52%
+    and 35% of it at 8, 16, 32 and 64 tokens; 4-bit integers 41%, 36%, 21% and 15%, not bound by memory.
     """
-    PACK: tl.constexpr = 2 if KIND >= 3 else 1  # codes of a byte
+    PACK: tl.constexpr = (2 if KIND >= 3 else 1) * (4 if WORDS else 1)  # codes of an element of q
     BLOCK_N: tl.constexpr = BLOCK_R // G
-    t_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    t_block = tl.program_id(0) % t_blocks
-    split = tl.program_id(0) // t_blocks % SPLITS
-    block = tl.program_id(0) // t_blocks // SPLITS
-    first = block.to(tl.int64) * BLOCK_N
-    lo = split * per_split
-    hi = tl.minimum(lo + per_split, tl.cdiv(k, BLOCK_K))
+    t_block, t_blocks, split, block, first, lo, hi = tile_place(
+        num_tokens, per_split, k, BLOCK_T, BLOCK_N, BLOCK_K, SPLITS
+    )
     t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
     live = t < num_tokens
     rows = weight_rows(first, n, BLOCK_R, G)[:, None]
@@ -80,43 +100,130 @@ def quant_tile_kernel(
     x_at = x + t * stride_x + cols[:, None]
 
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
     factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
+    start = lo * BLOCK_K
     if USE_PDL:
         gdc_launch_dependents()
-        _prefetch(q + rows * (k // PACK), lo * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
-        gdc_wait()
-    if EXACT_NORM:
-        factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
-    for tile in range(lo, hi):
-        start = tile * BLOCK_K
-        code = load_codes(tile_at + start // PACK, start + places * PACK < k, EVEN_K)
-        v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
-        w = values(code, KIND, OFFSET)
-        if zero is not None:
-            w -= _spread_scales(zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
-        w *= _spread_scales(scale, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
-        if NORM > 0:
-            g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+    if EARLY:
+        v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)  # nothing, in the layout of the inputs' loads
+        g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+        s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+        for tile in range(lo, hi):
+            # The pipeline asks for the codes of its first stages before the loop, hence the wait is within: it and
+            # all loads of inputs stand in branches, which the pipeline leaves in their place.
+            start = tile * BLOCK_K
+            code = load_codes(tile_at + start // PACK, start + places * PACK < k, EVEN_K)
+            if tile == lo:
+                if USE_PDL:
+                    gdc_wait()
+                if EXACT_NORM:
+                    factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+                v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
             squares = add_squares(squares, v, SUM_SQUARES)
-            v = normalize(v, g, factor, NORM)
-        acc = tl.dot(w.to(v.dtype), v, acc, input_precision="ieee")
+            y = normalize(v, g, factor, NORM)
+            s_now, z_now = s, z
+            if tile + 1 < hi:
+                start += BLOCK_K
+                v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+                g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+                if COLS > 0:
+                    s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+            acc, sums = _multiply(acc, sums, code, y, s_now, z_now, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
+    else:
+        if USE_PDL:
+            _prefetch(q + rows * (k // PACK), start // PACK, k // PACK, BLOCK_K // PACK)
+            gdc_wait()
+        if EXACT_NORM:
+            factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
+        s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+        for tile in range(lo, hi):
+            start = tile * BLOCK_K
+            code = load_codes(tile_at + start // PACK, start + places * PACK < k, EVEN_K)
+            v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            if COLS > 0:
+                s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+            squares = add_squares(squares, v, SUM_SQUARES)
+            y = normalize(v, g, factor, NORM)
+            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
+    if COLS == 0:
+        acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None, WORDS and KIND == 3, OFFSET, x.dtype.element_ty)
 
-    sum_squares = tl.sum(squares, 0)  # [BT]
-    last = True
-    if SPLITS > 1:
-        team = block.to(tl.int64) * t_blocks + t_block
-        last, acc, sum_squares = sum_of_splits(
-            acc, sum_squares, partials, part_squares, counters, team, split, BLOCK_R, BLOCK_T, SPLITS, SUM_SQUARES
-        )
-    if last:
-        if SUM_SQUARES:
-            acc *= rms_scale(sum_squares, k, eps)[None, :]
-        features = (first + tl.arange(0, BLOCK_N))[:, None]
-        mask = (features < n) & live
-        y = EPILOGUE(split_groups(acc, G), args, strides, t, features, mask)
-        tl.store(out + t * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
+    finish_tile(
+        acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
+        live, n, k, eps, stride_out, G, SPLITS, SUM_SQUARES, EPILOGUE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _multiply(
+    acc,
+    sums,
+    code,
+    y,
+    s,
+    z,
+    HAS_ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Adds the product of a tile's codes [BR, ...] and inputs y [BK, BT] to acc; to sums those of ones and y."""
+    BLOCK_R: tl.constexpr = code.shape[0]
+    BLOCK_K: tl.constexpr = y.shape[0]
+    BLOCK_T: tl.constexpr = y.shape[1]
+    BIASED: tl.constexpr = WORDS and KIND == 3
+    if COLS > 0 and COLS < BLOCK_K:
+        w = values(code, KIND, OFFSET)
+        if HAS_ZERO:
+            w -= z
+        acc = tl.dot((w * s).to(y.dtype), y, acc, input_precision="ieee")
+    else:
+        if WORDS:
+            C: tl.constexpr = BLOCK_K // code.shape[1]
+            words = tl.reshape(code, [BLOCK_R, BLOCK_K // (16 * C), 16])
+            w = tl.reshape(word_values(words, y.dtype, KIND, ASM), [BLOCK_R, BLOCK_K])
+            y = word_order(tl.reshape(y, [BLOCK_K // (16 * C), 16 * C, BLOCK_T]), C)
+            y = tl.reshape(y, [BLOCK_K, BLOCK_T])
+        else:
+            w = unscaled(code, y.dtype, KIND, ASM, OFFSET)
+        if COLS == 0:
+            acc = tl.dot(w, y, acc, input_precision="ieee")
+            if HAS_ZERO or BIASED:
+                sums = tl.dot(tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, sums, input_precision="ieee")
+        else:
+            zeros = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+            part = tl.dot(w, y, zeros, input_precision="ieee")
+            if HAS_ZERO or BIASED:
+                sums = tl.dot(
+                    tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, zeros, input_precision="ieee"
+                )
+            acc = scaled(part, sums, s, z, acc, HAS_ZERO, BIASED, OFFSET, y.dtype)
+    return acc, sums
+
+
+@triton.jit
+def _scales(
+    scale,
+    zero,
+    srow,
+    start,
+    k,
+    stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """(scales, zeros) of a tile; without zeros, scales twice."""
+    s = _spread_scales(scale, srow, start, k, stride, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+    z = s if zero is None else _spread_scales(zero, srow, start, k, stride, BLOCK_R, BLOCK_K, COLS, EVEN_K)
+    return s, z
 
 
 @triton.jit

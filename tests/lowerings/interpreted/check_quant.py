@@ -59,7 +59,11 @@ def specs(draw):
 def layers(draw, tokens):
     """(x, weight, norm weight, operands, program, spec)."""
     spec, name = draw(specs()), draw(st.sampled_from([*PROGRAMS]))
-    count, n, k = draw(tokens), draw(st.integers(1, 50)), 2 * draw(st.integers(1, 100))
+    count, n, k = (
+        draw(tokens),
+        draw(st.integers(1, 50)),
+        2 * draw(st.integers(1, 100) | st.sampled_from([8, 16, 40, 64, 72, 96])),
+    )
     norm = NORMS[draw(st.sampled_from([*NORMS]))]
     program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
     shape = (program.groups * n, k)
@@ -103,7 +107,8 @@ def run(layer, config):
     tokens, n = x.shape[0], q.shape[0] // program.groups
     buffer = torch.full((tokens + 1, n + 3), float("nan"), dtype=spec.torch_dtype)
     out = buffer[:tokens, :n]
-    config = replace(config, block_k=fitting_columns(config.block_k, spec.cols))
+    if config.kernel == "tile":
+        config = replace(config, block_k=fitting_columns(config.block_k, spec.cols))
     run_quant(config, x, q, scale, zero, norm_weight, operands, program, spec, out, False)
     assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
     for counters in device._arrival_counters.values():
@@ -112,19 +117,19 @@ def run(layer, config):
     return out
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=40)
 @given(layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
 def test_one_token(layer, block_r, block_k):
     run(layer, QuantConfig("vector", 1, block_r, block_k))
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=40)
 @given(
-    layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([16, 64]),
-    st.integers(1, 4),
+    layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
+    st.sampled_from([16, 64, 128, 256]), st.integers(1, 4), st.booleans(),
 )  # fmt: skip
-def test_tokens(layer, block_t, block_r, block_k, splits):
-    run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits))
+def test_tokens(layer, block_t, block_r, block_k, splits, early):
+    run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits, early=early))
 
 
 @settings(SETTINGS, max_examples=15)
