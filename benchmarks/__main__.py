@@ -22,7 +22,7 @@ from benchmarks import hf, startup
 from benchmarks.registry import BENCHMARKS
 from benchmarks.session import Options, Result, Session, progress, versions
 from benchmarks.shapes import SHAPES, ShapeError
-from fusecomp.config import DTYPES, FUSE_MODES
+from fusecomp.config import DTYPES, FUSE_MODES, QUANTIZE_SCHEMES
 from fusecomp.errors import FusecompError, VerificationError
 
 STARTUP = "startup"
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
     add("--fuse", choices=FUSE_MODES, default="auto", help="engine: run the fuse stage")
     add("--disabled-patterns", type=_names, default=(), help="engine: patterns to leave out, separated by commas")
+    add("--quantize", choices=QUANTIZE_SCHEMES, help="quantize the weights before the engine is built")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
     add("--profile", action="store_true", help="decode, prefill: device time by kernel")
@@ -99,8 +100,10 @@ def run(options: Options) -> dict[str, Any]:
     session = Session(options)
     figures: dict[str, Any] = {}
     result: dict[str, Any] = {"shape": options.shape, "layers": options.layers, "dtype": str(options.torch_dtype)[6:]}
+    result["quantize"] = options.quantize
     result |= versions(options.torch_device) | {"options": asdict(options), "benchmarks": figures}
-    print(f"{options.shape}, {result['dtype']}, {result['device']}, torch {result['torch']}\n", flush=True)
+    scheme = f" quantized to {options.quantize}" if options.quantize else ""
+    print(f"{options.shape}, {result['dtype']}{scheme}, {result['device']}, torch {result['torch']}\n", flush=True)
     if STARTUP in options.benchmarks:  # before this process takes memory
         _try(STARTUP, figures, lambda: startup.measure(options))
     chosen = [name for name in options.benchmarks if name != STARTUP]
@@ -162,7 +165,7 @@ def _headline(session: Session) -> str:
         f"ceilings: read {limit.read_bytes_per_s / 1e12:.3g} TB/s, "
         f"{limit.matmul_dtype} matmul {limit.matmul_flops_per_s / 1e12:.3g} TFLOP/s\n"
         f"check: error against fp32 {check.prefill_error:.2e} (prefill), {check.decode_error:.2e} (decode), "
-        f"stock {check.stock_error:.2e}; "
+        f"stock {check.stock_error:.2e} and {check.stock_decode_error:.2e}; "
         f"served tokens below the best logit by {check.mean_token_gap:.2e} on average, "
         f"{check.allowed_mean_gap:.2e} allowed"
     )

@@ -5,19 +5,24 @@ Three comparisons, against the stock HF model run eagerly in the same dtype and 
     2. the same for the last token computed as a decode on cached keys;
     3. tokens served by `Engine.step` (CUDA graphs and sampling included) are arg-maxima of the exact logits, up to
        what logits with the allowed error could mistake, in the worst case and on average.
+
+A quantized model is compared with itself: the stock model holds the same codes and dequantizes them in the graph. What
+it rounds in large steps only is rounded for prompts, which the engine packs into one step, and not for decodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusecomp.errors import VerificationError
+from fusecomp.ops.quant import ActivationSpec, WeightSpec
+from fusecomp.quant.modules import QuantizedInput, QuantizedWeight, RoundedInput
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import ALLOWED_RATIO, FLOOR, model_error
@@ -25,6 +30,7 @@ from fusecomp.runtime.verify import ALLOWED_RATIO, FLOOR, model_error
 # Odd lengths that end inside, at and just past a KV page.
 LENGTHS = (2, 3, 5, 7, 17, 31, 65, 129)
 NEW_TOKENS = 8
+NEVER = 1 << 40  # tokens of a step that there is not
 REMEDY = "no figure is reported for a wrong model"
 
 
@@ -36,7 +42,7 @@ class CheckResult:
 
     Attributes:
         prefill_error, decode_error: of the engine's logits.
-        stock_error: of the stock model's logits in the same dtype.
+        stock_error, stock_decode_error: of the stock model's logits in the same dtype.
         token_gap, mean_token_gap: largest exact logit minus that of the token served.
         allowed_gap, allowed_mean_gap: what logits with the allowed error could mistake.
         logit_std: spread of the exact logits; a model that answers a constant proves nothing.
@@ -45,6 +51,7 @@ class CheckResult:
     prefill_error: float
     decode_error: float
     stock_error: float
+    stock_decode_error: float
     token_gap: float
     allowed_gap: float
     mean_token_gap: float
@@ -59,7 +66,8 @@ class CheckResult:
 def in_float32(model: Any) -> Iterator[None]:
     """Inside, every module computes in fp32 on the model's own weights, widened one module at a time.
 
-    This needs the memory of one module, where an fp32 copy needs twice the model. The weights' storage is untouched.
+    This needs the memory of one module, where an fp32 copy needs twice the model. The weights' storage is untouched:
+    codes stay codes, and dequantize to fp32.
     """
     saved: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
 
@@ -73,9 +81,14 @@ def in_float32(model: Any) -> Iterator[None]:
         for parameter, data in saved.pop(id(module), ()):
             parameter.data = data
 
-    owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    coded = [m for m in model.modules() if isinstance(m, QuantizedWeight | QuantizedInput)]
+    specs = [m.spec for m in coded]
+    for module in coded:
+        module.spec = replace(WeightSpec.from_text(module.spec), dtype="float32").to_text()
+    owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None and m not in coded]
     hooks = [m.register_forward_pre_hook(widen) for m in owners]
     hooks += [m.register_forward_hook(restore, always_call=True) for m in owners]
+    hooks += [hook for m in model.modules() if hasattr(m, "_dequantized") for hook in _dequantize_once(m)]
     implementation = getattr(model.config, "_experts_implementation", None)
     if implementation is not None:
         model.set_experts_implementation("eager")  # the grouped products of HF take bf16 only
@@ -86,16 +99,60 @@ def in_float32(model: Any) -> Iterator[None]:
             model.set_experts_implementation(implementation)
         for hook in hooks:
             hook.remove()
+        for module, spec in zip(coded, specs, strict=True):
+            module.spec = spec
+
+
+def _dequantize_once(experts: Any) -> Iterator[Any]:
+    """Hooks by which quantized experts hold their weights for one forward pass: it reads them once per expert."""
+    quantized, plain = type(experts), type(experts).__mro__[1]
+
+    def hold(module: nn.Module, args: tuple) -> None:
+        weights = {name: getattr(module, name) for name in quantized._dequantized}
+        module.__class__ = plain
+        vars(module).update(weights)
+
+    def release(module: nn.Module, args: tuple, output: Any) -> None:
+        for name in quantized._dequantized:
+            vars(module).pop(name, None)
+        module.__class__ = quantized
+
+    yield experts.register_forward_pre_hook(hold)
+    yield experts.register_forward_hook(release, always_call=True)
+
+
+@contextmanager
+def rounding(model: Any, always: bool) -> Iterator[None]:
+    """Inside, inputs that are rounded in large steps are rounded in all of the stock model's, or in none."""
+    inputs = [m for m in model.modules() if isinstance(m, RoundedInput)]
+    texts = [m.quantization for m in inputs]
+    for module in inputs:
+        spec = ActivationSpec.from_text(module.quantization)
+        module.quantization = replace(spec, least_tokens=0 if always else NEVER).to_text()
+    try:
+        yield
+    finally:
+        for module, text in zip(inputs, texts, strict=True):
+            module.quantization = text
 
 
 @torch.no_grad()
-def _tail_logits(model: Any, sequences: list[list[int]], keep: int) -> Tensor:
-    """Logits [rows, keep, V] at the last `keep` positions of each sequence, one sequence at a time."""
+def _continued_logits(model: Any, prompts: Sequence[list[int]], rest: Sequence[list[int]]) -> Tensor:
+    """Logits [rows, 1 + len(rest), V] after each prompt and each token that follows; one sequence at a time.
+
+    Prompts are large steps, what follows is decoded.
+    """
     device = next(model.parameters()).device
-    rows = [
-        model(input_ids=torch.tensor([s], device=device), use_cache=False, logits_to_keep=keep).logits[0]
-        for s in sequences
-    ]
+    rows = []
+    for prompt, new in zip(prompts, rest, strict=True):
+        with rounding(model, always=True):
+            first = model(input_ids=torch.tensor([prompt], device=device), use_cache=bool(new), logits_to_keep=1)
+        logits = [first.logits[0]]
+        if new:
+            with rounding(model, always=False):
+                ids = torch.tensor([new], device=device)
+                logits.append(model(input_ids=ids, past_key_values=first.past_key_values).logits[0])
+        rows.append(torch.cat(logits))
     return torch.stack(rows).float()
 
 
@@ -127,13 +184,14 @@ def check_engine(engine: Engine, model: Any, seed: int = 0) -> CheckResult:
     decode = engine.prompt_logits(prompts, decode_last=True).float()
     served = _serve(engine, prompts)
 
-    # Position i of a sequence's tail predicts its i-th served token.
-    sequences = [p + new[:-1] for p, new in zip(prompts, served, strict=True)]
-    stock = _tail_logits(model, sequences, NEW_TOKENS)
-    exact = stock
+    # Position i after a prompt predicts its i-th served token. The last token of a prompt is decoded as well.
+    rest = [new[:-1] for new in served]
+    begun, last = [p[:-1] for p in prompts], [p[-1:] for p in prompts]
+    stock, stock_decode = _continued_logits(model, prompts, rest), _continued_logits(model, begun, last)[:, 1]
+    exact, exact_decode = stock, stock_decode
     if next(model.parameters()).dtype != torch.float32:
         with in_float32(model):
-            exact = _tail_logits(model, sequences, NEW_TOKENS)
+            exact, exact_decode = _continued_logits(model, prompts, rest), _continued_logits(model, begun, last)[:, 1]
     after_prompt = exact[:, 0]
     chosen = torch.tensor(served, device=exact.device)
     gap = exact.amax(-1) - exact.gather(-1, chosen[..., None])[..., 0]
@@ -144,8 +202,9 @@ def check_engine(engine: Engine, model: Any, seed: int = 0) -> CheckResult:
     routed = engine.report.count("experts") > 0
     result = CheckResult(
         prefill_error=model_error(prefill, after_prompt, routed=routed),
-        decode_error=model_error(decode, after_prompt, routed=routed),
+        decode_error=model_error(decode, exact_decode, routed=routed),
         stock_error=model_error(stock[:, 0], after_prompt, routed=routed),
+        stock_decode_error=model_error(stock_decode, exact_decode, routed=routed),
         token_gap=float(gap.max()),
         allowed_gap=2 * max(ALLOWED_RATIO * float(error.max()), 10 * floor),
         mean_token_gap=float(gap.mean()),
@@ -157,8 +216,11 @@ def check_engine(engine: Engine, model: Any, seed: int = 0) -> CheckResult:
 
 
 def _judge(result: CheckResult, where: str) -> None:
-    allowed = max(ALLOWED_RATIO * result.stock_error, FLOOR)
-    for path, error in (("prefill", result.prefill_error), ("decode", result.decode_error)):
+    for path, error, stock in (
+        ("prefill", result.prefill_error, result.stock_error),
+        ("decode", result.decode_error, result.stock_decode_error),
+    ):
+        allowed = max(ALLOWED_RATIO * stock, FLOOR)
         if not error <= allowed:
             raise VerificationError(
                 f"{path} logits have error {error:.2e} against fp32, allowed {allowed:.2e}", where=where, remedy=REMEDY

@@ -7,18 +7,33 @@ Legend: T tokens in the step, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fusecomp.ops.quant import WeightSpec
+from fusecomp.quant.modules import QuantizedWeight
+
 ROUTED_TOKENS_PER_PASS = 8192
 
 
 def experts_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that hold the weights of all experts stacked: parameters [E, ., .]."""
-    return [m for m in model.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    """Modules that compute with the weights of all experts stacked: parameters [E, ., .], or codes of such."""
+    return [m for m in model.modules() if any(_stacked(p, m) for p in [*m.parameters(recurse=False), *m.children()])]
+
+
+def _stacked(part: nn.Module | nn.Parameter, owner: nn.Module) -> bool:
+    if isinstance(part, nn.Module):
+        return isinstance(part, QuantizedWeight) and part.q.dim() == 3
+    return part.dim() == 3 and not isinstance(owner, QuantizedWeight)
+
+
+def _bytes(owner: nn.Module | nn.Parameter) -> int:
+    parameters = owner.parameters() if isinstance(owner, nn.Module) else [owner]
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 @dataclass(frozen=True)
@@ -51,26 +66,28 @@ class Workload:
         """Count a stock HF causal LM."""
         config = model.config.get_text_config()
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        stacked = {id(p) for m in experts_modules(model) for p in m.parameters(recurse=False)}
         num_experts = int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0)
         top_k = int(getattr(config, "num_experts_per_tok", None) or 0)
+        coded = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+        parts = {id(parameter) for module in coded for parameter in module.parameters()}
+        # (bytes, values that are multiplied, whether they are of stacked experts)
+        weights = [(_bytes(m), math.prod(WeightSpec.from_text(m.spec).shape(m.q.shape)), m.q.dim() == 3) for m in coded]
         dense = experts = linear = 0
         for parameter in model.parameters():
-            size = parameter.numel() * parameter.element_size()
-            if id(parameter) in stacked:
-                experts += size
-                linear += 2 * parameter.numel() * top_k // num_experts
-                continue
-            if parameter is not embedding or embedding is head:
-                dense += size
-            if parameter is not embedding and parameter is not head and parameter.dim() == 2:
-                linear += 2 * parameter.numel()
+            if parameter is embedding or parameter is head:
+                dense += _bytes(parameter) if parameter is head else 0
+            elif id(parameter) not in parts:
+                weights.append((_bytes(parameter), parameter.numel() * (parameter.dim() > 1), parameter.dim() == 3))
+        for size, values, stacked in weights:
+            experts += size if stacked else 0
+            dense += 0 if stacked else size
+            linear += 2 * values * top_k // num_experts if stacked else 2 * values
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             dense,
             experts,
-            num_experts if stacked else 0,
-            top_k if stacked else 0,
+            num_experts if experts else 0,
+            top_k if experts else 0,
             embedding[0].numel() * embedding.element_size(),
             kv_bytes_per_token,
             linear,

@@ -20,6 +20,7 @@ from benchmarks.check import CheckResult, check_engine
 from benchmarks.roofline import Workload
 from benchmarks.shapes import SHAPES
 from fusecomp.config import EngineConfig
+from fusecomp.quant.online.transform import quantize_model
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 
@@ -54,6 +55,7 @@ class Options:
     strict: bool = False
     fuse: str = "auto"
     disabled_patterns: tuple[str, ...] = ()
+    quantize: str | None = None
     compare_hf: bool = False
     hf_batches: tuple[int, ...] = (1,)
     profile: bool = False
@@ -149,11 +151,16 @@ class Session:
 
     @cached_property
     def model(self) -> Any:
-        """The stock HF model."""
+        """The stock HF model; quantized if asked for, without calibration, which random weights do not need."""
         o = self.options
-        return self._phase(
+        model: Any = self._phase(
             "weights", lambda: SHAPES[o.shape].build(self.device, o.torch_dtype, layers=o.layers, seed=o.seed)
         )
+        if o.quantize:
+            scheme = o.quantize
+            record = self._phase("quantization", lambda: quantize_model(model, scheme, text=[]))
+            progress(f"note: {record.summary()}")
+        return model
 
     @cached_property
     def _built(self) -> tuple[Engine, CheckResult]:

@@ -16,6 +16,7 @@ from benchmarks.roofline import Workload, touched_experts
 from benchmarks.shapes import SHAPES, Shape
 from fusecomp.config import EngineConfig
 from fusecomp.errors import RequestError
+from fusecomp.quant.online.transform import quantize_model
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.step import CompiledStep
@@ -60,6 +61,33 @@ def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
     assert figures["prefill"]["tokens_per_s"] > 0 and figures["prefill"]["share_of_matmul"] > 0
     assert figures["offline"]["output_tokens"] > 0 and figures["offline"]["output_tokens_per_s"] > 0
     assert result["check"]["prefill_error"] < 1e-5 and result["check"]["decode_error"] < 1e-5
+
+
+@pytest.mark.parametrize(("scheme", "share"), [("fp8", 0.5), ("int4", 0.25)])
+def test_quantized_models_are_held_to_their_own_codes(scheme: str, share: float, capsys: pytest.CaptureFixture) -> None:
+    quick = ["decode", "--shape", "tiny-moe", *QUICK, "--dtype", "bfloat16"]
+    assert main(quick) == 0 and main([*quick, "--quantize", scheme]) == 0
+    plain, coded = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert coded["quantize"] == scheme and plain["quantize"] is None
+    assert coded["workload"]["linear_flops"] == pytest.approx(plain["workload"]["linear_flops"], rel=0.01)
+    # Scales come on top: of rows of 32 and 64 columns, or of groups of 32.
+    assert share < coded["workload"]["expert_bytes"] / plain["workload"]["expert_bytes"] < 1.3 * share
+    check = coded["check"]
+    assert check["decode_error"] < 1.5 * check["stock_decode_error"] < 0.1
+
+
+def test_the_fp32_reference_of_codes_leaves_them_alone() -> None:
+    model: Any = SHAPES["tiny-moe"].build(CPU, torch.bfloat16)
+    quantize_model(model, "fp8", text=[])
+    ids, classes = torch.arange(1, 12)[None], [type(m) for m in model.modules()]
+    codes = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    before = model(input_ids=ids).logits
+    with in_float32(model):
+        widened = model(input_ids=ids).logits
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == codes
+    assert [type(m) for m in model.modules()] == classes
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    torch.testing.assert_close(widened, model.float()(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None:
