@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+import weakref
 
 import pytest
 import torch
 
-from fusecomp.runtime.loading import load_model
+from fusecomp.quant.online import transform
+from fusecomp.quant.online.rounding import make_codes
 from models.registry import FAMILIES, build
 from tests.quant import packers
 from tests.quant.checkpoints import make
@@ -48,7 +49,8 @@ def test_size(tmp_path, case):
 # Anonymous memory: pages of the file belong to the page cache and are given back when they are needed.
 MEASURE = """
 import json, sys, threading, time, torch
-from fusecomp.runtime.loading import load_model
+from fusecomp.quant.online import transform
+from fusecomp.quant.online.rounding import make_codes
 
 def anonymous():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -93,18 +95,18 @@ def measured_peak(small, big, *options):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("scheme", ["fp8", "int4"])
-def test_peak_while_quantizing(tmp_path, scheme):
-    """At most the model in 16 bits and 30%: a weight is freed as soon as its codes exist."""
-    sizes = {**BIG, "num_hidden_layers": 8, "intermediate_size": 1536}
-    entry = FAMILIES["llama"]
-    for name, changes in (("small", {}), ("big", sizes)):
-        layers = changes.get("num_hidden_layers", entry.layers)
-        changed = replace(entry, config={**entry.config, **changes}, layers=layers, windows=(0,) * layers)
-        build(changed, torch.bfloat16).save_pretrained(tmp_path / name)
-    size = (tmp_path / "big" / "model.safetensors").stat().st_size
-    assert size > 50 << 20
-    peak = measured_peak(tmp_path / "small", tmp_path / "big", "auto", "cpu", scheme, [list(range(3, 99))] * 2)
-    assert peak < 1.3 * size, f"{peak / size:.2f} of the checkpoint"
-    assert taken(load_model(tmp_path / "big", "auto", "cpu", scheme, ())[0]) < 0.6 * size
+def test_weights_are_freed_one_by_one(monkeypatch, scheme):
+    """When a weight is rounded, none of those before it is in memory any more."""
+    model = build(FAMILIES["llama"], torch.bfloat16)
+    size, dead = taken(model), []
+    every = [weakref.ref(p) for n, p in model.named_parameters() if n.endswith("_proj.weight")]
+
+    def rounding(weight, *args, **options):
+        dead.append(sum(ref() is None for ref in every))
+        return make_codes(weight, *args, **options)
+
+    monkeypatch.setattr(transform, "make_codes", rounding)
+    transform.quantize_model(model, scheme, text=[list(range(3, 99))] * 2)
+    assert len(dead) > 10 and dead == list(range(len(dead)))
+    assert sum(ref() is None for ref in every) == len(dead) and taken(model) < size
