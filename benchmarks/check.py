@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp.errors import VerificationError
-from fusecomp.ops.quant import ActivationSpec, WeightSpec
-from fusecomp.quant.modules import QuantizedInput, QuantizedWeight, RoundedInput
+from fusecomp.ops.quant import WeightSpec
+from fusecomp.quant.modules import QuantizedInput, QuantizedWeight, as_in_step
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import ALLOWED_RATIO, FLOOR, model_error
@@ -30,7 +30,6 @@ from fusecomp.runtime.verify import ALLOWED_RATIO, FLOOR, model_error
 # Odd lengths that end inside, at and just past a KV page.
 LENGTHS = (2, 3, 5, 7, 17, 31, 65, 129)
 NEW_TOKENS = 8
-NEVER = 1 << 40  # tokens of a step that there is not
 REMEDY = "no figure is reported for a wrong model"
 
 
@@ -121,35 +120,21 @@ def _dequantize_once(experts: Any) -> Iterator[Any]:
     yield experts.register_forward_hook(release, always_call=True)
 
 
-@contextmanager
-def rounding(model: Any, always: bool) -> Iterator[None]:
-    """Inside, inputs that are rounded in large steps are rounded in all of the stock model's, or in none."""
-    inputs = [m for m in model.modules() if isinstance(m, RoundedInput)]
-    texts = [m.quantization for m in inputs]
-    for module in inputs:
-        spec = ActivationSpec.from_text(module.quantization)
-        module.quantization = replace(spec, least_tokens=0 if always else NEVER).to_text()
-    try:
-        yield
-    finally:
-        for module, text in zip(inputs, texts, strict=True):
-            module.quantization = text
-
-
 @torch.no_grad()
 def _continued_logits(model: Any, prompts: Sequence[list[int]], rest: Sequence[list[int]]) -> Tensor:
     """Logits [rows, 1 + len(rest), V] after each prompt and each token that follows; one sequence at a time.
 
-    Prompts are large steps, what follows is decoded.
+    Inputs are rounded as the engine's steps round them: all prompts are one step, what follows is decoded.
     """
+    together = sum(map(len, prompts))
     device = next(model.parameters()).device
     rows = []
     for prompt, new in zip(prompts, rest, strict=True):
-        with rounding(model, always=True):
+        with as_in_step(model, together):
             first = model(input_ids=torch.tensor([prompt], device=device), use_cache=bool(new), logits_to_keep=1)
         logits = [first.logits[0]]
         if new:
-            with rounding(model, always=False):
+            with as_in_step(model, len(prompts)):
                 ids = torch.tensor([new], device=device)
                 logits.append(model(input_ids=ids, past_key_values=first.past_key_values).logits[0])
         rows.append(torch.cat(logits))

@@ -22,13 +22,12 @@ ROUTED_TOKENS_PER_PASS = 8192
 
 def experts_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that compute with the weights of all experts stacked: parameters [E, ., .], or codes of such."""
-    return [m for m in model.modules() if any(_stacked(p, m) for p in [*m.parameters(recurse=False), *m.children()])]
-
-
-def _stacked(part: nn.Module | nn.Parameter, owner: nn.Module) -> bool:
-    if isinstance(part, nn.Module):
-        return isinstance(part, QuantizedWeight) and part.q.dim() == 3
-    return part.dim() == 3 and not isinstance(owner, QuantizedWeight)
+    return [
+        m
+        for m in model.modules()
+        if any(isinstance(child, QuantizedWeight) and child.q.dim() == 3 for child in m.children())
+        or (not isinstance(m, QuantizedWeight) and any(p.dim() == 3 for p in m.parameters(recurse=False)))
+    ]
 
 
 def _bytes(owner: nn.Module | nn.Parameter) -> int:

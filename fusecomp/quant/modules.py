@@ -6,7 +6,8 @@ A weight's codes and scales keep their dtypes whatever the model is converted to
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fusecomp.ops import OPS
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
 from fusecomp.quant.codes import Codes
 
+NEVER = 1 << 40  # tokens of a step that there is not
 CODES = "_codes"  # suffix of the module that holds the codes of an experts parameter
 
 
@@ -107,6 +109,21 @@ class RoundedInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, K] -> the same shape and dtype."""
         return OPS.fake_quantize(x, None, self.quantization)
+
+
+@contextmanager
+def as_in_step(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Inside, inputs of `model` are rounded as in a step of `tokens` tokens, whatever it is given."""
+    inputs = [module for module in model.modules() if isinstance(module, RoundedInput)]
+    texts = [module.quantization for module in inputs]
+    for module in inputs:
+        spec = ActivationSpec.from_text(module.quantization)
+        module.quantization = replace(spec, least_tokens=0 if tokens >= spec.least_tokens else NEVER).to_text()
+    try:
+        yield
+    finally:
+        for module, text in zip(inputs, texts, strict=True):
+            module.quantization = text
 
 
 class QuantizedLinear(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp.errors import VerificationError
+from fusecomp.quant.modules import RoundedInput, as_in_step
 from fusecomp.report import Receipt
 
 if TYPE_CHECKING:
@@ -67,6 +68,27 @@ def pack(prompts: list[list[int]], config: EngineConfig, num_blocks: int) -> lis
     return [step for step in steps if step]
 
 
+@torch.no_grad()
+def packed_logits(model: nn.Module, prompts: list[list[int]], device: torch.device, *, decode_last: bool) -> Tensor:
+    """Logits [S, V] of a stock model after each prompt, run one by one and rounded as a step of all of them is.
+
+    With `decode_last` each prompt's last token is run after the others, on the keys and values that they left.
+    """
+    rounds = any(isinstance(module, RoundedInput) for module in model.modules())
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        if not (decode_last and rounds):  # otherwise one pass is the same as two
+            with as_in_step(model, sum(map(len, prompts))):
+                rows.append(model(ids).logits[0, -1])
+            continue
+        with as_in_step(model, sum(map(len, prompts)) - len(prompts)):
+            past = model(ids[:, :-1], use_cache=True).past_key_values
+        with as_in_step(model, len(prompts)):
+            rows.append(model(ids[:, -1:], past_key_values=past).logits[0, -1])
+    return torch.stack(rows)
+
+
 def verify_engine(engine: Engine, model: nn.Module) -> list[Receipt]:
     """Compare last-token logits of a few random prompts and file one receipt for prefill and one for decode.
 
@@ -77,24 +99,22 @@ def verify_engine(engine: Engine, model: nn.Module) -> list[Receipt]:
     prompts = [torch.randint(0, engine.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
     steps = pack(prompts, engine.config, engine.num_kv_blocks)
     exact_model = copy.deepcopy(model).float()
-    with torch.no_grad():
+    routed = engine.report.count("experts") > 0
+    receipts = []
+    for what in ("prefill", "decode"):
+        decodes = what == "decode"  # a decode has a token before it
+        chosen = [kept for step in steps if (kept := [p for p in step if len(p) > decodes])]
+        if not chosen:
+            continue
+        fused = torch.cat([engine.prompt_logits(step, decode_last=decodes) for step in chosen])
         unfused, exact = (
-            torch.stack([m(torch.tensor([p], device=engine.device)).logits[0, -1] for step in steps for p in step])
+            torch.cat([packed_logits(m, step, engine.device, decode_last=decodes) for step in chosen])
             for m in (model, exact_model)
         )
-    del exact_model
-    routed = engine.report.count("experts") > 0
-    lengths = torch.tensor([len(p) for step in steps for p in step], device=engine.device)
-    receipts = []
-    for what, rows in (("prefill", lengths > 0), ("decode", lengths > 1)):  # a decode has a token before it
-        decodes = what == "decode"
-        chosen = [[p for p in step if len(p) > decodes] for step in steps]
-        fused = [engine.prompt_logits(step, decode_last=decodes) for step in chosen if step]
-        if not fused:
-            continue
-        error = model_error(torch.cat(fused), exact[rows], routed=routed)
-        reference = model_error(unfused[rows], exact[rows], routed=routed)
+        error = model_error(fused, exact, routed=routed)
+        reference = model_error(unfused, exact, routed=routed)
         receipts.append(Receipt(what, error, reference, within_contract(error, reference)))
+    del exact_model
     engine.report.receipts += receipts
     for receipt in receipts:
         if not receipt.passed:
