@@ -11,7 +11,10 @@ from tests.quant.checkpoints import make
 from tests.quant.test_formats import ACTIVATIONS
 from tests.serving import CONFIG, hf_greedy, serve, tokens
 
-CASES = {"int8 dynamic": "dynamic int8, a scale for a token", "fp8 channel and token": "dynamic fp8, a scale for a token"}
+CASES = {
+    "int8 dynamic": "dynamic int8, a scale for a token",
+    "fp8 channel and token": "dynamic fp8, a scale for a token",
+}
 
 
 def sure_tokens(logits):
