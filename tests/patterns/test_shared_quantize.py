@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusecomp._compat import dynamo_settings
 from fusecomp.ops import OPS
 from fusecomp.ops.quant import FP8, INT, ActivationSpec, WeightSpec
-from fusecomp.patterns.base import count_ops
+from fusecomp.patterns.base import count_ops, own_graph
 from fusecomp.patterns.linear import MergedLinears
 from fusecomp.patterns.quant_examples import random_weight
 from fusecomp.patterns.shared_quantize import SharedQuantize
@@ -70,14 +71,16 @@ def test_linears_of_equal_quantizations_are_merged(kind, spelling):
     x = torch.randn(1, 5, 24)
     expected = module(x)
 
-    def rewrite(gm):
-        PATTERN.apply(gm, context)
-        MergedLinears().apply(gm, context)
+    def backend(gm, _):
+        gm = own_graph(gm)
+        for pattern in (PATTERN, MergedLinears()):
+            pattern.apply(gm, context)
         gm.recompile()
-        forward = gm.forward
-        gm.forward = lambda *args: forward(*args, *(m.tensor for m in context.merged))
+        return lambda *args: gm(*args, *(merged.tensor for merged in context.merged))
 
-    output, _ = run_rewritten(module, (x,), rewrite)
+    torch._dynamo.reset()
+    with dynamo_settings(), torch.no_grad():
+        output = torch.compile(module, backend=backend, fullgraph=True)(x)
     assert context.report.counts() == {"shared_quantize": 2, "merged_linear": 1} and not context.report.near_misses
     for found, wanted in zip(output, expected, strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)

@@ -17,11 +17,12 @@ from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_
 from fusecomp.ops.quant import FP8, INT
 
 TABLES = Path(__file__).parent / "tuned"
-DEFAULT_TABLE = "nvidia_h200"
+DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"  # the only Hopper card that was tuned
 TILE, PERSISTENT, LIBRARY = "tile", "persistent", "library"
 # Columns that the matrix units of compute capability 9.0 may sum alone: their error over 14,336, with the rounding of
 # the result to bf16, is 1.2 times that of the product of dequantized bf16 operands.
 LONGEST_SUM = 14336
+NO_TABLE: dict[str, Any] = {"gpu": "", "entries": []}
 TILE_TOKENS = 256  # up to which, where nothing was measured, weights are on the wide side
 MAX_SPLITS = 16
 
@@ -109,7 +110,7 @@ def load_table(name: str) -> dict[str, Any]:
     path = TABLES / f"{name}_scaled.json"
     if not path.exists():
         path = TABLES / f"{DEFAULT_TABLE}_scaled.json"
-    return json.loads(path.read_text()) if path.exists() else {"gpu": "", "entries": []}
+    return json.loads(path.read_text())
 
 
 @cache
@@ -125,8 +126,11 @@ def scaled_config(target: Target, shape: ScaledShape, tokens: int) -> ScaledConf
 
 
 def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -> ScaledConfig:
-    table = load_table(target.table) if target.has_tma else {"gpu": "", "entries": []}
-    entries = [e for e in table["entries"] if (e["kind"], bool(e["block"])) == (shape.kind, bool(shape.block))]
+    table: dict[str, Any] = load_table(target.table) if target.has_tma else NO_TABLE
+    alike = [e for e in table["entries"] if bool(e["block"]) == bool(shape.block)]
+    entries = [e for e in alike if e["kind"] == shape.kind]
+    if not entries and shape.kind == INT:  # as many bytes and as fast, but for the library
+        entries, library = alike, False
     if not entries or shape.precise:
         return _fit(_unmeasured(target, shape, tokens), target, shape)
 
@@ -137,10 +141,11 @@ def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -
         return same + sum(w * abs(math.log2(a / b)) for a, b, w in (*sizes, (entry["k"], shape.k, 1.0)))
 
     entry = min(entries, key=distance)
-    how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
+    measured = table["gpu"] == target.name and entry["kind"] == shape.kind
+    how = "exact" if measured and distance(entry) == 0 else "nearest"
     name = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "epilogue", "tokens"))
     found = entry["config"] if library or "own" not in entry else entry["own"]
-    config = ScaledConfig(**found, source=f"{table['gpu']} {shape.kind} {name} ({how})")
+    config = ScaledConfig(**found, source=f"{table['gpu']} {entry['kind']} {name} ({how})")
     if config.swap and shape.groups > 1:
         config = replace(config, swap=False)
     if how == "nearest":
