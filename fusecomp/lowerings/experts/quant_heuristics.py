@@ -31,6 +31,7 @@ DEFAULT_CODES_TABLE = "nvidia_h100_80gb_hbm3"
 KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
 WIDE = Tiles(128, 64, 8, 4)  # with many tokens
 STAGES = 8
+CONVERTED = 64  # weights of a step in one thread
 FAR = 8.0  # as `distance` has it: beyond, what was measured of 16-bit weights is the better guess
 
 
@@ -109,11 +110,17 @@ def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
         return replace(config, up=up, down=down, source=source)
     if not config.swap:
         return replace(config, up=WIDE, down=WIDE, swap=True, source=source)
-    up, down = (
-        replace(t, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False)
-        for t in (config.up, config.down)
-    )
+    up, down = (_narrow(t, shape) for t in (config.up, config.down))
     return replace(config, up=up, down=down, source=source)
+
+
+def _narrow(t: Tiles, shape: CodesShape) -> Tiles:
+    """Weights of a thread are converted in its registers, so there are no more of them than with narrow tiles."""
+    rows = min(t.block_n, 64) if shape.kind == NF4 else t.block_n  # its values are chosen by many comparisons
+    warps = max(t.num_warps, min(8, rows * t.block_d // (CONVERTED * 32)))
+    return replace(
+        t, block_n=rows, num_warps=warps, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False
+    )
 
 
 def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsConfig:
