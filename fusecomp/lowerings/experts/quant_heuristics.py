@@ -115,8 +115,8 @@ def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
 
 
 def _narrow(t: Tiles, shape: CodesShape) -> Tiles:
-    """Weights of a thread are converted in its registers, so there are no more of them than with narrow tiles."""
-    rows = min(t.block_n, 64) if shape.kind == NF4 else t.block_n  # its values are chosen by many comparisons
+    """A thread's weights are converted in its registers, so they are not many."""
+    rows = min(t.block_n, 64) if shape.kind == NF4 else t.block_n  # many comparisons
     warps = max(t.num_warps, min(8, rows * t.block_d // (CONVERTED * 32)))
     return replace(
         t, block_n=rows, num_warps=warps, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False
