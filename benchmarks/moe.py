@@ -36,6 +36,7 @@ from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import DEFAULT_TABLE, ExpertsConfig, Tiles, experts_config, load_table
 from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.quant_heuristics import (
+    DEFAULT_CODES_TABLE,
     DEQUANTIZE,
     KEYS,
     load_codes_table,
@@ -288,7 +289,7 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
 def write_table(path: Path, environment: dict, entries: list[dict], codes: bool = False) -> None:
     """A table with one line per entry; what was not tuned keeps its entry."""
     keys = KEYS if codes else KEYS[1:]
-    kept = (load_codes_table if codes else load_table)(DEFAULT_TABLE)
+    kept = load_codes_table(DEFAULT_CODES_TABLE) if codes else load_table(DEFAULT_TABLE)
     merged = {tuple(entry[key] for key in keys): entry for entry in (*kept["entries"], *entries)}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'

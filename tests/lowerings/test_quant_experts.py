@@ -56,16 +56,31 @@ def test_every_shape_has_a_configuration(target):
 
 
 def test_source_says_where_it_comes_from():
-    for entry in load_codes_table(SM90.table)["entries"]:
+    table = load_codes_table(SM90.table)
+    card = replace(SM90, name=table["gpu"])
+    for entry in table["entries"]:
         cols = 128 if entry["codes"].endswith("blocks") else 0
         name = entry["codes"].removesuffix(" blocks")
         kind, bits = (INT, int(name[3:])) if name.startswith(INT) else (name, 8 if name == FP8 else 4)
         shape = CodesShape(*(entry[key] for key in KEYS[1:5]), kind, bits, cols, cols, 2)
         assert shape.codes == entry["codes"]
-        assert "(exact" in quant_experts_config(SM90, shape, entry["tokens"]).source
-        assert "(nearest" in quant_experts_config(SM90, replace(shape, hidden=shape.hidden + 16), 1).source
+        assert "(exact" in quant_experts_config(card, shape, entry["tokens"]).source
+        assert "(nearest" in quant_experts_config(SM90, shape, entry["tokens"]).source
+        other = replace(shape, hidden=shape.hidden + 16)
+        assert "(nearest" in quant_experts_config(card, other, entry["tokens"]).source
     wide = CodesShape(128, 8, 2048, 768, FP8, 8, 0, 0, 4)
     assert "not measured" in quant_experts_config(SM90, wide, 64).source
+
+
+def test_what_was_measured_serves_its_like():
+    """A layout not measured takes tiles of codes as wide; a distant shape those of 16-bit weights."""
+    sizes = (128, 8, 2048, 768)
+    for bits in (4, 8):
+        for tokens in (1, 2, 8, 64, 8192):
+            config = quant_experts_config(SM90, CodesShape(*sizes, INT, bits, 0, 0, 2), tokens)
+            assert config.method == "grouped" or tokens <= 4
+            assert bits == 4 or tokens != 64 or "experts of fp8" in config.source
+    assert "not measured" in quant_experts_config(SM90, CodesShape(8, 2, 4096, 14336, FP8, 8, 0, 0, 2), 3).source
 
 
 def test_choices_are_explained():

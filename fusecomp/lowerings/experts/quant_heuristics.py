@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 from fusecomp.lowerings.experts.heuristics import (
-    DEFAULT_TABLE,
     TABLES,
     ExpertsConfig,
     Tiles,
@@ -28,9 +27,12 @@ from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.quant import NF4, WeightSpec
 
 DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
+DEFAULT_CODES_TABLE = "nvidia_h100_80gb_hbm3"
 KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
 WIDE = Tiles(128, 64, 8, 4)  # with many tokens
 STAGES = 8
+CONVERTED = 64  # weights of a step in one thread
+FAR = 8.0  # as `distance` has it: beyond, what was measured of 16-bit weights is the better guess
 
 
 def refusal(up: WeightSpec, down: WeightSpec, transposed: bool) -> str | None:
@@ -53,7 +55,7 @@ def load_codes_table(name: str) -> dict[str, Any]:
     """The committed table of a GPU; the default GPU's where it has none."""
     path = TABLES / f"{name}_codes.json"
     if not path.exists():
-        path = TABLES / f"{DEFAULT_TABLE}_codes.json"
+        path = TABLES / f"{DEFAULT_CODES_TABLE}_codes.json"
     return json.loads(path.read_text())
 
 
@@ -64,18 +66,35 @@ def quant_experts_config(target: Target, shape: CodesShape, tokens: int) -> Expe
         "experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "width": shape.width, "tokens": tokens,
     }  # fmt: skip
     table = load_codes_table(target.table)
-    measured = [e for e in table["entries"] if e["codes"] == shape.codes] if shape.itemsize == 2 else []
-    if measured:
-        entry = min(measured, key=lambda entry: distance(entry, wanted))
-        exact = table["gpu"] == target.name and all(entry[key] == wanted[key] for key in wanted)
+    if entry := _nearest(table["entries"], shape, wanted):
+        exact = table["gpu"] == target.name and all(entry[key] == value for key, value in wanted.items())
+        exact = exact and entry["codes"] == shape.codes
         found = " ".join(f"{key}={entry[key]}" for key in KEYS[1:])
-        source = f"{table['gpu']} experts of {shape.codes} {found} ({'exact' if exact else 'nearest'})"
+        source = f"{table['gpu']} experts of {entry['codes']} {found} ({'exact' if exact else 'nearest'})"
         config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
     else:
         config = _derived(experts_config(target, itemsize=shape.itemsize, **wanted), shape)
     if config.method == DEQUANTIZE:
         return config
     return _fit(config, target, shape)
+
+
+def _nearest(entries: list[dict[str, Any]], shape: CodesShape, wanted: dict[str, int]) -> dict[str, Any] | None:
+    """The nearest measured entry of codes as wide, those of the same layout before others; None if all are far."""
+
+    def far(entry: dict[str, Any]) -> float:
+        return distance(entry, wanted) + (entry["codes"] != shape.codes)
+
+    # As with numbers, a vector launch serves no more tokens than it was measured with.
+    near = [
+        entry
+        for entry in entries
+        if shape.itemsize == 2
+        and ("4" in entry["codes"]) == (shape.bits == 4)
+        and (entry["config"]["method"] != "vector" or entry["tokens"] >= wanted["tokens"])
+        and far(entry) <= FAR
+    ]
+    return min(near, key=far, default=None)
 
 
 def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
@@ -91,11 +110,17 @@ def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:
         return replace(config, up=up, down=down, source=source)
     if not config.swap:
         return replace(config, up=WIDE, down=WIDE, swap=True, source=source)
-    up, down = (
-        replace(t, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False)
-        for t in (config.up, config.down)
-    )
+    up, down = (_narrow(t, shape) for t in (config.up, config.down))
     return replace(config, up=up, down=down, source=source)
+
+
+def _narrow(t: Tiles, shape: CodesShape) -> Tiles:
+    """A thread's weights are converted in its registers, so they are not many."""
+    rows = min(t.block_n, 64) if shape.kind == NF4 else t.block_n  # many comparisons
+    warps = max(t.num_warps, min(8, rows * t.block_d // (CONVERTED * 32)))
+    return replace(
+        t, block_n=rows, num_warps=warps, num_stages=min(t.num_stages * 16 // shape.bits, STAGES), use_tma=False
+    )
 
 
 def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsConfig:

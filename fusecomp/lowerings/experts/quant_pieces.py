@@ -149,7 +149,7 @@ def _add_products(
     registers where their codes were converted, and it is the tokens that change places.
     """
     BLOCK_D: tl.constexpr = tokens.shape[1]
-    if KIND >= 3 and tokens.shape[0] <= ONCE_TOKENS:
+    if KIND >= 3 and tokens.shape[0] <= ONCE_TOKENS and BLOCK_D >= 32:  # matrix units are 16 deep
         even, odd = tl.split(tl.reshape(tokens, [tokens.shape[0], BLOCK_D // 2, 2]))
         low, high = nibble_values(code & 15, KIND, OFFSET), nibble_values(code >> 4, KIND, OFFSET)
         low = _dequantized(low, z, s, BLOCK_D // 2, COLS // 2, HAS_ZERO, SCALED)
