@@ -72,7 +72,7 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
         block_k = 1024 if shape.dtype != "float32" else 512
         return QuantConfig(VECTOR, 1, 2 * shape.groups, max(min(block_k, next_power_of_2(shape.k)), 32), 4)
     block_t = next_power_of_2(min(128, max(8, tokens)))
-    block_r, block_k, wide = (128, 64, tokens > 64) if tokens > SKINNY_LIMIT else (64, 128, False)
+    block_r, block_k, wide = (128, 64, True) if tokens > SKINNY_LIMIT else (64, 128, False)
     if shape.dtype == "float32":  # its products are computed without matrix units, in registers
         block_t, block_r, block_k, wide = min(block_t, 16), 32, 32, False
     block_k = fitting_columns(block_k, shape.cols)
@@ -112,6 +112,9 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     config = replace(config, block_k=fitting_columns(config.block_k, shape.cols))
     if shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
+
+    if shape.cols and config.block_r * config.block_t > 32 * 32 * config.num_warps:  # sums of a tile and of all
+        config = replace(config, num_warps=8)
 
     def need(c: QuantConfig) -> int:
         # Bytes of a column and token: with the norm inside, its weight is staged beside the inputs.
