@@ -22,7 +22,7 @@ from benchmarks import hf, startup
 from benchmarks.registry import BENCHMARKS
 from benchmarks.session import Options, Result, Session, progress, versions
 from benchmarks.shapes import SHAPES, ShapeError
-from fusecomp.config import DTYPES, FUSE_MODES, QUANTIZE_SCHEMES
+from fusecomp.config import DTYPES, FUSE_MODES, KV_CACHE_DTYPES, QUANTIZE_SCHEMES
 from fusecomp.errors import FusecompError, VerificationError
 
 STARTUP = "startup"
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--max-num-batched-tokens", type=int, default=8192, help="engine: most tokens in a step")
     add("--max-model-len", type=int, help="engine: default is what the benchmarks need")
     add("--gpu-memory-utilization", type=float, default=0.9)
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="engine: fp8 halves the KV cache")
     add("--enforce-eager", action="store_true", help="engine without Inductor and CUDA graphs")
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
     add("--fuse", choices=FUSE_MODES, default="auto", help="engine: run the fuse stage")

@@ -1,6 +1,7 @@
 """The gate: nothing is reported for an engine whose numbers are wrong.
 
-Three comparisons, against the stock HF model run eagerly in the same dtype and in fp32:
+Three comparisons, against the stock HF model run eagerly in the same dtype (for an FP8 cache with its keys and values
+rounded alike) and in fp32:
     1. logits after whole prompts: relative error <= 1.5 times that of the stock model in the same dtype;
     2. the same for the last token computed as a decode on cached keys;
     3. tokens served by `Engine.step` (CUDA graphs and sampling included) are arg-maxima of the exact logits, up to
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp.errors import VerificationError
+from fusecomp.ops.kv_cache import FP8
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.quant.modules import QuantizedInput, QuantizedWeight, as_in_step
 from fusecomp.request import SamplingParams
@@ -141,6 +143,14 @@ def _continued_logits(model: Any, prompts: Sequence[list[int]], rest: Sequence[l
     return torch.stack(rows).float()
 
 
+def _rounded_tail_logits(engine: Engine, sequences: list[list[int]], keep: int) -> Tensor:
+    """Logits [rows, keep, V] at the last positions of the stock model, keys and values rounded as the cache does."""
+    rows = [engine.rounded_logits(s) for s in sequences]
+    if any(row is None for row in rows):
+        raise VerificationError("an FP8 cache cannot be checked", where=engine.report.model, remedy=REMEDY)
+    return torch.stack([row[0, -keep:] for row in rows if row is not None]).float()
+
+
 def _serve(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations of `NEW_TOKENS` tokens, through the serving loop."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
@@ -177,6 +187,11 @@ def check_engine(engine: Engine, model: Any, seed: int = 0) -> CheckResult:
     if next(model.parameters()).dtype != torch.float32:
         with in_float32(model):
             exact, exact_decode = _continued_logits(model, prompts, rest), _continued_logits(model, begun, last)[:, 1]
+    if engine.config.kv_cache_dtype == FP8:
+        sequences = [p + new for p, new in zip(prompts, rest, strict=True)]
+        with as_in_step(model, sum(map(len, prompts))):
+            stock = _rounded_tail_logits(engine, sequences, NEW_TOKENS)
+        stock_decode = stock[:, 0]
     after_prompt = exact[:, 0]
     chosen = torch.tensor(served, device=exact.device)
     gap = exact.amax(-1) - exact.gather(-1, chosen[..., None])[..., 0]

@@ -51,6 +51,7 @@ class Options:
     max_num_batched_tokens: int = 8192
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
     strict: bool = False
     fuse: str = "auto"
@@ -94,6 +95,7 @@ class Options:
             max_num_batched_tokens=max(self.max_num_batched_tokens, seqs),
             max_model_len=self.max_model_len or -(-max(length) // 64) * 64,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_dtype=self.kv_cache_dtype,
             enforce_eager=self.enforce_eager,
             strict=self.strict,
             fuse=self.fuse,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +25,11 @@ from fusecomp._compat import dynamo_settings
 from fusecomp.errors import UnsupportedModelError
 from fusecomp.expert_forms import remember_experts, trace_experts, unfused_reason
 from fusecomp.ops import OPS
-from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED
+from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED, attention_reference
+from fusecomp.ops.kv_cache import as_cached
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
 
-TRACE, PROBE = "fusecomp", "fusecomp_probe"
+TRACE, PROBE, ROUNDED = "fusecomp", "fusecomp_probe", "fusecomp_rounded"
 # Keyword arguments of HF attention functions that do not change what is computed, or that are handled by name.
 HANDLED = {"dropout", "scaling", "softcap", "s_aux", "sliding_window", "is_causal"}
 NEUTRAL = {
@@ -120,6 +121,40 @@ def _probe_attention(
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
 
 
+def _rounded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """HF attention function: eager attention by the layer's proven mask, over keys and values as FP8 returns them."""
+    assert _masks is not None
+    layer = module.layer_idx
+    mask = _masks[layer]  # type: ignore[index]
+    facts = (_default_scale(query, kwargs.get("scaling")), mask.kind, mask.window, kwargs.get("softcap") or 0.0)
+    out = attention_reference(query, as_cached(key), as_cached(value), *facts, kwargs.get("s_aux"), layer)  # type: ignore[arg-type]
+    return out.transpose(1, 2), None
+
+
+_masks: Mapping[int, MaskSpec] | None = None
+
+
+def rounded_logits(
+    model: nn.Module, implementations: Implementations, masks: Mapping[int, MaskSpec], prompt: Sequence[int]
+) -> Tensor:
+    """Logits [1, N, V] of a prompt by the model's own code with keys and values rounded as an FP8 cache does.
+
+    What a step over such a cache is to be compared with; `masks` are those that the probe proved.
+    """
+    global _masks  # noqa: PLW0603 - as `_probe`
+    _masks = masks
+    try:
+        with torch.no_grad(), implementations.use(ROUNDED):
+            device = next(model.parameters()).device
+            ids, positions = torch.tensor([list(prompt)], device=device), torch.arange(len(prompt), device=device)
+            given = Signature.of(model).arguments(ids, positions[None], positions, explicit_mask=True)
+            return _logits(model(**given))
+    finally:
+        _masks = None
+
+
 def forward_hooks(module: nn.Module) -> list[Callable]:
     """The forward hooks on `module` itself, without those that transformers leaves there and that do nothing here."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -150,9 +185,11 @@ def _probe_experts(module: Any, *args: Tensor) -> Tensor:
 def _register() -> None:
     AttentionInterface.register(TRACE, _trace_attention)
     AttentionInterface.register(PROBE, _probe_attention)
+    AttentionInterface.register(ROUNDED, _rounded_attention)
     AttentionMaskInterface.register(PROBE, _probe_mask)
     ExpertsInterface.register(TRACE, trace_experts)
     ExpertsInterface.register(PROBE, _probe_experts)
+    ExpertsInterface.register(ROUNDED, trace_experts)
 
 
 class Implementations:

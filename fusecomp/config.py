@@ -18,6 +18,7 @@ BLOCK_SIZES = (1, 16, 32, 64)
 VERIFY_MODES = ("off", "first")
 FUSE_MODES = ("auto", "always", "never")
 QUANTIZE_SCHEMES = ("fp8", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 C = TypeVar("C")
 
@@ -89,6 +90,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the card's memory for weights, workspace and KV cache.
         kv_cache_bytes: explicit KV budget; None derives it (from the share above on a GPU,
             from `max_num_seqs * max_model_len` capped at 1 GiB on the CPU).
+        kv_cache_dtype: "auto" keeps keys and values in the model's dtype; "fp8" as codes of one byte (e4m3) with a
+            scale per token and kv head: half the memory of 16 bits, and 2.5% of rounding error in each key and value.
         block_size: tokens per KV page.
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
         compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
@@ -113,6 +116,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     enforce_eager: bool = False
     compile_cache: bool = True
@@ -127,6 +131,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._one_of("dtype", DTYPES)
         self._one_of("block_size", BLOCK_SIZES)
+        self._one_of("kv_cache_dtype", KV_CACHE_DTYPES)
         self._one_of("verify", VERIFY_MODES)
         self._one_of("fuse", FUSE_MODES)
         if isinstance(self.disabled_patterns, str) or not all(isinstance(n, str) for n in self.disabled_patterns):

@@ -7,22 +7,31 @@ The protocol, fixed so that figures stay comparable:
 - The weights are loaded in fp32 and run by Hugging Face's eager attention and eager experts. With `--quantize` they are
   quantized as `fusecomp.LLM(model, quantize=...)` does, and inputs of linears are rounded in steps of any size.
 - nats/token divides the summed negative log likelihood by the tokens scored, nats/byte by the UTF-8 bytes of the files.
+
+`--engine dtype=bfloat16 kv_cache_dtype=fp8` scores what an engine with those options computes: its own step over its
+own cache, every window in chunks of `max_num_batched_tokens` (256 unless given), each on the cached keys before it.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fusecomp.config import EngineConfig, check_keys
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.loading import load_model
 from models.corpus import CONTEXT, parse_heldout
 
 HELDOUT = Path(__file__).with_name("heldout.txt")
+ENGINE = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "kv_cache_bytes": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,41 @@ def score_windows(model: PreTrainedModel, rows: Sequence[list[int]], batch: int 
     return nats, tokens
 
 
+@torch.no_grad()
+def score_engine(engine: Engine, rows: Sequence[list[int]]) -> tuple[float, int]:
+    """As `score_windows`, of an idle engine: every window alone, chunk by chunk, with the logits of all its tokens."""
+    nats, tokens = 0.0, 0
+    for window in rows:
+        logits = engine.token_logits(window)
+        losses = torch.nn.functional.cross_entropy(
+            logits[:-1].float(), torch.tensor(window[1:], device=logits.device), reduction="none"
+        )
+        nats, tokens = nats + float(losses.double().sum()), tokens + len(window) - 1
+    return nats, tokens
+
+
+def load_engine(folder: str | Path, options: Mapping[str, Any]) -> Engine:
+    """An engine on the checkpoint with these options of `EngineConfig`."""
+    config = EngineConfig(**{**ENGINE, **options})
+    model, _ = load_model(folder, config.dtype, config.device, config.quantize, config.calibration)
+    return Engine(model, config)
+
+
+def engine_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of `EngineConfig` from `name=value`, numbers and booleans as JSON writes them.
+
+    Raises:
+        ConfigError: a name is no field.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        hint = typing.get_type_hints(EngineConfig).get(name)
+        options[name] = value if hint in (str, str | None) else json.loads(value)
+    check_keys(EngineConfig, options, "--engine")
+    return options
+
+
 def load(folder: str | Path) -> PreTrainedModel:
     """The checkpoint as the protocol wants it: fp32, eager attention, eager experts."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -103,10 +147,21 @@ def measure(
     context: int = CONTEXT,
     scheme: str | None = None,
     calibrated: bool = True,
+    engine: Mapping[str, Any] | None = None,
 ) -> Score:
-    """Scores a checkpoint on the held-out text, or on its first `limit` windows; quantized by `scheme` if given."""
+    """Scores a checkpoint on the held-out text, or on its first `limit` windows.
+
+    Args:
+        scheme: quantize it so first.
+        engine: options of the engine that scores it; None for Hugging Face's eager model.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows, size = heldout_windows(tokenizer, HELDOUT.read_text(encoding="utf-8") if text is None else text, context)
+    if engine is not None and scheme is not None:
+        raise ValueError("the engine quantizes by its own option: --engine quantize=SCHEME")
+    if engine is not None:
+        nats, tokens = score_engine(load_engine(folder, engine), rows[:limit])
+        return Score(nats, tokens, size if limit is None or limit >= len(rows) else 0)
     model = load(folder)
     if scheme is not None:
         quantize(model, tokenizer, scheme, calibrated)
@@ -122,7 +177,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help=f"window length (default: {CONTEXT})")
     parser.add_argument("--quantize", metavar="SCHEME", help="fp8, int8 or int4 (default: as the checkpoint is)")
     parser.add_argument("--no-calibration", action="store_true", help="quantize by rounding alone")
+    parser.add_argument(
+        "--engine", nargs="*", metavar="NAME=VALUE", help="score an engine with these options of EngineConfig"
+    )
     args = parser.parse_args()
+    if args.engine is not None and args.quantize:
+        parser.error("--quantize is for Hugging Face's model; an engine takes --engine quantize=SCHEME")
     score = measure(
         args.model,
         args.text.read_text(encoding="utf-8"),
@@ -130,6 +190,7 @@ def main() -> None:
         args.context,
         args.quantize,
         not args.no_calibration,
+        None if args.engine is None else engine_options(args.engine),
     )
     how = f" quantized to {args.quantize}" if args.quantize else ""
     print(f"{args.model}{how}: {score.tokens} tokens, perplexity {score.perplexity:.3f}")

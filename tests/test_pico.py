@@ -10,8 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusecomp import LLM, SamplingParams
-from fusecomp.runtime.engine import Engine
-from fusecomp.runtime.scheduler import ScheduledStep
 from models import perplexity
 from models.corpus import parse_heldout
 from models.registry import FAMILIES
@@ -32,7 +30,7 @@ NUM_PROMPTS, LONGEST, MAX_TOKENS = 64, 400, 24
 
 
 @cache
-def llm(name: str, dtype: str = "float32", fuse: str = "auto") -> LLM:
+def llm(name: str, dtype: str = "float32", fuse: str = "auto", kv_cache_dtype: str = "auto") -> LLM:
     return LLM(
         MODELS / name,
         dtype=dtype,
@@ -41,6 +39,7 @@ def llm(name: str, dtype: str = "float32", fuse: str = "auto") -> LLM:
         max_num_batched_tokens=CHUNK,
         kv_cache_bytes=1 << 27,
         fuse=fuse,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -105,30 +104,13 @@ def test_the_fuse_stage_changes_no_token(name):
     }
 
 
-def nats_per_token(engine: Engine, windows: list[list[int]]) -> float:
-    """The protocol of models/perplexity.py on the engine's own step: chunk by chunk, with the logits of every token."""
-    nats, tokens = 0.0, 0
-    for window in windows:
-        seq = engine._stand_in(0, window, [])
-        logits = []
-        for start in range(0, len(window), CHUNK):
-            size = min(CHUNK, len(window) - start)
-            seq.blocks = list(range(-(-(start + size) // engine.config.block_size)))  # grown as the scheduler does
-            batch = engine._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
-            logits.append(engine._step(dataclasses.replace(batch, logit_indices=torch.arange(size))).float())
-        scores, wanted = torch.cat(logits)[:-1], torch.tensor(window[1:])
-        nats += float(torch.nn.functional.cross_entropy(scores, wanted, reduction="none").double().sum())
-        tokens += len(wanted)
-    return nats / tokens
-
-
 def check_perplexity(name: str, served_by: LLM, **tolerance: float) -> None:
     card = json.loads((MODELS / name / "figures.json").read_text(encoding="utf-8"))["heldout_txt_first_windows"]
     windows, _ = perplexity.heldout_windows(tokenizer(name), perplexity.HELDOUT.read_text(encoding="utf-8"))
     windows = windows[: card["windows"]]
     assert sum(map(len, windows)) - len(windows) == card["tokens"]
-    nats = nats_per_token(served_by._session.engine, windows)
-    assert torch.tensor(nats).exp().item() == pytest.approx(card["perplexity"], **tolerance)
+    score = perplexity.Score(*perplexity.score_engine(served_by._session.engine, windows), 0)
+    assert score.perplexity == pytest.approx(card["perplexity"], **tolerance)
 
 
 @checkpoints
@@ -144,3 +126,11 @@ def test_bf16_perplexity_is_the_cards_within_half_a_percent(name):
     report = served_by.fusion_report
     assert report.counts() == expected(name)
     assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
+
+
+@checkpoints
+def test_fp8_keys_and_values_cost_at_most_half_a_percent_of_perplexity(name):
+    served_by = llm(name, kv_cache_dtype="fp8")
+    check_perplexity(name, served_by, rel=5e-3)
+    assert {m.numerics for m in served_by.fusion_report.matches if m.pattern == "paged_attention"} == {"quantizing"}
+    assert served_by._session.engine.kv_bytes_per_token * 3 < llm(name)._session.engine.kv_bytes_per_token

@@ -23,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusecomp.lowerings.paged_attention import heuristics, pieces
-from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
+from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.paged_attention.lowering import rope_constants
+from fusecomp.lowerings.paged_attention.lowering import codes_kind, rope_constants
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
 from fusecomp.ops.rope import Rope
@@ -89,6 +89,7 @@ class Case:
     max_keys: int = 2048
     aligned: bool = True  # k and v as TMA wants them
     rope: str = ""  # of `rope_attention`; the plain ops if empty
+    quantized: bool = False  # an FP8 cache
 
     @property
     def itemsize(self) -> int:
@@ -97,7 +98,7 @@ class Case:
     def __str__(self) -> str:
         marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
         marks += ["unaligned"] * (not self.aligned)
-        marks += [self.rope.replace(" ", "-")] * bool(self.rope)
+        marks += [self.rope.replace(" ", "-")] * bool(self.rope) + ["fp8"] * self.quantized
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
@@ -112,6 +113,9 @@ SUBSET = (
     Case(rope=QWEN3),
     Case(rope=QWEN3, group=8, kv_heads=4, num_rows=1),
     Case(head_dim=80, page_size=1, rope="interleaved:32:pairs rms+1:1e-06", **EVERY_FEATURE),
+    Case(quantized=True),
+    Case(head_dim=80, page_size=1, quantized=True, **EVERY_FEATURE),
+    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=64, quantized=True),
 )
 
 
@@ -127,6 +131,7 @@ def _tuned_cases() -> Iterator[Case]:
             kv_heads=min(pairs, Case.kv_heads),
             num_rows=pairs // min(pairs, Case.kv_heads),
             max_keys=entry.get("keys", 2048),
+            quantized="kv_itemsize" in entry,
         )
         yield from (case, replace(case, **EVERY_FEATURE))
         if "pairs" in entry:
@@ -155,6 +160,11 @@ def _full_cases() -> Iterator[Case]:
     for head_dim, group in itertools.product((64, 128, 256), (32, 64)):
         yield Case("fp32", head_dim, group=group, **EVERY_FEATURE)
     yield Case("bf16", 256, page_size=1, group=64, **EVERY_FEATURE)
+    for dtype, head_dim in itertools.product(("bf16", "fp16", "fp32"), (32, 64, 80, 128, 256)):
+        yield Case(dtype, head_dim, quantized=True)
+        yield Case(dtype, head_dim, quantized=True, rope=f"half:{head_dim // 2}:full rms:1e-06", **EVERY_FEATURE)
+    for page_size, group in itertools.product((1, 32, 64), (1, 7, 32)):
+        yield Case(page_size=page_size, group=group, quantized=True, **EVERY_FEATURE)
     yield Case(head_dim=64, window=128, sinks=True, group=8)
     yield Case(head_dim=256, window=4096, softcap=50.0, group=2)
 
@@ -176,24 +186,27 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     }
     shape = {"D": case.head_dim, "DP": dp, "PAGE": case.page_size}
     cache = dict.fromkeys(("stride_page", "stride_v", "stride_g", "stride_slot"), "i32")
-    kv = {"k": case.dtype, "v": case.dtype, "kv_cache": case.dtype}
+    kv_type, codes = "u8" if case.quantized else case.dtype, {"CODES": codes_kind(target, case.quantized)}
+    kv = {"k": case.dtype, "v": case.dtype, "kv_cache": kv_type}
     k_strides = dict.fromkeys(("stride_kt", "stride_kg", "stride_vt", "stride_vg"), "i32")
     pdl = {"USE_PDL": target.has_pdl}
     rope, new = Rope.parse(case.rope or "none"), {"k": None, "v": None, "slots": None}
     weights = {"cos": "bf16", "sin": "bf16"} if rope.dims else {}
     weights |= {"q_norm": case.dtype, "k_norm": case.dtype} if rope.norm != "none" else {}
-    constants = {**pdl, **rope_constants(rope)}
+    constants = {**pdl, **codes, **rope_constants(rope)}
     constants |= dict.fromkeys({"cos", "sin", "q_norm", "k_norm"} - weights.keys())
     table_strides = dict.fromkeys(("stride_cos", "stride_sin"), "i32")
     if case.rope:
         block_t, block_h = heuristics.rope_cache_block(4096, case.head_dim)
+        made = dict.fromkeys(("q", "q_out", "k_out", *["v_out"] * case.quantized), case.dtype)
         yield Specialization(
             f"rope_cache-{case}",
             rope_cache_kernel,
-            {**kv, **weights, "q": case.dtype, "q_out": case.dtype, "k_out": case.dtype, "slots": "i64"},
+            {**kv, **weights, **made, "slots": "i64"},
             {"num_tokens": "i32", "eps": "fp32", "stride_qt": "i32", "stride_qh": "i32"}
             | {**k_strides, **cache, **table_strides},
-            {**shape, **constants, "H": heads, "G": case.kv_heads, "BLOCK_T": block_t, "BLOCK_H": block_h},
+            {**shape, **constants, "H": heads, "G": case.kv_heads, "BLOCK_T": block_t, "BLOCK_H": block_h}
+            | ({} if case.quantized else {"v_out": None}),
             num_warps=4,
             num_stages=3,
         )
@@ -205,20 +218,31 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
             cache_write_kernel,
             {**kv, "slots": "i64"},
             {"num_tokens": "i32", **k_strides, **cache},
-            {**shape, **pdl, "BLOCK_T": heuristics.cache_write_block(4096)},
+            {**shape, **pdl, **codes, "BLOCK_T": heuristics.cache_write_block(4096)},
             num_warps=4,
             num_stages=3,
         )
+        if case.quantized:
+            yield Specialization(
+                f"as_cached-{case}",
+                as_cached_kernel,
+                dict.fromkeys(("k", "v", "k_out", "v_out"), case.dtype),
+                {"num_tokens": "i32", **k_strides},
+                {**codes, "G": case.kv_heads, "D": case.head_dim, "DP": dp}
+                | {"BLOCK_T": heuristics.cache_write_block(4096)},
+                num_warps=4,
+                num_stages=3,
+            )
 
     sinks = {} if case.sinks else {"sinks": None}
-    inputs = {"q": case.dtype, "kv_cache": case.dtype, "out": case.dtype, "seq_lens": "i32", "block_tables": "i32"}
+    inputs = {"q": case.dtype, "kv_cache": kv_type, "out": case.dtype, "seq_lens": "i32", "block_tables": "i32"}
     if case.sinks:
         inputs["sinks"] = case.dtype
     scalars = {"pre": "fp32", "post": "fp32", "window": "i32", "stride_qt": "i32", "stride_qh": "i32", **cache}
     scalars["stride_table"] = "i32"
     decode = heuristics.decode_config(
         target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=case.kv_heads, page_size=case.page_size,
-        num_rows=case.num_rows, capacity=CAPACITY, group=case.group,
+        num_rows=case.num_rows, capacity=CAPACITY, group=case.group, quantized=case.quantized,
     )  # fmt: skip
     yield Specialization(
         f"decode-{case}-s{case.num_rows}",
@@ -250,8 +274,8 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         inputs,
         {**scalars, **k_strides, "first_row": "i32"},
         {
-            **shape, **hooks, **sinks, **no_tiles, "H": heads, "G": case.kv_heads, "BLOCK_M": prefill.block_m,
-            "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
+            **shape, **hooks, **sinks, **no_tiles, **codes, "H": heads, "G": case.kv_heads,
+            "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
         },
         prefill.num_warps,
         prefill.num_stages,

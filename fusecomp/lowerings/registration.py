@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.launch import computed
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
+from fusecomp.ops.kv_cache import KVLayout
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
@@ -42,15 +43,17 @@ def _cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
 def _attention_refusal(q: Tensor, k: Tensor, kv_cache: Tensor, scale: float, window: int, softcap: float) -> str | None:
     from fusecomp.lowerings.paged_attention.lowering import supports
 
+    layout = KVLayout.of(kv_cache, q.shape[2])
     return supports(
         dtype=q.dtype,
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
-        page_size=kv_cache.shape[3],
+        page_size=layout.page_size,
         scale=scale,
         window=window,
         softcap=softcap,
+        quantized=layout.quantized,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusecomp.ops.kv_cache import KVLayout, dequantize_heads, is_quantized, quantize_heads
 from fusecomp.ops.library import define
 
 # Queries of one row are scored in chunks, so that a long prompt needs [H, CHUNK, L] scores and not [H, L, L].
@@ -82,7 +83,10 @@ def attention_reference(
 
 
 def cache_write_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-    """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, b, D] at `slots` [T]; slot -1 is skipped."""
+    """Write k, v [T, G, D] into kv_cache (see `ops/kv_cache.py`) at `slots` [T]; slot -1 is skipped."""
+    if is_quantized(kv_cache):
+        _write_codes(k, v, kv_cache, slots)
+        return
     b = kv_cache.shape[3]
     if len(slots) == 1:  # the step of a single sequence: views cost a fraction of indexing
         slot = int(slots[0])
@@ -94,6 +98,17 @@ def cache_write_reference(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor)
     block, offset = slots[keep] // b, slots[keep] % b
     kv_cache[block, 0, :, offset] = k[keep]
     kv_cache[block, 1, :, offset] = v[keep]
+
+
+def _write_codes(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    layout = KVLayout.of(kv_cache, k.shape[2])
+    codes, scales = layout.codes(kv_cache), layout.scales(kv_cache)
+    keep = (slots >= 0).nonzero()[:, 0]
+    block, offset = slots[keep] // layout.page_size, slots[keep] % layout.page_size
+    for part, heads in enumerate((k, v)):
+        own_codes, own_scales = quantize_heads(heads[keep])
+        codes[:, :, part][block, :, offset] = own_codes
+        scales[..., part][block, :, offset] = own_scales.to(torch.bfloat16)
 
 
 def paged_attention_reference(
@@ -127,8 +142,15 @@ def paged_attention_reference(
     return out
 
 
-def _pages(kv_cache: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather pages: table [..., P] -> K, V [..., G, P*b, D], contiguous, each page head copied once."""
+def _pages(kv_cache: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Gather pages: table [..., P] -> K, V [..., G, P*b, D], contiguous, each page head copied once; fp32 of codes."""
+    if is_quantized(kv_cache):
+        layout = KVLayout.of(kv_cache, head_dim)
+        pages = kv_cache.index_select(0, table.reshape(-1).long())
+        values = dequantize_heads(layout.codes(pages), layout.scales(pages).movedim(-1, 2))  # [N, G, 2, b, D]
+        values = values.view(*table.shape, *values.shape[1:]).movedim(-3, 0).transpose(-4, -3)
+        k, v = values.reshape(2, *table.shape[:-1], layout.heads, -1, head_dim).contiguous()
+        return k, v
     G, b, D = kv_cache.shape[2:]
     part = torch.arange(2 * G, device=table.device).view(2, *[1] * (table.dim() - 1), G, 1)
     rows = table.long().unsqueeze(-2) * (2 * G) + part
@@ -148,20 +170,21 @@ def _decode_rows(
     sinks: Tensor | None,
 ) -> Tensor:
     n, H, D = q.shape
-    G, b = kv_cache.shape[2], kv_cache.shape[3]
+    layout = KVLayout.of(kv_cache, D)
+    G, b = layout.heads, layout.page_size
     longest = int(seq_lens.max())
     pages = (longest + b - 1) // b
     if pages == 0:
         return torch.zeros_like(q)
     if n == 1 and softcap == 0 and sinks is None:  # every key that is read is seen: no mask
-        k, v = _pages(kv_cache, tables[0, :pages])
+        k, v = _pages(kv_cache, tables[0, :pages], D)
         seen = slice(max(0, longest - window) if window > 0 else 0, longest)
         scores = torch.bmm(q[0].float().reshape(G, H // G, D), k[:, seen].float().transpose(1, 2))
         weights = torch.softmax(scores.mul_(scale), -1)
         return torch.bmm(weights, v[:, seen].float()).view(1, H, D).to(q.dtype)
     k_pos = torch.arange(pages * b, device=q.device)
     live = k_pos < seq_lens[:, None]
-    k, v = _pages(kv_cache, tables[:, :pages].masked_fill(~live[:, ::b], 0))
+    k, v = _pages(kv_cache, tables[:, :pages].masked_fill(~live[:, ::b], 0), D)
     # 0 * NaN is NaN: slots that hold nothing must not reach a product.
     k, v = (x.masked_fill_(~live[:, None, :, None], 0.0).float().view(n * G, pages * b, D) for x in (k, v))
     grouped = q.float().reshape(n * G, H // G, D)
@@ -190,8 +213,9 @@ def _prefill_row(
     sinks: Tensor | None,
 ) -> Tensor:
     T, H, D = q.shape
-    G, b = kv_cache.shape[2], kv_cache.shape[3]
-    k, v = _pages(kv_cache, table[: (length + b - 1) // b])
+    layout = KVLayout.of(kv_cache, D)
+    G, b = layout.heads, layout.page_size
+    k, v = _pages(kv_cache, table[: (length + b - 1) // b], D)
     k, v = k[:, :length], v[:, :length]
     positions = torch.arange(length, device=q.device)
     out = torch.empty(T, H, D, dtype=q.dtype, device=q.device)

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from fusecomp.ops.kv_cache import PAIR_BYTES, is_quantized
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.router import RouteSpec
 
@@ -43,19 +44,26 @@ def _paged_attention(q: Any, k: Any, *args: Any) -> Cost:
     H, D = int(q.shape[-2]), int(q.shape[-1])
     G, width, window = int(k.shape[-2]), q.element_size(), int(args[7])
     seen = sympy.Min(CONTEXT, window) if window else CONTEXT
-    return Cost(2 * S * seen * G * D * width + 2 * T * H * D * width, 4 * T * seen * H * D)
+    return Cost(S * seen * _token_bytes(k, args[1]) * G + 2 * T * H * D * width, 4 * T * seen * H * D)
 
 
-def _cache_write(k: Any, *_: Any) -> Cost:
-    return Cost(4 * T * int(k.shape[-2]) * int(k.shape[-1]) * k.element_size(), sympy.Integer(0))
+def _token_bytes(k: Any, kv_cache: Any) -> int:
+    """Bytes of one token's key and value in the cache, of one kv head."""
+    D = int(k.shape[-1])
+    return 2 * D + PAIR_BYTES if is_quantized(kv_cache) else 2 * D * k.element_size()
+
+
+def _cache_write(k: Any, v: Any, kv_cache: Any, *_: Any) -> Cost:
+    given = 2 * int(k.shape[-1]) * k.element_size()
+    return Cost(T * int(k.shape[-2]) * (given + _token_bytes(k, kv_cache)), sympy.Integer(0))
 
 
 def _rope_attention(q: Any, k: Any, *args: Any) -> Cost:
     """Raw k and v are read and written to the cache; cos and sin are counted as one row of each per token."""
     cos, sin = args[1], args[2]
     tables = sum(T * int(x.shape[-1]) * x.element_size() for x in (cos, sin) if x is not None)
-    attention = _paged_attention(q, k, *(None,) * 7, args[12])
-    return attention + _cache_write(k) + Cost(tables, sympy.Integer(0))
+    attention = _paged_attention(q, k, None, args[5], *(None,) * 5, args[12])
+    return attention + _cache_write(k, args[0], args[5]) + Cost(tables, sympy.Integer(0))
 
 
 def _experts(x: Any, index: Any, weights: Any, up: Any, up_bias: Any, down: Any, *_: Any) -> Cost:

@@ -17,7 +17,17 @@ from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import BIDIRECTIONAL, CAUSAL, UNNUMBERED, UNRESOLVED
-from fusecomp.patterns.base import BITWISE, TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
+from fusecomp.ops.kv_cache import KVLayout, is_quantized
+from fusecomp.patterns.base import (
+    BITWISE,
+    QUANTIZING,
+    TOLERANCE,
+    Example,
+    PassContext,
+    Pattern,
+    fake_value,
+    replace_and_prune,
+)
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.patterns.raw_attention import is_call
 
@@ -117,11 +127,19 @@ class PagedAttention(Pattern):
         if index >= len(kv_caches):  # type: ignore[arg-type]
             return f"there are only {len(kv_caches)} KV tensors: the trial run made fewer attention calls"  # type: ignore[arg-type]
         cache = fake_value(kv_caches[index])  # type: ignore[index]
-        if (cache.shape[2], cache.shape[4]) != (k.shape[1], k.shape[3]):
-            return (
-                f"its KV tensor has {cache.shape[2]} heads of {cache.shape[4]}, its keys {k.shape[1]} of {k.shape[3]}"
-            )
+        layout = KVLayout.of(cache, k.shape[3])
+        if layout.quantized:
+            if (layout.heads, layout.width) != (k.shape[1], cache.shape[2]):
+                return f"its KV tensor has {layout.heads} heads of {cache.shape[2]} bytes, its keys {k.shape[1]}"
+        elif (layout.heads, layout.head_dim) != (k.shape[1], k.shape[3]):
+            return f"its KV tensor has {layout.heads} heads of {layout.head_dim}, its keys {k.shape[1]} of {k.shape[3]}"
         return None
+
+    def numerics_of(self, candidate: Call, context: PassContext) -> str:
+        marker = step_marker(candidate.node.graph)
+        assert marker is not None
+        cache = marker.args[5][len(context.layers)]  # type: ignore[index]
+        return QUANTIZING if is_quantized(fake_value(cache)) else self.numerics
 
     def emit(self, candidate: Call, gm: GraphModule, context: PassContext) -> str:
         marker = step_marker(gm.graph)
@@ -163,7 +181,9 @@ class PagedAttention(Pattern):
             new = emit(torch.unsqueeze, (rows, 0), fake_out.transpose(0, 1).unsqueeze(0))
         replace_and_prune(candidate.node, new)
         mask = f"sliding({candidate.window})" if candidate.window else "causal"
-        return f"{mask}, {q.shape[1]} query / {k.shape[1]} kv heads of {q.shape[3]}, scale {candidate.scale:.6g}"
+        heads = f"{q.shape[1]} query / {k.shape[1]} kv heads of {q.shape[3]}"
+        fp8 = ", FP8 KV cache" if is_quantized(fake_value(cache)) else ""
+        return f"{mask}, {heads}, scale {candidate.scale:.6g}{fp8}"
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.examples import paged_examples

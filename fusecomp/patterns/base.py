@@ -102,6 +102,10 @@ class Pattern(ABC):
     def examples(self) -> list[Example]:
         """Callables that match exactly, and at least one that must not."""
 
+    def numerics_of(self, candidate: Any, context: PassContext) -> str:
+        """What the rewrite of this candidate does to the numbers, where that is not the same for all."""
+        return self.numerics
+
     def operation(self, candidate: Any) -> str:
         """The op that `emit` makes with its sizes, where a lowering chooses its kernel by them; otherwise empty."""
         return ""
@@ -134,9 +138,9 @@ class Pattern(ABC):
             if reason:
                 context.report.near_misses.append(NearMiss(self.name, where, reason))
                 continue
-            operation = self.operation(candidate)
+            operation, numerics = self.operation(candidate), self.numerics_of(candidate, context)
             detail = self.emit(candidate, gm, context)
-            context.report.matches.append(Match(self.name, where, detail, self.numerics, operation))
+            context.report.matches.append(Match(self.name, where, detail, numerics, operation))
             matched += 1
         if matched:
             gm.graph.lint()

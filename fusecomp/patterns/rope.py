@@ -17,9 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
+from fusecomp.ops.kv_cache import is_quantized
 from fusecomp.ops.rope import NO_NORM, UNROTATED, Rope
 from fusecomp.patterns import functional
-from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
+from fusecomp.patterns.base import QUANTIZING, TOLERANCE, Example, PassContext, Pattern, fake_value, replace_and_prune
 from fusecomp.patterns.functional import aten, is_call, size_key
 from fusecomp.patterns.rope_proof import Heads, Proof, prove_chain
 
@@ -96,6 +97,9 @@ class RopeAttention(Pattern):
         replace_and_prune(node, out)
         return _describe(q.rope, fake_value(node).shape[2])
 
+    def numerics_of(self, candidate: RopeCandidate, context: PassContext) -> str:
+        return QUANTIZING if is_quantized(fake_value(candidate.node.args[3])) else self.numerics
+
     def examples(self) -> list[Example]:
         from fusecomp.patterns.rope_examples import rope_examples
 
@@ -139,7 +143,8 @@ def _written(attention: Node) -> Written | str:
     assert isinstance(call, Node) and isinstance(cache, Node)
     if call.kwargs["k"] is not k or call.kwargs["v"] is not v:
         return "the keys or values that are written are not those it is given"
-    dtypes = {fake_value(x).dtype for x in (attention, k, v, cache)}
+    same = (attention, k, v) if is_quantized(fake_value(cache)) else (attention, k, v, cache)
+    dtypes = {fake_value(x).dtype for x in same}
     if len(dtypes) > 1:
         return f"its tensors have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if call.kwargs.get("_kv_cache_base_index") != 0 or len(call.kwargs["_all_bases"]) != 1:  # type: ignore[arg-type]

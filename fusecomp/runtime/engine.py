@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.experts import CodesShape
+from fusecomp.ops.kv_cache import fill_random
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.quant.online.record import describe as describe_quantization
@@ -258,6 +259,33 @@ class Engine:
         step = ScheduledStep(seqs, [len(p) - 1 for p in prompts], [1] * rows, [True] * rows, rows, rows, 0)
         return self._step(self._builder.build(step))
 
+    def token_logits(self, prompt: list[int]) -> Tensor:
+        """Logits [N, V] after every token of one prompt, computed in chunks of a step; only while no request lives.
+
+        Raises:
+            RequestError: requests are being served, or the prompt is empty or does not fit the context or KV cache.
+        """
+        config, blocks = self.config, self._scheduler.kv.blocks_for(len(prompt))
+        assert config.max_model_len is not None
+        if self.has_unfinished_requests():
+            raise RequestError("requests are being served", where="token_logits", remedy="drain the engine first")
+        if not 0 < len(prompt) <= config.max_model_len or blocks > self.num_kv_blocks:
+            raise RequestError(f"a prompt of {len(prompt)} tokens does not fit", where="token_logits")
+        seq, logits = self._stand_in(0, prompt, []), []
+        for start in range(0, len(prompt), config.max_num_batched_tokens):
+            size = min(config.max_num_batched_tokens, len(prompt) - start)
+            seq.blocks = list(range(self._scheduler.kv.blocks_for(start + size)))  # grown as the scheduler does
+            batch = self._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
+            logits.append(self._step(replace(batch, logit_indices=torch.arange(size, device=self.device))))
+        return torch.cat(logits)
+
+    def rounded_logits(self, prompt: list[int]) -> Tensor | None:
+        """Logits [1, N, V] of the original model on a prompt, its keys and values rounded as an FP8 cache does.
+
+        None for a model whose attention is not called through Hugging Face's interface.
+        """
+        return self._step.original_rounded(prompt)
+
     # ------------------------------------------------------------------ start-up
 
     def _limit_to_proof(self, config: EngineConfig) -> EngineConfig:
@@ -364,8 +392,8 @@ class Engine:
         self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         used = largest * -(-3 // self.config.block_size)
-        for cache in self._step.kv_caches:
-            cache[:used].normal_()
+        for cache, layout in zip(self._step.kv_caches, self._step.kv_layouts, strict=True):
+            fill_random(cache[:used], layout.head_dim)
         for size in reversed(self._graphs.sizes):
             # Two cached tokens and a new one per row, or only a new one where blocks are too few.
             pages = -(-3 // self.config.block_size)

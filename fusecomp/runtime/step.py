@@ -23,6 +23,7 @@ from fusecomp.capture import (
     PackedStep,
     kv_layout,
     refuse_hooks,
+    rounded_logits,
     run_probe,
     stock_logits,
     trial_tokens,
@@ -30,6 +31,7 @@ from fusecomp.capture import (
 from fusecomp.config import EngineConfig
 from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
 from fusecomp.fusion import FUSE
+from fusecomp.ops.kv_cache import FP8, KVLayout
 from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
@@ -94,7 +96,7 @@ class CompiledStep:
 
     Attributes:
         layers: (layer, kv heads, head dim) per attention call site, in the order of the calls and of the KV tensors.
-        kv_caches: KV tensors [num_blocks, 2, G, block_size, D], set by `allocate`.
+        kv_caches: the layers' KV tensors (`ops/kv_cache.py`), set by `allocate`.
         proven_length: longest context the masks are proven for.
         num_logits: V, known after `warm_up`.
 
@@ -187,8 +189,13 @@ class CompiledStep:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers."""
-        width = torch.empty((), dtype=self.dtype).element_size()
-        return sum(2 * heads * self.block_size * dim * width for _, heads, dim in self.layers)
+        return sum(layout.block_bytes(self.dtype) for layout in self.kv_layouts)
+
+    @property
+    def kv_layouts(self) -> list[KVLayout]:
+        """Of each layer's KV tensor."""
+        quantized = self._config.kv_cache_dtype == FP8
+        return [KVLayout(heads, self.block_size, dim, quantized) for _, heads, dim in self.layers]
 
     def allocate(self, num_blocks: int) -> None:
         """Make (or replace) the KV tensors. Zeros, so that a block's unwritten slots are finite.
@@ -197,9 +204,8 @@ class CompiledStep:
         """
         self.kv_caches = []
         num_blocks = max(2, num_blocks)
-        for _, heads, dim in self.layers:
-            shape = (num_blocks, 2, heads, self.block_size, dim)
-            cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for layout in self.kv_layouts:
+            cache = layout.zeros(num_blocks, self.dtype, self.device)
             torch._dynamo.mark_dynamic(cache, 0)
             self.kv_caches.append(cache)
 
@@ -289,7 +295,20 @@ class CompiledStep:
         """A prompt and the model's own logits [6, V] after each of its tokens, to `confirm` a program by."""
         if self._program is None:
             return None
-        return trial_tokens(self._module.model), stock_logits(self._module.model)
+        prompt = trial_tokens(self._module.model)
+        if self._config.kv_cache_dtype != FP8:
+            return prompt, stock_logits(self._module.model)
+        logits = self.original_rounded(prompt)
+        return prompt, None if logits is None else logits[0]
+
+    def original_rounded(self, prompt: list[int]) -> Tensor | None:
+        """Logits [1, N, V] of the model itself, its keys and values rounded as an FP8 cache does.
+
+        None for a model whose attention is not called through Hugging Face's interface.
+        """
+        if not self._probe.calls:
+            return None
+        return rounded_logits(self._module.model, self._implementations, self._probe.masks, prompt)
 
     def confirm(self, difference: str | None) -> bool:
         """Keep the program, and store it if it is new; or, when something differs, go back to tracing everything.

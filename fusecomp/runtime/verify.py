@@ -1,6 +1,7 @@
 """Receipts: the rewritten model against the original and against fp32, on the same tokens.
 
-Both halves of serving are compared: whole prompts packed into steps, and last tokens decoded from cached keys.
+Both halves of serving are compared: whole prompts packed into steps, and last tokens decoded from cached keys. With an
+FP8 cache, the original computes with keys and values rounded alike: the yardstick is then what that rounding costs it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fusecomp.errors import VerificationError
+from fusecomp.errors import ConfigError, VerificationError
+from fusecomp.ops.kv_cache import FP8
 from fusecomp.quant.modules import RoundedInput, as_in_step
 from fusecomp.report import Receipt
 
@@ -89,11 +91,27 @@ def packed_logits(model: nn.Module, prompts: list[list[int]], device: torch.devi
     return torch.stack(rows)
 
 
+@torch.no_grad()
+def _rounded_logits(engine: Engine, model: nn.Module, prompts: list[list[int]]) -> Tensor:
+    """As `packed_logits` in one pass, over keys and values rounded as the engine's FP8 cache does."""
+    with as_in_step(model, sum(map(len, prompts))):
+        rows = [logits[0, -1] for p in prompts if (logits := engine.rounded_logits(p)) is not None]
+    if len(rows) < len(prompts):
+        raise ConfigError(
+            "an FP8 cache cannot be verified for this model",
+            where=engine.report.model,
+            why="its attention is not called through Hugging Face's interface: the original's keys are out of reach",
+            remedy='use verify="off" or kv_cache_dtype="auto"',
+        )
+    return torch.stack(rows)
+
+
 def verify_engine(engine: Engine, model: nn.Module) -> list[Receipt]:
     """Compare last-token logits of a few random prompts and file one receipt for prefill and one for decode.
 
     Raises:
         VerificationError: the rewritten model is further from fp32 than the contract allows.
+        ConfigError: with an FP8 cache, keys and values of the original cannot be reached to be rounded.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, engine.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
@@ -111,6 +129,8 @@ def verify_engine(engine: Engine, model: nn.Module) -> list[Receipt]:
             torch.cat([packed_logits(m, step, engine.device, decode_last=decodes) for step in chosen])
             for m in (model, exact_model)
         )
+        if engine.config.kv_cache_dtype == FP8:
+            unfused = torch.cat([_rounded_logits(engine, model, step) for step in chosen])
         error = model_error(fused, exact, routed=routed)
         reference = model_error(unfused, exact, routed=routed)
         receipts.append(Receipt(what, error, reference, within_contract(error, reference)))

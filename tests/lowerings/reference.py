@@ -19,6 +19,52 @@ def cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
             kv_cache[slot // page_size, 1, :, slot % page_size] = v[token]
 
 
+def e4m3_values() -> Tensor:
+    """fp64 [256]: what each code stands for."""
+    values = []
+    for code in range(256):
+        sign, exponent, mantissa = (-1.0) ** (code >> 7), (code >> 3) & 15, code & 7
+        size = mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+        values.append(float("nan") if code & 127 == 127 else sign * size)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def unpack(kv_cache: Tensor, page_size: int, head_dim: int) -> Tensor:
+    """An FP8 cache [num_blocks, G, W] as a plain one [num_blocks, 2, G, B, D] in fp64."""
+    blocks, kv_heads, _ = kv_cache.shape
+    size = page_size * head_dim
+    codes = kv_cache[..., : 2 * size].reshape(blocks, kv_heads, 2, page_size, head_dim).long()
+    at = -(-2 * size // 4) * 4
+    words = kv_cache[..., at : at + 4 * page_size].reshape(blocks, kv_heads, page_size, 2, 2).int()
+    scales = ((words[..., 0] | words[..., 1] << 8) << 16).view(torch.float32)  # [blocks, G, B, 2]
+    values = e4m3_values().to(kv_cache.device)[codes] * scales.double().movedim(3, 2)[..., None]
+    return values.transpose(1, 2)
+
+
+def quantized(x: Tensor) -> Tensor:
+    """fp64 heads [..., D] after a round trip through codes: the nearest e4m3 of the best of four scales.
+
+    The scales are 1, 7/8, 3/4, 5/8 times the least power of two that holds the head; a product in fp32 decides
+    between two codes, sums of 64ths of squared errors between scales.
+    """
+    x = x.double()
+    exponent = torch.arange(-100, 121, dtype=torch.float64, device=x.device)
+    fits = x.abs().amax(-1, keepdim=True) <= 448 * 2.0**exponent
+    scale = 2.0 ** exponent[fits.int().argmax(-1)][..., None]
+    grid = e4m3_values()[:127].to(x.device)
+    tried, errors = [], []
+    for eighths in (8, 7, 6, 5):
+        size = ((x / scale).abs().float() * (8 / eighths)).double().clamp(max=448)
+        above = torch.searchsorted(grid, size.contiguous()).clamp(max=126)
+        below = (above - 1).clamp(min=0)
+        down, up = size - grid[below], grid[above] - size
+        nearer = torch.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+        tried.append(grid[nearer] * eighths / 8 * scale * x.sign())
+        errors.append((((tried[-1] - x) / scale).float().square() * 64).long().sum(-1))
+    best = torch.stack(errors).argmin(0)
+    return torch.stack(tried).gather(0, best[None, ..., None].expand(1, *x.shape))[0]
+
+
 def rotate(
     x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, rope: Rope, dtype: torch.dtype
 ) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusecomp.ops.kv_cache import KVLayout, fill_random
 from fusecomp.ops.rope import Rope
 from tests.lowerings import reference
 
@@ -18,7 +19,10 @@ NOT_A_NUMBER = float("nan")
 
 @dataclass
 class Step:
-    """Inputs of `cache_write` and `paged_attention`; the cache holds the prefixes and NaN everywhere else."""
+    """Inputs of `cache_write` and `paged_attention`; the cache holds the prefixes and NaN everywhere else.
+
+    A quantized one holds the bytes 255 instead, which as codes and as scales are NaN too.
+    """
 
     q: Tensor
     k: Tensor
@@ -29,6 +33,13 @@ class Step:
     seq_lens: Tensor
     block_tables: Tensor
     host_meta: Tensor
+    page_size: int
+
+    def plain_cache(self) -> Tensor:
+        """The cache [num_blocks, 2, G, B, D], in fp64 if it is quantized."""
+        if self.kv_cache.dim() == 5:
+            return self.kv_cache
+        return reference.unpack(self.kv_cache, self.page_size, self.q.shape[2])
 
     def attention_inputs(self) -> tuple[Tensor, ...]:
         return (
@@ -47,6 +58,7 @@ def make_step(
     dtype: torch.dtype,
     device: str = "cpu",
     seed: int = 0,
+    quantized: bool = False,
 ) -> Step:
     """A step of `rows` = (cached, new) lengths, decodes first, and `padding` rows of length 0 after the decodes.
 
@@ -72,12 +84,22 @@ def make_step(
         for p in range(lengths[row] - n, lengths[row])
     ]
     options = {"dtype": dtype, "device": device}
-    kv_cache = torch.randn(sum(need) + 2, 2, kv_heads, page_size, head_dim, **options)
+    layout = KVLayout(kv_heads, page_size, head_dim, quantized)
+    kv_cache = layout.zeros(sum(need) + 2, dtype, device)
+    fill_random(kv_cache, head_dim)
     used = torch.zeros(sum(need) + 2, page_size, dtype=torch.bool)
     for row, (cached, _) in enumerate(rows):
         p = torch.arange(cached)
         used[block_tables[row, p // page_size].long(), p % page_size] = True
-    kv_cache.movedim(3, 1)[~used.to(device)] = NOT_A_NUMBER
+    if quantized:
+        scales = layout.scales(kv_cache)  # a power of two each
+        scales.copy_(torch.randint(-9, -2, scales.shape, device=device).float().exp2())
+        codes = layout.codes(kv_cache)
+        codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8, device=device) << 7
+        codes.movedim(3, 1)[~used.to(device)] = 255
+        scales.view(torch.uint8).transpose(1, 2)[~used.to(device)] = 255
+    else:
+        kv_cache.movedim(3, 1)[~used.to(device)] = NOT_A_NUMBER
     kv = torch.randn(tokens, 2 * kv_heads, head_dim, **options)
     int32 = {"dtype": torch.int32, "device": device}
     return Step(
@@ -90,6 +112,7 @@ def make_step(
         seq_lens=torch.tensor(lengths, **int32),
         block_tables=block_tables.to(device),
         host_meta=torch.tensor([decodes + padding, max(new), max(lengths), len(lengths)], dtype=torch.int32),
+        page_size=page_size,
     )
 
 
@@ -129,14 +152,18 @@ def check_rope_attention(before: Step, after: Step, given: RopeInputs, out: Tens
     Raises:
         AssertionError: an error above 1.5 times that of the unfused computation, a wrong value or a changed slot.
     """
+    quantized = before.kv_cache.dtype == torch.uint8
     results = []
     for dtype in (torch.float64, before.q.dtype):
         q, k = (
             reference.rotate(x, given.cos, given.sin, weight, given.rope, dtype)
             for x, weight in ((before.q, given.q_norm), (before.k, given.k_norm))
         )
-        cache = before.kv_cache.to(dtype)
-        reference.cache_write(k, before.v.to(dtype), cache, before.slots)
+        if quantized:  # nearly tied codes may fall either way: what was written is judged below, and read here
+            cache = after.plain_cache().to(dtype)
+        else:
+            cache = before.kv_cache.to(dtype)
+            reference.cache_write(k, before.v.to(dtype), cache, before.slots)
         rows = (before.cu_q_lens, before.seq_lens, before.block_tables)
         results.append((reference.paged_attention(q, cache, *rows, *mode, dtype=dtype), k, cache))
     (exact, exact_k, exact_cache), (eager, eager_k, _) = results
@@ -148,12 +175,19 @@ def check_rope_attention(before: Step, after: Step, given: RopeInputs, out: Tens
     padding = before.seq_lens == 0
     if padding.any():
         assert not out[before.cu_q_lens[:-1][padding].long()].any(), "a padding row is not zero"
-    slots = before.slots[before.slots >= 0]
-    page_size = before.kv_cache.shape[3]
-    written = torch.zeros(before.kv_cache.shape[0], page_size, dtype=torch.bool, device=slots.device)
-    written[slots // page_size, slots % page_size] = True
-    old, new = (step.kv_cache.movedim(3, 1)[~written] for step in (before, after))
+    kept = before.slots >= 0
+    slots = before.slots[kept]
+    block, offset = slots // before.page_size, slots % before.page_size
+    written = torch.zeros(before.kv_cache.shape[0], before.page_size, dtype=torch.bool, device=slots.device)
+    written[block, offset] = True
+    old, new = (step.plain_cache().movedim(3, 1)[~written] for step in (before, after))
     assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0)), "a slot that is not of the step changed"
+    if quantized:
+        stored = exact_cache.movedim(3, 1)[block, offset]  # [n, 2, G, D], of the step's tokens in order
+        assert torch.equal(stored[:, 1], reference.quantized(before.v[kept])), "values are not the nearest codes"
+        bound = 1.5 * relative_error(reference.quantized(eager_k[kept]), exact_k[kept])
+        assert relative_error(stored[:, 0], exact_k[kept]) <= max(bound, eps)
+        return
     stored, expected = (cache.movedim(3, 1)[written] for cache in (after.kv_cache, exact_cache))  # [n, 2, G, D]
     assert torch.equal(stored[:, 1].to(expected.dtype), expected[:, 1]), "values were not copied"
     bound = max(1.5 * relative_error(eager_k, exact_k), eps)
@@ -170,7 +204,7 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 def check_attention(step: Step, out: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None) -> None:
     """Error against fp64 at most 1.5 times that of unfused eager attention in q's dtype, or one rounding of it."""
-    rows = (step.q, step.kv_cache, step.cu_q_lens, step.seq_lens, step.block_tables, scale, window, softcap, sinks)
+    rows = (step.q, step.plain_cache(), step.cu_q_lens, step.seq_lens, step.block_tables, scale, window, softcap, sinks)
     exact = reference.paged_attention(*rows)
     eager = reference.paged_attention(*rows, dtype=step.q.dtype)
     error = relative_error(out, exact)

@@ -20,13 +20,18 @@ def run(step, scale, window=0, softcap=0.0, sinks=None):
     return lowering.launch_paged_attention(*step.attention_inputs(), scale, window, softcap, sinks)
 
 
+caches = pytest.mark.parametrize("quantized", [False, True], ids=["plain_cache", "fp8_cache"])
+
+
+@caches
 @pytest.mark.parametrize("page_size", [1, 16, 32, 64])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("mode", ["plain", "window", "softcap", "sinks"])
-def test_mixed_step(head_dim, page_size, mode):
+def test_mixed_step(head_dim, page_size, mode, quantized):
     step = make_step(
         [(4095, 1), (0, 1), (777, 1), (1000, 700), (0, 1111), (5, 2)],
         heads=8, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=torch.bfloat16, device="cuda",
+        quantized=quantized,
     )  # fmt: skip
     window, softcap = 300 * (mode == "window"), 20.0 * (mode == "softcap")
     sinks = torch.randn(8, device="cuda") if mode == "sinks" else None
@@ -34,19 +39,22 @@ def test_mixed_step(head_dim, page_size, mode):
     check_attention(step, out, head_dim**-0.5, window, softcap, sinks)
 
 
-def test_long_context():
+@caches
+def test_long_context(quantized):
     step = make_step(
         [(32767, 1), (16384, 4097)],
-        heads=4, kv_heads=1, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
+        heads=4, kv_heads=1, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda", quantized=quantized,
     )  # fmt: skip
     check_attention(step, run(step, 0.1), 0.1, 0, 0.0, None)
 
 
-def test_one_graph_serves_any_length():
+@caches
+def test_one_graph_serves_any_length(quantized):
     """A captured decode step, replayed with other lengths, matches eager launches bitwise."""
     step = make_step(
         [(2047, 1), (500, 1), (1, 1)],
         padding=1, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
+        quantized=quantized,
     )  # fmt: skip
     run(step, 0.1)
     graph = torch.cuda.CUDAGraph()
@@ -59,6 +67,7 @@ def test_one_graph_serves_any_length():
         assert torch.equal(out, expected)
 
 
+@caches
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(
     "rule",
@@ -66,12 +75,12 @@ def test_one_graph_serves_any_length():
 )
 @pytest.mark.parametrize("kind", ["decode", "mixed"])
 @pytest.mark.parametrize("mode", ["plain", "window", "softcap sinks"])
-def test_rope_attention(head_dim, rule, kind, mode):
+def test_rope_attention(head_dim, rule, kind, mode, quantized):
     rows = [(4095, 1), (0, 1), (777, 1), (255, 1), (256, 1)]
     rows += [(1000, 700), (0, 1111), (5, 2)] if kind == "mixed" else []
     step = make_step(
         rows, padding=0 if kind == "mixed" else 2,
-        heads=8, kv_heads=2, head_dim=head_dim, page_size=16, dtype=torch.bfloat16, device="cuda",
+        heads=8, kv_heads=2, head_dim=head_dim, page_size=16, dtype=torch.bfloat16, device="cuda", quantized=quantized,
     )  # fmt: skip
     inputs = make_rope(step, Rope.parse(rule), table_dtype=torch.bfloat16)
     sinks = torch.randn(8, device="cuda") if "sinks" in mode else None
@@ -83,11 +92,13 @@ def test_rope_attention(head_dim, rule, kind, mode):
         assert torch.equal(out, launch_rope_attention(*inputs.arguments(step, options))), "a race"
 
 
-def test_one_graph_of_the_fused_op_serves_any_length():
+@caches
+def test_one_graph_of_the_fused_op_serves_any_length(quantized):
     """Captured behind ordinary kernels and a memset, replayed with other lengths, bitwise as eager launches."""
     step = make_step(
         [(2047, 1), (500, 1), (1, 1)],
         padding=1, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
+        quantized=quantized,
     )  # fmt: skip
     inputs = make_rope(step, Rope("half", 128), table_dtype=torch.float32)
     arguments = inputs.arguments(step, (0.1, 0, 0.0, None))
@@ -101,3 +112,20 @@ def test_one_graph_of_the_fused_op_serves_any_length():
         step.seq_lens.copy_(torch.tensor(lengths))
         graph.replay()
         assert torch.equal(out, launch_rope_attention(*arguments))
+
+
+def test_the_gpu_converts_codes_as_bits_do(monkeypatch):
+    """The GPU's own conversions, in both directions, against the moving of bits that other GPUs get."""
+    rows = [(4095, 1), (777, 1), (1000, 700), (0, 1111)]
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "page_size": 16, "dtype": torch.bfloat16, "device": "cuda"}
+    results = []
+    for native in (True, False):
+        step = make_step(rows, quantized=True, **shape)
+        step.k[3], step.v[5, 1, 7] = float("nan"), float("inf")
+        if not native:
+            monkeypatch.setattr(lowering, "codes_of", lambda _: 1)
+        out = run(step, 0.1)
+        results.append((out.nan_to_num(7.0), step.kv_cache))
+    (out, cache), (other_out, other_cache) = results
+    assert torch.equal(cache, other_cache)
+    torch.testing.assert_close(out, other_out, rtol=1e-2, atol=1e-3)

@@ -61,6 +61,27 @@ def test_wide_tiles_that_are_read_ahead_serve_small_launches_only():
     assert not decode_config(SM90, **shape, num_rows=1, capacity=4096, group=17).read_ahead
 
 
+def test_entries_of_an_fp8_cache_serve_no_other(monkeypatch):
+    table = heuristics.load_table(SM90.table)
+    tuned = {"head_dim": 128, "itemsize": 2, "kv_itemsize": 1, "page": 16, "pairs": 256}
+    tuned["config"] = {"block_n": 64, "num_warps": 4, "num_stages": 2, "num_splits": 4, "min_split": 256}
+    monkeypatch.setattr(heuristics, "load_table", lambda _: {**table, "decode": [tuned, *table["decode"]]})
+    plain = decode_config(SM90, **SHAPE, num_rows=32, capacity=4096)
+    codes = decode_config(SM90, **SHAPE, num_rows=32, capacity=4096, quantized=True)
+    assert "kv_itemsize" not in plain.source and plain.block_n != 64
+    assert "kv_itemsize=1" in codes.source and codes.source.endswith("(exact)") and codes.block_n == 64
+    other = decode_config(SM90, **{**SHAPE, "head_dim": 256}, num_rows=32, capacity=4096, quantized=True)
+    assert "head_dim=256" in other.source and other.source.endswith("(nearest)")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+def test_codes_fit_with_what_they_are_converted_to(target):
+    for head_dim, itemsize in itertools.product((64, 128, 256), (2, 4)):
+        shape = {"head_dim": head_dim, "itemsize": itemsize, "num_kv_heads": 8, "page_size": 16}
+        found = decode_config(target, **shape, num_rows=8, capacity=4096, quantized=True)
+        assert 2 * found.block_n * head_dim * (found.num_stages + itemsize) <= target.smem_bytes
+
+
 def test_source_says_whether_the_entry_was_tuned_for_the_shape():
     table = heuristics.load_table(SM90.table)
     assert {"gpu", "measured", "decode", "prefill"} <= table.keys()
@@ -83,6 +104,8 @@ def test_source_says_whether_the_entry_was_tuned_for_the_shape():
         ({"num_heads": 12}, "multiple"),
         ({"num_heads": 1024}, "query heads per kv head"),
         ({"head_dim": 257}, "head dim"),
+        ({"head_dim": 81, "quantized": True}, "odd head dim"),
+        ({"head_dim": 81}, None),
         ({"page_size": 0}, "page size"),
         ({"scale": 0.0}, "scale"),
         ({"scale": float("nan")}, "scale"),

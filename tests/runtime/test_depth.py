@@ -92,6 +92,17 @@ def test_a_prefix_gives_the_tokens_and_the_report_of_all_layers(build, prefix, f
         assert sorted(map(str, getattr(short.report, name))) == sorted(map(str, getattr(full.report, name))), name
 
 
+def test_a_prefix_serves_an_fp8_cache(monkeypatch):
+    config = CONFIG.replace(kv_cache_dtype="fp8", fuse="always")
+    short = Engine(llama(), config)
+    assert traced(short) == ["traced 4 layers, which stand for 8"]
+    monkeypatch.setattr(step, "outline", lambda model, parts: "of the test")
+    full = Engine(llama(), config)
+    assert serve(short) == serve(full)
+    assert (short.report.cost_bytes, short.report.counts()) == (full.report.cost_bytes, full.report.counts())
+    assert {m.numerics for m in short.report.matches if m.pattern == "rope_attention"} == {"quantizing"}
+
+
 def _another_activation(model):
     model.model.layers[5].mlp.act_fn = nn.ReLU()
 

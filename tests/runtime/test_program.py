@@ -81,13 +81,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("build", [llama, lambda: llama(tie_word_embeddings=True), gptj], ids=["llama", "tied", "gptj"])
-def test_a_second_engine_loads_the_program_and_traces_nothing(cache, build):
-    cold = Engine(build(), CONFIG)
+@pytest.mark.parametrize(
+    ("build", "kv_cache_dtype"),
+    [(llama, "auto"), (lambda: llama(tie_word_embeddings=True), "auto"), (gptj, "auto"), (llama, "fp8"), (gptj, "fp8")],
+    ids=["llama", "tied", "gptj", "llama fp8", "gptj fp8"],
+)
+def test_a_second_engine_loads_the_program_and_traces_nothing(cache, build, kv_cache_dtype):
+    config = CONFIG.replace(kv_cache_dtype=kv_cache_dtype)
+    cold = Engine(build(), config)
     expected = serve(cold)
     assert "stored as" in cold.report.program
     before = traced()
-    warm = Engine(build(), CONFIG)
+    warm = Engine(build(), config)
     assert warm.report.program.startswith("loaded ")
     assert warm.report.program in warm.report.summary()
     assert serve(warm) == expected
@@ -126,6 +131,13 @@ def test_another_model_compiles_and_says_what_differs(cache, caplog):
     Engine(llama(), CONFIG)
     report = Engine(llama(rms_norm_eps=1e-3), CONFIG).report
     assert "rms_norm_eps: 1e-06 -> 0.001" in report.program
+    assert "stored as" in report.program
+
+
+def test_another_kv_cache_compiles_and_says_so(cache):
+    Engine(llama(), CONFIG)
+    report = Engine(llama(), CONFIG.replace(kv_cache_dtype="fp8")).report
+    assert 'kv_cache_dtype: "auto" -> "fp8"' in report.program.replace("'", '"')
     assert "stored as" in report.program
 
 

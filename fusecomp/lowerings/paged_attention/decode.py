@@ -14,6 +14,9 @@ reads them, and the split that owns a row's last position norms and rotates the 
 to their page, and starts its softmax from them. No program reads that position from the cache. READ_AHEAD then moves
 a program's first tile before the wait for the kernel that it follows: lengths, block tables and the cache's other
 positions are inputs of the step, which none of its kernels writes. Such a tile stays in registers until the end.
+
+With CODES the cache is FP8 (`ops/kv_cache.py`): codes are converted to fp16, exactly, as they become operands; a key's
+scale multiplies its scores and a value's its probabilities, so nothing is multiplied once an element.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.paged_attention import fp8
 from fusecomp.lowerings.paged_attention.decode_pieces import attend, combine, load_keys, load_new
 from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rotated, tile_pages
 
@@ -31,7 +35,7 @@ from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rota
 )
 def decode_kernel(
     q,  # [S, H, D], last dim contiguous
-    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
+    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous; with CODES [num_blocks, G, W] bytes
     out,  # [S, H, D] contiguous
     part_acc,  # [S, G, NS, R, D] fp32, scratch
     part_lse,  # [S, G, NS, R] fp32, base 2, scratch
@@ -83,12 +87,15 @@ def decode_kernel(
     USE_PDL: tl.constexpr,
     READ_AHEAD: tl.constexpr,  # the first tile is read before the wait; requires NEW_KEY
     LAUNCH_EARLY: tl.constexpr,  # let the next kernel start at once, not when the keys are read
+    CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
 ):
     """Output rows [S, H, D] of the decode part of a step.
 
-    dtypes: q, kv_cache, out one of fp32, fp16, bf16; scores, softmax and accumulators fp32; P in the cache's dtype.
-    Bytes: sum(seq_lens) * 2 * G * D * itemsize of KV, plus q and out (2 * S * H * D * itemsize) and, if NS > 1,
-    up to 2 * S * H * NS * (D + 1) * 4 of partials. FLOPs: 4 * sum(seq_lens) * H * D. Bound by reading KV.
+    dtypes: q, out one of fp32, fp16, bf16, and kv_cache too, or codes; scores, softmax and accumulators fp32; P in the
+    cache's dtype, or fp16 with codes (fp32 where q is).
+    Bytes: sum(seq_lens) * 2 * G * D * itemsize of KV (with codes sum(seq_lens) * G * (2 * D + 4)), plus q and out
+    (2 * S * H * D * itemsize) and, if NS > 1, up to 2 * S * H * NS * (D + 1) * 4 of partials. FLOPs:
+    4 * sum(seq_lens) * H * D. Bound by reading KV.
     A row of length 0 gives zeros.
 
     Measured on an H200 (bf16, H=32, G=8, D=128, B=16, chained in a CUDA graph; first with NEW_KEY and a half rotation,
@@ -139,6 +146,7 @@ def decode_kernel(
         hi = tl.minimum(lo + per_split, hi)
     k_base = kv_cache + g.to(tl.int64) * stride_g
     v_base = k_base + stride_v
+    pair_base = fp8.pairs_at(kv_cache, g, stride_g, D, PAGE) if CODES else k_base
     table = block_tables + row * stride_table
     if PAGE % BLOCK_N == 0:  # every row has this page, whatever its length: no need to wait for it
         pages = tl.load(table + lo * BLOCK_N // PAGE)
@@ -146,7 +154,9 @@ def decode_kernel(
         pages = tile_pages(table, lo * BLOCK_N, keys, PAGE, BLOCK_N)
     if READ_AHEAD:
         # Nothing of this step is in these keys. They arrive while the queries are prepared, and are attended to last.
-        k_first, v_first = load_keys(k_base, v_base, pages, lo, keys, stride_page, stride_slot, D, DP, PAGE, BLOCK_N)
+        k_first, v_first, pairs_first = load_keys(
+            k_base, v_base, pair_base, pages, lo, keys, stride_page, stride_slot, D, DP, PAGE, BLOCK_N, CODES
+        )
         pages = tile_pages(table, (lo + 1) * BLOCK_N, keys, PAGE, BLOCK_N)
         pdl_wait(USE_PDL)
         heads, tables, new_head, new_v_1D, slot = load_new(
@@ -155,40 +165,70 @@ def decode_kernel(
         )  # fmt: skip
 
     heads_RD = rotated(heads, tables, d, eps, q_norm, D, DP, ROT, STYLE, NORM).to(q.dtype.element_ty)
+    scaled_RD = heads_RD
+    q_scale = 1.0
+    if CODES:
+        wide_RD = heads_RD.to(tl.float32)
+        q_scale = fp8.scale_of(tl.max(tl.max(tl.abs(wide_RD), 1), 0))
+        WIDE: tl.constexpr = q.dtype.element_ty == tl.float32
+        scaled_RD = (wide_RD * fp8.inverse(q_scale)).to(tl.float32 if WIDE else tl.float16)
     # Matrix units want 16 rows: the heads repeat, and what the repetitions give is not stored.
-    q_RD = tl.reshape(tl.broadcast_to(heads_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
+    q_RD = tl.reshape(tl.broadcast_to(scaled_RD[None, :, :], (BLOCK_R // RP, RP, DP)), (BLOCK_R, DP))
     m, l = SINK(sinks, head, head_mask)
     if MAX_SPLITS > 1 and split > 0:  # the sink enters the denominator once
         m = tl.full([BLOCK_R], -1.0e30, tl.float32)
         l = tl.zeros([BLOCK_R], tl.float32)
     acc_RD = tl.zeros([BLOCK_R, DP], tl.float32)
+    unit = 7.888609052210118e-31  # 2^-100, the least scale
     if NEW_KEY:
-        new_k_1D = rotated(new_head, tables, d, eps, k_norm, D, DP, ROT, STYLE, NORM).to(kv_cache.dtype.element_ty)
+        new_k_1D = rotated(new_head, tables, d, eps, k_norm, D, DP, ROT, STYLE, NORM).to(q.dtype.element_ty)
         owner = (split == used - 1) & (seq_len > 0)
         kept = (owner & (slot >= 0)) & (d < D)[None, :]
         page_at = k_base + slot // PAGE * stride_page + slot % PAGE * stride_slot + d[None, :]
-        tl.store(page_at, new_k_1D, mask=kept)
-        tl.store(page_at + stride_v, new_v_1D, mask=kept)
+        if CODES:
+            k_code_1D, k_scale_1 = fp8.quantized(new_k_1D.to(tl.float32), CODES)
+            v_code_1D, v_scale_1 = fp8.quantized(new_v_1D.to(tl.float32), CODES)
+            tl.store(page_at, k_code_1D, mask=kept)
+            tl.store(page_at + stride_v, v_code_1D, mask=kept)
+            pair_at = pair_base + slot // PAGE * (stride_page // 4) + slot % PAGE + tl.arange(0, 1)
+            tl.store(pair_at, fp8.pair_of(k_scale_1, v_scale_1), mask=owner & (slot >= 0))
+            # What the cache returns, as every later query will see it.
+            new_k_1D = fp8.scaled(k_code_1D, k_scale_1, CODES)
+            new_v_1D = fp8.scaled(v_code_1D, v_scale_1, CODES)
+            unit = tl.where(owner, tl.maximum(unit, fp8.power_below(tl.max(v_scale_1, 0))), unit)
+        else:
+            tl.store(page_at, new_k_1D, mask=kept)
+            tl.store(page_at + stride_v, new_v_1D, mask=kept)
         dots_R = tl.sum(heads_RD.to(tl.float32) * new_k_1D.to(tl.float32), 1)
         dots_R = tl.reshape(tl.broadcast_to(dots_R[None, :], (BLOCK_R // RP, RP)), (BLOCK_R,))
         x_R = tl.where(owner, tl.sum(SCORE(dots_R[:, None], pre), 1) * post, float("-inf"))
         m_new = tl.maximum(m, x_R)
         p_R = tl.exp2(x_R - m_new)
         l = l * tl.exp2(m - m_new) + p_R
+        if CODES:
+            new_v_1D = new_v_1D * (1024.0 * fp8.inverse(unit))
         acc_RD = p_R[:, None] * tl.where(owner, new_v_1D.to(tl.float32), 0.0)
         m = m_new
     for tile in range(lo + (1 if READ_AHEAD else 0), hi):
-        k_ND, v_ND = load_keys(k_base, v_base, pages, tile, keys, stride_page, stride_slot, D, DP, PAGE, BLOCK_N)
+        k_ND, v_ND, pairs = load_keys(
+            k_base, v_base, pair_base, pages, tile, keys, stride_page, stride_slot, D, DP, PAGE, BLOCK_N, CODES
+        )
         # The next tile's pages are fetched a trip early, so no load of K waits for a load of the table.
         pages = tile_pages(table, (tile + 1) * BLOCK_N, keys, PAGE, BLOCK_N)
-        acc_RD, l, m = attend(acc_RD, l, m, q_RD, k_ND, v_ND, tile, first, keys, pre, post, BLOCK_N, WINDOWED, SCORE)
+        acc_RD, l, m, unit = attend(
+            acc_RD, l, m, unit, q_RD, q_scale, k_ND, v_ND, pairs, tile, first, keys, pre, post, BLOCK_N, WINDOWED,
+            SCORE, CODES,
+        )  # fmt: skip
     if READ_AHEAD:
-        acc_RD, l, m = attend(
-            acc_RD, l, m, q_RD, k_first, v_first, lo, first, keys, pre, post, BLOCK_N, WINDOWED, SCORE
-        )
+        acc_RD, l, m, unit = attend(
+            acc_RD, l, m, unit, q_RD, q_scale, k_first, v_first, pairs_first, lo, first, keys, pre, post, BLOCK_N,
+            WINDOWED, SCORE, CODES,
+        )  # fmt: skip
 
     pdl_launch(USE_PDL and not LAUNCH_EARLY)
     acc_RD = acc_RD / tl.where(l > 0, l, 1.0)[:, None]
+    if CODES:
+        acc_RD = acc_RD * (unit * 0.0009765625)
     if MAX_SPLITS == 1 or used == 1:
         to = out + row * (H * D) + head[:, None] * D + d[None, :]
         tl.store(to, acc_RD.to(out.dtype.element_ty), mask=head_mask[:, None] & (d < D)[None, :])

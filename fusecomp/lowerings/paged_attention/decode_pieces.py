@@ -1,7 +1,7 @@
 """Steps of the decode kernel: what it reads, one online-softmax step, and the combination of a row's splits.
 
 Legend: S rows, H query heads, G kv heads, R = H / G query heads per kv head (RP: padded to a power of two), D head dim
-(DP: likewise), N keys of one tile, NS splits.
+(DP: likewise), N keys of one tile, NS splits. CODES says what the cache holds: see `fp8.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.paged_attention import fp8
 from fusecomp.lowerings.paged_attention.pieces import load_heads, load_tables, tile_offsets
 
 
@@ -64,6 +65,7 @@ def load_new(
 def load_keys(
     k_base,
     v_base,
+    pair_base,
     pages,
     tile,
     keys,
@@ -73,17 +75,32 @@ def load_keys(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """Keys and values [N, DP] of a tile whose page ids are `pages`; zeros beyond D and for positions >= `keys`."""
+    """Keys and values [N, DP] of a tile whose page ids are `pages`; zeros beyond D and for positions >= `keys`.
+
+    Codes of values come as int16 [N, DP / 2], two adjacent ones each, and codes with the pairs of their scales [N].
+    Those of keys are of some page or other for positions >= `keys`: no score is used there.
+    """
     d = tl.arange(0, DP)
     start = tile * BLOCK_N
     at = tile_offsets(pages, start, stride_page, stride_slot, PAGE, BLOCK_N)
     live = (start + tl.arange(0, BLOCK_N) < keys)[:, None]
     if DP != D:
         live = live & (d < D)[None, :]
-    k_ND = tl.load(k_base + at[:, None] + d[None, :], mask=live, other=0.0)
-    v_ND = tl.load(v_base + at[:, None] + d[None, :], mask=live, other=0.0)
-    return k_ND, v_ND
+    pairs = 0
+    if CODES:
+        k_ND = tl.load(k_base + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0)
+        c = tl.arange(0, DP // 2)
+        seen = start + tl.arange(0, BLOCK_N) < keys
+        v_at = v_base.to(tl.pointer_type(tl.int16), bitcast=True) + (at // 2)[:, None] + c[None, :]
+        v_ND = tl.load(v_at, mask=seen[:, None] & (c < D // 2)[None, :], other=0)
+        pairs_at = pair_base + tile_offsets(pages, start, stride_page // 4, 1, PAGE, BLOCK_N)
+        pairs = tl.load(pairs_at, mask=seen, other=0)
+    else:
+        k_ND = tl.load(k_base + at[:, None] + d[None, :], mask=live, other=0.0)
+        v_ND = tl.load(v_base + at[:, None] + d[None, :], mask=live, other=0.0)
+    return k_ND, v_ND, pairs
 
 
 @triton.jit
@@ -91,9 +108,12 @@ def attend(
     acc_RD,
     l,
     m,
+    unit,
     q_RD,
+    q_scale,
     k_ND,
     v_ND,
+    pairs,
     tile,
     first,
     keys,
@@ -102,10 +122,23 @@ def attend(
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     SCORE: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """One online-softmax step over the positions first .. keys of a tile."""
+    """One online-softmax step over the positions first .. keys of a tile.
+
+    With codes q_RD is q / q_scale, and acc_RD counts units of unit / 1024, where `unit` is the largest scale of a
+    value so far, down to a power of two: so both operands of both products fit fp16 whatever the scales are, and no
+    code is multiplied alone.
+    """
     pos = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_RN = SCORE(tl.dot(q_RD, tl.trans(k_ND), input_precision="ieee"), pre) * post
+    WIDE: tl.constexpr = q_RD.dtype == tl.float32
+    if CODES:
+        k_scale, v_scale = fp8.scales_of(pairs)
+        dots_RN = tl.dot(q_RD, tl.trans(fp8.operand(k_ND, CODES, WIDE)), input_precision="ieee")
+        dots_RN = dots_RN * (k_scale * q_scale)[None, :]
+    else:
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision="ieee")
+    x_RN = SCORE(dots_RN, pre) * post
     seen = pos < keys
     if WINDOWED:
         seen = seen & (pos >= first)
@@ -114,9 +147,22 @@ def attend(
     p_RN = tl.exp2(x_RN - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     l = l * alpha + tl.sum(p_RN, 1)
-    acc_RD = acc_RD * alpha[:, None]
-    acc_RD = tl.dot(p_RN.to(v_ND.dtype), v_ND, acc_RD, input_precision="ieee")
-    return acc_RD, l, m_new
+    if CODES:
+        largest = tl.maximum(unit, fp8.power_below(tl.max(v_scale, 0)))
+        relative = fp8.inverse(largest)
+        acc_RD = acc_RD * (alpha * (unit * relative))[:, None]
+        p_RN = p_RN * (v_scale * (1024.0 * relative))[None, :]
+        p_RN = p_RN.to(q_RD.dtype)
+        even_ND, odd_ND = fp8.operands(v_ND, CODES, WIDE)
+        even_RD, odd_RD = tl.split(tl.reshape(acc_RD, (acc_RD.shape[0], acc_RD.shape[1] // 2, 2)))
+        even_RD = tl.dot(p_RN, even_ND, even_RD, input_precision="ieee")
+        odd_RD = tl.dot(p_RN, odd_ND, odd_RD, input_precision="ieee")
+        acc_RD = tl.reshape(tl.join(even_RD, odd_RD), acc_RD.shape)
+        unit = largest
+    else:
+        acc_RD = acc_RD * alpha[:, None]
+        acc_RD = tl.dot(p_RN.to(v_ND.dtype), v_ND, acc_RD, input_precision="ieee")
+    return acc_RD, l, m_new, unit
 
 
 @triton.jit

@@ -22,6 +22,7 @@ MAX_SPLITS = 128
 # hold their operands in registers too.
 ACCUMULATOR_REGISTERS = {2: 64, 4: 16}
 MAX_WARPS = 16
+MAX_CODES = 2048  # of K, and as many of V, that a warp converts in one tile
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Target:
     @property
     def has_tma(self) -> bool:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
+
+    @property
+    def has_fp8(self) -> bool:
+        """The GPU converts e4m3 codes itself."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
 
     @property
     def has_pdl(self) -> bool:
@@ -100,15 +106,19 @@ def load_table(name: str) -> dict[str, Any]:
 def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str, float]) -> tuple[dict, str]:
     """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
 
-    The weights put the dtype before the head dim before the rest: tiles must first of all fit.
+    The weights put the dtype before the head dim before the rest: tiles must first of all fit. Entries of an FP8 cache
+    say so by `kv_itemsize`, and serve no other.
     """
 
+    def value(entry: dict, key: str) -> int:
+        return entry["itemsize"] if key == "kv_itemsize" and key not in entry else entry[key]
+
     def distance(entry: dict) -> float:
-        return sum(w * abs(math.log2(entry[key] / wanted[key])) for key, w in weight.items())
+        return sum(w * abs(math.log2(value(entry, key) / wanted[key])) for key, w in weight.items())
 
     table = load_table(target.table)
-    entry = min(table[kind], key=distance)
-    shape = " ".join(f"{key}={entry[key]}" for key in weight)
+    entry = min((e for e in table[kind] if "kv_itemsize" in weight or "kv_itemsize" not in e), key=distance)
+    shape = " ".join(f"{key}={value(entry, key)}" for key in weight)
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
     return entry, f"{table['gpu']} {kind} {shape} ({how})"
 
@@ -128,6 +138,7 @@ def decode_config(
     num_rows: int,
     capacity: int,
     group: int = 1,
+    quantized: bool = False,
 ) -> DecodeConfig:
     """Configuration of one decode launch.
 
@@ -135,12 +146,17 @@ def decode_config(
         num_rows: rows of the launch, padding included.
         capacity: the most keys a row can have, in tokens: pages of the block table times B.
         group: query heads per kv head.
+        quantized: the cache is FP8; `itemsize` is that of the queries.
     """
     pairs = num_rows * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs}
     weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
+    if quantized:
+        wanted["kv_itemsize"], weight["kv_itemsize"] = 1, 2.0
     entry, source = _nearest(target, "decode", wanted, weight)
     config = DecodeConfig(**entry["config"], source=source)
+    if quantized and "kv_itemsize" not in entry:
+        config = _for_codes(config, padded_dim(head_dim), itemsize)
     # As many programs as the tuned launch had, scaled to this GPU, each with at least min_split keys.
     programs = config.num_splits * entry["pairs"] * target.num_sms / SM90.num_sms
     splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
@@ -154,7 +170,7 @@ def decode_config(
         config = replace(config, read_ahead=False)
     if itemsize == 4 and query_block(group) > 16:
         config = replace(config, block_n=min(config.block_n, 16))
-    return _fit_decode(config, target, padded_dim(head_dim), itemsize)
+    return _fit_decode(config, target, padded_dim(head_dim), itemsize, quantized=quantized)
 
 
 def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: int) -> PrefillConfig:
@@ -170,10 +186,19 @@ def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: in
     return _fit_prefill(config, target, padded_dim(head_dim), itemsize)
 
 
-def _fit_decode(config: DecodeConfig, target: Target, dp: int, itemsize: int) -> DecodeConfig:
+def _for_codes(config: DecodeConfig, dp: int, itemsize: int) -> DecodeConfig:
+    """A 16-bit cache's configuration for codes: twice the keys are as many bytes in flight, if registers hold them."""
+    if itemsize != 2 or config.read_ahead or 2 * config.block_n * dp // config.num_warps > MAX_CODES:
+        return config
+    return replace(config, block_n=2 * config.block_n, min_split=max(config.min_split, 2 * config.block_n))
+
+
+def _fit_decode(config: DecodeConfig, target: Target, dp: int, itemsize: int, *, quantized: bool) -> DecodeConfig:
     """Fewer stages, then smaller tiles, until K and V of every stage fit in shared memory."""
 
     def need(c: DecodeConfig) -> int:
+        if quantized:  # codes of every stage, and one tile of K and V converted
+            return 2 * c.block_n * dp * (c.num_stages + itemsize)
         return 2 * c.num_stages * c.block_n * dp * itemsize
 
     budget = target.smem_bytes - 8 * 1024  # queries and reductions

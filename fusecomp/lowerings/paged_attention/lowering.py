@@ -21,11 +21,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.paged_attention import heuristics, pieces
-from fusecomp.lowerings.paged_attention.cache_write import cache_write_kernel
+from fusecomp.lowerings.paged_attention import fp8, heuristics, pieces
+from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
-from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig, Target
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
+from fusecomp.ops.kv_cache import KVLayout, is_quantized
 from fusecomp.ops.rope import PAIRS, Rope
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def supports(
     scale: float = 1.0,
     window: int = 0,
     softcap: float = 0.0,
+    quantized: bool = False,
 ) -> str | None:
     """Why these kernels cannot serve an attention of this shape, or None if they can."""
     if dtype not in DTYPES:
@@ -56,6 +58,8 @@ def supports(
         return f"{num_heads // num_kv_heads} query heads per kv head, more than {MAX_GROUP}"
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is not in 1..{MAX_HEAD_DIM}"
+    if quantized and head_dim % 2:
+        return f"an odd head dim {head_dim} over an FP8 cache, whose values are read two at a time"
     if page_size < 1:
         return f"page size {page_size} is below 1"
     if not scale > 0:
@@ -111,27 +115,62 @@ def _arrivals(kv_cache: Tensor, count: int) -> Tensor:
     return zeroed_counters(kv_cache.device, count, least=4096, owner=kv_cache.data_ptr())
 
 
+def codes_kind(target: Target, quantized: bool, *, native: bool = True) -> int:
+    """CODES of the kernels: how codes are converted; `native` allows the GPU's own conversion."""
+    if not quantized:
+        return fp8.PLAIN
+    return fp8.NATIVE_FP8 if native and target.has_fp8 else fp8.FP8
+
+
+def codes_of(kv_cache: Tensor) -> int:
+    """CODES for a cache. Triton's interpreter, which does not round as GPUs do, stands for those without fp8."""
+    return codes_kind(target_of(kv_cache), is_quantized(kv_cache), native=kv_cache.is_cuda)
+
+
+def cache_strides(kv_cache: Tensor, head_dim: int) -> tuple[int, int, int, int]:
+    """Elements (bytes, of codes) between pages, from K to V of one page, between kv heads, and between slots."""
+    if not is_quantized(kv_cache):
+        return kv_cache.stride()[:4]  # type: ignore[return-value]
+    layout = KVLayout.of(kv_cache, head_dim)
+    return kv_cache.stride(0), layout.page_size * head_dim, kv_cache.stride(1), head_dim
+
+
 def launch_options(use_pdl: bool) -> dict:
     """Options of a launch that may start before the kernel before it has ended."""
     return {"launch_pdl": True} if use_pdl else {}
 
 
 def launch_cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-    """Write k, v [T, G, D] into kv_cache [num_blocks, 2, G, B, D] at slots int64[T]; slot -1 writes nothing."""
+    """Write k, v [T, G, D] into the cache at slots int64[T]; slot -1 writes nothing."""
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens == 0:
         return
     require_unit_stride(k=k, v=v, kv_cache=kv_cache)
-    stride_page, stride_v, stride_g, stride_slot, _ = kv_cache.stride()
     block_t = heuristics.cache_write_block(num_tokens)
     pdl = uses_pdl(k)
     launch(
         cache_write_kernel, (triton.cdiv(num_tokens, block_t), num_kv_heads),
         k, v, kv_cache, slots, num_tokens,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), stride_page, stride_v, stride_g, stride_slot,
-        D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3], BLOCK_T=block_t, USE_PDL=pdl,
-        num_warps=4, **launch_options(pdl),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), *cache_strides(kv_cache, head_dim),
+        D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=KVLayout.of(kv_cache, head_dim).page_size,
+        BLOCK_T=block_t, USE_PDL=pdl, CODES=codes_of(kv_cache), num_warps=4, **launch_options(pdl),
     )  # fmt: skip
+
+
+def launch_as_cached(k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, G, D] as the cache returns them, contiguous; a plain cache returns them as they are."""
+    if not is_quantized(kv_cache):
+        return k, v
+    num_tokens, num_kv_heads, head_dim = k.shape
+    k_out, v_out = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    block_t = heuristics.cache_write_block(num_tokens)
+    launch(
+        as_cached_kernel, (triton.cdiv(num_tokens, block_t), num_kv_heads),
+        k, v, k_out, v_out, num_tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), BLOCK_T=block_t, CODES=codes_of(kv_cache),
+        num_warps=4,
+    )  # fmt: skip
+    return k_out, v_out
 
 
 def launch_paged_attention(
@@ -147,8 +186,13 @@ def launch_paged_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    *,
+    as_cached: bool = False,
 ) -> Tensor:
     """Attention [T, H, D] of a packed step: decode rows from pages, prefill rows from pages and k, v.
+
+    Args:
+        as_cached: k and v are already what the cache returns.
 
     Raises:
         ValueError: for a shape, dtype or stride that `supports` or the contract excludes.
@@ -165,8 +209,10 @@ def launch_paged_attention(
     if num_rows > num_decodes:
         max_keys = min(window, max_seq_len) if window > 0 else max_seq_len
         prefill = heuristics.prefill_config(
-            target_of(q), head_dim=q.shape[2], itemsize=kv_cache.element_size(), max_keys=max_keys
+            target_of(q), head_dim=q.shape[2], itemsize=q.element_size(), max_keys=max_keys
         )
+        if not as_cached:
+            k, v = launch_as_cached(k, v, kv_cache)
         run_prefill(
             prefill, q, k, v, kv_cache, out, cu_q_lens, seq_lens, block_tables,
             num_decodes, num_rows, max_q_len, scale, window, softcap, sinks,
@@ -176,9 +222,10 @@ def launch_paged_attention(
 
 def require_support(q: Tensor, kv_cache: Tensor, scale: float, window: int, softcap: float) -> None:
     """ValueError where `supports` refuses q [T, H, D] over this cache."""
+    layout = KVLayout.of(kv_cache, q.shape[2])
     reason = supports(
-        dtype=kv_cache.dtype, num_heads=q.shape[1], num_kv_heads=kv_cache.shape[2], head_dim=q.shape[2],
-        page_size=kv_cache.shape[3], scale=scale, window=window, softcap=softcap,
+        dtype=q.dtype, num_heads=q.shape[1], num_kv_heads=layout.heads, head_dim=q.shape[2],
+        page_size=layout.page_size, scale=scale, window=window, softcap=softcap, quantized=layout.quantized,
     )  # fmt: skip
     if reason:
         raise ValueError(f"paged_attention: {reason}")
@@ -186,11 +233,11 @@ def require_support(q: Tensor, kv_cache: Tensor, scale: float, window: int, soft
 
 def decode_config(q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_decodes: int) -> DecodeConfig:
     """The heuristics' choice for the decodes of a step with queries q [T, H, D]."""
-    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    layout = KVLayout.of(kv_cache, q.shape[2])
     return heuristics.decode_config(
-        target_of(q), head_dim=head_dim, itemsize=kv_cache.element_size(), num_kv_heads=num_kv_heads,
-        page_size=page_size, num_rows=num_decodes, capacity=block_tables.shape[1] * page_size,
-        group=q.shape[1] // num_kv_heads,
+        target_of(q), head_dim=layout.head_dim, itemsize=q.element_size(), num_kv_heads=layout.heads,
+        page_size=layout.page_size, num_rows=num_decodes, capacity=block_tables.shape[1] * layout.page_size,
+        group=q.shape[1] // layout.heads, quantized=layout.quantized,
     )  # fmt: skip
 
 
@@ -216,7 +263,8 @@ def run_decode(
     _log_source(config.source)
     if use_pdl is None:
         use_pdl = uses_pdl(q)
-    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    layout = KVLayout.of(kv_cache, q.shape[2])
+    num_kv_heads, page_size, head_dim = layout.heads, layout.page_size, layout.head_dim
     num_heads = q.shape[1]
     group = num_heads // num_kv_heads
     pre, post = pieces.score_factors(scale, softcap)
@@ -228,15 +276,16 @@ def run_decode(
         decode_kernel, (num_decodes * num_kv_heads, splits),
         q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
         sinks, *(new.tensors() if new else NewTokens.ABSENT), pre, post, new.rope.eps if new else 0.0, window,
-        config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6), *kv_cache.stride()[:4],
-        block_tables.stride(0),
+        config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6),
+        *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
         BLOCK_R=heuristics.query_block(group), BLOCK_N=config.block_n,
         MAX_SPLITS=heuristics.next_power_of_2(splits),
         num_warps=config.num_warps, num_stages=config.num_stages,
         NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
         READ_AHEAD=config.read_ahead and new is not None, **_hooks(q.dtype, window, softcap, sinks),
-        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads), **launch_options(use_pdl),
+        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads), CODES=codes_of(kv_cache),
+        **launch_options(use_pdl),
     )  # fmt: skip
 
 
@@ -258,9 +307,10 @@ def run_prefill(
     softcap: float,
     sinks: Tensor | None,
 ) -> None:
-    """Prefill rows first_row .. num_rows of the step into their tokens of out."""
+    """Prefill rows first_row .. num_rows of the step into their tokens of out; k and v are what the cache returns."""
     _log_source(config.source)
-    _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+    layout = KVLayout.of(kv_cache, q.shape[2])
+    num_kv_heads, page_size, head_dim = layout.heads, layout.page_size, layout.head_dim
     num_heads = q.shape[1]
     dp = heuristics.padded_dim(head_dim)
     pre, post = pieces.score_factors(scale, softcap)
@@ -273,9 +323,9 @@ def run_prefill(
         q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,
         pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        *kv_cache.stride()[:4], block_tables.stride(0),
+        *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma, CODES=codes_of(kv_cache),
         num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 

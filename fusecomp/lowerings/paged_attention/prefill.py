@@ -6,6 +6,9 @@ B page size, M queries and N keys of one tile, P pages per row of the block tabl
 Program (row and head, query tile), longest query tiles first. Phase 1 walks the cached prefix through the block
 table; phase 2 walks the step's own keys in k and v. Each phase is a loop over tiles that the row fills and one over
 a partial tile at its end. A tile is masked only where it meets the diagonal or the edge of the window.
+
+With CODES the cache is FP8 (`ops/kv_cache.py`): the prefix is converted as it is read, exactly, and k and v are given
+as the cache returns them. So a key is the same to every query, however a prompt was cut into steps.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.paged_attention import fp8
 from fusecomp.lowerings.paged_attention.pieces import tile_offsets, tile_pages
 
 
@@ -77,6 +81,7 @@ def _attend_pages(
     q_MD,
     k_base,
     v_base,
+    pair_base,
     table,
     i,
     last,
@@ -95,17 +100,29 @@ def _attend_pages(
     WINDOWED: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORE: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """Phase 1 over the tiles lo .. hi (multiples of N) of a prefix of `end` keys; `last` is the largest of i."""
     d = tl.arange(0, DP)
     pages = tile_pages(table, lo, end, PAGE, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         at = tile_offsets(pages, start, stride_page, stride_slot, PAGE, BLOCK_N)
+        if CODES:
+            pairs = tl.load(
+                pair_base + tile_offsets(pages, start, stride_page // 4, 1, PAGE, BLOCK_N),
+                mask=start + tl.arange(0, BLOCK_N) < end,
+                other=0,
+            )
         pages = tile_pages(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
         k_ND = _load_tile(k_base + at[:, None] + d[None, :], j, d, end, D, DP, RAGGED)
         v_ND = _load_tile(v_base + at[:, None] + d[None, :], j, d, end, D, DP, RAGGED)
+        if CODES:
+            k_scale, v_scale = fp8.scales_of(pairs)
+            k_ND = fp8.scaled(k_ND, k_scale, CODES).to(q_MD.dtype)
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        if CODES:
+            v_ND = fp8.scaled(v_ND, v_scale, CODES).to(q_MD.dtype)
         edge = start <= last - window
         acc_MD, l, m = _update(
             acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, False, WINDOWED, RAGGED, SCORE
@@ -179,7 +196,7 @@ def prefill_kernel(
     v,  # [T, G, D], last dim contiguous
     k_tiles,  # tensor descriptor of k with blocks [N, 1, DP], or None
     v_tiles,  # tensor descriptor of v with blocks [N, 1, DP], or None
-    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
+    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous; with CODES [num_blocks, G, W] bytes
     out,  # [T, H, D] contiguous
     cu_q_lens,  # [S + 1] int32
     seq_lens,  # [S] int32
@@ -211,10 +228,12 @@ def prefill_kernel(
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
 ):
     """Output rows [T, H, D] of the rows `first_row` and up.
 
-    dtypes: q, k, v, kv_cache, out one of fp32, fp16, bf16; scores, softmax and accumulators fp32; P in v's dtype.
+    dtypes: q, k, v, out one of fp32, fp16, bf16, and kv_cache too, or codes; scores, softmax and accumulators fp32; P
+    in v's dtype.
     FLOPs per row of q new tokens after p cached ones: 4 * H * D * (q * p + q * (q + 1) / 2), fewer with a window.
     Bytes: q, k, v and out once, the prefix once per query tile and kv head (L2 serves most of it). Bound by
     matrix rate.
@@ -250,18 +269,19 @@ def prefill_kernel(
         table = block_tables + row.to(tl.int64) * stride_table
         k_base = kv_cache + g.to(tl.int64) * stride_g
         v_base = k_base + stride_v
+        pair_base = fp8.pairs_at(kv_cache, g, stride_g, D, PAGE) if CODES else k_base
         lo = 0
         if WINDOWED:
             lo = tl.minimum(tl.maximum(prefix + m0 - window + 1, 0), prefix) // BLOCK_N * BLOCK_N
         whole = prefix // BLOCK_N * BLOCK_N
         last = prefix + m0 + BLOCK_M - 1
         acc_MD, l, m = _attend_pages(
-            acc_MD, l, m, q_MD, k_base, v_base, table, prefix + i, last, lo, whole, prefix, window, pre, post,
-            stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, False, SCORE,
+            acc_MD, l, m, q_MD, k_base, v_base, pair_base, table, prefix + i, last, lo, whole, prefix, window, pre,
+            post, stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, False, SCORE, CODES,
         )  # fmt: skip
         acc_MD, l, m = _attend_pages(
-            acc_MD, l, m, q_MD, k_base, v_base, table, prefix + i, last, whole, prefix, prefix, window, pre, post,
-            stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, True, SCORE,
+            acc_MD, l, m, q_MD, k_base, v_base, pair_base, table, prefix + i, last, whole, prefix, prefix, window, pre,
+            post, stride_page, stride_slot, D, DP, PAGE, BLOCK_N, WINDOWED, True, SCORE, CODES,
         )  # fmt: skip
 
     # Phase 2: the row's own keys, from k and v, up to the diagonal.

@@ -18,6 +18,7 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.lowering import NewTokens, rope_constants
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
+from fusecomp.ops.kv_cache import KVLayout
 from fusecomp.ops.rope import Rope
 
 
@@ -37,31 +38,34 @@ def supports(rope: Rope, *, head_dim: int, cos: Tensor | None, sin: Tensor | Non
 
 def launch_rope_cache(
     q: Tensor, new: NewTokens, kv_cache: Tensor, block: tuple[int, int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rotated q [T, H, D] and k [T, G, D], both contiguous; k and v are in the cache at `new.slots` afterwards.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q [T, H, D], and k and v [T, G, D] as the cache returns them; they are in it at `new.slots` afterwards.
+
+    All are contiguous, but a plain cache's v, which is the given one.
 
     Args:
         block: tokens and heads per program; the heuristics' choice by default.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = kv_cache.shape[2]
+    layout = KVLayout.of(kv_cache, head_dim)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(new.k.shape, dtype=new.k.dtype, device=q.device)
+    v_out = torch.empty(new.v.shape, dtype=new.v.dtype, device=q.device) if layout.quantized else None
     if num_tokens == 0:
-        return q_out, k_out
+        return q_out, k_out, new.v
     block_t, block_h = block or heuristics.rope_cache_block(num_tokens, head_dim)
-    grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
+    grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h) + triton.cdiv(layout.heads, block_h))
     pdl = uses_pdl(q)
     *tensors, slots = new.tensors()
     launch(
         rope_cache_kernel, grid,
-        q, *tensors, q_out, k_out, kv_cache, slots, new.rope.eps, num_tokens, q.stride(0), q.stride(1),
-        *new.strides(), *kv_cache.stride()[:4],
-        H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=kv_cache.shape[3],
-        **rope_constants(new.rope), BLOCK_T=block_t, BLOCK_H=block_h, USE_PDL=pdl, num_warps=4,
-        **lowering.launch_options(pdl),
+        q, *tensors, q_out, k_out, v_out, kv_cache, slots, new.rope.eps, num_tokens, q.stride(0), q.stride(1),
+        *new.strides(), *lowering.cache_strides(kv_cache, head_dim),
+        H=num_heads, G=layout.heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=layout.page_size,
+        **rope_constants(new.rope), BLOCK_T=block_t, BLOCK_H=block_h, USE_PDL=pdl,
+        CODES=lowering.codes_of(kv_cache), num_warps=4, **lowering.launch_options(pdl),
     )  # fmt: skip
-    return q_out, k_out
+    return q_out, k_out, new.v if v_out is None else v_out
 
 
 def launch_rope_attention(
@@ -99,9 +103,9 @@ def launch_rope_attention(
     num_decodes, _, _, num_rows = host_meta.tolist()
     mode = (scale, window, softcap, sinks)
     if num_rows > num_decodes:
-        q, k = launch_rope_cache(q, new, kv_cache)
+        q, k, v = launch_rope_cache(q, new, kv_cache)
         return lowering.launch_paged_attention(
-            q, k, v, kv_cache, cu_q_lens, seq_lens, block_tables, host_meta, *mode
+            q, k, v, kv_cache, cu_q_lens, seq_lens, block_tables, host_meta, *mode, as_cached=True
         )  # fmt: skip
     lowering.require_support(q, kv_cache, scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

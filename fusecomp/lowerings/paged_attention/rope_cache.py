@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.paged_attention import fp8
 from fusecomp.lowerings.paged_attention.pieces import load_heads, load_tables, pdl_launch, pdl_wait, rotated
 
 
@@ -22,7 +23,8 @@ def rope_cache_kernel(
     k_norm,  # [D], or None
     q_out,  # [T, H, D] contiguous
     k_out,  # [T, G, D] contiguous
-    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous
+    v_out,  # [T, G, D] contiguous, with CODES only
+    kv_cache,  # [num_blocks, 2, G, B, D], last dim contiguous; with CODES [num_blocks, G, W] bytes
     slots,  # [T] int64, block * B + offset, or -1
     eps,
     num_tokens,
@@ -50,11 +52,13 @@ def rope_cache_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     USE_PDL: tl.constexpr,
+    CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
 ):
     """Program (token block, head block): BLOCK_T tokens of BLOCK_H query heads, or kv heads in the last blocks.
 
-    dtypes: q, k, v, kv_cache, q_out, k_out one of fp32, fp16, bf16; cos, sin and the norms' weights any of them;
-    arithmetic fp32, one rounding. A slot below zero writes nothing to the cache.
+    dtypes: q, k, v, q_out, k_out, v_out one of fp32, fp16, bf16, and kv_cache too, or codes; cos, sin and the norms'
+    weights any of them; arithmetic fp32, one rounding. A slot below zero writes nothing to the cache. With CODES, k_out
+    and v_out are what the cache returns.
     Bytes: T * (2 * H + 5 * G) * D * itemsize, plus 2 * T * ROT of cos and sin. Bound by memory.
     """
     pdl_wait(USE_PDL)
@@ -81,6 +85,20 @@ def rope_cache_kernel(
             x_TD = rotated(heads, tables, d, eps, k_norm, D, DP, ROT, STYLE, NORM).to(k_out.dtype.element_ty)
             v_TD = tl.load(v + t * stride_vt + g * stride_vg + d[None, :], mask=stored, other=0.0)
             to = (slot // PAGE * stride_page + slot % PAGE * stride_slot + g * stride_g)[:, None]
-            tl.store(k_out + (t * G + g) * D + d[None, :], x_TD, mask=stored)
-            tl.store(kv_cache + to + d[None, :], x_TD, mask=kept)
-            tl.store(kv_cache + to + stride_v + d[None, :], v_TD, mask=kept)
+            cache_at = kv_cache + to + d[None, :]
+            if CODES:
+                k_code, k_scale = fp8.quantized(x_TD.to(tl.float32), CODES)
+                v_code, v_scale = fp8.quantized(v_TD.to(tl.float32), CODES)
+                pair_at = fp8.pairs_at(kv_cache, tl.cast(g, tl.int64), stride_g, D, PAGE)
+                pair_at += slot // PAGE * (stride_page // 4) + slot % PAGE
+                tl.store(pair_at, fp8.pair_of(k_scale, v_scale), mask=slot >= 0)
+                tl.store(cache_at, k_code, mask=kept)
+                tl.store(cache_at + stride_v, v_code, mask=kept)
+                x_TD = fp8.scaled(k_code, k_scale, CODES).to(k_out.dtype.element_ty)
+                v_TD = fp8.scaled(v_code, v_scale, CODES).to(v_out.dtype.element_ty)
+                tl.store(v_out + (t * G + g) * D + d[None, :], v_TD, mask=stored)
+                tl.store(k_out + (t * G + g) * D + d[None, :], x_TD, mask=stored)
+            else:
+                tl.store(k_out + (t * G + g) * D + d[None, :], x_TD, mask=stored)
+                tl.store(cache_at, x_TD, mask=kept)
+                tl.store(cache_at + stride_v, v_TD, mask=kept)

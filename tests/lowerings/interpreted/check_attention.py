@@ -14,6 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from fusecomp.lowerings import device
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
+from fusecomp.ops.kv_cache import KVLayout, fill_random
 from tests.lowerings import reference
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.steps import Step, check_attention, make_step
@@ -83,6 +84,7 @@ def cases(draw, decode: bool, prefill: bool):
         "page_size": draw(st.sampled_from([1, 16, 32, 64])),
         "dtype": draw(st.sampled_from(DTYPES)),
         "seed": draw(st.integers(0, 1000)),
+        "quantized": draw(st.booleans()),
     }
     options = {
         "window": draw(st.sampled_from([0, 0, 1, 7, 33])),
@@ -92,7 +94,7 @@ def cases(draw, decode: bool, prefill: bool):
     return decodes + prefills, shape, options
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=40)
 @given(case=cases(decode=True, prefill=False))
 def test_decode(case):
     rows, shape, options = case
@@ -155,11 +157,42 @@ def test_result_does_not_depend_on_the_rest_of_the_batch():
             assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_new_keys_are_what_an_fp8_cache_returns(dtype, head_dim):
+    """Bitwise: so it does not matter to a query whether a key came with its step or before it."""
+    torch.manual_seed(0)
+    kv = torch.randn(40, 4, head_dim, dtype=dtype) * torch.randn(40, 4, 1).mul(2).exp().to(dtype)
+    k, v = kv.split(2, 1)
+    cache = KVLayout(2, 16, head_dim, quantized=True).zeros(5, dtype, "cpu")
+    slots = torch.randperm(80)[:40]
+    lowering.launch_cache_write(k, v, cache, slots)
+    held = reference.unpack(cache, 16, head_dim)[slots // 16, :, :, slots % 16]  # [T, 2, G, D]
+    for new, part in zip(lowering.launch_as_cached(k, v, cache), held.unbind(1), strict=True):
+        assert torch.equal(new, part.to(dtype))
+        assert dtype == torch.float16 or torch.equal(new.double(), part)  # fp16 ends at 2^-24
+
+
+def test_what_is_not_finite_stays_in_its_row_of_an_fp8_cache():
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 32, "page_size": 16, "dtype": torch.bfloat16, "quantized": True}
+    for bad in (float("inf"), float("nan")):
+        step = make_step([(30, 1), (7, 9), (3, 20)], **shape)
+        step.k[4, 0, 3] = bad
+        lowering.launch_cache_write(step.k, step.v, step.kv_cache, step.slots)
+        out = lowering.launch_paged_attention(*step.attention_inputs(), 0.2, 0, 0.0, None)
+        affected = out.isnan().flatten(1).any(1)
+        assert affected[4:10].all()  # that token and those after it in its row
+        assert not affected[:4].any() and not affected[10:].any()
+
+
 def test_unsupported_shapes_raise():
     shape = {"heads": 2, "kv_heads": 2, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
     step = make_step([(3, 1)], **shape)
     with pytest.raises(ValueError, match="scale"):
         lowering.launch_paged_attention(*step.attention_inputs(), -1.0, 0, 0.0, None)
+    with pytest.raises(ValueError, match="odd head dim"):
+        odd = make_step([(3, 1)], **{**shape, "head_dim": 33, "quantized": True})
+        lowering.launch_paged_attention(*odd.attention_inputs(), 0.2, 0, 0.0, None)
     with pytest.raises(ValueError, match="stride"):
         lowering.launch_cache_write(step.k.mT.contiguous().mT, step.v, step.kv_cache, step.slots)
 
@@ -172,16 +205,23 @@ def test_unsupported_shapes_raise():
     page_size=st.sampled_from([1, 16, 32, 64]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
+    quantized=st.booleans(),
 )
-def test_cache_write(tokens, kv_heads, head_dim, page_size, dtype, seed):
+def test_cache_write(tokens, kv_heads, head_dim, page_size, dtype, seed, quantized):
     torch.manual_seed(seed)
     blocks = -(-tokens // page_size) + 2
     kv = torch.randn(tokens, 2 * kv_heads, head_dim, dtype=dtype)
     k, v = kv[:, :kv_heads], torch.randn(kv_heads, tokens, head_dim, dtype=dtype).transpose(0, 1)
     slots = torch.randperm(blocks * page_size)[:tokens]
     slots[torch.rand(tokens) < 0.2] = -1
-    cache = torch.randn(blocks, 2, kv_heads, page_size, head_dim, dtype=dtype)
-    expected = cache.clone()
-    reference.cache_write(k, v, expected, slots)
+    cache = KVLayout(kv_heads, page_size, head_dim, quantized).zeros(blocks, dtype, "cpu")
+    fill_random(cache, head_dim)
+    if quantized:
+        k[0, 0], v[-1, -1] = 0, 1e30 if dtype != torch.float16 else 6e4
+        expected = reference.unpack(cache, page_size, head_dim)
+        reference.cache_write(reference.quantized(k), reference.quantized(v), expected, slots)
+    else:
+        expected = cache.clone()
+        reference.cache_write(k, v, expected, slots)
     lowering.launch_cache_write(k, v, cache, slots)
-    assert torch.equal(cache, expected)
+    assert torch.equal(reference.unpack(cache, page_size, head_dim) if quantized else cache, expected)

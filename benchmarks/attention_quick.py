@@ -1,0 +1,164 @@
+"""Decode attention over bf16 and FP8 caches in under a minute: `python -m benchmarks.attention_quick --out DIR`.
+
+A handful of shapes, and for each a handful of configurations: built in parallel, compared with the eager reference (the
+shortest context) or the committed configuration, then timed with norm, rotation and cache write inside. The table
+shows microseconds and shares of the read bandwidth measured in the same run; DIR/fp8kv-quick.json has everything, and
+for each class an entry of the tuned table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.attention_cases import DecodeShape, FusedCase, Layer, label, row
+from benchmarks.attention_tune import build_or_check, table_entry, timed
+from benchmarks.timing import time_chain
+from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
+from fusecomp.ops.attention import paged_attention_reference
+from fusecomp.ops.rope import rotate_reference
+
+LLAMA, QWEN = Layer(), Layer(kv_heads=4, norm=True)
+# Relative error that queries, keys and probabilities rounded to bf16 explain; one key of 200 left out makes 7%.
+ALLOWED = 2e-2
+# Keys of a tile, warps, stages, whether the first tile is read ahead.
+SPLIT = (
+    (16, 1, 3, False),
+    (16, 1, 4, False),
+    (32, 1, 3, False),
+    (32, 2, 3, False),
+    (64, 2, 2, False),
+    (64, 4, 3, False),
+)
+AHEAD = ((64, 4, 2, True), (128, 8, 2, True))
+
+
+@dataclass(frozen=True)
+class Class:
+    """Shapes that take one table entry, the candidates for it, and how finely each may split a row."""
+
+    layer: Layer
+    batch: int
+    contexts: tuple[int, ...]
+    quantized: bool
+    tiles: tuple[tuple[int, int, int, bool], ...]
+    splits: int
+    least: tuple[int, ...]
+
+    @property
+    def shapes(self) -> list[DecodeShape]:
+        return [DecodeShape(self.layer, self.batch, n, quantized=self.quantized) for n in self.contexts]
+
+    def kernels(self) -> list[DecodeConfig]:
+        return [DecodeConfig(n, w, s, self.splits, max(n, self.least[0]), ahead) for n, w, s, ahead in self.tiles]
+
+    def configs(self) -> list[DecodeConfig]:
+        """How finely a row is split is an argument of a kernel."""
+        return [replace(c, min_split=m) for c in self.kernels() for m in self.least if m >= c.block_n]
+
+
+CLASSES = (
+    Class(LLAMA, 64, (200, 1024, 8192), False, (), 4, (512,)),
+    Class(LLAMA, 64, (200, 1024, 8192), True, SPLIT + AHEAD, 4, (512, 2048)),
+    Class(LLAMA, 1, (200, 1024, 8192), False, (), 32, (64,)),
+    Class(LLAMA, 1, (200, 1024, 8192), True, (SPLIT[0], SPLIT[2], SPLIT[5], *AHEAD), 32, (64, 256)),
+    Class(QWEN, 64, (200, 1024), False, (SPLIT[2], *AHEAD), 4, (64, 256)),
+    Class(QWEN, 64, (200, 1024), True, (*SPLIT[:4], *AHEAD), 4, (64, 256)),
+)  # fmt: skip
+
+
+def reference(case: FusedCase) -> torch.Tensor:
+    """What the launch that was just run on the first batch must have given, over the keys that it wrote: [S, H, D]."""
+    new, shape = case.new[0], case.shape
+    cu = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda")
+    meta = torch.tensor([shape.batch, 1, shape.context, shape.batch], dtype=torch.int32)
+    q = rotate_reference(case.q, new.cos, new.sin, new.q_norm, new.rope)
+    rest = (case.kv_cache, cu, case.seq_lens, case.tables[0], meta, shape.layer.head_dim**-0.5, 0, 0.0, None)
+    return paged_attention_reference(q, new.k, new.v, *rest).double()
+
+
+def check(cases: Sequence[FusedCase], configs: Sequence[DecodeConfig]) -> list[DecodeConfig]:
+    """The configurations that run; each gives what the reference gives.
+
+    Raises:
+        AssertionError: one does not.
+    """
+    case, good = cases[0], []
+    for config in configs:
+        try:
+            case.launch(config)
+            torch.cuda.synchronize()
+        except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+            print(f"left out {config}: {type(error).__name__}", flush=True)
+            continue
+        expected = reference(case)
+        error = float((case.out.double() - expected).norm() / expected.norm())
+        assert error < ALLOWED, f"{label(case.shape)} {config}: error {error:.1e} against the reference"
+        good.append(config)
+    return good
+
+
+def measure(one: Class, bandwidth: float, until: float) -> tuple[list[dict], list, dict | None]:
+    """Lines of the committed and the best configuration, every time taken, and the best as a table entry."""
+    cases = [FusedCase(shape) for shape in one.shapes]
+    check(cases, [cases[0].default(), *one.kernels()])
+    found = [([timed(case, case.default()) for case in cases], cases[0].default())]
+    for config in one.configs():
+        if time.time() < until:
+            found.append(([timed(case, config) for case in cases], config))
+    best = min(found, key=lambda pair: math.prod(pair[0]))
+    lines = [
+        [row(case, t, bandwidth, 1.0) for case, t in zip(cases, times, strict=True)] for times, _ in (found[0], best)
+    ]
+    for before, after, shape in zip(*lines, one.shapes, strict=True):
+        cells = "  ".join(f"{line['us']:8.2f} us {line['share']:4.0%}" for line in (before, after))
+        print(f"{label(shape):52s} {cells}  {best[1].block_n}/{best[1].num_warps}/{best[1].num_stages}"
+              f" {best[1].num_splits}x{best[1].min_split}{' ahead' * best[1].read_ahead}", flush=True)  # fmt: skip
+    times = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in sorted(found, key=lambda pair: math.prod(pair[0]))]
+    entry = table_entry(one.shapes[0], best[1], lines[1]) if best is not found[0] else None
+    torch.cuda.empty_cache()
+    return [line for pair in lines for line in pair], times, entry
+
+
+def read_bandwidth() -> float:
+    """Bytes/s of a read-only pass over 2 GiB."""
+    data = torch.empty(2**29, dtype=torch.float32, device="cuda").normal_()
+    return data.nbytes / time_chain(lambda _: torch.sum(data), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--seconds", type=float, default=40.0, help="time no further configuration after this long")
+    args = parser.parse_args()
+    begin = time.time()
+    jobs = [(replace(c.shapes[0], context=64), config) for c in CLASSES for config in (None, *c.kernels())]
+    with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
+        pool.map(build_or_check, jobs, chunksize=1)
+    bandwidth = read_bandwidth()
+    print(f"{len(jobs)} kernels built after {time.time() - begin:.0f} s; read {bandwidth / 1e12:.2f} TB/s", flush=True)
+    print("committed configuration, then the best of those tried: tile keys/warps/stages, splits x least keys")
+    result = {"gpu": torch.cuda.get_device_name(), "read_tb_s": round(bandwidth / 1e12, 2)}
+    result |= {"table": device_target(0).table, "rows": [], "entries": [], "sweep": {}}
+    for one in CLASSES:
+        rows, times, entry = measure(one, bandwidth, begin + args.seconds)
+        result["rows"] += rows
+        result["sweep"][label(one.shapes[0])] = times
+        result["entries"] += [entry] if entry else []
+        (args.out / "fp8kv-quick.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps({"seconds": round(time.time() - begin, 1)}))
+
+
+if __name__ == "__main__":
+    main()
