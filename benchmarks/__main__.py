@@ -1,4 +1,4 @@
-"""`python -m benchmarks {decode,prefill,offline,patterns,startup} ...`: one model, one engine, any of the benchmarks.
+"""`python -m benchmarks {decode,prefill,offline,prefix,patterns,startup} ...`: one model and engine, any benchmarks.
 
 Progress goes to stderr, tables to stdout; the last line of stdout is one JSON object. Exit status 1, and no figures,
 when the engine's numbers are wrong; 1, and the other benchmarks' figures, when one fails.
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--replays", type=int, default=30, help="decode: timed graph replays")
     add("--repeat", type=int, default=1, help="times each measurement is taken")
     add("--prompts", type=int, default=8, help="prefill: prompts at once")
-    add("--prompt-len", type=int, default=2048, help="prefill: tokens per prompt")
+    add("--prompt-len", type=int, default=2048, help="prefill: tokens per prompt; prefix: tokens shared")
     add("--requests", type=int, default=256, help="offline: requests")
     add("--lengths", type=_numbers, default=(100, 1024), help="offline: range of input and output lengths")
     add("--max-num-seqs", type=int, help="engine: default is what the benchmarks need")

@@ -18,21 +18,22 @@ from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
 
-BLOCK_SIZE = 16
 PHASES = ("schedule", "build", "update")
 
 
-def measure(rows: int, steps: int, context: int, max_model_len: int, device: str) -> dict[str, tuple[float, float]]:
+def measure(
+    rows: int, steps: int, context: int, max_model_len: int, device: str, prefix_caching: bool, block_size: int
+) -> dict[str, tuple[float, float]]:
     """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences."""
-    blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
-    kv = KVCacheManager(rows * blocks_per_seq, BLOCK_SIZE)
+    blocks_per_seq = -(-max_model_len // block_size)
+    kv = KVCacheManager(rows * blocks_per_seq, block_size, prefix_caching=prefix_caching)
     scheduler = Scheduler(rows, max(8192, rows), max_model_len, kv)
-    builder = BatchBuilder(rows, max(8192, rows), blocks_per_seq, BLOCK_SIZE, device)
+    builder = BatchBuilder(rows, max(8192, rows), blocks_per_seq, block_size, device)
     params = SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9)
     for i in range(rows):
         # Staggered lengths: block boundaries are met by some rows at every step, as in service.
-        scheduler.add(SequenceState(str(i), [1] * (context - i % BLOCK_SIZE), params))
-    times: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        scheduler.add(SequenceState(str(i), [i] * (context - i % block_size), params))
+    times: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "all")}
     sampled = [7] * rows
     while len(times["build"]) < steps:
         t0 = time.perf_counter()
@@ -45,7 +46,7 @@ def measure(rows: int, steps: int, context: int, max_model_len: int, device: str
         scheduler.update(step, sampled, frozenset({2}))
         t3 = time.perf_counter()
         if full:
-            for phase, seconds in zip(PHASES, (t1 - t0, t2 - t1, t3 - t2), strict=True):
+            for phase, seconds in zip(times, (t1 - t0, t2 - t1, t3 - t2, t3 - t0), strict=True):
                 times[phase].append(seconds * 1e6)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -58,16 +59,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # on a CPU "device", copies of a few KB must not wait for a thread pool
     result = {}
-    print(f"{'rows':>6}" + "".join(f"{phase + ' us (p99)':>22}" for phase in PHASES))
+    columns = (*PHASES, "all")
+    print(f"{'rows':>6}" + "".join(f"{phase + ' us (p99)':>22}" for phase in columns))
     for rows in args.rows:
-        times = measure(rows, args.steps, args.context, args.max_model_len, args.device)
-        print(f"{rows:>6}" + "".join(f"{f'{times[p][0]:.1f} ({times[p][1]:.1f})':>22}" for p in PHASES))
-        result[str(rows)] = {phase: round(times[phase][0], 1) for phase in PHASES}
-    print(json.dumps({"benchmark": "host", "device": args.device, "median_us": result}))
+        times = measure(
+            rows, args.steps, args.context, args.max_model_len, args.device, args.prefix_caching, args.block_size
+        )
+        print(f"{rows:>6}" + "".join(f"{f'{times[p][0]:.1f} ({times[p][1]:.1f})':>22}" for p in columns))
+        result[str(rows)] = {phase: round(times[phase][0], 1) for phase in columns}
+    options = {"device": args.device, "prefix_caching": args.prefix_caching, "block_size": args.block_size}
+    print(json.dumps({"benchmark": "host", **options, "median_us": result}))
 
 
 if __name__ == "__main__":

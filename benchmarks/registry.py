@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.decode import decode
 from benchmarks.patterns import patterns
+from benchmarks.prefix import prefix
 from benchmarks.session import Result, Session
 from benchmarks.throughput import offline, prefill
 
@@ -14,5 +15,6 @@ BENCHMARKS: dict[str, Callable[[Session], Result]] = {
     "decode": decode,
     "prefill": prefill,
     "offline": offline,
+    "prefix": prefix,
     "patterns": patterns,
 }

@@ -26,6 +26,7 @@ from fusecomp.runtime.engine import Engine
 
 _START = time.perf_counter()
 # Longest sequence of the gate.
+PREFIX_TAIL = 32  # `prefix`: tokens of its own that follow a request's prefix
 CHECK_LEN = 160
 
 
@@ -86,6 +87,9 @@ class Options:
         if "prefill" in self.benchmarks:
             rows.append(self.prompts)
             length.append(self.prompt_len + 1)
+        if "prefix" in self.benchmarks:
+            rows.append(1)
+            length.append(self.prompt_len + PREFIX_TAIL + 1)
         if "offline" in self.benchmarks:
             rows.append(min(self.requests, 256))
             length.append(2 * self.lengths[1])

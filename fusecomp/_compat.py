@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,20 +242,44 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def dynamo_settings() -> Iterator[None]:
+class _DynamoPatch:
+    """A set of Dynamo settings to be in force for a while, as often as for every step.
+
+    torch's patch object makes a `ContextVar`, which the thread's context then holds for good: torch 2.13 leaks some 100
+    bytes with every `config.patch(...)`. So objects are used again. There is one for each use at the same time, nested
+    or in another thread, since torch 2.11's cannot be entered twice.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        self._idle: list[Any] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            patch = self._idle.pop()
+        except IndexError:
+            patch = torch._dynamo.config.patch(self._settings)
+        try:
+            with patch:
+                yield
+        finally:
+            self._idle.append(patch)
+
+
+_CAPTURE = _DynamoPatch(specialize_float=True, fail_on_recompile_limit_hit=True, automatic_dynamic_shapes=False)
+_NO_RECOMPILES = _DynamoPatch(error_on_recompile=True)
+
+
+def dynamo_settings() -> AbstractContextManager[None]:
     """Capture settings: floats are constants (a scale must not become an input); one graph, never a silent retry.
 
     Sizes are dynamic where they are marked, and nowhere else: otherwise Dynamo remembers the sizes of earlier engines'
     captures by source line, and one whose sizes differ would be compiled for sizes that never change.
     """
-    settings = {"specialize_float": True, "fail_on_recompile_limit_hit": True, "automatic_dynamic_shapes": False}
-    with torch._dynamo.config.patch(settings):
-        yield
+    return _CAPTURE()
 
 
-@contextmanager
-def recompiles_are_errors() -> Iterator[None]:
+def recompiles_are_errors() -> AbstractContextManager[None]:
     """Inside, a guard failure raises `torch._dynamo.exc.RecompileError` naming the failed guard."""
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
+    return _NO_RECOMPILES()

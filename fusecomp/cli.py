@@ -80,6 +80,8 @@ def build_parser() -> Parser:
     explain.set_defaults(run=run_explain, parser=explain)
     _add_common(explain)
     explain.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    explain.add_argument("--memory", action="store_true", help="instead, plan the memory; nothing is loaded")
+    explain.add_argument("--gpu-memory", type=int, metavar="BYTES", help="of the card to plan for (default: this one)")
     _add_engine_options(explain)
 
     quantize = verbs.add_parser("quantize", help="write a checkpoint of codes", allow_abbrev=False)
@@ -148,6 +150,10 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_explain(options: argparse.Namespace) -> int:
     """`fusecomp explain`."""
     engine_options = _engine_options(options)
+    if options.gpu_memory is not None and not options.memory:
+        raise UsageError("--gpu-memory is for --memory")
+    if options.memory:
+        return _explain_memory(options, EngineConfig(**engine_options))
     with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import explain
 
@@ -176,6 +182,17 @@ def run_quantize(options: argparse.Namespace) -> int:
     for note in record.notes:
         print(f"note: {note}")
     print(f"fusecomp: {options.out}: {record.summary()}", file=sys.stderr)
+    return 0
+
+
+def _explain_memory(options: argparse.Namespace, config: EngineConfig) -> int:
+    if options.gpu_memory is not None and options.gpu_memory < 1:
+        raise UsageError(f"--gpu-memory {options.gpu_memory}: give the bytes of a card")
+    with _keeping_interrupts(), fast_imports(own_process=True):
+        from fusecomp.runtime.plan import plan_memory
+
+    plan = plan_memory(options.model, config, options.gpu_memory)
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else plan.summary())
     return 0
 
 

@@ -93,6 +93,9 @@ class EngineConfig:
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype; "fp8" as codes of one byte (e4m3) with a
             scale per token and kv head: half the memory of 16 bits, and 2.5% of rounding error in each key and value.
         block_size: tokens per KV page.
+        enable_prefix_caching: requests that begin with the same tokens share the full KV pages of these, and later ones
+            find them as long as nothing else took the pages. A page's values depend on its prefix alone, so every
+            model that is served allows it; results are those of computing the prefix in another step.
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
         compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
             start of the same model loads it, and trace only as many layers as differ.
@@ -118,6 +121,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     block_size: int = 16
+    enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile_cache: bool = True
     seed: int = 0
@@ -149,7 +153,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
-        for name in ("enforce_eager", "compile_cache", "strict"):
+        for name in ("enable_prefix_caching", "enforce_eager", "compile_cache", "strict"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")

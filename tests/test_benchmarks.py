@@ -47,7 +47,7 @@ def last_line(capsys: pytest.CaptureFixture) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
 def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["decode", "prefill", "offline", "--shape", shape, *QUICK]) == 0
+    assert main(["decode", "prefill", "offline", "prefix", "--shape", shape, *QUICK]) == 0
     result = last_line(capsys)
     assert {"shape", "device", "torch", "triton", "ceilings", "check", "engine", "benchmarks"} <= result.keys()
     figures = result["benchmarks"]
@@ -60,6 +60,8 @@ def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
     assert ("experts_touched" in one) == (shape == "tiny-moe")
     assert figures["prefill"]["tokens_per_s"] > 0 and figures["prefill"]["share_of_matmul"] > 0
     assert figures["offline"]["output_tokens"] > 0 and figures["offline"]["output_tokens_per_s"] > 0
+    assert figures["prefix"]["cached_tokens"] == figures["prefix"]["prefix"] // 16 * 16 > 0
+    assert figures["prefix"]["ratio"] > 0
     assert result["check"]["prefill_error"] < 1e-5 and result["check"]["decode_error"] < 1e-5
 
 

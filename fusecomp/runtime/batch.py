@@ -89,6 +89,8 @@ class _Staging:
             name: torch.zeros(shape, dtype=_BUFFERS[name], pin_memory=pinned) for name, shape in shapes.items()
         }
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        # The latest copy of each: its size, and the two views, which need not be made again for the next one.
+        self.copies: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
     def wait(self) -> None:
         if self._event is not None:
@@ -129,10 +131,13 @@ class BatchBuilder:
 
         S, T, P = max_num_seqs, max_num_batched_tokens, max_blocks_per_seq
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
-        shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S, P)}
+        shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S * P,)}
         self._device = {
             name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device) for name, shape in shapes.items()
         }
+        # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
+        self._packed_tables = self._device["block_tables"]
+        self._device["block_tables"] = torch.zeros(S, P, dtype=torch.int32, device=self.device)
         self._staging = (_Staging(shapes, self.device), _Staging(shapes, self.device))
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)
@@ -154,6 +159,7 @@ class BatchBuilder:
         # What the device buffers hold, to copy only what changed.
         self._admissions: list[int] = []
         self._num_blocks: list[int] = []
+        self._rows = np.zeros(0, np.int64)
         self._padded_rows = -1
         self._all_greedy = True
         self._any_filtered = False
@@ -176,14 +182,14 @@ class BatchBuilder:
         assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
         assert step.num_tokens <= self.max_num_batched_tokens, step.num_tokens
         S = pad_to or n
-        rows = np.array([seq.row for seq in seqs], np.int64)
         starts = np.array(step.starts, np.int64)
         ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()
 
-        self._refresh(seqs, rows, int(ends.max()), S, staging)
+        max_seq_len = int(ends.max())
+        rows = self._refresh(seqs, max_seq_len, S, staging)
         seq_lens = staging.arrays["seq_lens"]
         seq_lens[:n] = ends
         seq_lens[n:S] = 0
@@ -212,7 +218,7 @@ class BatchBuilder:
         if continues is not None:
             self._continue_from(*continues, staging)
         staging.record()
-        self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, ends.max(), S)
+        self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, max_seq_len, S)
         views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
         return self._batch(views, n)
 
@@ -243,21 +249,25 @@ class BatchBuilder:
         self._gather_sampling(np.zeros(0, np.int64), rows, staging)
         staging.record()
         # The device rows no longer belong to any sequence.
-        self._admissions, self._num_blocks = [], []
+        self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
         self._host_meta_np[:] = (rows, 1, self.max_blocks_per_seq * self.block_size, rows)
         return self._batch(self._decode_view(rows), 0)
 
-    def _refresh(
-        self, seqs: Sequence[SequenceState], rows: np.ndarray, max_seq_len: int, padded: int, staging: _Staging
-    ) -> None:
-        """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's."""
+    def _refresh(self, seqs: Sequence[SequenceState], max_seq_len: int, padded: int, staging: _Staging) -> np.ndarray:
+        """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
+
+        Returns: the row of each sequence.
+        """
         admissions = [seq.admission for seq in seqs]
         num_blocks = [len(seq.blocks) for seq in seqs]
         same_rows = admissions == self._admissions
+        if not same_rows:
+            self._rows = np.array([seq.row for seq in seqs], np.int64)
+        rows = self._rows
         if same_rows and num_blocks == self._num_blocks:
             if padded != self._padded_rows:
                 self._gather_sampling(rows, padded, staging)
-            return
+            return rows
         n = len(seqs)
         # With the rows of the last step, only those whose block count moved need a look.
         stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
@@ -272,12 +282,16 @@ class BatchBuilder:
                 self._table[row, known:count] = seq.blocks[known:]
                 self._row_blocks[row] = count
         width = -(-max_seq_len // self.block_size)
-        staging.arrays["block_tables"][:n, :width] = self._table[rows, :width]
-        self._copy(staging, "block_tables", n)
+        staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._table[rows, :width]
+        packed = staging.tensors["block_tables"][: n * width]
+        if self.device.type != "cpu":
+            packed = self._packed_tables[: n * width].copy_(packed, non_blocking=True)
+        self._device["block_tables"][:n, :width].copy_(packed.view(n, width))
         self._num_blocks = num_blocks
         if not same_rows or padded != self._padded_rows:
             self._gather_sampling(rows, padded, staging)
             self._admissions = admissions
+        return rows
 
     def _enter(self, seq: SequenceState) -> None:
         """Start a row's line in the tables for a newly admitted sequence."""
@@ -326,7 +340,10 @@ class BatchBuilder:
             at += size
 
     def _copy(self, staging: _Staging, name: str, size: int) -> None:
-        self._device[name][:size].copy_(staging.tensors[name][:size], non_blocking=True)
+        latest = staging.copies.get(name)
+        if latest is None or latest[0] != size:
+            latest = staging.copies[name] = size, self._device[name][:size], staging.tensors[name][:size]
+        latest[1].copy_(latest[2], non_blocking=True)
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
         views = {name: buffer[:S] for name, buffer in self._device.items() if name != "continues"}

@@ -78,8 +78,13 @@ class Engine:
         self._builder = self._new_builder(config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
-        kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes)
         assert config.max_model_len is not None
+        longest = num_blocks * config.block_size + 1  # the last token is never cached
+        if longest < config.max_model_len:
+            limit = f"requests have at most {longest} tokens, not max_model_len={config.max_model_len}"
+            self.report.notes.append(f"the KV cache has {num_blocks} blocks: {limit}")
+        caching = config.enable_prefix_caching
+        kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes, prefix_caching=caching)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
         self._metrics = Metrics()
         self._ids = torch.arange(self._step.num_logits, device=self.device)
@@ -105,8 +110,10 @@ class Engine:
 
     # ------------------------------------------------------------------ requests
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Queue a request.
+    def add_request(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0
+    ) -> None:
+        """Queue a request; those of a lower `priority` go first, those of the same in the order of their arrival.
 
         Raises:
             RequestError: the prompt is empty, too long, or has an id outside the vocabulary; or the request id lives.
@@ -119,7 +126,9 @@ class Engine:
                 where=f"request {request_id!r}",
                 remedy="tokenize with the model's own tokenizer",
             )
-        seq = SequenceState(request_id, prompt_token_ids, params)
+        # Logits of a prompt's tokens are there only if they are computed.
+        takes_cached = getattr(params, "prompt_logprobs", None) is None
+        seq = SequenceState(request_id, prompt_token_ids, params, priority, takes_cached)
         self._scheduler.add(seq)
         self._metrics.on_add(seq)
 
@@ -249,6 +258,7 @@ class Engine:
             or sum(per_prompt) > self._scheduler.kv.num_blocks
         ):
             raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")
+        self._scheduler.kv.pool.forget_all()  # the first blocks are written below, whoever's content they keep
         ends = list(itertools.accumulate(per_prompt))
         blocks = [list(range(end - n, end)) for n, end in zip(per_prompt, ends, strict=True)]
         if not decode_last:

@@ -66,7 +66,7 @@ def load_model(
     target = resolve_device(device)
     folder = resolve_folder(path_or_name)
     check_checkpoint(folder)
-    _check_config(folder)
+    load_config(folder)  # first: the tokenizer would be blamed for what is wrong with it
     tokenizer = load_tokenizer(folder)
     if quantize is not None:
         _refuse_quantized(folder)
@@ -193,13 +193,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
         ) from error
 
 
-def _check_config(folder: Path) -> None:
-    """Raise `CheckpointError` when transformers refuses `config.json`, which the tokenizer would be blamed for."""
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of the model; `CheckpointError` when it refuses `config.json`."""
     from transformers import AutoConfig
 
     try:
         with _quiet_transformers():
-            AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # validators and model classes raise many kinds
         raise CheckpointError(
             "transformers refuses the configuration",

@@ -62,6 +62,13 @@ def resolve_limits(model: nn.Module, config: EngineConfig) -> EngineConfig:
     return config
 
 
+def kv_blocks(budget: int, block_bytes: int, config: EngineConfig) -> int:
+    """KV blocks that fit `budget` bytes, at most what `max_num_seqs` sequences of `max_model_len` need."""
+    assert config.max_model_len is not None
+    wanted = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+    return min(budget // block_bytes, wanted)
+
+
 @dataclass(frozen=True)
 class TrialStep:
     """Shape of the first step: `rows` prefills of `tokens_per_row` tokens."""
@@ -80,7 +87,6 @@ class KVBudget:
     def __init__(self, device: torch.device, config: EngineConfig, block_bytes: int, blocks_per_seq: int) -> None:
         assert config.max_model_len is not None
         self._device, self._config, self._block_bytes = device, config, block_bytes
-        self._wanted = config.max_num_seqs * blocks_per_seq
         self.trial_blocks = blocks_per_seq + 1
         if device.type == "cuda":
             per_row = min(config.max_model_len, config.max_num_batched_tokens)
@@ -104,7 +110,7 @@ class KVBudget:
             CapacityError: not even one block fits.
         """
         budget, source = self._budget()
-        blocks = min(budget // self._block_bytes, self._wanted)
+        blocks = kv_blocks(budget, self._block_bytes, self._config)
         if blocks < 1:
             raise CapacityError(
                 f"the KV budget of {max(budget, 0)} bytes holds no block of {self._block_bytes} bytes",

@@ -19,6 +19,8 @@ class MetricsSnapshot:
         computed_tokens: tokens that went through the model; more than the two above when preemption recomputes.
         steps: steps run.
         preemptions: times a sequence lost its blocks.
+        prefix_cache_queries: tokens of requests admitted under prefix caching, each request counted once.
+        prefix_cache_hits: those of them whose keys and values were found.
         host_seconds: time the host spent on scheduling, filling buffers and bookkeeping, all steps.
         last_host_seconds: the same, latest step.
         kv_usage: share of KV blocks in use, in [0, 1].
@@ -32,6 +34,8 @@ class MetricsSnapshot:
     computed_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     host_seconds: float = 0.0
     last_host_seconds: float = 0.0
     kv_usage: float = 0.0
@@ -76,6 +80,8 @@ class Metrics:
         """Totals with the scheduler's present gauges."""
         return replace(
             self._totals,
+            prefix_cache_queries=scheduler.prefix.queries,
+            prefix_cache_hits=scheduler.prefix.hits,
             kv_usage=scheduler.kv.usage,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,

@@ -1,125 +1,54 @@
-"""Which tokens the next step computes: continuous batching with chunked prefill and preemption by recompute.
+"""Which tokens the next step computes: continuous batching with chunked prefill, prefix caching, priorities, and
+preemption by recompute.
 
 In: requests (`Scheduler.add`), sampled tokens (`update`). Out: `ScheduledStep`s (`schedule`). Pure Python and
 deterministic: the same calls give the same steps.
 
-One call of `schedule`, in this order:
-    1. every running decode gets one token; when blocks run out, the youngest running sequence is preempted;
-    2. running prefills get their next chunks, oldest first, while the token budget and free blocks allow;
-    3. waiting sequences are admitted first come, first served, while budget, rows and blocks allow.
+Sequences are ranked by (priority, arrival), lower first; both lists, of running and of waiting ones, are kept in this
+order. One call of `schedule`:
+    1. every running decode gets one token, in rank order; when blocks run out, the running sequence of the last rank is
+       preempted: it gives its blocks up and waits at its rank;
+    2. if the first prefill has no block left, or the first waiting sequence no row or too few blocks, running sequences
+       of a strictly lower priority are preempted for it, last rank first, if that helps;
+    3. the remaining tokens go to running prefills and waiting sequences by priority; of one priority, prefills come
+       first. A prefill that they do not complete ends the step. A waiting sequence is admitted when blocks for all its
+       known tokens are there, and none behind it before it, but for one case: a sequence whose next block is just being
+       computed by a running one of no lower priority lets others pass and waits for that block.
 
-Why it ends: running sequences are older than waiting ones and both lists are ordered by arrival (a preempted sequence
-returns to the front). Only the youngest is ever preempted, and `add` refuses what does not fit into the empty cache, so
-the oldest decode always gets the block it asks for. A prefill never preempts: its blocks were counted at admission,
-only decodes can have taken them since, and those end, or are preempted, and give them back. So no step is empty while
-there is work, and the oldest sequence never waits for ever.
+What a sequence takes over at admission are the leading full blocks of its known tokens whose content is cached
+(`kv_cache.py`), except that its last token is always computed. Blocks become known when the step that wrote them has
+run, so a step never reads what it writes itself through another sequence's table.
+
+Why it ends. `add` refuses what does not fit into the empty cache, so the running sequence of the first rank, were all
+others preempted, has its blocks.
+    - No step is empty while there is work. If nothing runs, the first waiting sequence is admitted: nobody computes a
+      block for it. Otherwise, if step 1 schedules no decode, every running decode was preempted, and what is left are
+      prefills. Of one priority at most one is unfinished, because behind a prefill that the step leaves unfinished only
+      a higher priority is admitted; and the first of them takes blocks from the others in step 2.
+    - The first rank always gets on. It is never preempted. Its decodes take blocks from all others. Its prefill gets
+      tokens as long as there is a free block; the blocks that it lacks are held by decodes, for it was admitted when
+      all fit and later ones of its priority wait for it; those end, or are preempted and come back when it is done.
+    - Nobody starves within a priority. Only finitely many sequences rank before one that waits, and all of them end.
+      Those that pass it while it waits for a block cannot delay it for ever. Who computes the block ranks before it:
+      two that want the same block want the same ones before it, so the first in rank computes them. An unfinished
+      prefill lets no newcomer of its priority in, so passing is possible only when the block's prefill completes, and
+      the block is known a step later, or in the step after that when its last token came alone.
+    - A long prefill is not postponed by short newcomers of its priority, and decodes wait for no prefill: by order.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import deque
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from bisect import insort
+from collections.abc import Container, Sequence
+from operator import attrgetter
 
 from fusecomp.errors import CapacityError, RequestError
-from fusecomp.request import SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.prefix import PrefixSharing
+from fusecomp.runtime.sequence import INVALID_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
 
-# The sampler's answer for a row whose logits are not finite.
-INVALID_TOKEN = -1
-
-
-class Status(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-@dataclass(slots=True, eq=False)
-class SequenceState:
-    """One sequence from arrival to end. The caller gives the first three fields; the scheduler owns the rest.
-
-    Attributes:
-        token_ids: prompt and output, in one list.
-        num_computed_tokens: leading tokens whose keys and values are in the cache.
-        finish_reason: "stop", "length", "abort", "error" (logits not finite), or None while it lives.
-        arrival: order of `Scheduler.add`, from 0.
-        row: while running, a number below `max_num_seqs` that no other running sequence has.
-        admission: number of the latest move to running. Within one admission `row` is fixed and `blocks` only grows.
-        blocks: the block manager's live list while running; read only.
-        num_slots: tokens that fit into `blocks`.
-        max_total_tokens: prompt and output length at which the sequence ends with "length".
-        num_preemptions: times it lost its blocks.
-    """
-
-    request_id: str
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    token_ids: list[int] = field(default_factory=list, init=False)
-    num_computed_tokens: int = field(default=0, init=False)
-    status: Status = field(default=Status.WAITING, init=False)
-    finish_reason: str | None = field(default=None, init=False)
-    arrival: int = field(default=-1, init=False)
-    row: int = field(default=-1, init=False)
-    admission: int = field(default=-1, init=False)
-    blocks: list[int] = field(default_factory=list, init=False)
-    num_slots: int = field(default=0, init=False)
-    max_total_tokens: int = field(default=0, init=False)
-    num_preemptions: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_ids)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
-
-    @property
-    def output_ids(self) -> list[int]:
-        """A copy of the generated ids, an end-of-sequence or stop token included."""
-        return self.token_ids[len(self.prompt_ids) :]
-
-
-class ScheduledEntry(NamedTuple):
-    """One row of a step: tokens `start .. start + num_new_tokens` of `seq`; `samples` if they reach its last one."""
-
-    seq: SequenceState
-    num_new_tokens: int
-    start: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class ScheduledStep:
-    """The rows of one step, decodes first. Parallel lists, one item a row, because the batch builder reads columns.
-
-    Attributes:
-        seqs: the sequence of each row.
-        starts: position of each row's first new token (tokens already cached).
-        num_new_tokens: new tokens of each row; 1 for the first `num_decodes` rows.
-        samples: whether the token sampled for the row counts.
-        num_decodes: rows that decode.
-        num_tokens: sum of `num_new_tokens`.
-        num_preempted: sequences that lost their blocks to this step.
-    """
-
-    seqs: list[SequenceState]
-    starts: list[int]
-    num_new_tokens: list[int]
-    samples: list[bool]
-    num_decodes: int
-    num_tokens: int
-    num_preempted: int
-
-    @property
-    def decode_only(self) -> bool:
-        return self.num_decodes == len(self.seqs)
-
-    @property
-    def entries(self) -> Iterator[ScheduledEntry]:
-        return map(ScheduledEntry, self.seqs, self.num_new_tokens, self.starts, self.samples)
+_RANK = attrgetter("rank")
+__all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
 
 class Scheduler:
@@ -141,11 +70,12 @@ class Scheduler:
         # A little room left at admission while others run, or the newcomer is soon preempted to feed their decodes.
         self._watermark = max(1, kv.num_blocks // 100)
         self._live: dict[str, SequenceState] = {}
-        self._waiting: deque[SequenceState] = deque()
+        self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self._free_rows = list(reversed(range(max_num_seqs)))
         self._num_arrivals = 0
         self._num_admissions = 0
+        self.prefix = PrefixSharing(kv)
 
     @property
     def num_waiting(self) -> int:
@@ -196,9 +126,10 @@ class Scheduler:
             )
         seq.max_total_tokens = longest
         seq.arrival = self._num_arrivals
+        seq.rank = seq.priority, seq.arrival
         self._num_arrivals += 1
         self._live[seq.request_id] = seq
-        self._waiting.append(seq)
+        insort(self._waiting, seq, key=_RANK)
 
     def abort(self, request_id: str) -> SequenceState | None:
         """End a sequence with "abort", also between `schedule` and `update`. None when no such request lives."""
@@ -222,6 +153,7 @@ class Scheduler:
         starts: list[int] = []
         prefills: list[SequenceState] = []
         num_preempted = 0
+        decode, at = seqs.append, starts.append  # once: the loop below runs for every decode
         # Preemption pops from the tail of the list under iteration, behind or at the current sequence: that ends the
         # loop early, as it should. What was scheduled stays.
         for seq in self._running:
@@ -229,39 +161,54 @@ class Scheduler:
             if start + 1 != len(seq.token_ids) or start == 0:
                 prefills.append(seq)
                 continue
-            while start >= seq.num_slots and not self._grow(seq, start + 1):
+            while start >= seq.num_slots and not self._grow(seq, start):
                 num_preempted += 1
-                if self._preempt_youngest() is seq:
+                if self._preempt_last() is seq:
                     break
             else:
-                seqs.append(seq)
-                starts.append(start)
+                decode(seq)
+                at(start)
+        if self._running and (prefills or self._waiting):
+            for victim in self._make_way(prefills):
+                num_preempted += 1
+                if seqs and seqs[-1] is victim:  # both lists are in rank order
+                    seqs.pop()
+                    starts.pop()
         num_decodes = len(seqs)
         num_new = [1] * num_decodes
         samples = [True] * num_decodes
         budget = self.max_num_batched_tokens - num_decodes
-
-        def chunk(seq: SequenceState, size: int) -> None:
+        # Those preempted above are the last of their kind.
+        unfinished = iter([seq for seq in prefills if seq.status is Status.RUNNING] if num_preempted else prefills)
+        prefill = next(unfinished, None)
+        first = 0  # waiting sequences before it wait for a block
+        while budget:
+            found = self._next_admissible(first, before=prefill)
+            if found is not None:
+                first = found[0]
+                seq = self._admit(*found)
+                size = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            elif prefill is not None:
+                seq, prefill = prefill, next(unfinished, None)
+                size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, self._room(seq))
+                if size == 0:
+                    break
+            else:
+                break
             start = seq.num_computed_tokens
-            grown = self._grow(seq, start + size)
+            end = start + size
+            grown = self._allocate(seq, end)
             assert grown, f"{seq.request_id!r}: no blocks for a chunk that was sized to fit"
+            completes = end == len(seq.token_ids)
+            if size == 1 and start and completes and num_decodes == len(seqs):
+                num_decodes += 1  # all but the last token was cached: the row is a decode like those before it
             seqs.append(seq)
             starts.append(start)
             num_new.append(size)
-            samples.append(start + size == len(seq.token_ids))
-
-        for seq in prefills:
-            size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, self._room(seq))
-            if size == 0:
-                break
-            chunk(seq, size)
+            samples.append(completes)
             budget -= size
-
-        while self._waiting and budget and self._free_rows and self._fits(self._waiting[0]):
-            seq = self._admit()
-            size = min(len(seq.token_ids), budget)
-            chunk(seq, size)
-            budget -= size
+            if not completes:
+                break  # the tokens or the blocks are used up, and no other may take the blocks that it will need
 
         if not seqs:
             assert not self._live, "live sequences but nothing to schedule"
@@ -278,7 +225,7 @@ class Scheduler:
 
         Returns: the step, and for each of its rows the row of `step` whose sampled token it continues from.
         """
-        if not all(step.samples) or (self._waiting and self._free_rows and self._fits(self._waiting[0])):
+        if not all(step.samples) or (self._waiting and self._may_change()):
             return None
         alive = [i for i, seq in enumerate(step.seqs) if seq.status is Status.RUNNING]
         if len(alive) != len(self._running):
@@ -287,7 +234,7 @@ class Scheduler:
         seqs = [step.seqs[i] for i in rows]
         starts = [len(seq.token_ids) for seq in seqs]
         for seq, start in zip(seqs, starts, strict=True):
-            if start >= seq.num_slots and not self._grow(seq, start + 1):
+            if start >= seq.num_slots and not self._grow(seq, start):
                 return None
         count = len(rows)
         if count == 0:
@@ -310,10 +257,11 @@ class Scheduler:
         assert len(sampled_token_ids) >= len(step.seqs), (len(sampled_token_ids), len(step.seqs))
         advanced = []
         num_finished = 0
+        running = Status.RUNNING
         for seq, size, draws, token in zip(
             step.seqs, step.num_new_tokens, step.samples, sampled_token_ids, strict=False
         ):
-            if seq.status is not Status.RUNNING:
+            if seq.status is not running:
                 continue  # aborted while the step ran, or ended by the token before this one
             seq.num_computed_tokens += size
             if not draws:
@@ -331,59 +279,143 @@ class Scheduler:
                 else:
                     continue
             num_finished += 1
-            self._release(seq)
+            self._release(seq, forget=reason == "error")
             self._finish(seq, reason)
         if num_finished:
             self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
+        # A decode's block is named when the next one is needed, the blocks of all that ended were when it did.
+        for seq in step.seqs[step.num_decodes :]:
+            if seq.status is Status.RUNNING:
+                self.prefix.name(seq, seq.num_computed_tokens)
         return advanced
 
-    def _room(self, seq: SequenceState) -> int:
-        """Tokens that the sequence could add with the blocks it holds and all free ones."""
-        return seq.num_slots + self.kv.num_free * self.kv.block_size - seq.num_computed_tokens
-
-    def _grow(self, seq: SequenceState, up_to_tokens: int) -> bool:
+    def _allocate(self, seq: SequenceState, up_to_tokens: int) -> bool:
         if not self.kv.allocate(seq.request_id, up_to_tokens):
             return False
         seq.blocks = self.kv.block_ids(seq.request_id)
         seq.num_slots = len(seq.blocks) * self.kv.block_size
         return True
 
-    def _fits(self, seq: SequenceState) -> bool:
+    def _grow(self, seq: SequenceState, position: int) -> bool:
+        """A block for a decode's token at `position`, the first after full blocks. Their tokens are known, and computed
+        or about to be by a step that is launched: from the next step on others may read them."""
+        self.prefix.name(seq, position)
+        if not self.kv.append_block(seq.blocks):
+            return False
+        seq.num_slots += self.kv.block_size
+        return True
+
+    def _first_waiting(self, at: int = 0) -> tuple[int, list[int]] | None:
+        """Index, from `at` on, of the first waiting sequence that waits for no block; cached blocks it begins with."""
+        for index in range(at, min(len(self._waiting), self.max_num_seqs)):
+            seq = self._waiting[index]
+            cached = self.prefix.cached(seq)
+            if not self.prefix.waits(seq, cached):
+                return index, cached
+        return None
+
+    def _next_admissible(self, at: int, before: SequenceState | None) -> tuple[int, list[int]] | None:
+        """`_first_waiting` if there is room for it, and its priority goes before that of the prefill `before`."""
+        if at >= len(self._waiting) or not self._free_rows:
+            return None
+        if before is not None and self._waiting[at].priority >= before.priority:
+            return None
+        found = self._first_waiting(at)
+        if found is None:
+            return None
+        seq = self._waiting[found[0]]
+        if before is not None and seq.priority >= before.priority:
+            return None
+        return found if self._fits(seq, found[1]) else None
+
+    def _may_change(self) -> bool:
+        """Whether a waiting sequence could be admitted, or make others wait, once the step in flight has run."""
+        if self._running and self._waiting[0].priority < self._running[-1].priority:
+            return True
+        # Blocks in the making: the step in flight may be what a waiting sequence waits for.
+        return bool(self._free_rows) and (bool(self.prefix.makers) or self._next_admissible(0, before=None) is not None)
+
+    def _missing_blocks(self, seq: SequenceState, cached: Sequence[int]) -> int:
+        """Free blocks that a waiting sequence needs for all its known tokens."""
+        return self.kv.blocks_for(len(seq.token_ids)) - len(cached) + self.kv.num_idle(cached)
+
+    def _fits(self, seq: SequenceState, cached: Sequence[int]) -> bool:
         """Whether all known tokens of a waiting sequence fit, not just its first chunk.
 
-        Here no running prefill still needs blocks: one that the step does not complete has used up the token budget or
-        the free blocks, and nothing is admitted. So a half-done prefill competes for blocks with decodes only. Asking
-        for all tokens also keeps a sequence from coming back in the step that preempted it.
+        Here no running prefill of its priority still needs blocks: one that the step does not complete has used up the
+        token budget or the free blocks, and nothing is admitted. So a half-done prefill competes for blocks with
+        decodes, and with other priorities. Asking for all tokens also keeps a sequence from coming back in the step
+        that preempted it for a decode.
         """
         if not self._running:
             return True  # `add` made sure of it
-        return self.kv.blocks_for(len(seq.token_ids)) + self._watermark <= self.kv.num_free
+        free = self.kv.num_free - self._watermark
+        return free > 0 and self._missing_blocks(seq, cached) <= free
 
-    def _admit(self) -> SequenceState:
-        seq = self._waiting.popleft()
+    def _admit(self, index: int, cached: list[int]) -> SequenceState:
+        """Move a waiting sequence to the running ones; it begins with the blocks `cached`."""
+        seq = self._waiting.pop(index)
         seq.status = Status.RUNNING
         seq.row = self._free_rows.pop()
         seq.admission = self._num_admissions
         self._num_admissions += 1
-        self._running.append(seq)
+        insort(self._running, seq, key=_RANK)
+        self.prefix.begin(seq, cached)
         return seq
 
-    def _preempt_youngest(self) -> SequenceState:
-        """Free the youngest running sequence's blocks; it waits at the front and is computed again from its start."""
+    def _make_way(self, prefills: Sequence[SequenceState]) -> list[SequenceState]:
+        """Preempt running sequences of lower priority for the first prefill or the first waiting sequence, if need be.
+
+        For the waiting one nobody is preempted unless it then fits. Returns those preempted.
+        """
+        victims: list[SequenceState] = []
+        running = self._running
+        if prefills and self._room(prefills[0]) == 0:
+            while running[-1].priority > prefills[0].priority and not self.kv.num_free:
+                victims.append(self._preempt_last())
+            return victims
+        if not self._waiting or self._waiting[0].priority >= running[-1].priority:
+            return victims
+        if prefills and prefills[0].priority <= self._waiting[0].priority:
+            return victims  # its turn comes when that is done
+        found = self._first_waiting()
+        if found is None or self._waiting[found[0]].priority >= running[-1].priority:
+            return victims
+        seq, cached = self._waiting[found[0]], set(found[1])
+        short = self._missing_blocks(seq, found[1]) + self._watermark - self.kv.num_free
+        rows = len(self._free_rows)
+        count = 0
+        while (short > 0 or rows == 0) and count < len(running) and running[-1 - count].priority > seq.priority:
+            count += 1
+            rows += 1
+            short -= self.kv.num_private(running[-count].request_id, cached)
+        if short <= 0 and rows:
+            victims = [self._preempt_last() for _ in range(count)]
+        return victims
+
+    def _room(self, seq: SequenceState) -> int:
+        """Tokens that the sequence could add with the blocks it holds and all free ones."""
+        return seq.num_slots + self.kv.num_free * self.kv.block_size - seq.num_computed_tokens
+
+    def _preempt_last(self) -> SequenceState:
+        """Free the blocks of the last running sequence in rank; it waits and is computed again from its start, or from
+        where the first of its blocks was taken meanwhile."""
         seq = self._running.pop()
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
-        self._waiting.appendleft(seq)
+        insort(self._waiting, seq, key=_RANK)
         return seq
 
-    def _release(self, seq: SequenceState) -> None:
-        self.kv.free(seq.request_id)
+    def _release(self, seq: SequenceState, *, forget: bool = False) -> None:
+        """Give a running sequence's blocks and row back. With `forget` nobody finds what it computed."""
+        self.prefix.leave(seq, forget=forget)
+        self.kv.free(seq.request_id, forget=forget)
         self._free_rows.append(seq.row)
         seq.row = -1
         seq.blocks = []
-        seq.num_slots = 0
+        seq.num_slots = seq.num_named = 0
 
     def _finish(self, seq: SequenceState, reason: str) -> None:
         seq.status = Status.FINISHED

@@ -63,6 +63,7 @@ class Scenario:
     max_num_batched_tokens: int
     spare_tokens: int
     overlap: bool = False
+    prefix_caching: bool = False
 
     def num_blocks(self, block_size: int) -> int:
         totals = [min(MAX_LEN, r.prompt.length + (r.params.max_tokens or MAX_LEN)) for r in self.requests]
@@ -93,6 +94,7 @@ def scenarios(draw: st.DrawFn, *, aborts: bool = False, sampled: bool = False) -
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([0, 1, 5, 20, 50])),
         spare_tokens=draw(st.sampled_from([0, 1, 16, 24, 300])),  # mostly so few that sequences preempt
         overlap=draw(st.booleans()),
+        prefix_caching=draw(st.booleans()),
     )
 
 
@@ -151,6 +153,7 @@ class Run:
     logits: list[list[torch.Tensor]]
     preemptions: int = 0
     computed: Counter = field(default_factory=Counter)
+    cached: dict[str, int] = field(default_factory=dict)
 
 
 def run(name: str, scenario: Scenario) -> Run:
@@ -159,7 +162,8 @@ def run(name: str, scenario: Scenario) -> Run:
     steps = served_by._step = LoggedStep(getattr(served_by._step, "_step", served_by._step))
     block_size = ENGINES[name]
     num_blocks = min(scenario.num_blocks(block_size), len(served_by._step.kv_caches[0]))
-    kv = KVCacheManager(num_blocks, block_size, served_by._step.block_bytes)
+    caching = scenario.prefix_caching
+    kv = KVCacheManager(num_blocks, block_size, served_by._step.block_bytes, prefix_caching=caching)
     scheduler = Scheduler(scenario.max_num_seqs, scenario.max_num_batched_tokens, MAX_LEN, kv)
     served_by._scheduler, served_by._metrics = scheduler, Metrics()
     served_by._builder = served_by._new_builder(served_by.config)
@@ -177,6 +181,7 @@ def run(name: str, scenario: Scenario) -> Run:
         done.preemptions += step.num_preempted
         for row, entry in enumerate(step.entries):
             done.computed[entry.seq.request_id] += entry.num_new_tokens
+            done.cached[entry.seq.request_id] = entry.seq.num_cached_tokens
             if entry.samples:
                 done.logits[int(entry.seq.request_id)].append(logits_of[id(step)][1][row].clone())
         return update(step, sampled, eos)
@@ -223,8 +228,11 @@ def check_end(served_by: Engine, scenario: Scenario, done: Run, num_steps: int) 
     assert metrics.steps == num_steps
     assert metrics.preemptions == done.preemptions
     assert metrics.computed_tokens == done.computed.total()
+    assert metrics.prefix_cache_hits == sum(done.cached.values()) <= metrics.prefix_cache_queries
+    assert scenario.prefix_caching or metrics.prefix_cache_queries == 0
     for index, (request, ids) in enumerate(zip(scenario.requests, done.token_ids, strict=True)):
         needed = request.prompt.length + len(ids) - 1  # the last token is never fed back
+        needed -= done.cached.get(str(index), 0)
         if ids:
             assert done.computed[str(index)] >= needed
         if ids and not done.preemptions and done.finish_reasons[index] != "abort":
@@ -254,6 +262,7 @@ def test_every_request_gets_the_tokens_of_hugging_face(name, scenario):
     done = run(name, scenario)
     check_greedy(name, scenario, done)
     event("preempted" if done.preemptions else "never preempted")
+    event("shared" if any(done.cached.values()) else "never shared")
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
@@ -266,6 +275,24 @@ def test_preempted_requests_get_the_same_tokens(name, overlap):
     done = run(name, scenario)
     assert done.preemptions >= 2
     check_greedy(name, scenario, done)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3-moe"])
+def test_a_hit_gives_the_tokens_of_a_miss(name, overlap):
+    """Twelve samples of a prompt and of its beginnings, five at a time: most of it is computed once."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    requests = [
+        Request(Prompt(0, length), params, 0, None) for length in (45, 45, 45, 33, 45, 17, 45, 45, 33, 45, 45, 45)
+    ]
+    scenario = Scenario(requests, 5, 64, 300, overlap=overlap, prefix_caching=True)
+    done = run(name, scenario)
+    check_greedy(name, scenario, done)
+    block = ENGINES[name]
+    for index, request in enumerate(requests[1:], start=1):
+        shared = (min(request.prompt.length, 45) - 1) // block * block
+        assert done.cached[str(index)] == shared
+    assert done.computed.total() == 45 + sum(r.prompt.length for r in requests[1:]) - sum(done.cached.values()) + 12 * 5
 
 
 @engines

@@ -19,7 +19,12 @@ def check_step(scenario: Scenario, step: ScheduledStep) -> None:
         assert draws == (start + size == len(seq.token_ids))
         assert len(seq.blocks) * scenario.block_size == seq.num_slots >= start + size
         decodes = start > 0 and start + 1 == len(seq.token_ids)
-        assert decodes == (i < step.num_decodes), "decodes come first, and only they"
+        if i < step.num_decodes:
+            assert decodes, "decodes come first"
+        elif decodes:
+            # A newcomer behind prefills, all but whose last token was cached.
+            assert scenario.prefix_caching
+            assert i > step.num_decodes
 
 
 @given(scenarios())
@@ -31,17 +36,22 @@ def test_every_request_ends_as_if_alone(scenario):
         nonlocal preemptions
         preemptions += step.num_preempted
         check_step(scenario, step)
-        arrivals = [s.arrival for s in (*scheduler._running, *scheduler._waiting)]
-        assert arrivals == sorted(arrivals), "first come, first served, also after preemption"
+        for seqs in (scheduler._running, scheduler._waiting):
+            ranks = [(s.priority, s.arrival) for s in seqs]
+            assert ranks == sorted(ranks), "by priority, then first come, first served, also after preemption"
 
     seqs = simulate(scenario, scheduler, on_step, PagedModel(scenario.block_size))
     for seq, request in zip(seqs, scenario.requests, strict=True):
         assert (seq.output_ids, seq.finish_reason) == alone(request.prompt, request.params, scenario.max_model_len)
         assert seq.num_output_tokens == len(seq.output_ids)
+        assert seq.num_cached_tokens % scenario.block_size == 0
     assert sum(seq.num_preemptions for seq in seqs) == preemptions
+    assert not scheduler.prefix.makers
+    assert scheduler.prefix.hits == sum(seq.num_cached_tokens for seq in seqs)
     assert scheduler.kv.num_free == scenario.num_blocks
     assert not scheduler.has_work
     event("preempted" if preemptions else "never preempted")
+    event("shared" if scheduler.prefix.hits else "never shared")
 
 
 @given(scenarios(aborts=True))

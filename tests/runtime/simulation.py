@@ -1,7 +1,8 @@
 """A model without weights for testing the runtime: the next token is a hash of all tokens so far.
 
 It keeps a paged cache of its own and reads the tokens back through the block tables, so a token that was never written,
-was overwritten, or belongs to another sequence changes the output or fails an assertion.
+was overwritten, or belongs to another sequence changes the output or fails an assertion. As in a transformer, what is
+kept of a token depends on all tokens before it: the same tokens after another prefix are something else.
 """
 
 from __future__ import annotations
@@ -42,19 +43,42 @@ class PagedModel:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.cache: dict[int, int] = {}
+        self.cache: dict[int, tuple[int, int]] = {}  # slot -> token, hash of all tokens up to it
 
-    def __call__(self, step: ScheduledStep) -> list[int]:
-        for seq, size, start, _ in step.entries:
-            for at in range(start, start + size):
-                self.cache[self.slot(seq.blocks, at)] = seq.token_ids[at]
+    def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], list[int]] | None = None) -> list[int]:
+        """Run `step`; one that was scheduled ahead takes its tokens from those sampled before, as the engine does."""
+        written: set[int] = set()
+        for row, (seq, size, start, _) in enumerate(step.entries):
+            slots = [self.slot(seq.blocks, at) for at in range(start, start + size)]
+            assert written.isdisjoint(slots), "two rows write one slot"
+            written.update(slots)
+            if continues is None:
+                tokens = seq.token_ids[start : start + size]
+            else:
+                sampled, rows = continues
+                tokens = [max(sampled[rows[row]], 0)]
+            for at, token in zip(range(start, start + size), tokens, strict=True):
+                self.write(seq.blocks, at, token)
+        for seq, _, start, _ in step.entries:
+            # A kernel may read earlier keys before the step's own are written.
+            assert written.isdisjoint(self.slot(seq.blocks, at) for at in range(start)), "a step reads what it writes"
         return [self.read(seq.blocks, start + size) for seq, size, start, _ in step.entries]
+
+    def write(self, blocks: Sequence[int], at: int, token: int) -> None:
+        before = self.cache[self.slot(blocks, at - 1)][1] if at else 0
+        self.cache[self.slot(blocks, at)] = token, zlib.crc32(bytes([token]), before)
 
     def slot(self, blocks: Sequence[int], at: int) -> int:
         return blocks[at // self.block_size] * self.block_size + at % self.block_size
 
     def read(self, blocks: Sequence[int], length: int) -> int:
-        return next_token([self.cache[self.slot(blocks, at)] for at in range(length)])
+        tokens, state = [], 0
+        for at in range(length):
+            token, kept = self.cache[self.slot(blocks, at)]
+            state = zlib.crc32(bytes([token]), state)
+            assert kept == state, f"token {at} was computed after another prefix"
+            tokens.append(token)
+        return next_token(tokens)
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,7 @@ class Request:
     params: SamplingParams
     arrives: int
     aborted: int | None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,9 +100,10 @@ class Scenario:
     max_model_len: int
     block_size: int
     num_blocks: int
+    prefix_caching: bool = False
 
     def scheduler(self) -> Scheduler:
-        kv = KVCacheManager(self.num_blocks, self.block_size)
+        kv = KVCacheManager(self.num_blocks, self.block_size, prefix_caching=self.prefix_caching)
         return Scheduler(self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, kv)
 
     @property
@@ -86,9 +112,21 @@ class Scenario:
 
 
 @st.composite
+def continued(draw: st.DrawFn, requests: Sequence[Request]) -> list[int]:
+    """A prompt that begins as an earlier one did, or goes on with what it generates."""
+    earlier = draw(st.sampled_from(requests)).prompt
+    tokens = list(earlier)
+    while len(tokens) < 30:
+        tokens.append(next_token(tokens))
+    return tokens[: draw(st.integers(1, 30))]
+
+
+@st.composite
 def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
     max_model_len = 40
-    requests = []
+    requests: list[Request] = []
+    prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
+    prefix_caching = draw(st.booleans())
     for _ in range(draw(st.sampled_from([1, 2, 4, 5, 6, 8]))):
         params = SamplingParams(
             max_tokens=draw(st.sampled_from([None, 1, 2, 7, 12, 16, 20])),
@@ -101,10 +139,11 @@ def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
         )
         requests.append(
             Request(
-                draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)),
+                draw(prompts) if not requests or draw(st.booleans()) else draw(continued(requests)),
                 params,
                 draw(st.sampled_from([0, 0, 0, 1, 2, 5, 12])),
                 draw(st.none() | st.integers(0, 30)) if aborts else None,
+                draw(st.sampled_from([0, 0, 0, -1, 1])),
             )
         )
     max_num_seqs = draw(st.sampled_from([1, 2, 3, 4, 5]))
@@ -120,6 +159,7 @@ def scenarios(draw: st.DrawFn, aborts: bool = False) -> Scenario:
         max_model_len=max_model_len,
         block_size=block_size,
         num_blocks=tightest + draw(st.sampled_from([0, 1, 2, 3, 60])),  # mostly so few that sequences preempt
+        prefix_caching=prefix_caching,
     )
 
 
@@ -131,8 +171,8 @@ def simulate(
     eos_ids: Container[int] = EOS,
 ) -> list[SequenceState]:
     """Run the scenario to its end; the sequences in the order of its requests. Fails if it takes too many steps."""
-    seqs = [SequenceState(str(i), r.prompt, r.params) for i, r in enumerate(scenario.requests)]
-    # Each step advances the oldest sequence or one that runs beside it.
+    seqs = [SequenceState(str(i), r.prompt, r.params, r.priority) for i, r in enumerate(scenario.requests)]
+    # Each step advances the first sequence in rank or one that runs beside it.
     bound = 50 + scenario.max_model_len * len(seqs) * (len(seqs) + 1)
     for number in range(bound):
         for seq, request in zip(seqs, scenario.requests, strict=True):

@@ -76,9 +76,13 @@ class TensorModel(PagedModel):
     """The hash model on nothing but the batch's tensors."""
 
     def run(self, batch):
-        ids, _, slots = batch.tokens.tolist()
-        self.cache.update({slot: token for token, slot in zip(ids, slots, strict=True) if slot >= 0})
-        lengths, tables = batch.seq_lens.tolist(), batch.block_tables.tolist()
+        ids, positions, slots = batch.tokens.tolist()
+        cu, lengths, tables = batch.cu_q_lens.tolist(), batch.seq_lens.tolist(), batch.block_tables.tolist()
+        for table, first, last in zip(tables, cu, cu[1:], strict=False):
+            for token in range(first, last):
+                if slots[token] >= 0:
+                    assert slots[token] == self.slot(table, positions[token])
+                    self.write(table, positions[token], ids[token])
         return [self.read(table, length) if length else 0 for table, length in zip(tables, lengths, strict=True)]
 
 
@@ -188,8 +192,10 @@ def test_host_time_of_256_decodes():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a copy must not wait for a thread pool
     try:
-        times = measure(rows=256, steps=100, context=1024, max_model_len=8192, device="cpu")
+        times = measure(
+            rows=256, steps=100, context=1024, max_model_len=8192, device="cpu", prefix_caching=True, block_size=16
+        )
     finally:
         torch.set_num_threads(threads)
     print(times)
-    assert times["build"][0] < 250, "microseconds, median"
+    assert times["all"][0] < 250, "microseconds, median: schedule, build and update"

@@ -1,0 +1,96 @@
+"""Thousands of requests through one engine: nothing is left behind, neither blocks nor memory nor file handles."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fusecomp.config import EngineConfig
+from fusecomp.request import SamplingParams
+from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.loading import load_model
+from fusecomp.runtime.scheduler import SequenceState
+
+PICO = Path(__file__).parents[2] / "models" / "pico-llama"
+BLOCK = 16
+
+
+@cache
+def engine() -> Engine:
+    model, _ = load_model(PICO, "float32", "cpu")
+    config = EngineConfig(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=128, enforce_eager=True)
+    per_block = 2 * 2 * 32 * 8 * 4 * BLOCK
+    return Engine(model, config.replace(kv_cache_bytes=40 * per_block), eos_token_ids=(3, 4, 5))
+
+
+def serve(served_by: Engine, rng: random.Random, count: int) -> None:
+    """`count` requests, some with common prefixes, priorities or a cancellation, arriving in bursts."""
+    prefixes = [[rng.randrange(6, 500) for _ in range(40)] for _ in range(5)]
+    sent = ended = 0
+    live: set[str] = set()
+    while sent < count or served_by.has_unfinished_requests():
+        for _ in range(min(rng.choice([0, 0, 1, 4, 12]), count - sent)):
+            common = rng.choice(prefixes)[: rng.choice([0, 10, 33, 40])]
+            prompt = common + [rng.randrange(6, 500) for _ in range(rng.randint(1, 12))]
+            params = SamplingParams(temperature=rng.choice([0, 1.0]), max_tokens=rng.choice([1, 3, 10, 30]))
+            served_by.add_request(str(sent), prompt, params, priority=rng.choice([0, 0, 0, 1]))
+            live.add(str(sent))
+            sent += 1
+        if live and rng.random() < 0.1:
+            victim = rng.choice(sorted(live))
+            served_by.abort_request(victim)
+            live.discard(victim)
+            ended += 1
+        for out in served_by.step():
+            if out.finish_reason is not None:
+                live.discard(out.request_id)
+                ended += 1
+    assert (sent, ended, live) == (count, count, set())
+
+
+def resident() -> int:
+    """Bytes of anonymous memory of this process."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def handles() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("count", [250, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
+def test_nothing_is_left_behind(count, overlap):
+    served_by, rng = engine(), random.Random(count)
+    served_by.overlap = overlap
+    serve(served_by, rng, max(100, count // 5))  # allocators and caches find their size
+    gc.collect()
+    memory, objects = resident(), sys.getallocatedblocks()
+    files, before = handles(), served_by.metrics
+    serve(served_by, rng, count)
+    served_by._flight = None
+    gc.collect()
+    more_memory, more_objects = resident() - memory, sys.getallocatedblocks() - objects
+    now, scheduler = served_by.metrics, served_by._scheduler
+    assert now.requests - before.requests == now.finished - before.finished == count
+    assert (now.running, now.waiting, now.kv_usage) == (0, 0, 0)
+    assert now.preemptions > before.preemptions
+    assert now.prefix_cache_hits > before.prefix_cache_hits
+    assert scheduler.kv.num_free == scheduler.kv.num_blocks == 40
+    assert scheduler.kv.pool.num_known <= 40
+    assert not scheduler.kv._blocks
+    assert not scheduler.prefix.makers
+    assert sorted(scheduler._free_rows) == list(range(16))
+    latest = [seq for seq in gc.get_objects() if type(seq) is SequenceState]
+    assert len(latest) <= 16, "sequences of the latest step may live on, others may not"
+    assert handles() == files
+    # Once for all: views of buffers for each size that was met, some 400 objects.
+    assert more_objects < 600 + count // 4, "less than an object for every fourth request"
+    assert more_memory < 8 << 20  # the allocator's own ups and downs are about 3 MiB
