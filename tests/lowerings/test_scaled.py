@@ -27,6 +27,7 @@ from fusecomp.lowerings.quant.scaled_heuristics import (
     own_config,
     scaled_config,
 )
+from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS
 from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import FULL, Program
@@ -165,6 +166,7 @@ def test_linear_that_quantizes(scheme, program, tokens):
     x, gain = torch.randn(tokens, k, device="cuda").to(dtype), torch.rand(k, device="cuda").to(dtype)
     operands = [torch.randn(tokens, n, device="cuda").to(dtype) for _ in parsed.operands]
     given = None if activation.dynamic else torch.tensor([0.01], device="cuda")
+    register()
     take_fallbacks()
     texts = (parsed.to_text(), spec.to_text(), given, activation.to_text())
     found = OPS.quant_linear(x, q, scale, None, gain, None, operands, *texts)
