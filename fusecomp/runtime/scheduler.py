@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusecomp.errors import CapacityError, RequestError
-from fusecomp.request import SamplingParams
+from fusecomp.request import RequestMetrics, SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
 
 # The sampler's answer for a row whose logits are not finite.
@@ -52,6 +52,7 @@ class SequenceState:
         num_slots: tokens that fit into `blocks`.
         max_total_tokens: prompt and output length at which the sequence ends with "length".
         num_preemptions: times it lost its blocks.
+        metrics: when things happened to it; the engine's.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class SequenceState:
     num_slots: int = field(default=0, init=False)
     max_total_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0), init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
