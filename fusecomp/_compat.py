@@ -23,6 +23,7 @@ __all__ = [
     "compiler_settings",
     "counters",
     "decomposes_outer_products",
+    "distinct_sizes",
     "dynamo_settings",
     "functional_backend",
     "inductor_artifact",
@@ -258,4 +259,13 @@ def dynamo_settings() -> Iterator[None]:
 def recompiles_are_errors() -> Iterator[None]:
     """Inside, a guard failure raises `torch._dynamo.exc.RecompileError` naming the failed guard."""
     with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+@contextmanager
+def distinct_sizes() -> Iterator[None]:
+    """Inside, sizes that happen to be equal when a function is traced are not taken to be equal always."""
+    from torch.fx.experimental import _config
+
+    with _config.patch(use_duck_shape=False):
         yield

@@ -6,11 +6,14 @@ few: how tokens are drawn, whether rows adjust their logits and by which tables,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusecomp._compat import distinct_sizes
 from fusecomp.runtime.adjust import MIN_P, TYPICAL_P, RowTables, adjust
 from fusecomp.runtime.batch import StepBatch
 from fusecomp.runtime.logprobs import pack, score, width_for
@@ -51,11 +54,25 @@ class TokenChoice:
     def __init__(self, tables: RowTables, device: torch.device) -> None:
         self.tables = tables
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)
+        self._functions: dict[tuple[str, Any], Callable] = {}
 
-        def compiled(function):  # type: ignore[no-untyped-def]
-            return torch.compile(function, dynamic=True) if device.type == "cuda" else function
+    def _function(self, function: Callable, variant: Any) -> Callable:
+        """`function` as this device runs it. A variant is compiled by itself: Dynamo bounds what one code object holds."""
+        if self._ids.device.type != "cuda":
+            return function
+        key = function.__name__, variant
+        if key not in self._functions:
+            own: Any = types.FunctionType(
+                function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+            )
+            self._functions[key] = torch.compile(own, dynamic=True)
+        compiled = self._functions[key]
 
-        self._sample, self._adjust, self._score = compiled(sample), compiled(adjust), compiled(score)
+        def call(*args: Any) -> Any:
+            with distinct_sizes():
+                return compiled(*args)
+
+        return call
 
     def set_vocabulary(self, size: int) -> None:
         """Say how many logits a row has, once it is known."""
@@ -83,7 +100,7 @@ class TokenChoice:
             wishes = self.tables.params[batch.rows]
             top_k, top_p = (None, None) if kind.draw == PLAIN else (batch.top_k, batch.top_p)
             typical_p = wishes[:, TYPICAL_P] if kind.draw == TYPICAL else None
-            tokens = self._sample(
+            tokens = self._function(sample, kind.draw)(
                 logits,
                 batch.temperature,
                 top_k,
@@ -94,11 +111,14 @@ class TokenChoice:
                 wishes[:, MIN_P],
                 typical_p,
             )
-        return Sampled(tokens, pack(raw, tokens, kind.logprobs, self._score) if kind.logprobs else None)
+        if not kind.logprobs:
+            return Sampled(tokens)
+        return Sampled(tokens, pack(raw, tokens, kind.logprobs, self._function(score, None)))
 
     def _adjusted(self, logits: Tensor, batch: StepBatch, positions: Tensor) -> Tensor:
         t = self.tables
         t.note_fed(batch.rows, positions, batch.tokens[0][batch.logit_indices])
-        return self._adjust(
+        variant = t.bias is None, t.counts is None, t.recent is None
+        return self._function(adjust, variant)(
             logits, batch.rows, positions, t.params, t.bias, t.counts, t.recent, t.prefixes, t.banned, t.until, t.back
         )
