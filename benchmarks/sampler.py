@@ -1,8 +1,9 @@
 """What sampling costs a decode step: each variant of the sampler alone, in a CUDA graph. `python -m benchmarks.sampler`
 
-Logits are random bf16 of a 128,256-token vocabulary; every row wants what the variant names. Before a variant is timed, its
-graph's tokens are compared with those of the same functions run eagerly, and rows with those of the rows alone. Times are
-medians of graph replays. "pass" is one read of the logits at the bandwidth measured in the same run. The last line is JSON.
+Logits are random bf16 of a 128,256-token vocabulary; every row wants what the variant names. Before a variant is timed,
+its graph's tokens are compared with those of the same functions run eagerly, and rows with those of the rows alone.
+Times are medians of graph replays. "pass" is one read of the logits at the bandwidth measured in the same run. The last
+line is JSON.
 """
 
 from __future__ import annotations

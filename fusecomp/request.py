@@ -31,8 +31,9 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How the next token is chosen and when a request ends.
 
-    Logits take, in this order: `logit_bias` and the bans (`bad_words`, `allowed_token_ids`, `min_tokens`), the repetition,
-    frequency and presence penalties, temperature, top-k, top-p, min-p, typical-p. It is Hugging Face's order.
+    Logits take, in this order: `logit_bias` and the bans (`bad_words`, `allowed_token_ids`, `min_tokens`), the
+    repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, typical-p. It is Hugging Face's
+    order.
 
     Attributes:
         max_tokens: most tokens to generate; None means up to `max_model_len`.
@@ -44,8 +45,8 @@ class SamplingParams:
         ignore_eos: do not stop at the model's end-of-sequence ids.
         n: completions of the prompt. Completion i of a request with a seed is what seed + i alone would give.
         min_p: keep tokens whose probability is at least this share of the most likely one's; 0 keeps all.
-        typical_p: keep the smallest set of tokens whose surprise is nearest to the entropy and whose probability reaches
-            this; 1 keeps all.
+        typical_p: keep the smallest set of tokens whose surprise is nearest to the entropy and whose probability
+            reaches this; 1 keeps all.
         repetition_penalty: logits of tokens in prompt or output are divided by this when positive, else multiplied.
         presence_penalty: subtracted once from the logits of tokens in the output.
         frequency_penalty: subtracted from the logits of tokens in the output, as often as they occur there.
@@ -57,8 +58,8 @@ class SamplingParams:
         stop: texts that end the request once the output contains one.
         include_stop_str_in_output: leave the stop text at the end of the output's text.
         skip_special_tokens: leave special tokens out of texts.
-        logprobs: give the log-probability of each output token and of this many most likely ones (0: of the token alone),
-            by the model's own logits, before any of the above; None gives none.
+        logprobs: give the log-probability of each output token and of this many most likely ones (0: of the token
+            alone), by the model's own logits, before any of the above; None gives none.
         prompt_logprobs: the same for the prompt's tokens.
         output_kind: what `LLM.stream` yields.
     """
@@ -138,7 +139,9 @@ class SamplingParams:
         self._settle("stop", tuple(stop) if texts else None, "give a text or texts, none of them empty")
         words = self.bad_words if isinstance(self.bad_words, Sequence) and not isinstance(self.bad_words, str) else [0]
         settled = [word if isinstance(word, str) else _ids(word) for word in words]
-        self._settle("bad_words", tuple(settled) if all(settled) else None, "give texts or non-empty lists of token ids")
+        self._settle(
+            "bad_words", tuple(settled) if all(settled) else None, "give texts or non-empty lists of token ids"
+        )
         bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping) or not all(
             _ids((i,)) and (is_real(x) or x == -float("inf")) for i, x in bias.items()

@@ -17,6 +17,7 @@ from benchmarks.shapes import SHAPES, Shape
 from fusecomp.config import EngineConfig
 from fusecomp.errors import RequestError
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.choice import Sampled
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.step import CompiledStep
 
@@ -78,7 +79,7 @@ def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None
 
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Engine._run
-    monkeypatch.setattr(Engine, "_run", lambda self, batch, bucket: (right(self, batch, bucket) + 1) % 512)
+    monkeypatch.setattr(Engine, "_run", lambda *args: Sampled((right(*args).tokens + 1) % 512))
 
 
 @pytest.mark.parametrize("fault", ["prefill", "decode", "tokens"])

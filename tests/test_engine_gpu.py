@@ -199,7 +199,9 @@ def test_options_that_depend_on_the_last_token(device, name):
         GREEDY.replace(max_tokens=16, repetition_penalty=1.6),
         GREEDY.replace(max_tokens=16, presence_penalty=3.0, frequency_penalty=1.5, logprobs=4, prompt_logprobs=4),
         GREEDY.replace(max_tokens=16, bad_words=tuple(zip(plain[4], plain[4][1:], strict=False))),
-        GREEDY.replace(max_tokens=16, logit_bias={9: 6.0, 10: 6.0}, repetition_penalty=1.2, allowed_token_ids=range(150)),
+        GREEDY.replace(
+            max_tokens=16, logit_bias={9: 6.0, 10: 6.0}, repetition_penalty=1.2, allowed_token_ids=range(150)
+        ),
         GREEDY.replace(max_tokens=16, min_tokens=9, stop_token_ids=tuple(plain[3])),
         GREEDY.replace(max_tokens=16),
     ]
@@ -225,7 +227,9 @@ def test_log_probabilities_are_the_models(name):
     from fusecomp.runtime.logprobs import unpack
 
     engine = make_engine(name, "cuda", torch.float32)
-    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, logprobs=5, prompt_logprobs=2, frequency_penalty=0.5)
+    params = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=12, logprobs=5, prompt_logprobs=2, frequency_penalty=0.5
+    )
     chosen = prompts()[2:5]
     for i, prompt in enumerate(chosen):
         engine.add_request(str(i), prompt, params)

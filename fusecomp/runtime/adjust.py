@@ -5,9 +5,9 @@ row, L longest prefix of a ban.
 
 Every running sequence has a line, `SequenceState.row`, in tables on the device. The host writes a line when a sequence
 is admitted, with all tokens it has then; the step itself adds the token it was fed, so the host need not know a step's
-tokens before it launches the next. A token is added when its position is beyond the last one added: running a step twice,
-for a warm-up or to measure, changes nothing. Tables are made when a request first needs them; each has a line for every
-row, and a neutral line changes no bit of a logit.
+tokens before it launches the next. A token is added when its position is beyond the last one added: running a step
+twice, for a warm-up or to measure, changes nothing. Tables are made when a request first needs them; each has a line
+for every row, and a neutral line changes no bit of a logit.
 
 Writes are issued on the stream of the steps, behind those in flight. No sync, no shape that depends on data.
 """
@@ -140,7 +140,7 @@ class RowTables:
             W *= 2
         while length > L:
             L *= 2
-        if (W, L) == tuple(have):
+        if tuple(have) == (W, L):
             return
         R = len(self.params)
         prefixes = torch.full((R, W, L), -1, dtype=torch.int32, device=self.device)
@@ -203,9 +203,8 @@ class RowTables:
 
     @staticmethod
     def _biased(params: SamplingParams) -> bool:
-        return bool(
-            params.logit_bias or params.allowed_token_ids is not None or any(len(word) == 1 for word in params.bad_words)
-        )
+        single = any(len(word) == 1 for word in params.bad_words)
+        return bool(params.logit_bias or params.allowed_token_ids is not None or single)
 
     def _enter_bias(self, row: int, params: SamplingParams) -> None:
         assert self.bias is not None
@@ -267,7 +266,7 @@ class RowTables:
     # ------------------------------------------------------------------ in the step
 
     def note_fed(self, rows: Tensor, positions: Tensor, fed: Tensor) -> None:
-        """Add the tokens that the step was fed, if they are new. rows, positions, fed [S] int64: the last of each row."""
+        """Add the tokens that the step was fed, if they are new. rows, positions, fed [S] int64: each row's last."""
         counted = self.counted[rows]
         new = positions > counted
         if self.counts is not None:
@@ -296,8 +295,8 @@ def adjust(
 ) -> Tensor:
     """Logits [S, V] with what the rows' lines ask for, in float32. Arguments from `params` on: see `RowTables`.
 
-    Order: bias, bans, repetition, frequency, presence. Hugging Face's and vLLM's agree: bias comes before penalties, and
-    a ban (-inf) commutes with all.
+    Order: bias, bans, repetition, frequency, presence. Hugging Face's and vLLM's agree: bias comes before penalties,
+    and a ban (-inf) commutes with all.
     """
     x = logits.float()
     if bias is not None:

@@ -1,7 +1,8 @@
 """From a step's logits to its tokens: which variant of the sampler a batch needs, and running it.
 
-A variant (`Kind`) is all that decides which kernels run, so it is, with the bucket, the key of a CUDA graph. Variants are
-few: how tokens are drawn, whether rows adjust their logits and by which tables, and how many log-probabilities are kept.
+A variant (`Kind`) is all that decides which kernels run, so it is, with the bucket, the key of a CUDA graph. Variants
+are few: how tokens are drawn, whether rows adjust their logits and by which tables, and how many log-probabilities are
+kept.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class TokenChoice:
         self._functions: dict[tuple[str, Any], Callable] = {}
 
     def _function(self, function: Callable, variant: Any) -> Callable:
-        """`function` as this device runs it. A variant is compiled by itself: Dynamo bounds what one code object holds."""
+        """`function` as this device runs it. Variants are compiled apart: Dynamo bounds what one code object holds."""
         if self._ids.device.type != "cuda":
             return function
         key = function.__name__, variant

@@ -33,7 +33,8 @@ class GraphRunner:
     """Captured decode steps.
 
     Args:
-        run: `(batch, kind) -> sampled token ids [S] and their scores`, made only of capturable work on the current stream.
+        run: `(batch, kind) -> sampled token ids [S] and their scores`, made only of capturable work on the current
+            stream.
         sizes: buckets, ascending.
     """
 

@@ -1,10 +1,11 @@
 """Log-probabilities of chosen and of most likely tokens, computed on the device and read with the tokens.
 
-Legend: N rows, V vocabulary, K most likely tokens. They are those of the model's own logits, in float32: log softmax before
-any penalty, temperature or filter, as vLLM's default has it. A rank counts the tokens that are at least as likely.
+Legend: N rows, V vocabulary, K most likely tokens. They are those of the model's own logits, in float32: log softmax
+before any penalty, temperature or filter, as vLLM's default has it. A rank counts the tokens that are at least as
+likely.
 
-On the device they are one int32 tensor [N, 2 K + 3], so that one copy brings them to the host: the bits of K + 1 float32
-log-probabilities, K + 1 ids (the token itself first, then the most likely), and the token's rank.
+On the device they are one int32 tensor [N, 2 K + 3], so that one copy brings them to the host: the bits of K + 1
+float32 log-probabilities, K + 1 ids (the token itself first, then the most likely), and the token's rank.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def pack(logits: Tensor, tokens: Tensor, width: int, scores: Callable = score) -
 
 
 def unpack(row: np.ndarray, count: int) -> dict[int, Logprob]:
-    """A packed row [2 K + 3] as vLLM shows it: the token first, then the `count` most likely, which may hold it again."""
+    """A packed row [2 K + 3] as vLLM shows it: the token, then the `count` most likely, which may hold it again."""
     half = (len(row) - 1) // 2
     values = row[:half].view(np.float32).tolist()
     ids = row[half:-1].tolist()

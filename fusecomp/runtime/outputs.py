@@ -17,7 +17,7 @@ class StepOutput:
     """What one step gave one request.
 
     `scores` are packed log-probabilities of the new token, `prompt_scores` those of prompt tokens, the first of them at
-    index `prompt_start` (`runtime/logprobs.py`). `metrics` come with the end, and are the request's own object.
+    index `prompt_start` (`runtime/logprobs.py`). `metrics` are the request's own object.
     """
 
     request_id: str
@@ -41,12 +41,11 @@ def step_outputs(flight: Flight, advanced: Sequence[SequenceState]) -> list[Step
     scores = flight.scores()
     rows = {} if scores is None else {seq.request_id: i for i, seq in enumerate(flight.step.seqs)}
     for seq in advanced:
-        ended = None if seq.finish_reason is None else seq.metrics
         if seq.finish_reason == "error":
             why = "no token can be drawn: the model's logits are not finite, or every token is banned"
-            outputs.append(StepOutput(seq.request_id, [], "error", why, metrics=ended))
+            outputs.append(StepOutput(seq.request_id, [], "error", why, metrics=seq.metrics))
             continue
-        output = StepOutput(seq.request_id, [seq.token_ids[-1]], seq.finish_reason, metrics=ended)
+        output = StepOutput(seq.request_id, [seq.token_ids[-1]], seq.finish_reason, metrics=seq.metrics)
         if scores is not None and seq.params.logprobs is not None:
             output.scores = scores[rows[seq.request_id]]
         outputs.append(output)

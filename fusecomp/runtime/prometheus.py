@@ -1,7 +1,7 @@
 """A metrics snapshot in Prometheus' text format, version 0.0.4.
 
-The names are vLLM's, its `vllm:` prefix kept: dashboards and alerts are written for them, and what is counted is the same.
-What vLLM has no name for has the prefix `fusecomp:`.
+The names are vLLM's, its `vllm:` prefix kept: dashboards and alerts are written for them, and what is counted is the
+same. What vLLM has no name for has the prefix `fusecomp:`.
 """
 
 from __future__ import annotations

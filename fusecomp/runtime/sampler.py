@@ -55,10 +55,10 @@ def sample(
     """Draw one token a row. Everything is computed in float32.
 
     Order and meaning are Hugging Face's: temperature, then top-k (all tokens tied with the k-th stay), then top-p over
-    what is left (the smallest prefix, by falling probability, that reaches p; at least one token; of equal probabilities
-    the lower id comes first), then min-p, then typical-p over what is left. vLLM has no typical-p and applies min-p before
-    top-k, which differs only where min-p and top-p are given together. top-k and top-p need a sort of each row, typical-p
-    another; min-p needs none, since the most likely token is always kept.
+    what is left (the smallest prefix, by falling probability, that reaches p; at least one token; of equal
+    probabilities the lower id comes first), then min-p, then typical-p over what is left. vLLM has no typical-p and
+    applies min-p before top-k, which differs only where min-p and top-p are given together. top-k and top-p need a sort
+    of each row, typical-p another; min-p needs none, since the most likely token is always kept.
 
     Args:
         logits: [N, V] float.

@@ -1,4 +1,4 @@
-"""Every sampling option against Hugging Face's own processor and a NumPy reference, on tables as an engine fills them."""
+"""Every sampling option against Hugging Face's processors and a NumPy reference, on tables as an engine fills them."""
 
 from types import SimpleNamespace
 
@@ -72,12 +72,12 @@ def stock(seq, params, logits):
 
 
 @st.composite
-def wishes(draw, penalties=st.just(0.0)):
+def wishes(draw, penalties=(0.0,)):
     return SamplingParams(
         max_tokens=None,
         repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7, 2.5])),
-        presence_penalty=draw(penalties),
-        frequency_penalty=draw(penalties),
+        presence_penalty=draw(st.sampled_from(penalties)),
+        frequency_penalty=draw(st.sampled_from(penalties)),
         logit_bias=draw(st.dictionaries(st.integers(1, V - 1), st.sampled_from([-INF, -2.5, 1.0, 40.0]), max_size=4)),
         bad_words=tuple(draw(st.lists(st.lists(tokens, min_size=1, max_size=6).map(tuple), max_size=12, unique=True))),
         allowed_token_ids=draw(st.none() | st.lists(tokens, min_size=1, max_size=V).map(tuple)),
@@ -113,7 +113,7 @@ def test_adjusted_logits_are_hugging_faces_to_the_bit(rows, seed):
             seq.token_ids += more[number : number + 1]
 
 
-@given(histories(wishes(st.sampled_from([0.0, 0.5, -1.0]))), st.integers(0, 1000))
+@given(histories(wishes((0.0, 0.5, -1.0))), st.integers(0, 1000))
 def test_adjusted_logits_are_the_references(rows, seed):
     chosen = choice()
     seqs = [admit(chosen, i, prompt, output, params) for i, (params, prompt, output, _) in enumerate(rows)]
@@ -257,7 +257,10 @@ def test_filters_keep_what_hugging_face_keeps(params, seed):
     scaled = (logits - logits.amax()) / params.temperature
     scores, order = scaled.sort(dim=-1, descending=True, stable=True)
     keep = _keep(
-        scores, torch.tensor([params.top_k]), torch.tensor([params.top_p]), torch.tensor([params.min_p], dtype=torch.float32)
+        scores,
+        torch.tensor([params.top_k]),
+        torch.tensor([params.top_p]),
+        torch.tensor([params.min_p], dtype=torch.float32),
     )
     keep = _keep_typical(scores, keep, torch.tensor([params.typical_p], dtype=torch.float32))
     assert set(order[keep].tolist()) == expected
@@ -300,7 +303,9 @@ def test_greedy_rows_ignore_filters_beside_them():
     logits = torch.zeros(2, V)
     logits[:, 4] = 3.0
     both = torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int32), torch.ones(2)
-    got = sample(logits, *both, torch.arange(2), torch.arange(2), min_p=torch.zeros(2), typical_p=torch.full((2,), 0.05))
+    got = sample(
+        logits, *both, torch.arange(2), torch.arange(2), min_p=torch.zeros(2), typical_p=torch.full((2,), 0.05)
+    )
     assert got[0] == 4 and got[1] != 4
 
 

@@ -119,4 +119,3 @@ def test_engine_scores_are_the_models(model, monkeypatch, budget, blocks, overla
         assert sorted(own) == ([] if wish.prompt_logprobs is None else list(range(1, len(prompt))))
         for at, row in own.items():
             check(row, lines[at - 1], prompt[at], wish.prompt_logprobs)
-
