@@ -33,6 +33,7 @@ class Assembler:
     tokenizer: Any
     _names: dict[int, str] = field(default_factory=dict)
     _samples: dict[int, list[Progress]] = field(default_factory=dict)
+    _ended: set[int] = field(default_factory=set)
     _given: dict[Progress, tuple[int, int]] = field(default_factory=dict)  # tokens and characters of a stream's deltas
 
     def expect(self, everything: Sequence[Progress]) -> None:
@@ -50,10 +51,11 @@ class Assembler:
         self._names[index] = request_id
 
     def whole(self, progress: Progress) -> RequestOutput | None:
-        """The output of a request of which `progress` just ended; None while others of its completions run."""
+        """The output of a request of which `progress` just ended; None while others run, and when it was given before."""
         samples = self._samples[progress.index]
-        if not all(sample.finished for sample in samples):
+        if progress.index in self._ended or not all(sample.finished for sample in samples):
             return None
+        self._ended.add(progress.index)
         output = self._request(samples[0], finished=True)
         failed = next((sample for sample in samples if sample.error is not None), None)
         if failed is not None:

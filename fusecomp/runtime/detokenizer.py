@@ -100,6 +100,7 @@ class Followed:
     num_tokens: int = 0
     _ids: list[int] = field(default_factory=list)
     _stream: TextStream | None = None
+    _ready: list[str] = field(default_factory=list)
     held: str = ""
 
     def add(self, ids: Sequence[int], reason: str | None, decode: Callable[[list[int]], str]) -> News | None:
@@ -110,25 +111,32 @@ class Followed:
         if not (self.live or self.params.stop):
             self._ids += text_ids
             self.num_tokens += len(ids)
-            self.finished = reason is not None
-            return News(self.key, decode(self._ids), True, self.num_tokens) if self.finished else None
+            if reason is None:
+                return None
+            self._ready.append(decode(self._ids))
+            return self._end(None)
         if self._stream is None:
             self._stream = TextStream(decode)
-        shown = []
         for token in text_ids:
             self.num_tokens += 1
             text, stop = self._search(self._stream.push(token))
-            shown.append(text)
+            self._ready.append(text)
             if stop is not None:
-                self.finished = True
-                return News(self.key, "".join(shown), True, self.num_tokens, stop)
+                return self._end(stop)
         if reason is not None:
             self.num_tokens += len(ids) - len(text_ids)
             text, stop = self._search(self._stream.finish())
-            self.finished = True
-            return News(self.key, "".join([*shown, text, self.held]), True, self.num_tokens, stop)
-        text = "".join(shown)
-        return News(self.key, text, False, self.num_tokens) if self.live else None
+            self._ready += [text, self.held]
+            return self._end(stop)
+        return self._news(None) if self.live else None
+
+    def _end(self, stop: str | None) -> News:
+        self.finished = True
+        return self._news(stop)
+
+    def _news(self, stop: str | None) -> News:
+        text, self._ready = "".join(self._ready), []
+        return News(self.key, text, self.finished, self.num_tokens, stop)
 
     def _search(self, new: str) -> tuple[str, str | None]:
         """Characters to show after `new` ones came, and the stop text that they end."""
