@@ -48,6 +48,7 @@ class SamplingParams:
         typical_p: keep the smallest set of tokens whose surprise is nearest to the entropy and whose probability
             reaches this; 1 keeps all.
         repetition_penalty: logits of tokens in prompt or output are divided by this when positive, else multiplied.
+        repetition_context: ids that the repetition penalty takes to be in the prompt besides those that are.
         presence_penalty: subtracted once from the logits of tokens in the output.
         frequency_penalty: subtracted from the logits of tokens in the output, as often as they occur there.
         logit_bias: token id -> number added to its logit; -inf bans it.
@@ -75,6 +76,7 @@ class SamplingParams:
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    repetition_context: tuple[int, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
@@ -131,6 +133,7 @@ class SamplingParams:
     def _settle_sequences(self) -> None:
         """Check the fields that hold several values, and make them tuples: parameters are hashable."""
         self._settle("stop_token_ids", _ids(self.stop_token_ids), "give a sequence of token ids")
+        self._settle("repetition_context", _ids(self.repetition_context), "give a sequence of token ids")
         if self.allowed_token_ids is not None:
             allowed = _ids(self.allowed_token_ids)
             self._settle("allowed_token_ids", allowed or None, "give at least one token id, or None for all")

@@ -51,7 +51,7 @@ class Assembler:
         self._names[index] = request_id
 
     def whole(self, progress: Progress) -> RequestOutput | None:
-        """The output of a request of which `progress` just ended; None while others run, and when it was given before."""
+        """The output of a request, when its last completion, `progress`, ended; None otherwise, and the second time."""
         samples = self._samples[progress.index]
         if progress.index in self._ended or not all(sample.finished for sample in samples):
             return None

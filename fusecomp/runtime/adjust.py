@@ -225,7 +225,7 @@ class RowTables:
         self.counts[row].zero_()
         if not seq.params.penalised:
             return
-        prompt = np.unique(np.asarray(seq.prompt_ids, np.int64))
+        prompt = np.unique(np.asarray([*seq.prompt_ids, *seq.params.repetition_context], np.int64))
         prompt = prompt[prompt < self.vocab]  # an embedding may have more rows than there are logits
         output, times = np.unique(np.asarray(seq.output_ids, np.int64), return_counts=True)
         ids = self._move([*prompt.tolist(), *output.tolist()], torch.int64)
