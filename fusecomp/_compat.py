@@ -267,5 +267,5 @@ def distinct_sizes() -> Iterator[None]:
     """Inside, sizes that happen to be equal when a function is traced are not taken to be equal always."""
     from torch.fx.experimental import _config
 
-    with _config.patch(use_duck_shape=False):
+    with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield

@@ -146,7 +146,7 @@ def make_plan(
     fields = sampling_fields(processors, bool(config.do_sample), prompts, stop_ids, max_tokens)
     if isinstance(fields, str):
         return fields
-    common = {"max_tokens": max_tokens, "stop_token_ids": stop_ids, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": max_tokens, "stop_token_ids": stop_ids, "ignore_eos": True}
     # Rows draw their seeds from torch's generator, so torch.manual_seed governs sampling as it does in `generate`.
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if config.do_sample else [None] * len(prompts)
     try:

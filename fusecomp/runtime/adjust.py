@@ -74,8 +74,8 @@ class RowTables:
     @property
     def num_bytes(self) -> int:
         """Memory of the tables made so far."""
-        tables = (self.params, self.bias, self.counts, self.counted, self.recent)
-        tables += (self.prefixes, self.banned, self.until, self.back)
+        bans = (self.recent, self.prefixes, self.banned, self.until, self.back)
+        tables = (self.params, self.bias, self.counts, self.counted, *bans)
         return sum(table.nbytes for table in tables if table is not None)
 
     # ------------------------------------------------------------------ making tables

@@ -11,12 +11,12 @@ from fusecomp.runtime.prometheus import Histogram, exposition
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
 
 # Upper bounds of buckets: vLLM's, which dashboards expect.
-SECONDS_TO_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
-SECONDS_TO_FIRST += (40.0, 80.0, 160.0, 640.0, 2560.0)
-SECONDS_BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
-SECONDS_BETWEEN += (80.0,)
-SECONDS_OF_REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
-SECONDS_OF_REQUEST += (480.0, 960.0, 1920.0, 7680.0)
+SECONDS_TO_FIRST: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5)
+SECONDS_TO_FIRST += (5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+SECONDS_BETWEEN: tuple[float, ...] = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+SECONDS_BETWEEN += (7.5, 10.0, 20.0, 40.0, 80.0)
+SECONDS_OF_REQUEST: tuple[float, ...] = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0)
+SECONDS_OF_REQUEST += (60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
 TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 TOKENS_OF_STEP = (1.0, *(float(2**power) for power in range(3, 15)))
 BOUNDS = {
