@@ -2,6 +2,11 @@
 
 Prints microseconds (median, 99th percentile) per number of rows; the last line is JSON. On CUDA the copies are only
 issued, as in an engine, and the device is drained between steps, outside the timed part.
+
+With `--texts`, every row's text is followed token by token, for stop texts that never come, in the detokenizer's
+thread ("thread") or in the loop ("inline"). Then "texts" is what the loop spends on it, and "late" how much later than
+asked it wakes from a wait of `--wait` ms between steps, which stands for the device's work: threads share one
+interpreter.
 """
 
 from __future__ import annotations
@@ -10,25 +15,67 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.batch import BatchBuilder
+from fusecomp.runtime.detokenizer import Detokenizer, Followed
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
 
 BLOCK_SIZE = 16
-PHASES = ("schedule", "build", "update")
+PHASES = ("schedule", "build", "update", "texts", "late")
+TOKENIZER = Path(__file__).parents[1] / "models" / "pico-llama"
 
 
-def measure(rows: int, steps: int, context: int, max_model_len: int, device: str) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences."""
+class Texts:
+    """Follows the texts of all rows in the way of `mode`: none, thread or inline."""
+
+    def __init__(self, mode: str, rows: int, params: SamplingParams) -> None:
+        self.mode = mode
+        if mode == "none":
+            return
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        self.ids = self.tokenizer.encode("def read_lines(path):\n    return [line for line in open(path)] # naïve\n")
+        self.detokenizer = Detokenizer(self.tokenizer)
+        self.followed = [Followed(row, params, live=False) for row in range(rows)]
+        self.step = 0
+
+    def advance(self) -> None:
+        """One token more for each row."""
+        if self.mode == "none":
+            return
+        self.step += 1
+        size = len(self.ids)
+        updates = [(each, [self.ids[(self.step + row) % size]], None) for row, each in enumerate(self.followed)]
+        if self.mode == "thread":
+            self.detokenizer.put(updates)
+            self.detokenizer.take()
+        else:
+            decode = self.detokenizer._decoder(self.followed[0].params)
+            for each, ids, reason in updates:
+                each.add(ids, reason, decode)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        if self.mode != "none":
+            self.detokenizer.close()
+
+
+def measure(
+    rows: int, steps: int, context: int, max_model_len: int, device: str, texts: str = "none", wait: float = 0.0
+) -> dict[str, tuple[float, float]]:
+    """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences; `wait` in s."""
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     kv = KVCacheManager(rows * blocks_per_seq, BLOCK_SIZE)
     scheduler = Scheduler(rows, max(8192, rows), max_model_len, kv)
     builder = BatchBuilder(rows, max(8192, rows), blocks_per_seq, BLOCK_SIZE, device)
-    params = SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9)
+    params = SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9, stop="\0never\0")
+    following = Texts(texts, rows, params)
     for i in range(rows):
         # Staggered lengths: block boundaries are met by some rows at every step, as in service.
         scheduler.add(SequenceState(str(i), [1] * (context - i % BLOCK_SIZE), params))
@@ -44,11 +91,16 @@ def measure(rows: int, steps: int, context: int, max_model_len: int, device: str
         t2 = time.perf_counter()
         scheduler.update(step, sampled, frozenset({2}))
         t3 = time.perf_counter()
+        following.advance()
+        t4 = time.perf_counter()
+        time.sleep(wait)
+        t5 = time.perf_counter()
         if full:
-            for phase, seconds in zip(PHASES, (t1 - t0, t2 - t1, t3 - t2), strict=True):
+            for phase, seconds in zip(PHASES, (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4 - wait), strict=True):
                 times[phase].append(seconds * 1e6)
         if device == "cuda":
             torch.cuda.synchronize()
+    following.close()
     return {p: (statistics.median(t), statistics.quantiles(t, n=100)[98]) for p, t in times.items()}
 
 
@@ -58,16 +110,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--texts", choices=("none", "thread", "inline"), default="none")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="MS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # on a CPU "device", copies of a few KB must not wait for a thread pool
     result = {}
     print(f"{'rows':>6}" + "".join(f"{phase + ' us (p99)':>22}" for phase in PHASES))
     for rows in args.rows:
-        times = measure(rows, args.steps, args.context, args.max_model_len, args.device)
+        times = measure(rows, args.steps, args.context, args.max_model_len, args.device, args.texts, args.wait / 1e3)
         print(f"{rows:>6}" + "".join(f"{f'{times[p][0]:.1f} ({times[p][1]:.1f})':>22}" for p in PHASES))
         result[str(rows)] = {phase: round(times[phase][0], 1) for phase in PHASES}
-    print(json.dumps({"benchmark": "host", "device": args.device, "median_us": result}))
+    print(json.dumps({"benchmark": "host", "device": args.device, "texts": args.texts, "median_us": result}))
 
 
 if __name__ == "__main__":

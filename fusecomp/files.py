@@ -49,7 +49,8 @@ def read_prompts(path: str, file_format: str | None = None) -> list[PromptLine]:
 
     Args:
         path: `.jsonl` holds objects with "prompt", "prompt_token_ids" or "messages", optional "id" and sampling
-            options; any other file holds one prompt a line. Standard input counts as JSONL when its first line is a JSON object.
+            options; any other file holds one prompt a line. Standard input counts as JSONL when its first line is a
+            JSON object.
         file_format: "text" or "jsonl" overrides that.
 
     Raises:
