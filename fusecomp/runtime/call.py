@@ -161,7 +161,10 @@ class Call:
             if progress.error is not None:
                 self._unfinished.discard(progress)
             elif progress in self._unfinished:
-                updates.append((self._followed[progress], new, progress._reason))
+                if self._live or progress.params.stop:
+                    updates.append((self._followed[progress], new, progress._reason))
+                elif progress._reason is not None:  # nobody looks at its text before
+                    updates.append((self._followed[progress], list(progress.token_ids), progress._reason))
         self._detokenizer.put(updates)
         news = self._detokenizer.take(wait=all(progress._reason is not None for progress in self._unfinished))
         changed = dict.fromkeys(progress for progress in fresh if progress.error is not None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from fusecomp.errors import RequestError
+from fusecomp.errors import CapacityError, RequestError
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.adjust import MAX_BAN_LENGTH, MAX_BANS, RowTables
 from fusecomp.runtime.choice import TokenChoice
@@ -204,6 +204,21 @@ def test_memory_is_made_when_needed_and_counted():
     assert tables.num_bytes > small + 2 * 5 * 1000 * 4 and tables.version == 3
     tables.reserve(SamplingParams(min_tokens=1, stop_token_ids=(4,), presence_penalty=1))
     assert tables.version == 3
+
+
+def test_no_memory_for_a_table_refuses_the_request(monkeypatch):
+    tables = choice().tables
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(CapacityError, match=r"no memory for a table of up to \d+ bytes"):
+        tables.reserve(SamplingParams(frequency_penalty=1.0))
+    monkeypatch.undo()
+    assert tables.counts is None and tables.version == 0
+    tables.reserve(SamplingParams(frequency_penalty=1.0))
+    assert tables.counts is not None
 
 
 @pytest.mark.parametrize(
