@@ -262,10 +262,12 @@ def recompiles_are_errors() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def distinct_sizes() -> Iterator[None]:
-    """Inside, sizes that happen to be equal when a function is traced are not taken to be equal always."""
+def distinct_sizes() -> Any:
+    """A context manager, in which sizes that are equal when a function is traced are not taken to be equal always.
+
+    It may be entered again and again, but not twice at a time. It is to be kept: torch 2.13 leaks a context variable with
+    every new one.
+    """
     from torch.fx.experimental import _config
 
-    with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        yield
+    return _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]

@@ -55,6 +55,7 @@ class TokenChoice:
     def __init__(self, tables: RowTables, device: torch.device) -> None:
         self.tables = tables
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)
+        self._distinct_sizes = distinct_sizes()
         self._functions: dict[tuple[str, Any], Callable] = {}
 
     def _function(self, function: Callable, variant: Any) -> Callable:
@@ -70,7 +71,7 @@ class TokenChoice:
         compiled = self._functions[key]
 
         def call(*args: Any) -> Any:
-            with distinct_sizes():
+            with self._distinct_sizes:
                 return compiled(*args)
 
         return call
