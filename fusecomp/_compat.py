@@ -265,8 +265,8 @@ def recompiles_are_errors() -> Iterator[None]:
 def distinct_sizes() -> Any:
     """A context manager, in which sizes that are equal when a function is traced are not taken to be equal always.
 
-    It may be entered again and again, but not twice at a time. It is to be kept: torch 2.13 leaks a context variable with
-    every new one.
+    It may be entered again and again, but not twice at a time. It is to be kept: torch 2.13 leaks a context variable
+    with every new one.
     """
     from torch.fx.experimental import _config
 
