@@ -74,8 +74,8 @@ STOP_IDS = ((), (), (), (5, 17), tuple(range(20, 40)))
 WISHES = (
     {},
     {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
-    {"bad_words": tuple((a, b) for a in range(0, 170, 9) for b in range(0, 170, 5)), "logit_bias": {7: 3.0}},
-    {"min_p": 0.02, "typical_p": 0.9, "min_tokens": 6, "stop_token_ids": tuple(range(0, 170, 3))},
+    {"bad_words": tuple((a, b) for a in range(0, 150, 8) for b in range(0, 150, 4)), "logit_bias": {7: 3.0}},
+    {"min_p": 0.02, "typical_p": 0.9, "min_tokens": 6, "stop_token_ids": tuple(range(0, 150, 3))},
 )
 
 
