@@ -2,6 +2,11 @@
 
 Prints microseconds (median, 99th percentile) per number of rows; the last line is JSON. On CUDA the copies are only
 issued, as in an engine, and the device is drained between steps, outside the timed part.
+
+With `--texts`, every row's text is followed token by token, for stop texts that never come, in the detokenizer's
+thread ("thread") or in the loop ("inline"). Then "texts" is what the loop spends on it, and "late" how much later than
+asked it wakes from a wait of `--wait` ms between steps, which stands for the device's work: threads share one
+interpreter.
 """
 
 from __future__ import annotations
@@ -10,26 +15,78 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.batch import BatchBuilder
+from fusecomp.runtime.detokenizer import Detokenizer, Followed
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
 
-PHASES = ("schedule", "build", "update")
+PHASES = ("schedule", "build", "update", "texts", "late")
+TOKENIZER = Path(__file__).parents[1] / "models" / "pico-llama"
+
+
+class Texts:
+    """Follows the texts of all rows in the way of `mode`: none, thread or inline."""
+
+    def __init__(self, mode: str, rows: int, params: SamplingParams) -> None:
+        self.mode = mode
+        if mode == "none":
+            return
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        self.ids = self.tokenizer.encode("def read_lines(path):\n    return [line for line in open(path)] # naïve\n")
+        self.detokenizer = Detokenizer(self.tokenizer)
+        self.followed = [Followed(row, params, live=False) for row in range(rows)]
+        self.step = 0
+
+    def advance(self) -> None:
+        """One token more for each row."""
+        if self.mode == "none":
+            return
+        self.step += 1
+        size = len(self.ids)
+        updates = [(each, [self.ids[(self.step + row) % size]], None) for row, each in enumerate(self.followed)]
+        if self.mode == "thread":
+            self.detokenizer.put(updates)
+            self.detokenizer.take()
+        else:
+            decode = self.detokenizer._decoder(self.followed[0].params)
+            for each, ids, reason in updates:
+                each.add(ids, reason, decode)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        if self.mode != "none":
+            self.detokenizer.close()
 
 
 def measure(
-    rows: int, steps: int, context: int, max_model_len: int, device: str, prefix_caching: bool, block_size: int
+    rows: int,
+    steps: int,
+    context: int,
+    max_model_len: int,
+    device: str,
+    *,
+    prefix_caching: bool = True,
+    block_size: int = 16,
+    texts: str = "none",
+    wait: float = 0.0,
 ) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences."""
+    """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences; `wait` in s.
+
+    "all" is what every step takes: to schedule, build and update.
+    """
     blocks_per_seq = -(-max_model_len // block_size)
     kv = KVCacheManager(rows * blocks_per_seq, block_size, prefix_caching=prefix_caching)
     scheduler = Scheduler(rows, max(8192, rows), max_model_len, kv)
     builder = BatchBuilder(rows, max(8192, rows), blocks_per_seq, block_size, device)
-    params = SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9)
+    params = SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9, stop="\0never\0")
+    following = Texts(texts, rows, params)
     for i in range(rows):
         # Staggered lengths: block boundaries are met by some rows at every step, as in service.
         scheduler.add(SequenceState(str(i), [i] * (context - i % block_size), params))
@@ -45,11 +102,17 @@ def measure(
         t2 = time.perf_counter()
         scheduler.update(step, sampled, frozenset({2}))
         t3 = time.perf_counter()
+        following.advance()
+        t4 = time.perf_counter()
+        time.sleep(wait)
+        t5 = time.perf_counter()
         if full:
-            for phase, seconds in zip(times, (t1 - t0, t2 - t1, t3 - t2, t3 - t0), strict=True):
+            spent = (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4 - wait, t3 - t0)
+            for phase, seconds in zip(times, spent, strict=True):
                 times[phase].append(seconds * 1e6)
         if device == "cuda":
             torch.cuda.synchronize()
+    following.close()
     return {p: (statistics.median(t), statistics.quantiles(t, n=100)[98]) for p, t in times.items()}
 
 
@@ -61,6 +124,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--texts", choices=("none", "thread", "inline"), default="none")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="MS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # on a CPU "device", copies of a few KB must not wait for a thread pool
@@ -69,12 +134,20 @@ def main() -> None:
     print(f"{'rows':>6}" + "".join(f"{phase + ' us (p99)':>22}" for phase in columns))
     for rows in args.rows:
         times = measure(
-            rows, args.steps, args.context, args.max_model_len, args.device, args.prefix_caching, args.block_size
+            rows,
+            args.steps,
+            args.context,
+            args.max_model_len,
+            args.device,
+            prefix_caching=args.prefix_caching,
+            block_size=args.block_size,
+            texts=args.texts,
+            wait=args.wait / 1e3,
         )
         print(f"{rows:>6}" + "".join(f"{f'{times[p][0]:.1f} ({times[p][1]:.1f})':>22}" for p in columns))
         result[str(rows)] = {phase: round(times[phase][0], 1) for phase in columns}
     options = {"device": args.device, "prefix_caching": args.prefix_caching, "block_size": args.block_size}
-    print(json.dumps({"benchmark": "host", **options, "median_us": result}))
+    print(json.dumps({"benchmark": "host", **options, "texts": args.texts, "median_us": result}))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from fusecomp import errors
     from fusecomp.api import LLM, explain
     from fusecomp.hf import fuse, unfuse
-    from fusecomp.request import CompletionOutput, RequestOutput, SamplingParams
+    from fusecomp.request import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "Logprob",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "errors",
     "explain",
@@ -30,7 +32,9 @@ _HOMES = {
     "fuse": "fusecomp.hf",
     "unfuse": "fusecomp.hf",
     "SamplingParams": "fusecomp.request",
+    "Logprob": "fusecomp.request",
     "RequestOutput": "fusecomp.request",
+    "RequestOutputKind": "fusecomp.request",
     "CompletionOutput": "fusecomp.request",
 }
 

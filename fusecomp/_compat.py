@@ -23,6 +23,7 @@ __all__ = [
     "compiler_settings",
     "counters",
     "decomposes_outer_products",
+    "distinct_sizes",
     "dynamo_settings",
     "functional_backend",
     "inductor_artifact",
@@ -283,3 +284,14 @@ def dynamo_settings() -> AbstractContextManager[None]:
 def recompiles_are_errors() -> AbstractContextManager[None]:
     """Inside, a guard failure raises `torch._dynamo.exc.RecompileError` naming the failed guard."""
     return _NO_RECOMPILES()
+
+
+def distinct_sizes() -> Any:
+    """A context manager, in which sizes that are equal when a function is traced are not taken to be equal always.
+
+    It may be entered again and again, but not twice at a time. It is to be kept: torch 2.13 leaks a context variable
+    with every new one.
+    """
+    from torch.fx.experimental import _config
+
+    return _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ Names, defaults and the shape of the results are vLLM's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,15 @@ import torch
 from tqdm import tqdm
 
 from fusecomp.config import QUANTIZE_SCHEMES, EngineConfig, check_keys
-from fusecomp.errors import CheckpointError, ConfigError, FusecompError, RequestError
+from fusecomp.errors import CheckpointError, ConfigError, FusecompError
 from fusecomp.hf import FusedGeneration
-from fusecomp.request import CompletionOutput, RequestOutput, SamplingParams
+from fusecomp.prompts import prompt_list, prompt_token_ids, with_token_ids
+from fusecomp.request import RequestOutput, SamplingParams
+from fusecomp.results import Asked, Assembler
+from fusecomp.runtime.call import Progress
+from fusecomp.runtime.detokenizer import Detokenizer
 from fusecomp.runtime.loading import load_model, load_tokenizer, quantize_in_memory, resolve_device, resolve_folder
-from fusecomp.runtime.session import Progress, Session
+from fusecomp.runtime.session import Session, interrupts_between_steps
 
 if TYPE_CHECKING:
     from fusecomp.quant.online.record import QuantizationRecord
@@ -110,8 +114,8 @@ class LLM:
             prompts: a text, a list of texts, a list of token ids (one prompt), a list of those, or vLLM's dictionaries
                 with "prompt" or "prompt_token_ids".
             sampling_params: for all prompts, or one each. None takes `get_default_sampling_params()`: as in vLLM,
-                `SamplingParams()` (16 tokens) with temperature, top_k and top_p of the model's `generation_config.json`
-                when that says `do_sample`.
+                `SamplingParams()` (16 tokens) with the temperature, filters and repetition penalty of the model's
+                `generation_config.json` when that says `do_sample`.
             use_tqdm: show a progress bar on stderr.
 
         Raises:
@@ -139,22 +143,59 @@ class LLM:
         """
         if errors not in ERROR_MODES:
             raise ConfigError(f"errors={errors!r}", where="LLM.serve", remedy=f"use one of {', '.join(ERROR_MODES)}")
-        items = _prompt_list(prompts)
-        params = self._params_for(sampling_params, len(items))
-        requests = [self._encode(item, param) for item, param in zip(items, params, strict=True)]
+        requests, assembler = self._prepare(prompts, sampling_params)
         outputs: dict[int, RequestOutput] = {}
 
-        def collect(_: list[Progress], ended: list[Progress]) -> None:
+        def collect(everything: list[Progress], ended: list[Progress]) -> None:
+            if not assembler.expected:
+                assembler.expect(everything)
             for progress in ended:
-                output = self._output(items[progress.index], requests[progress.index], progress)
+                output = assembler.whole(progress)
+                if output is None:
+                    continue
                 outputs[progress.index] = output
-                bar.advance(len(progress.token_ids))
+                bar.advance(sum(len(completion.token_ids) for completion in output.outputs))
                 if on_output is not None:
                     on_output(progress.index, output)
 
-        with _Bar(len(items), use_tqdm) as bar:
-            self._session.run(requests, errors=errors, on_step=collect)
-        return [outputs[index] for index in range(len(items))]
+        with _Bar(len(requests), use_tqdm) as bar:
+            self._session.run(requests, errors=errors, on_step=collect, detokenizer=Detokenizer(self._tokenizer))
+        return [outputs[index] for index in range(len(requests))]
+
+    def stream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Complete `prompts` and yield outputs as tokens come, of all requests in turn.
+
+        Each output holds the completion that got tokens, all of them or only the new ones
+        (`SamplingParams.output_kind`), and characters that are whole and cannot begin a stop text. `request_id` is
+        unique in this `LLM`: `abort` ends the request with the reason "abort". Closing the iterator aborts what is
+        unfinished. Other calls may be made meanwhile, also from the loop over this one: all share the engine's steps.
+
+        Raises:
+            RequestError, CapacityError: as `generate`, before the first output.
+        """
+        requests, assembler = self._prepare(prompts, sampling_params)
+        return self._stream(requests, assembler)
+
+    def _stream(self, requests: list[Any], assembler: Assembler) -> Iterator[RequestOutput]:
+        with self._session.call(requests, "raise", Detokenizer(self._tokenizer), live=True) as call:
+            assembler.expect(call.all)
+            for progress in call.all:
+                assembler.name(progress.index, progress.request_id.split("/")[0])
+            while not call.finished:
+                with interrupts_between_steps():
+                    news = call.advance()
+                for progress in news:
+                    output = assembler.increment(progress)
+                    if output is not None:
+                        yield output
+
+    def abort(self, request_id: str) -> None:
+        """End a request of a stream, all its completions; unknown ids are ignored, since it may just have finished."""
+        self._session.abort(request_id)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer; None when the checkpoint has none."""
@@ -193,63 +234,27 @@ class LLM:
             )
         return params
 
-    def _encode(
-        self, item: Any, params: SamplingParams | FusecompError
-    ) -> tuple[list[int], SamplingParams] | FusecompError:
-        """The token ids of one prompt with its parameters, or the error that refuses it."""
-        if isinstance(params, FusecompError):
-            return params
-        try:
-            return self._token_ids(item), params
-        except RequestError as error:
-            return error
-
-    def _token_ids(self, item: Any) -> list[int]:
-        if isinstance(item, Mapping):
-            keys = set(item) & {"prompt", "prompt_token_ids"}
-            if not keys or set(item) - keys:
-                raise RequestError(f"a prompt with keys {sorted(item)}", remedy='give "prompt" or "prompt_token_ids"')
-            if "prompt_token_ids" in keys and isinstance(item["prompt_token_ids"], str):
-                raise RequestError("prompt_token_ids is a text", remedy='give token ids, or a text as "prompt"')
-            item = item["prompt_token_ids"] if "prompt_token_ids" in keys else item["prompt"]
-        if isinstance(item, str):
-            if not item:
-                raise RequestError("the prompt is empty", remedy="give at least one character")
-            if self._tokenizer is None:
-                raise RequestError(
-                    "a text prompt, but the model has no tokenizer", remedy="give token ids, or LLM(tokenizer=...)"
-                )
+    def _prepare(self, prompts: Any, sampling_params: Any) -> tuple[list[Any], Assembler]:
+        """Requests for the session, or the errors that refuse them, and what will put their outputs together."""
+        items = prompt_list(prompts)
+        requests: list[Any] = []
+        asked = []
+        for item, params in zip(items, self._params_for(sampling_params, len(items)), strict=True):
             try:
-                item = self._tokenizer.encode(item)
-            except (ValueError, TypeError) as error:  # text that is not Unicode, such as half a surrogate pair
-                raise RequestError(
-                    "the prompt cannot be tokenized", why=str(error), remedy="give valid text"
-                ) from error
-        if not isinstance(item, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in item):
-            raise RequestError(f"a prompt of type {type(item).__name__}", remedy="give a text or a list of token ids")
-        if not item:
-            raise RequestError("the prompt is empty", remedy="give at least one token")
-        outside = [i for i in item if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
-        if outside:
-            raise RequestError(
-                f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}",
-                remedy="use the tokenizer of this model",
-            )
-        return list(item)
-
-    def _output(self, item: Any, request: Any, progress: Progress) -> RequestOutput:
-        text = item.get("prompt") if isinstance(item, Mapping) else item
-        ids = [] if isinstance(request, FusecompError) else list(request[0])
-        output = RequestOutput(str(progress.index), text if isinstance(text, str) else None, ids, finished=True)
-        if progress.error is not None:
-            output.error = progress.error
-            return output
-        shown = progress.token_ids
-        if progress.finish_reason == "stop":  # the token that ended the request is in token_ids, not in the text
-            shown = shown[:-1]
-        decoded = "" if self._tokenizer is None else str(self._tokenizer.decode(shown, skip_special_tokens=True))
-        output.outputs.append(CompletionOutput(0, decoded, list(progress.token_ids), progress.finish_reason))
-        return output
+                if isinstance(params, FusecompError):
+                    raise params
+                request = (
+                    prompt_token_ids(item, self._tokenizer, self._vocab_size),
+                    with_token_ids(params, self._tokenizer),
+                )
+            except FusecompError as error:
+                requests.append(error)
+                request = [], SamplingParams()
+            else:
+                requests.append(request)
+            text = item.get("prompt") if isinstance(item, Mapping) else item
+            asked.append(Asked(text if isinstance(text, str) else None, *request))
+        return requests, Assembler(asked, self._tokenizer)
 
 
 def explain(model: str | Path | torch.nn.Module, **options: Any) -> FusionReport:
@@ -345,18 +350,6 @@ def _tokenizer_of(given: Any) -> Any:
     return tokenizer
 
 
-def _prompt_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        raise RequestError(
-            f"prompts is a {type(prompts).__name__}", where="LLM.generate", remedy="give texts or token ids"
-        )
-    if prompts and all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
-        return [list(prompts)]
-    return list(prompts)
-
-
 def _vocab_size(module: Any) -> int | None:
     """Rows of the embedding: an id past them would read out of bounds."""
     try:
@@ -369,13 +362,8 @@ def _default_sampling_params(module: Any) -> SamplingParams:
     config = getattr(module, "generation_config", None)
     if config is None or not getattr(config, "do_sample", None):
         return SamplingParams()
-    for name, neutral in (("repetition_penalty", 1.0), ("min_p", None), ("typical_p", 1.0)):
-        value = getattr(config, name, None)
-        if value not in (None, neutral):
-            logger.warning(
-                "%s=%s of generation_config.json is not applied: LLM.generate does not support it", name, value
-            )
-    given = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+    given = {name: getattr(config, name, None) for name in names}
     try:
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
     except ConfigError as error:

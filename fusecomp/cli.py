@@ -20,23 +20,34 @@ import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fusecomp import __version__
 from fusecomp.config import DTYPES, FUSE_MODES, QUANTIZE_SCHEMES, VERIFY_MODES, EngineConfig
 from fusecomp.errors import ConfigError, FusecompError
-from fusecomp.files import FORMATS, OutputFile, PromptLine, read_prompts, record_of
+from fusecomp.files import FORMATS, PromptLine, apply_chat_template, as_conversations, read_prompts, record_of
 from fusecomp.imports import fast_imports
+from fusecomp.output_file import OutputFile
 from fusecomp.request import RequestOutput, SamplingParams
+from fusecomp.summary import one_line, print_result, summarize
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-MAX_REPORTED = 10
 # Flag -> field of SamplingParams; `--seed` is an engine option (the seed of requests that bring none).
 SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": int, "help": "most tokens to generate (default 16)"},
     "temperature": {"type": float, "help": "0 is greedy (default: generation_config.json when it samples, else 1)"},
     "top_k": {"type": int, "help": "keep the k most likely tokens; 0 keeps all"},
     "top_p": {"type": float, "help": "keep the smallest set of this probability; 1 keeps all"},
+    "min_p": {"type": float, "help": "keep tokens with this share of the greatest probability; 0 keeps all"},
+    "typical_p": {"type": float, "help": "keep the most typical tokens of this probability; 1 keeps all"},
+    "repetition_penalty": {"type": float, "help": "divide logits of tokens that occurred; 1 is none"},
+    "presence_penalty": {"type": float, "help": "subtract from logits of tokens of the output; 0 is none"},
+    "frequency_penalty": {"type": float, "help": "the same, for each time they occur; 0 is none"},
+    "n": {"type": int, "help": "completions of each prompt (default 1)"},
+    "min_tokens": {"type": int, "help": "fewest tokens to generate (default 0)"},
+    "logprobs": {"type": int, "metavar": "K", "help": "log-probabilities of each token and of the K most likely"},
+    "prompt_logprobs": {"type": int, "metavar": "K", "help": "the same for the prompt's tokens"},
     "ignore_eos": {"action": "store_true", "default": None, "help": "do not stop at end-of-sequence ids"},
 }
 
@@ -68,12 +79,16 @@ def build_parser() -> Parser:
     files = generate.add_argument_group("files")
     files.add_argument("--format", choices=FORMATS, help="of the prompts file (default: by its name or first line)")
     files.add_argument("--output", metavar="FILE", help="write JSONL here instead of text to stdout")
+    files.add_argument("--resume", action="store_true", help="keep what an interrupted run for --output has finished")
+    files.add_argument("--chat", action="store_true", help="texts are messages of a user, for the chat template")
+    files.add_argument("--metrics-file", metavar="FILE", help="write Prometheus metrics here at the end")
     sampling = generate.add_argument_group("sampling")
     for name, settings in SAMPLING_FLAGS.items():
         sampling.add_argument(_flag(name), **settings)
     sampling.add_argument(
         "--stop-token-id", type=int, action="append", dest="stop_token_ids", metavar="ID", help="may be repeated"
     )
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends an output; may be repeated")
     _add_engine_options(generate)
 
     explain = verbs.add_parser("explain", help="show what is fused in a model, what is not and why", allow_abbrev=False)
@@ -121,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     """`fusecomp generate`."""
     engine_options = _engine_options(options)
-    given = {name: getattr(options, name) for name in (*SAMPLING_FLAGS, "stop_token_ids")}
+    given = {name: getattr(options, name) for name in (*SAMPLING_FLAGS, "stop_token_ids", "stop")}
     sampling = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**sampling)  # refuses wrong values before minutes of loading
     if options.prompt is not None:
@@ -130,21 +145,27 @@ def run_generate(options: argparse.Namespace) -> int:
         lines = [PromptLine(number, text) for number, text in enumerate(options.prompt, start=1)]
     else:
         lines = read_prompts(options.prompts_file, options.format)
+    if options.resume and options.output is None:
+        raise UsageError("--resume is for --output")
+    if options.chat:
+        as_conversations(lines)
     output = OutputFile(options.output) if options.output is not None else None
     try:
-        results, seconds = _serve(options, engine_options, sampling, lines, output)
+        todo = output.resume(lines) if output is not None and options.resume else list(range(len(lines)))
+        results, seconds = _serve(options, engine_options, sampling, lines, todo, output) if todo else ([], 0.0)
         if output is not None:
             output.commit()
     except BaseException:
         if output is not None and (kept := output.abandon()):
             print(f"fusecomp: {kept} of {len(lines)} results are in {output.partial}", file=sys.stderr)
         raise
+    served = [lines[index] for index in todo]
     if output is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        for line, result in zip(lines, results, strict=True):
-            _print_result(line, result)
+        for line, result in zip(served, results, strict=True):
+            print_result(line, result)
         sys.stdout.flush()
-    return _summarize(lines, results, seconds)
+    return FAILED if summarize(served, results, seconds, output.resumed if output is not None else 0) else 0
 
 
 def run_explain(options: argparse.Namespace) -> int:
@@ -201,21 +222,34 @@ def _serve(
     engine_options: dict[str, Any],
     sampling: dict[str, Any],
     lines: list[PromptLine],
+    todo: list[int],
     output: OutputFile | None,
 ) -> tuple[list[RequestOutput], float]:
+    """The results of the lines at `todo`, and the seconds they took."""
     with _keeping_interrupts(), fast_imports(own_process=True):
         from fusecomp.api import LLM
 
     llm = LLM(options.model, tokenizer=options.tokenizer, **engine_options)
     base = llm.get_default_sampling_params().replace(**sampling)
+    chosen = [lines[index] for index in todo]
+    apply_chat_template(chosen, llm.get_tokenizer())
     start = time.perf_counter()
-    results = llm.serve(
-        [line.prompt if line.prompt is not None else "" for line in lines],
-        [line.params(base) for line in lines],
-        errors="return",
-        use_tqdm=True,
-        on_output=lambda index, result: output.add(index, record_of(lines[index], result)) if output else None,
-    )
+
+    def keep(position: int, result: RequestOutput) -> None:
+        if output is not None:
+            output.add(todo[position], record_of(chosen[position], result))
+
+    try:
+        results = llm.serve(
+            [line.prompt if line.prompt is not None else "" for line in chosen],
+            [line.params(base) for line in chosen],
+            errors="return",
+            use_tqdm=True,
+            on_output=keep,
+        )
+    finally:
+        if options.metrics_file is not None:
+            Path(options.metrics_file).write_text(llm.metrics.prometheus(str(options.model)), encoding="utf-8")
     return results, time.perf_counter() - start
 
 
@@ -241,33 +275,6 @@ def _keeping_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if seen:
         raise KeyboardInterrupt
-
-
-def _print_result(line: PromptLine, result: RequestOutput) -> None:
-    if result.error is not None:
-        print(f"=== {line.id}: error\n{result.error}\n")
-        return
-    completion = result.outputs[0]
-    text = completion.text or f"token ids {completion.token_ids}"
-    prompt = line.prompt if isinstance(line.prompt, str) else ""
-    print(f"=== {line.id}: {len(completion.token_ids)} tokens, {completion.finish_reason}\n{prompt}{text}\n")
-
-
-def _summarize(lines: list[PromptLine], results: list[RequestOutput], seconds: float) -> int:
-    failed = [(line, result) for line, result in zip(lines, results, strict=True) if result.error is not None]
-    for line, result in failed[:MAX_REPORTED]:
-        print(f"fusecomp: prompt {line.id} failed: {_one_line(result.error)}", file=sys.stderr)
-    if len(failed) > MAX_REPORTED:
-        print(f"fusecomp: and {len(failed) - MAX_REPORTED} more", file=sys.stderr)
-    served = [result for result in results if result.error is None]
-    tokens_in = sum(len(result.prompt_token_ids) for result in served)
-    tokens_out = sum(len(result.outputs[0].token_ids) for result in served)
-    print(
-        f"fusecomp: {len(served)} of {len(lines)} prompts served, {len(failed)} failed, in {seconds:.2f} s: "
-        f"{tokens_in} prompt tokens, {tokens_out} output tokens, {tokens_out / max(seconds, 1e-9):.1f} output tok/s",
-        file=sys.stderr,
-    )
-    return FAILED if failed else 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -330,12 +337,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _one_line(message: Any) -> str:
-    return " ".join(str(message).split())
-
-
 def _fail(error: Any, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"fusecomp: error: {_one_line(error)}", file=sys.stderr)
+    print(f"fusecomp: error: {one_line(error)}", file=sys.stderr)
     return code

@@ -1,33 +1,37 @@
-"""Prompt files in, output files out.
+"""Prompt files in, records of their results out.
 
 A bad line never loses the others: it becomes a `PromptLine` that carries its error. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fusecomp.config import check_keys
 from fusecomp.errors import ConfigError, FusecompError, RequestError
-from fusecomp.request import RequestOutput, SamplingParams
+from fusecomp.request import Logprob, RequestOutput, SamplingParams
 
 FORMATS = ("text", "jsonl")
-RESERVED = ("id", "prompt", "prompt_token_ids")
+LEAST_LOGPROB = -1e30  # JSON has no infinity
+GIVEN = ("prompt", "prompt_token_ids", "messages")
+RESERVED = ("id", *GIVEN)
 
 
 @dataclass
 class PromptLine:
-    """One prompt with what its line says besides. `id` is the line's own, or its number from 1."""
+    """One prompt with what its line says besides. `id` is the line's own, or its number from 1.
+
+    `messages` is a conversation, which a tokenizer's chat template makes the prompt of.
+    """
 
     id: Any
     prompt: str | list[int] | None
     options: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
     error: FusecompError | None = None
 
     def params(self, base: SamplingParams) -> SamplingParams | FusecompError:
@@ -44,8 +48,9 @@ def read_prompts(path: str, file_format: str | None = None) -> list[PromptLine]:
     """The prompts of a file, one a line; `-` is standard input.
 
     Args:
-        path: `.jsonl` holds objects with "prompt" or "prompt_token_ids", optional "id" and sampling options; any other
-            file holds one prompt a line. Standard input counts as JSONL when its first line is a JSON object.
+        path: `.jsonl` holds objects with "prompt", "prompt_token_ids" or "messages", optional "id" and sampling
+            options; any other file holds one prompt a line. Standard input counts as JSONL when its first line is a
+            JSON object.
         file_format: "text" or "jsonl" overrides that.
 
     Raises:
@@ -72,7 +77,8 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether a text can be written in UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -95,31 +101,65 @@ def _parse_json(number: int, line: bytes) -> PromptLine:
     if not isinstance(record, dict):
         return _refused(number, number, f"a JSON {type(record).__name__}, not an object", "", "write one object a line")
     line_id = record.get("id", number)
-    given = [key for key in ("prompt", "prompt_token_ids") if key in record]
+    given = [key for key in GIVEN if key in record]
     if len(given) != 1:
-        what = "both prompt and prompt_token_ids" if given else "neither prompt nor prompt_token_ids"
+        what = f"both {' and '.join(given)}" if given else f"neither {', '.join(GIVEN[:-1])} nor {GIVEN[-1]}"
         return _refused(number, line_id, what, "", "give one of them")
     prompt = record[given[0]]
     if not isinstance(prompt, str if given[0] == "prompt" else list):
-        return _refused(number, line_id, f"{given[0]} is a {type(prompt).__name__}", "", "give a text or a list of ids")
-    if isinstance(prompt, str) and not _encodable(prompt):
-        return _refused(number, line_id, "the prompt holds half of a surrogate pair", "", "write valid Unicode")
+        return _refused(number, line_id, f"{given[0]} is a {type(prompt).__name__}", "", "give a text or a list")
+    if not encodable(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)):
+        return _refused(number, line_id, f"the {given[0]} holds half of a surrogate pair", "", "write valid Unicode")
+    messages: Any = prompt if given[0] == "messages" else None
+    if messages is not None and not (messages and all(isinstance(m, dict) and "role" in m for m in messages)):
+        return _refused(number, line_id, "messages are no conversation", "", 'give objects with "role" and "content"')
     options = {key: value for key, value in record.items() if key not in RESERVED}
     try:
         check_keys(SamplingParams, options, f"line {number}", also=RESERVED)
     except ConfigError as error:
         return PromptLine(line_id, None, error=error)
-    return PromptLine(line_id, prompt, options)
+    if "output_kind" in options:
+        return _refused(number, line_id, "output_kind is for streams", "", "leave it out")
+    return PromptLine(line_id, None if messages is not None else prompt, options, messages)
 
 
 def _refused(number: int, line_id: Any, what: str, why: str, remedy: str) -> PromptLine:
     return PromptLine(line_id, None, error=RequestError(what, where=f"line {number}", why=why, remedy=remedy))
 
 
+def as_conversations(lines: list[PromptLine]) -> None:
+    """Make each text a conversation of one message by the user, in place (`--chat`)."""
+    for line in lines:
+        if isinstance(line.prompt, str):
+            line.messages, line.prompt = [{"role": "user", "content": line.prompt}], None
+
+
+def apply_chat_template(lines: list[PromptLine], tokenizer: Any) -> None:
+    """Make prompts of conversations, in place; a line whose conversation the template refuses carries the error.
+
+    Raises:
+        ConfigError: there is no template.
+    """
+    chats = [line for line in lines if line.messages is not None and line.error is None]
+    if chats and getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError("the tokenizer has no chat template", where="messages", remedy="give prompts, or --tokenizer")
+    for line in chats:
+        try:
+            ids = tokenizer.apply_chat_template(
+                line.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # templates raise what they like
+            line.error = RequestError(
+                "the chat template refuses the messages", why=str(error), remedy="see the template"
+            )
+        else:
+            line.prompt = list(ids)
+
+
 def record_of(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
-    """One line of an output file."""
+    """One line of an output file. A line with `n` above 1 has all its completions under "outputs"."""
     completion = output.outputs[0] if output.outputs else None
-    return {
+    record = {
         "id": line.id,
         "prompt": line.prompt if isinstance(line.prompt, str) else output.prompt_token_ids or line.prompt,
         "text": completion.text if completion else None,
@@ -127,67 +167,21 @@ def record_of(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason if completion else "error",
         "error": output.error,
     }
+    if line.messages is not None:
+        record["messages"] = line.messages
+    if len(output.outputs) > 1:
+        record["outputs"] = [
+            {"text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in output.outputs
+        ]
+    if completion is not None and completion.logprobs is not None:
+        record["logprobs"] = [_logprobs_record(found) for found in completion.logprobs]
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [None if p is None else _logprobs_record(p) for p in output.prompt_logprobs]
+    return record
 
 
-class OutputFile:
-    """A JSONL file that appears under its name only when it is whole.
-
-    Lines go to `<name>.partial` as requests finish, in that order, each flushed. `commit` writes them in the order of
-    the prompts and moves the result into place; without it the partial file stays for the user to find.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path, self.partial = Path(path), Path(f"{path}.partial")
-        if self.path.is_dir():
-            raise ConfigError("is a folder", where=path, remedy="give a file name")
-        if self.path.exists() and not self.path.is_file():  # a device or a pipe, which a rename would replace
-            raise ConfigError("is not a regular file", where=path, remedy="give a file name, or use standard output")
-        if self.path.is_symlink():
-            self.path = self.path.resolve()
-        self._records: dict[int, str] = {}
-        self._file: IO[str] = self._open(self.partial, "a")  # what an earlier run left stays until there is better
-
-    def _open(self, path: Path, mode: str) -> IO[str]:
-        try:
-            return path.open(mode, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                "cannot be written", where=str(path), why=error.strerror or str(error), remedy="give another --output"
-            ) from error
-
-    def add(self, index: int, record: dict[str, Any]) -> None:
-        """Append the record of prompt `index`."""
-        try:
-            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        except ValueError:  # Python reads NaN in a line's id, JSON does not have it
-            record = json.loads(json.dumps(record), parse_constant=str)
-            text = json.dumps(record, ensure_ascii=False)
-        if not _encodable(text):
-            text = json.dumps(record)
-        if not self._records:
-            self._file.truncate(0)
-        self._records[index] = text + "\n"
-        self._file.write(self._records[index])
-        self._file.flush()
-
-    def commit(self) -> None:
-        """Put the records, in the order of the prompts, under the file's name."""
-        self._file.close()
-        ordered = Path(f"{self.path}.tmp-{os.getpid()}")
-        try:
-            with self._open(ordered, "w") as file:
-                file.writelines(self._records[index] for index in sorted(self._records))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(ordered, self.path)
-        finally:
-            ordered.unlink(missing_ok=True)
-        self.partial.unlink(missing_ok=True)
-
-    def abandon(self) -> int:
-        """Close without moving into place; an empty partial file is removed. Returns how many records it holds."""
-        self._file.close()
-        if not self._records and self.partial.stat().st_size == 0:
-            with contextlib.suppress(OSError):
-                self.partial.unlink()
-        return len(self._records)
+def _logprobs_record(found: dict[int, Logprob]) -> list[dict[str, Any]]:
+    return [
+        {"id": token, "token": value.decoded_token, "logprob": max(value.logprob, LEAST_LOGPROB), "rank": value.rank}
+        for token, value in found.items()
+    ]

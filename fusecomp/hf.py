@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fusecomp")
 
 LIBRARIES = ("fusecomp", "torch", "transformers")
+# Of the call to `generate` that is being prepared.
+_TOKENIZER: ContextVar[Any] = ContextVar("tokenizer", default=None)
 
 
 def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
@@ -52,7 +55,7 @@ def fuse(target: Any = None, /, *, warmup: bool = False, **options: Any) -> Any:
 
     `generate` keeps its contract: arguments, left padding, `GenerationConfig`, streamers, outputs. In float32, greedy
     tokens are those of stock `generate`. Sampling is governed by `torch.manual_seed`, but draws other numbers.
-    A call the engine cannot serve exactly (beams, penalties, `output_scores`, ...) goes to stock `generate` with one
+    A call the engine cannot serve exactly (beams, n-gram bans, `output_scores`, ...) goes to stock `generate` with one
     `FallbackWarning` for each cause, or raises `FallbackError` under `strict=True`. With `return_dict_in_generate`,
     `past_key_values` is None: the engine's cache is paged and shared.
 
@@ -319,7 +322,16 @@ class FusedGeneration:
                 **model_kwargs,
             )
 
-        return stock_generate(decoding)
+        token = _TOKENIZER.set(kwargs.get("tokenizer"))
+        try:
+            return stock_generate(decoding)
+        finally:
+            _TOKENIZER.reset(token)
+
+    def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        # `generate` drops the tokenizer, which stop strings need, when a decoding loop is given.
+        tokenizer = _TOKENIZER.get() if tokenizer is None else tokenizer
+        return super()._get_stopping_criteria(*args, tokenizer=tokenizer, **kwargs)  # type: ignore[misc]
 
     @property
     def fusion_report(self) -> FusionReport:

@@ -117,10 +117,11 @@ def test_default_parameters_are_vllms(llm, tiny_copy):
     assert defaults == SamplingParams(max_tokens=16, temperature=0.6, top_k=20, top_p=0.95)
 
 
-def test_unsupported_default_is_logged(tiny_copy, caplog):
-    (tiny_copy / "generation_config.json").write_text(json.dumps({"do_sample": True, "repetition_penalty": 1.2}))
-    LLM(tiny_copy, **ENGINE_OPTIONS)
-    assert "repetition_penalty=1.2" in caplog.text
+def test_default_penalties_and_filters_are_the_checkpoints(tiny_copy):
+    config = {"do_sample": True, "repetition_penalty": 1.2, "min_p": 0.05, "typical_p": 0.9}
+    (tiny_copy / "generation_config.json").write_text(json.dumps(config))
+    defaults = LLM(tiny_copy, **ENGINE_OPTIONS).get_default_sampling_params()
+    assert (defaults.repetition_penalty, defaults.min_p, defaults.typical_p) == (1.2, 0.05, 0.9)
 
 
 def test_module_in_memory(tiny_model, stock, tiny_folder):

@@ -18,6 +18,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import RequestError
 from fusecomp.quant.online.transform import quantize_model
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.choice import Sampled
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.step import CompiledStep
 
@@ -108,7 +109,7 @@ def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None
 
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Engine._run
-    monkeypatch.setattr(Engine, "_run", lambda self, batch, bucket: (right(self, batch, bucket) + 1) % 512)
+    monkeypatch.setattr(Engine, "_run", lambda *args: Sampled((right(*args).tokens + 1) % 512))
 
 
 @pytest.mark.parametrize("fault", ["prefill", "decode", "tokens"])

@@ -143,6 +143,21 @@ SAMPLING = {
     "top-k": SamplingParams(temperature=1.3, top_k=7, max_tokens=10),
     "top-p": SamplingParams(temperature=1.3, top_p=0.8, max_tokens=10),
     "both": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, max_tokens=10),
+    "min-p": SamplingParams(temperature=1.3, min_p=0.05, max_tokens=10),
+    "typical-p": SamplingParams(temperature=1.3, typical_p=0.7, max_tokens=10),
+    "penalties": SamplingParams(
+        temperature=1.3, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=10
+    ),
+    "bans": SamplingParams(
+        temperature=1.3,
+        top_p=0.9,
+        logit_bias={7: 5.0, 9: 5.0, 11: 5.0},
+        bad_words=((7, 9), (9, 7), (9, 11), (3,), (7, 7, 11)),
+        allowed_token_ids=tuple(range(1, 60)),
+        stop_token_ids=(5, 6),
+        min_tokens=6,
+        max_tokens=10,
+    ),
 }
 
 
@@ -165,6 +180,76 @@ def test_sampling_repeats_by_seed_whatever_the_batch(device, name):
     everything = [request for requests in seeded.values() for request in requests]
     assert serve(engine, everything) == [tokens for kind in seeded for tokens in alone[kind]]
     check_clean(engine)
+
+
+@variants("name", [("llama",)], MODELS)
+def test_options_that_depend_on_the_last_token(device, name):
+    """Greedy, so that the reference may choose: step by step on the CPU, by the model's logits and NumPy's options.
+
+    With overlap and CUDA graphs the host never knew the last token when it launched a step.
+    """
+    import numpy as np
+
+    from tests.runtime.sampling_reference import adjusted
+
+    engine = make_engine(name, device, torch.float32)
+    engine.overlap = True
+    plain = hf_greedy(name, 32)
+    wishes = [
+        GREEDY.replace(max_tokens=16, repetition_penalty=1.6),
+        GREEDY.replace(max_tokens=16, presence_penalty=3.0, frequency_penalty=1.5, logprobs=4, prompt_logprobs=4),
+        GREEDY.replace(max_tokens=16, bad_words=tuple(zip(plain[4], plain[4][1:], strict=False))),
+        GREEDY.replace(
+            max_tokens=16, logit_bias={9: 6.0, 10: 6.0}, repetition_penalty=1.2, allowed_token_ids=range(150)
+        ),
+        GREEDY.replace(max_tokens=16, min_tokens=9, stop_token_ids=tuple(plain[3])),
+        GREEDY.replace(max_tokens=16),
+    ]
+    requests = [(prompts()[2 + i % 3], wish) for i, wish in enumerate(wishes)] * 2
+    got = serve(engine, requests)
+    model = stock(name)
+    for (prompt, wish), ids in zip(requests, got, strict=True):
+        output: list[int] = []
+        while len(output) < wish.max_tokens and not (output and output[-1] in wish.stop_token_ids):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + output])).logits[0, -1]
+            output.append(int(np.argmax(adjusted(logits, prompt, output, wish))))
+        assert ids == output
+    changed = [ids[:10] != plain[2 + i % 3] for i, ids in enumerate(got[:6])]
+    assert changed == [True] * 5 + [False]
+    check_clean(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_are_the_models(name):
+    """In a graph and read late: of the tokens drawn and of the most likely, and of the prompt's tokens."""
+    from fusecomp.runtime.logprobs import unpack
+
+    engine = make_engine(name, "cuda", torch.float32)
+    params = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=12, logprobs=5, prompt_logprobs=2, frequency_penalty=0.5
+    )
+    chosen = prompts()[2:5]
+    for i, prompt in enumerate(chosen):
+        engine.add_request(str(i), prompt, params)
+    ids: list[list[int]] = [[] for _ in chosen]
+    rows: list[list] = [[] for _ in chosen]
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            index = int(out.request_id)
+            ids[index] += out.new_token_ids
+            rows[index] += [] if out.prompt_scores is None else [(2, row.copy()) for row in out.prompt_scores]
+            rows[index] += [] if out.scores is None else [(5, out.scores.copy())]
+    for prompt, tokens, found in zip(chosen, ids, rows, strict=True):
+        with torch.no_grad():
+            lines = stock(name)(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        assert len(found) == len(prompt) + len(tokens) - 1
+        for line, token, (count, row) in zip(lines, (prompt + tokens)[1:], found, strict=False):
+            shown = unpack(row, count)
+            assert next(iter(shown)) == token and shown[token].rank == int((line >= line[token]).sum())
+            assert all(abs(value.logprob - line[i].item()) < 1e-3 for i, value in shown.items())
+            assert set(line.topk(count).indices.tolist()) <= set(shown)
 
 
 @variants("name, block_size", [("llama", 16)], MODELS, BLOCK_SIZES)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
-from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, MaxLengthCriteria, MinPLogitsWarper, StoppingCriteriaList
+from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 import fusecomp
 from fusecomp.errors import CapacityError, ConfigError, FallbackError, FallbackWarning, UnsupportedModelError
@@ -221,19 +222,22 @@ def test_stock_errors_are_kept(fused):
         fused.generate(ids, do_sample=True, temperature=float("nan"))
 
 
-class StopAtOnce(StoppingCriteria):
+class Confident(ConfidenceCriteria):
+    """Stock `generate` passes no scores either unless they are asked for."""
+
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 FALLBACKS = {
     "beams": ({"num_beams": 2}, "num_beams=2"),
-    "repetition": ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
-    "min_tokens": ({"min_new_tokens": 3}, "MinLength"),
+    "sequence_bias": ({"sequence_bias": [[[5, 6], 2.0]]}, "sequence_bias of several tokens"),
+    "order": ({"logits_processor": LogitsProcessorList([MinPLogitsWarper(0.5)])}, "MinPLogitsWarper is not covered"),
+    "epsilon": ({"epsilon_cutoff": 0.1, "do_sample": True, "top_k": 1}, "EpsilonLogitsWarper"),
     "ngrams": ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
-    "bad_words": ({"bad_words_ids": [[5]]}, "NoBadWords"),
-    "criteria": ({"stopping_criteria": StoppingCriteriaList([StopAtOnce()])}, "StopAtOnce"),
-    "max_time": ({"max_time": 100.0}, "MaxTimeCriteria"),
+    "bad_words": ({"bad_words_ids": [[*PROMPTS[0], 3]]}, "the prompt is the beginning of one of bad_words_ids"),
+    "long_word": ({"bad_words_ids": [[3] * 40]}, "bad words of several tokens"),
+    "confidence": ({"stopping_criteria": StoppingCriteriaList([Confident(0.0)])}, "Confident needs scores"),
     "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     "hidden": ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
     "lookup": ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
@@ -273,18 +277,10 @@ def test_fallback_inside_keeps_streaming(stock, shared_lenient):
     shared_lenient._fusecomp.fallbacks.clear()
     expected, actual = Recorder(), Recorder()
     ids = torch.tensor(PROMPTS[:1])
-    stock.generate(ids, max_new_tokens=5, repetition_penalty=1.5, streamer=expected)
+    stock.generate(ids, max_new_tokens=5, no_repeat_ngram_size=2, streamer=expected)
     with pytest.warns(FallbackWarning):
-        shared_lenient.generate(ids, max_new_tokens=5, repetition_penalty=1.5, streamer=actual)
+        shared_lenient.generate(ids, max_new_tokens=5, no_repeat_ngram_size=2, streamer=actual)
     assert actual.events == expected.events
-
-
-def test_stop_strings_fall_back_with_their_tokenizer(stock, lenient, tiny_tokenizer):
-    ids = torch.tensor(PROMPTS[:1])
-    kwargs = {"max_new_tokens": 6, "stop_strings": ["a"], "tokenizer": tiny_tokenizer}
-    with pytest.warns(FallbackWarning, match="stop_strings"):
-        actual = lenient.generate(ids, **kwargs)
-    assert torch.equal(actual, stock.generate(ids, **kwargs))
 
 
 def test_training_mode_falls_back(lenient):
@@ -432,7 +428,7 @@ def test_hooks_of_transformers_itself_do_not_count(lenient):
     assert not lenient.fusion_fallbacks
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"repetition_penalty": 1.5}], ids=["early", "late"])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"no_repeat_ngram_size": 2}], ids=["early", "late"])
 def test_fallback_warnings_point_at_the_call(lenient, options):
     with pytest.warns(FallbackWarning) as caught:
         lenient.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, **options)

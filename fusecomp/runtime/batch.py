@@ -13,12 +13,13 @@ each with an event: one is filled while the copies from the other may still be i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from fusecomp.request import SamplingParams
 from fusecomp.runtime.scheduler import ScheduledStep, SequenceState
 
 
@@ -37,9 +38,10 @@ class StepBatch:
         top_k: [S] int32; 0 keeps all.
         top_p: [S] float32; 1 keeps all.
         seeds: [S] int64.
+        rows: [S] int64, the line of each row in tables of running sequences; `max_num_seqs` for padding.
         num_rows: n, rows of the step that are not padding.
-        all_greedy: every row takes the arg-max.
-        filtered: some row that is not greedy has a top-k or top-p.
+        needs: what the rows need of the sampler together, of the flags below.
+        logprobs: most log-probabilities that a row asks for; -1 when none asks.
     """
 
     tokens: torch.Tensor
@@ -52,9 +54,44 @@ class StepBatch:
     top_k: torch.Tensor
     top_p: torch.Tensor
     seeds: torch.Tensor
+    rows: torch.Tensor
     num_rows: int
-    all_greedy: bool
-    filtered: bool
+    needs: int
+    logprobs: int
+
+    @property
+    def all_greedy(self) -> bool:
+        """Every row takes the arg-max."""
+        return not self.needs & DRAWN
+
+    @property
+    def filtered(self) -> bool:
+        """Some row that is not greedy has a top-k or top-p."""
+        return bool(self.needs & FILTERED)
+
+    @property
+    def typical(self) -> bool:
+        """Some row that is not greedy has a typical-p."""
+        return bool(self.needs & TYPICAL)
+
+    @property
+    def adjusted(self) -> bool:
+        """Some row has a bias, bans or penalties."""
+        return bool(self.needs & ADJUSTED)
+
+
+# What a row may need of the sampler.
+DRAWN, FILTERED, TYPICAL, ADJUSTED = 1, 2, 4, 8
+
+
+def needs_of(params: SamplingParams) -> int:
+    """The flags of one request."""
+    needs = 0
+    if not params.greedy:
+        needs |= DRAWN | (FILTERED if params.top_k > 0 or params.top_p < 1 else 0)
+        needs |= TYPICAL if params.typical_p < 1 else 0
+    banned = params.bad_words or params.min_tokens or params.allowed_token_ids is not None
+    return needs | (ADJUSTED if params.penalised or params.logit_bias or banned else 0)
 
 
 # Parameters beyond these mean what these mean: a uniform draw, and all tokens.
@@ -70,6 +107,7 @@ _BUFFERS = {
     "top_k": torch.int32,
     "top_p": torch.float32,
     "seeds": torch.int64,
+    "rows": torch.int64,
     "continues": torch.int64,
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "seeds")
@@ -111,6 +149,7 @@ class BatchBuilder:
         block_size: B.
         device: where the batch lives. On CUDA, copies go to the current stream, without a sync.
         seed: engine seed. A request without a seed draws from this and its order of arrival.
+        on_enter: called with each newly admitted sequence before the step's copies are issued.
     """
 
     def __init__(
@@ -121,6 +160,7 @@ class BatchBuilder:
         block_size: int,
         device: torch.device | str,
         seed: int = 0,
+        on_enter: Callable[[SequenceState], None] | None = None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -128,6 +168,7 @@ class BatchBuilder:
         self.block_size = block_size
         self.device = torch.device(device)
         self._seed = seed
+        self._on_enter = on_enter
 
         S, T, P = max_num_seqs, max_num_batched_tokens, max_blocks_per_seq
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
@@ -153,16 +194,15 @@ class BatchBuilder:
         self._row_admission = [-1] * S
         self._row_blocks = [0] * S
         self._sampling = {name: np.zeros(S, self._staging[0].arrays[name].dtype) for name in _SAMPLING}
-        self._greedy = np.zeros(S, bool)
-        self._filtered = np.zeros(S, bool)
+        self._needs = np.zeros(S, np.int64)
+        self._logprobs = np.full(S, -1, np.int64)
 
         # What the device buffers hold, to copy only what changed.
         self._admissions: list[int] = []
         self._num_blocks: list[int] = []
         self._rows = np.zeros(0, np.int64)
         self._padded_rows = -1
-        self._all_greedy = True
-        self._any_filtered = False
+        self._all_needs, self._most_logprobs = 0, -1
 
     def build(
         self, step: ScheduledStep, pad_to: int | None = None, continues: tuple[torch.Tensor, list[int]] | None = None
@@ -302,8 +342,10 @@ class BatchBuilder:
         self._sampling["top_k"][row] = min(max(params.top_k, 0), _INT32_MAX)
         self._sampling["top_p"][row] = params.top_p
         self._sampling["seeds"][row] = self._request_seed(seq)
-        self._greedy[row] = params.greedy
-        self._filtered[row] = not params.greedy and (params.top_k > 0 or params.top_p < 1)
+        self._needs[row] = needs_of(params)
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        if self._on_enter is not None:
+            self._on_enter(seq)
 
     def _request_seed(self, seq: SequenceState) -> int:
         """The request's own seed, or one per arrival, wrapped to int64. The sampler does the mixing."""
@@ -319,9 +361,12 @@ class BatchBuilder:
             array[:n] = self._sampling[name][rows]
             array[n:padded] = _PAD_SAMPLING[name]
             self._copy(staging, name, padded)
+        staging.arrays["rows"][:n] = rows
+        staging.arrays["rows"][n:padded] = self.max_num_seqs
+        self._copy(staging, "rows", padded)
         self._padded_rows = padded
-        self._all_greedy = bool(self._greedy[rows].all())
-        self._any_filtered = bool(self._filtered[rows].any())
+        self._all_needs = int(np.bitwise_or.reduce(self._needs[rows]))
+        self._most_logprobs = int(self._logprobs[rows].max(initial=-1))
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """KV slots of tokens at `positions` of the sequences in `rows`; int64."""
@@ -365,6 +410,6 @@ class BatchBuilder:
             **views,
             host_meta=self._host_meta,
             num_rows=num_rows,
-            all_greedy=self._all_greedy,
-            filtered=self._any_filtered,
+            needs=self._all_needs,
+            logprobs=self._most_logprobs,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,25 @@ from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.quant.online.record import describe as describe_quantization
 from fusecomp.report import FusionReport
-from fusecomp.request import SamplingParams
+from fusecomp.request import RequestMetrics, SamplingParams
 from fusecomp.runtime import memory
+from fusecomp.runtime.adjust import RowTables
 from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
+from fusecomp.runtime.outputs import StepOutput, step_outputs
 from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
-from fusecomp.runtime.sampler import greedy, sample
+from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
 
-GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
 # Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
 # SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
 WRONG_PROGRAM = 0.02
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step gave one request."""
-
-    request_id: str
-    new_token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: str | None = None
 
 
 class Engine:
@@ -75,6 +68,8 @@ class Engine:
         self.report: FusionReport = self._step.report
         self.config = config = self._limit_to_proof(config)
         self._eos = frozenset(eos_token_ids)
+        self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
+        self._choice = TokenChoice(self._tables, self.device)
         self._builder = self._new_builder(config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
@@ -87,8 +82,7 @@ class Engine:
         kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes, prefix_caching=caching)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
         self._metrics = Metrics()
-        self._ids = torch.arange(self._step.num_logits, device=self.device)
-        self._sample = torch.compile(sample, dynamic=True) if self.device.type == "cuda" else sample
+        self._choice.set_vocabulary(self._step.num_logits)
         self._graphs: GraphRunner | None = None
         self.overlap = self.device.type == "cuda"
         self._flight: Flight | None = None
@@ -116,8 +110,9 @@ class Engine:
         """Queue a request; those of a lower `priority` go first, those of the same in the order of their arrival.
 
         Raises:
-            RequestError: the prompt is empty, too long, or has an id outside the vocabulary; or the request id lives.
-            CapacityError: the request would not fit the KV cache even alone.
+            RequestError: the prompt is empty, too long, or has an id outside the vocabulary; a sampling option has; or
+                the request id lives.
+            CapacityError: the request would not fit the KV cache even alone, or its sampling options the memory.
         """
         if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < self.vocab_size:
             bad = next(t for t in prompt_token_ids if not 0 <= t < self.vocab_size)
@@ -126,16 +121,25 @@ class Engine:
                 where=f"request {request_id!r}",
                 remedy="tokenize with the model's own tokenizer",
             )
+        self._tables.reserve(params, f"request {request_id!r}")
         # Logits of a prompt's tokens are there only if they are computed.
-        takes_cached = getattr(params, "prompt_logprobs", None) is None
+        takes_cached = params.prompt_logprobs is None
         seq = SequenceState(request_id, prompt_token_ids, params, priority, takes_cached)
+        seq.metrics.arrival_time = time.monotonic()
         self._scheduler.add(seq)
         self._metrics.on_add(seq)
 
     def abort_request(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, since it may just have finished."""
-        if self._scheduler.abort(request_id) is not None:
-            self._metrics.on_abort()
+        self.end_request(request_id, "abort")
+
+    def end_request(self, request_id: str, reason: str) -> RequestMetrics | None:
+        """`abort_request` for another reason, such as a stop string found in the text; its timings, if it lived."""
+        seq = self._scheduler.abort(request_id)
+        if seq is None:
+            return None
+        self._metrics.on_abort(seq, reason, time.monotonic())
+        return seq.metrics
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has work."""
@@ -154,7 +158,7 @@ class Engine:
     @property
     def metrics(self) -> MetricsSnapshot:
         """Totals and gauges now."""
-        return self._metrics.snapshot(self._scheduler)
+        return self._metrics.snapshot(self._scheduler, self._tables.num_bytes)
 
     # ------------------------------------------------------------------ one step
 
@@ -180,7 +184,8 @@ class Engine:
         tokens = flight.token_ids()
         arrived = time.perf_counter()
         advanced = self._scheduler.update(flight.step, tokens, self._eos)
-        outputs = [self._output(seq) for seq in advanced]
+        self._metrics.on_tokens(advanced, time.monotonic())
+        outputs = step_outputs(flight, advanced)
         if self._flight and not any(seq.status is Status.RUNNING for seq in self._flight.step.seqs):
             self._flight = None  # every row it continues has ended: nobody waits for it
         host = time.perf_counter() - arrived + launched - start - self._launch_seconds
@@ -193,35 +198,29 @@ class Engine:
         bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
         batch = self._builder.build(step, bucket, continues)
         self._latest = batch, bucket
+        self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
-        flight = self._runway.launch(step, self._run(batch, bucket))
+        if (wanted := prompt_tokens(step)) is None:
+            flight = self._runway.launch(step, self._run(batch, bucket))
+        else:
+            logits, scores = with_prompt(self._step, batch, wanted)
+            flight = self._runway.launch(step, self._choice(logits, batch, self._choice.kind(batch)), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight
 
-    @staticmethod
-    def _output(seq: SequenceState) -> StepOutput:
-        if seq.finish_reason == "error":
-            return StepOutput(seq.request_id, [], "error", "the model's logits are not finite (NaN or infinity)")
-        return StepOutput(seq.request_id, [seq.token_ids[-1]], seq.finish_reason)
-
-    def _run(self, batch: StepBatch, bucket: int | None) -> Tensor:
-        kind = GREEDY if batch.all_greedy else FILTERED if batch.filtered else PLAIN
+    def _run(self, batch: StepBatch, bucket: int | None) -> Sampled:
+        kind = self._choice.kind(batch)
         if bucket is None or self._graphs is None:
             return self._forward(batch, kind)
         if not self._graphs.captured(bucket, kind):
-            # Sampling graphs are captured when first needed; they too must serve the longest context.
+            # Other variants than greedy are captured when first needed; they too must serve the longest context.
             batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
             self._graphs.capture(batch, kind)
         return self._graphs.replay(bucket, kind)
 
-    def _forward(self, batch: StepBatch, kind: str) -> Tensor:
+    def _forward(self, batch: StepBatch, kind: Kind) -> Sampled:
         """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
-        logits = self._step(batch)
-        if kind == GREEDY:
-            return greedy(logits)
-        top_k, top_p = (batch.top_k, batch.top_p) if kind == FILTERED else (None, None)
-        positions = batch.tokens[1][batch.logit_indices]
-        return self._sample(logits, batch.temperature, top_k, top_p, batch.seeds, positions, self._ids)
+        return self._choice(self._step(batch), batch, kind)
 
     def repeat_step(self) -> Tensor:
         """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
@@ -233,7 +232,7 @@ class Engine:
         """
         if self._latest is None:
             raise RequestError("no step has run", where="repeat_step", remedy="call step() first")
-        return self._run(*self._latest)
+        return self._run(*self._latest).tokens
 
     def prompt_logits(self, prompts: list[list[int]], *, decode_last: bool = False) -> Tensor:
         """Logits [S, V] after each prompt, all packed in one step; only while no request lives.
@@ -314,6 +313,7 @@ class Engine:
             config.block_size,
             self.device,
             config.seed,
+            self._tables.enter,
         )
 
     def _compile_and_size(self, config: EngineConfig) -> int:
@@ -415,8 +415,8 @@ class Engine:
             batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
             logits = self._step(batch)
             greedy(logits)
-            self._graphs.capture(batch, GREEDY, ran=True)
-            self._graphs.check(batch, GREEDY, logits)
+            self._graphs.capture(batch, Kind(), ran=True)
+            self._graphs.check(batch, Kind(), logits)
         for cache in self._step.kv_caches:
             cache[:used].zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)

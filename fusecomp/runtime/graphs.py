@@ -1,6 +1,6 @@
 """CUDA graphs per decode bucket: capture, check once, replay.
 
-A graph is keyed by (bucket, sampling kind): those, with the model and the KV capacity, are every Python value
+A graph is keyed by (bucket, variant of the sampler): those, with the model and the KV capacity, are every Python value
 that reaches a kernel. Batches are padded up to the next bucket. All graphs share one memory pool and are captured
 largest first, so that smaller ones reuse its blocks.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusecomp.errors import VerificationError
 from fusecomp.runtime.batch import StepBatch
+from fusecomp.runtime.choice import Kind, Sampled
 
 # Share of a row's standard deviation within which two logits count as tied.
 TIE_SHARE = 0.05
@@ -32,14 +33,15 @@ class GraphRunner:
     """Captured decode steps.
 
     Args:
-        run: `(batch, kind) -> sampled token ids [S]`, made only of capturable work on the current stream.
+        run: `(batch, kind) -> sampled token ids [S] and their scores`, made only of capturable work on the current
+            stream.
         sizes: buckets, ascending.
     """
 
-    def __init__(self, run: Callable[[StepBatch, str], Tensor], sizes: list[int]) -> None:
+    def __init__(self, run: Callable[[StepBatch, Kind], Sampled], sizes: list[int]) -> None:
         self._run = run
         self.sizes = sizes
-        self._graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def bucket(self, rows: int) -> int | None:
@@ -47,7 +49,7 @@ class GraphRunner:
         at = bisect_left(self.sizes, rows)
         return self.sizes[at] if at < len(self.sizes) else None
 
-    def capture(self, batch: StepBatch, kind: str, *, ran: bool = False) -> None:
+    def capture(self, batch: StepBatch, kind: Kind, *, ran: bool = False) -> None:
         """Capture the step for the batch's size, from a batch that announces the longest possible context.
 
         Unless this very batch `ran` before, the step runs once, so that lazy initialisation stays out of the graph.
@@ -57,20 +59,23 @@ class GraphRunner:
             self._run(batch, kind)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            tokens = self._run(batch, kind)
-        self._graphs[(size, kind)] = (graph, tokens)
+            sampled = self._run(batch, kind)
+        self._graphs[(size, kind)] = (graph, sampled)
+        if kind.tables:  # graphs of an earlier version read tables that were replaced; a capture has waited for them
+            for key in [key for key in self._graphs if key[1].tables not in (0, kind.tables)]:
+                del self._graphs[key]
 
-    def captured(self, size: int, kind: str) -> bool:
+    def captured(self, size: int, kind: Kind) -> bool:
         """Whether `replay` has a graph for this key."""
         return (size, kind) in self._graphs
 
-    def replay(self, size: int, kind: str) -> Tensor:
-        """Run the captured step on the batch now in the static buffers; returns its token buffer [size]."""
-        graph, tokens = self._graphs[(size, kind)]
+    def replay(self, size: int, kind: Kind) -> Sampled:
+        """Run the captured step on the batch now in the static buffers; returns its token buffer [size] and scores."""
+        graph, sampled = self._graphs[(size, kind)]
         graph.replay()
-        return tokens
+        return sampled
 
-    def check(self, batch: StepBatch, kind: str, logits: Tensor) -> None:
+    def check(self, batch: StepBatch, kind: Kind, logits: Tensor) -> None:
         """Compare one replay with the same greedy step run without a graph.
 
         Args:
@@ -81,7 +86,7 @@ class GraphRunner:
             VerificationError: they disagree.
         """
         size = batch.seq_lens.shape[0]
-        tokens = self.replay(size, kind)
+        tokens = self.replay(size, kind).tokens
         rows = logits.float()
         gap = rows.amax(1) - rows.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
         wrong = ((tokens < 0) | ~(gap <= TIE_SHARE * rows.std(1))).nonzero()[:, 0].tolist()

@@ -49,12 +49,16 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     ids: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    typical_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one token a row. Everything is computed in float32.
 
-    Order and meaning are Hugging Face's and vLLM's: temperature, then top-k (all tokens tied with the k-th stay), then
-    top-p over what is left (the smallest prefix, by falling probability, that reaches p; at least one token; of equal
-    probabilities the lower id comes first). The filters need a sort of each row.
+    Order and meaning are Hugging Face's: temperature, then top-k (all tokens tied with the k-th stay), then top-p over
+    what is left (the smallest prefix, by falling probability, that reaches p; at least one token; of equal
+    probabilities the lower id comes first), then min-p, then typical-p over what is left. vLLM has no typical-p and
+    applies min-p before top-k, which differs only where min-p and top-p are given together. top-k and top-p need a sort
+    of each row, typical-p another; min-p needs none, since the most likely token is always kept.
 
     Args:
         logits: [N, V] float.
@@ -65,6 +69,8 @@ def sample(
         positions: [N] int64, any number that differs from draw to draw of one seed: the position of the last token.
         ids: [V] int64, 0 to V - 1; made here when None. Compiled callers give it, because Inductor of torch 2.11
             multiplies a range made inside by 64-bit constants in 32 bits, and Triton refuses that.
+        min_p: [N] float32; 0 keeps all. None: no row has a min-p.
+        typical_p: [N] float32; 1 and more keep all. None: no row has a typical-p.
 
     Returns: [N] int64; `INVALID_TOKEN` for bad rows.
     """
@@ -77,18 +83,27 @@ def sample(
         take_best = take_best | (top_k == 1)
     # The maximum becomes 0 before the division, so a small temperature cannot overflow; 1 keeps the order of logits.
     scores = (logits - best[:, None]) / temperature.masked_fill(take_best, 1.0)[:, None]
-    if top_k is None and top_p is None:
+    if top_k is None and top_p is None and typical_p is None:
+        if min_p is not None:
+            scores = scores.masked_fill(scores < min_p.log()[:, None], float("-inf"))
         token = (scores + _noise(seeds, positions, ids, take_best)).argmax(dim=-1)
     else:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
-        kept = scores.masked_fill(~_keep(scores, top_k, top_p), float("-inf"))
+        keep = _keep(scores, top_k, top_p, min_p)
+        if typical_p is not None:
+            keep = _keep_typical(scores, keep, typical_p)
+        # The arg-max of a greedy row comes first in order, and typical-p may drop it.
+        keep = keep | take_best[:, None]
+        kept = scores.masked_fill(~keep, float("-inf"))
         pick = (kept + _noise(seeds, positions, order, take_best)).argmax(dim=-1)
         token = order.gather(1, pick[:, None])[:, 0]
     return token.masked_fill(~best.isfinite(), INVALID_TOKEN)
 
 
-def _keep(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens survive top-k, then top-p. scores [N, V] in falling order, maximum 0 -> [N, V] bool."""
+def _keep(
+    scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which tokens survive top-k, top-p, then min-p. scores [N, V] in falling order, maximum 0 -> [N, V] bool."""
     vocab = scores.shape[-1]
     keep = torch.ones_like(scores, dtype=torch.bool)
     if top_k is not None:
@@ -100,7 +115,30 @@ def _keep(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor 
         before = (reached - mass).double()
         target = top_p.double()[:, None] * reached[:, -1:].double()
         keep = keep & ((before < target) | (top_p >= 1)[:, None])
+    if min_p is not None:  # a score is the logarithm of a probability's share of the greatest
+        keep = keep & (scores >= min_p.log()[:, None])
     return keep
+
+
+def _keep_typical(scores: torch.Tensor, keep: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
+    """Which of the kept tokens survive typical-p (Meister et al. 2022): those whose surprise -log p is nearest to the
+    entropy, until their probability reaches `typical_p`; all tied with the last one stay.
+
+    scores [N, V], maximum 0; keep [N, V] bool; typical_p [N] float32 -> [N, V] bool.
+    """
+    mass = (scores.exp() * _MASS_ONE).masked_fill(~keep, 0.0).long()
+    total = mass.sum(dim=-1, keepdim=True)
+    surprise = (total.double() / _MASS_ONE).log() - scores.double()
+    # The entropy in fixed point too: at most log(V) * 2**40.
+    share = mass.double() / total.double()
+    parts = (share * surprise.masked_fill(~keep, 0.0) * _MASS_ONE).long()
+    entropy = parts.sum(dim=-1, keepdim=True).double() / _MASS_ONE
+    distance = (surprise - entropy).abs().float().masked_fill(~keep, float("inf"))
+    nearest, order = distance.sort(dim=-1, stable=True)
+    reached = mass.gather(1, order).cumsum(dim=-1).double()
+    last = (reached < typical_p.double()[:, None] * total.double()).sum(dim=-1, keepdim=True)
+    typical = distance <= nearest.gather(1, last.clamp(max=scores.shape[-1] - 1))
+    return keep & (typical | (typical_p >= 1)[:, None])
 
 
 def _noise(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor, off: torch.Tensor) -> torch.Tensor:

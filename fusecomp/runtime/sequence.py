@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fusecomp.request import SamplingParams
+from fusecomp.request import RequestMetrics, SamplingParams
 
 # The sampler's answer for a row whose logits are not finite.
 INVALID_TOKEN = -1
@@ -40,6 +40,7 @@ class SequenceState:
         num_cached_tokens: leading tokens that it did not have to compute when it was first admitted.
         names: of its first full blocks, as far as they were asked for.
         num_named: leading blocks that the block manager knows by content, or knows another block for.
+        metrics: when things happened to it; the engine's.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class SequenceState:
     num_cached_tokens: int = field(default=0, init=False)
     names: list[bytes] = field(default_factory=list, init=False)
     num_named: int = field(default=0, init=False)
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0), init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

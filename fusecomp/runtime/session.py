@@ -1,7 +1,8 @@
-"""Drives an engine: a list of requests in, their tokens out, whatever happens in between.
+"""Drives an engine: lists of requests in, their tokens and texts out, whatever happens in between.
 
-Invariants: requests are admitted all together before the first step; on any exception, Ctrl-C included, every
-unfinished request is aborted, so the engine stays usable; one call runs at a time (a lock), others wait.
+Invariants: requests of a call are admitted all together before their first step; on any exception, Ctrl-C included,
+every unfinished request of that call is aborted, so the engine stays usable. Calls of several threads, and streams that
+are open at the same time, share the engine's steps: whoever steps it hands the others what is theirs.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusecomp.config import EngineConfig, is_int
 from fusecomp.errors import CheckpointError, FusecompError
 from fusecomp.imports import fast_imports
-from fusecomp.request import SamplingParams
+from fusecomp.runtime.call import Admissible, Call, Progress
+from fusecomp.runtime.detokenizer import Detokenizer
 from fusecomp.runtime.loading import EXCLUSIVE
 
 if TYPE_CHECKING:
@@ -25,22 +26,7 @@ if TYPE_CHECKING:
 
     from fusecomp.runtime.engine import Engine
 
-Admissible = tuple[Sequence[int], SamplingParams]
 OnStep = Callable[["list[Progress]", "list[Progress]"], None]
-
-
-@dataclass
-class Progress:
-    """One request under way, at position `index` of the list given. Finished once either reason is set."""
-
-    index: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: str | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
 
 
 def engine_class() -> type[Engine]:
@@ -58,7 +44,8 @@ class Session:
         with EXCLUSIVE:
             self.engine = engine_class()(model, config, eos_token_ids=eos_token_ids(model))
         self._ids = itertools.count()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self.calls: dict[str, tuple[Call, Progress]] = {}
 
     def run(
         self,
@@ -66,8 +53,9 @@ class Session:
         *,
         errors: str = "raise",
         on_step: OnStep | None = None,
+        detokenizer: Detokenizer | None = None,
     ) -> list[Progress]:
-        """Serve `requests` and return their progress, all finished, in the same order.
+        """Serve `requests` and return their progress, all finished: in the same order, samples of one in theirs.
 
         Args:
             requests: (prompt token ids, parameters), or the error for which a caller already refuses one.
@@ -75,67 +63,69 @@ class Session:
                 "return" records the error in its place and serves the others.
             on_step: called after admission and after each step with the progress of all requests, and of those that
                 ended just now.
+            detokenizer: makes texts and finds stop texts; closed at the end.
 
         Raises:
             FusecompError: a request cannot be admitted, under `errors="raise"`; it names the index.
         """
-        pending: dict[str, Progress] = {}
-        with self._lock, _interrupts_between_steps() as check_interrupt:
-            try:
-                done = self._admit(requests, errors, pending)
-                ended = [progress for progress in done if progress.finished]
-                while True:
-                    if on_step is not None:
-                        on_step(done, ended)
-                    if not pending:
-                        return done
-                    check_interrupt()
-                    ended = self._step(pending)
-            finally:
-                for request_id in pending:
-                    self.engine.abort_request(request_id)
+        with interrupts_between_steps() as check_interrupt, self.call(requests, errors, detokenizer) as call:
+            ended = [progress for progress in call.all if progress.finished]
+            while True:
+                if on_step is not None:
+                    on_step(call.all, ended)
+                if call.finished:
+                    return call.all
+                check_interrupt()
+                ended = [progress for progress in call.advance() if progress.finished]
 
-    def _admit(
-        self, requests: Sequence[Admissible | FusecompError], errors: str, pending: dict[str, Progress]
-    ) -> list[Progress]:
-        everything = []
-        for index, request in enumerate(requests):
-            progress = Progress(index)
-            everything.append(progress)
-            request_id = f"request-{next(self._ids)}"
-            try:
-                if isinstance(request, FusecompError):
-                    raise request
-                self.engine.add_request(request_id, list(request[0]), request[1])
-            except FusecompError as error:
-                # The engine's own name of the request means nothing to the caller.
-                where = f"prompt {index}" if errors == "raise" else error.where if error is request else ""
-                named = type(error)(error.what, where=where, why=error.why, remedy=error.remedy)
-                if errors == "raise":
-                    raise named from error
-                progress.error = str(named)
-            else:
-                pending[request_id] = progress
-        return everything
+    @contextmanager
+    def call(
+        self,
+        requests: Sequence[Admissible | FusecompError],
+        errors: str = "raise",
+        detokenizer: Detokenizer | None = None,
+        *,
+        live: bool = False,
+    ) -> Iterator[Call]:
+        """Admit `requests`; what is unfinished at the end of the block is aborted.
 
-    def _step(self, pending: dict[str, Progress]) -> list[Progress]:
-        """Run one step and return the requests it ended. This loop runs for every token: it stays short."""
+        Args:
+            live: texts grow with the tokens, and are not only made at the end.
+        """
+        call = Call(self, detokenizer, live)
+        try:
+            call.admit(requests, errors)
+            yield call
+        finally:
+            call.close()
+
+    def abort(self, request_id: str) -> None:
+        """End a request, all its samples, with "abort"; unknown ids are ignored, since it may just have finished."""
+        with self.lock:
+            for name in [name for name in self.calls if name.split("/")[0] == request_id.split("/", maxsplit=1)[0]]:
+                call, progress = self.calls.pop(name)
+                call.end(progress, "abort", self.engine.end_request(name, "abort"))
+
+    def next_id(self) -> str:
+        """An engine's name for a request."""
+        return f"request-{next(self._ids)}"
+
+    def step(self) -> None:
+        """Run one step under the lock. This loop runs for every token: it stays short."""
         if not self.engine.has_unfinished_requests():
-            raise RuntimeError(f"the engine lost requests {', '.join(pending)}")
-        ended = []
+            raise RuntimeError(f"the engine lost requests {', '.join(self.calls)}")
         for output in self.engine.step():
-            progress = pending.get(output.request_id)
-            if progress is None:  # a token that was in flight when its request was aborted
+            entry = self.calls.get(output.request_id)
+            if entry is None:  # a token that was in flight when its request was aborted
                 continue
-            progress.token_ids += output.new_token_ids
+            call, progress = entry
+            call.receive(progress, output)
             if output.finish_reason is not None or output.error is not None:
-                progress.finish_reason, progress.error = output.finish_reason, output.error
-                ended.append(pending.pop(output.request_id))
-        return ended
+                del self.calls[output.request_id]
 
 
 @contextmanager
-def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+def interrupts_between_steps() -> Iterator[Callable[[], None]]:
     """Hold back the first Ctrl-C until the step in progress has ended, so that no engine state is left half updated.
 
     Yields a function that raises the `KeyboardInterrupt` held back. A second Ctrl-C is not held back.

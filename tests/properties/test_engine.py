@@ -70,6 +70,16 @@ class Scenario:
         return max(-(-(total - 1) // block_size) for total in totals) + self.spare_tokens // block_size
 
 
+STOP_IDS = ((), (), (), (5, 17), tuple(range(20, 40)))
+# Of what a row's own tokens decide, also while the host does not know them yet.
+WISHES = (
+    {},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
+    {"bad_words": tuple((a, b) for a in range(0, 150, 8) for b in range(0, 150, 4)), "logit_bias": {7: 3.0}},
+    {"min_p": 0.02, "typical_p": 0.9, "min_tokens": 6, "stop_token_ids": tuple(range(0, 150, 3))},
+)
+
+
 @st.composite
 def scenarios(draw: st.DrawFn, *, aborts: bool = False, sampled: bool = False) -> Scenario:
     requests = []
@@ -79,9 +89,10 @@ def scenarios(draw: st.DrawFn, *, aborts: bool = False, sampled: bool = False) -
             top_k=draw(st.sampled_from([0, 5])) if sampled else 0,
             top_p=draw(st.sampled_from([1.0, 0.8])) if sampled else 1.0,
             seed=draw(st.integers(0, 2)) if sampled else None,
+            **(draw(st.sampled_from(WISHES)) if sampled else {}),
             max_tokens=12 if sampled else draw(st.sampled_from([None, 1, 7, 16, 20, 24])),
-            stop_token_ids=() if sampled else draw(st.sampled_from([(), (), (), (5, 17), tuple(range(20, 40))])),
             ignore_eos=draw(st.booleans()),
+            **({} if sampled else {"stop_token_ids": draw(st.sampled_from(STOP_IDS))}),
         )
         prompt = Prompt(draw(st.integers(0, 1)), draw(st.sampled_from(LENGTHS)))
         arrives = draw(st.sampled_from([0, 0, 0, 1, 2, 5, 12]))

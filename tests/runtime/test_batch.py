@@ -47,7 +47,7 @@ def reference(step, pad_to, block_size):
     return out
 
 
-def check(batch, step, pad_to, block_size, max_blocks):
+def check(batch, step, pad_to, block_size, max_blocks, max_num_seqs):
     want = reference(step, pad_to, block_size)
     rows = len(want["seq_lens"])
     assert batch.tokens.tolist() == [want["ids"], want["positions"], want["slots"]]
@@ -59,13 +59,15 @@ def check(batch, step, pad_to, block_size, max_blocks):
     got = zip(batch.temperature.tolist(), batch.top_k.tolist(), batch.top_p.tolist(), strict=True)
     assert list(got) == want["sampling"]
     assert batch.num_rows == len(step.seqs)
+    padding_rows = [max_num_seqs] * (rows - len(step.seqs))
+    assert batch.rows.tolist() == [*(seq.row for seq in step.seqs), *padding_rows]
     params = [seq.params for seq in step.seqs]
     assert batch.all_greedy == all(p.greedy for p in params)
     assert batch.filtered == any(not p.greedy and (p.top_k > 0 or p.top_p < 1) for p in params)
     for seq, seed in zip(step.seqs, batch.seeds.tolist(), strict=False):
         if seq.params.seed is not None:
             assert (seed - seq.params.seed) % 2**64 == 0
-    int64 = {"tokens", "logit_indices", "seeds"}
+    int64 = {"tokens", "logit_indices", "seeds", "rows"}
     for name in TENSORS:
         dtype = torch.float32 if name in ("temperature", "top_p") else torch.int64 if name in int64 else torch.int32
         assert getattr(batch, name).dtype == dtype, name
@@ -102,7 +104,7 @@ def test_batches_match_the_reference_and_drive_the_model(scenario, data):
         if step.decode_only:
             pad_to = data.draw(st.none() | st.integers(len(step.seqs), scenario.max_num_seqs))
         batch = builder.build(step, pad_to)
-        check(batch, step, pad_to, scenario.block_size, scenario.max_blocks_per_seq)
+        check(batch, step, pad_to, scenario.block_size, scenario.max_blocks_per_seq, scenario.max_num_seqs)
         sampled = paged.run(batch)
         if data.draw(st.integers(0, 9)) == 0:
             builder.padding(data.draw(st.integers(1, scenario.max_num_seqs)))

@@ -31,7 +31,19 @@ def model():
     return model
 
 
-def serve(engine, seed, aborts):
+# What depends on tokens that the host has not read when a step is launched, and what does not.
+PLAIN = [{}]
+EVERYTHING = [
+    {},
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"min_tokens": 4, "min_p": 0.05},
+    {"bad_words": tuple((a, b) for a in range(0, 99, 3) for b in range(1, 99, 4)), "logit_bias": {7: 3.0}},
+    {"allowed_token_ids": tuple(range(5, 60)), "typical_p": 0.9, "logprobs": 3},
+]
+
+
+def serve(engine, seed, aborts, options=PLAIN):
     """A random scenario; returns tokens and end of every request that was not aborted, and the steps taken ahead."""
     rng, tokens, ends, added, ahead = random.Random(seed), {}, {}, 0, 0
     waiting = [[rng.randrange(99) for _ in range(rng.choice([1, 2, 14, 30, 70]))] for _ in range(30)]
@@ -43,8 +55,9 @@ def serve(engine, seed, aborts):
                     temperature=rng.choice([0, 0, 1.0]),
                     top_k=rng.choice([0, 7]),
                     seed=added,
-                    max_tokens=rng.randint(1, 50),
+                    max_tokens=rng.randint(4, 50),
                     stop_token_ids=(11, 12),
+                    **rng.choice(options),
                 )
                 engine.add_request(str(added), waiting.pop(), params)
                 added += 1
@@ -83,6 +96,28 @@ def test_overlap_gives_the_same_tokens(model, blocks, aborts):
     assert len(common) > 15 and all(actual[k] == expected[k] for k in common)
     assert aborts or actual.keys() == expected.keys()
     assert blocks is None or engine.metrics.preemptions > 0
+
+
+@pytest.mark.parametrize("blocks", [None, 9], ids=["roomy", "preempting"])
+def test_options_that_depend_on_the_last_token(model, blocks):
+    """In turn, overlapped, and alone: the same tokens, also of rows that lost their cache and came back."""
+    config = EngineConfig(
+        max_num_seqs=4,
+        max_num_batched_tokens=48,
+        enforce_eager=True,
+        kv_cache_bytes=blocks and blocks * 2 * 2 * 16 * 32 * 4,
+    )
+    engine = Engine(model, config, eos_token_ids=(5, 6))
+    engine.overlap = False
+    expected, _ = serve(engine, 5, False, EVERYTHING)
+    engine.overlap = True
+    actual, ahead = serve(engine, 5, False, EVERYTHING)
+    assert actual == expected and ahead > 20
+    assert blocks is None or engine.metrics.preemptions > 0
+    # The tables matter: without them the tokens are others.
+    engine._tables.enter = lambda seq: None
+    engine._builder = engine._new_builder(engine.config)
+    assert serve(engine, 5, False, EVERYTHING)[0] != expected
 
 
 def test_a_flight_that_nobody_waits_for_is_dropped(model):

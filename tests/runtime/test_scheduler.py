@@ -149,7 +149,7 @@ def test_metrics_add_up():
         scheduler.add(seq)
         metrics.on_add(seq)
     scheduler.abort("c")
-    metrics.on_abort()
+    metrics.on_abort(SequenceState("x", [1], SamplingParams()), "abort", 0.0)
     assert metrics.snapshot(scheduler).waiting == 2
     step = scheduler.schedule()
     metrics.on_step(step, scheduler.update(step, [4, 4], ()), 0.5)
