@@ -280,6 +280,7 @@ class Engine:
             raise RequestError("requests are being served", where="token_logits", remedy="drain the engine first")
         if not 0 < len(prompt) <= config.max_model_len or blocks > self.num_kv_blocks:
             raise RequestError(f"a prompt of {len(prompt)} tokens does not fit", where="token_logits")
+        self._scheduler.kv.pool.forget_all()  # as in `prompt_logits`
         seq, logits = self._stand_in(0, prompt, []), []
         for start in range(0, len(prompt), config.max_num_batched_tokens):
             size = min(config.max_num_batched_tokens, len(prompt) - start)

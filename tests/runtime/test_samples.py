@@ -50,11 +50,13 @@ def test_eight_samples_compute_their_prompt_once(family, block_size):
     assert (computed, hits) == (8 * len(PROMPT) + 8 * 7, 0)
 
 
-def test_logits_outside_of_requests_do_not_spoil_what_is_cached():
-    """`prompt_logits` writes to blocks that nobody holds, which may be those that keep a prefix."""
+@pytest.mark.parametrize("outside", ["prompt_logits", "token_logits"])
+def test_logits_outside_of_requests_do_not_spoil_what_is_cached(outside):
+    """They are computed in blocks that nobody holds, which may be those that keep a prefix."""
     engine = Engine(build("llama"), CONFIG)
     first = samples(engine, 1, temperature=0.0)[0]
-    engine.prompt_logits([tokens(90, 60, seed=7)])
+    other = tokens(90, 60, seed=7)
+    getattr(engine, outside)([other] if outside == "prompt_logits" else other)
     outputs, _, hits = samples(engine, 1, temperature=0.0)
     assert outputs == first
     assert hits == 0
