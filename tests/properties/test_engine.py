@@ -213,7 +213,7 @@ def run(name: str, scenario: Scenario) -> Run:
             if request.aborted == number and request.arrives <= number and done.finish_reasons[index] is None:
                 served_by.abort_request(str(index))
                 done.finish_reasons[index] = "abort"
-        had_work = served_by.has_unfinished_requests()
+        had_work = served_by.has_unfinished_requests() or served_by._flight is not None  # launched before an abort
         outputs = served_by.step()
         num_steps += had_work
         for out in outputs:

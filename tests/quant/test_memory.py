@@ -49,8 +49,7 @@ def test_size(tmp_path, case):
 # Anonymous memory: pages of the file belong to the page cache and are given back when they are needed.
 MEASURE = """
 import json, sys, threading, time, torch
-from fusecomp.quant.online import transform
-from fusecomp.quant.online.rounding import make_codes
+from fusecomp.runtime.loading import load_model
 
 def anonymous():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))

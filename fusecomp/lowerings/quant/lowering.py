@@ -39,7 +39,7 @@ def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> 
         return f"codes are {q.dtype} with strides {q.stride()}"
     if scale.dtype not in (*DTYPES, torch.uint8) or (zero is not None and zero.dtype not in ZERO_DTYPES):
         return f"scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}"
-    if q.data_ptr() % ALIGNMENT:
+    if q.is_cuda and q.data_ptr() % ALIGNMENT:
         return f"codes do not begin at a multiple of {ALIGNMENT} bytes"
     if not scale.is_contiguous() or (zero is not None and not zero.is_contiguous()):
         return "scales or zero points are not contiguous"

@@ -94,7 +94,7 @@ def cases(draw, decode: bool, prefill: bool):
     return decodes + prefills, shape, options
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=25)
 @given(case=cases(decode=True, prefill=False))
 def test_decode(case):
     rows, shape, options = case
