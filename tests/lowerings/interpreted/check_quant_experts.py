@@ -99,13 +99,13 @@ def layers(draw, tokens: st.SearchStrategy[int]):
     )  # fmt: skip
 
 
-@settings(SETTINGS, max_examples=16)
+@settings(SETTINGS, max_examples=10)
 @given(layers(st.integers(1, 3)), st.sampled_from([VECTOR, IN_TURN]))
 def test_vector(layer, config):
     run(layer, config)
 
 
-@settings(SETTINGS, max_examples=24)
+@settings(SETTINGS, max_examples=14)
 @given(layers(st.integers(1, 40)), st.sampled_from([GROUPED, SWAPPED, TALL]))
 def test_grouped(layer, config):
     run(layer, config)
