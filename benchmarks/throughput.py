@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.session import Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times
 
-PREFILL_REPEATS = 3
+PREFILL_REPEATS = 7
 
 
 def _drain(session: Session) -> tuple[float, int, int]:
