@@ -81,9 +81,9 @@ class TestOnAGPU:
     @pytest.mark.parametrize("name", MIXTURES)
     def test_numerics_contract(self, name, tokens, dtype):
         x, *args = make_mixture(name, tokens, C=200, width=72, dtype=dtype, device="cuda")
-        text = args[7].replace(str(dtype).removeprefix("torch."), "float32")
-        wide = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        exact = routed_experts_reference(x.float(), *wide[:6], "float32", text, *wide[8:])
+        text = args[7].replace(str(dtype).removeprefix("torch."), "float64")
+        wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+        exact = routed_experts_reference(x.double(), *wide[:6], "float64", text, *wide[8:])
         take_fallbacks()
         found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)
         assert take_fallbacks() == {}

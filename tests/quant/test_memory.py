@@ -116,20 +116,20 @@ def test_weights_are_freed_one_by_one(monkeypatch, scheme):
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
 def test_device_peak_of_online_quantization(tmp_path, scheme):
-    """Four layers of Llama-8B's size in bf16: the device never holds 1.3 times the checkpoint."""
+    """Eight layers of Llama-8B's size in bf16: the device never holds 1.3 times the checkpoint."""
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 8,
     }
     with torch.device("cuda"):
         made = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).bfloat16()
     made.save_pretrained(tmp_path)
     del made
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert size > 1.7e9
+    assert size > 3.4e9
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
