@@ -59,7 +59,8 @@ def compile_ahead(device: torch.device) -> Iterator[None]:
         yield
         return
     threads = len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(threads, "compile-ahead", initializer=torch.cuda.set_device, initargs=(device,))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    pool = ThreadPoolExecutor(threads, "compile-ahead", initializer=torch.cuda.set_device, initargs=(index,))
     ahead = _Ahead(pool)
     token = _ahead.set(ahead)
     try:
