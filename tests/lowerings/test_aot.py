@@ -31,6 +31,7 @@ def check(found: list[dict], target: str) -> None:
     for kernel in spilled:
         print(f"  {kernel['name']:52} {kernel['spills']:6} spilled, {kernel['registers']} registers")
     assert [k for k in found if k["shared_bytes"] > k["shared_limit"]] == []
+    assert [k for k in found if k["lost_codes"]] == []
     if target == "sm_90":
         assert spilled == []
 
