@@ -276,6 +276,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         {
             **shape, **hooks, **sinks, **no_tiles, **codes, "H": heads, "G": case.kv_heads,
             "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
+            "PEEL": prefill.peel,
         },
         prefill.num_warps,
         prefill.num_stages,
