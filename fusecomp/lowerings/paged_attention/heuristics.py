@@ -77,20 +77,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Configuration of one prefill launch.
-
-    Attributes:
-        peel: tiles on the diagonal have a loop of their own, so that the others' has no branch.
-        max_registers: of a thread, so that more programs share a multiprocessor; 0 leaves it to the compiler.
-    """
-
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     use_tma: bool
-    peel: bool = False
-    max_registers: int = 0
     source: str = ""
 
 

@@ -325,9 +325,8 @@ def run_prefill(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma, PEEL=config.peel, CODES=codes_of(kv_cache),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma, CODES=codes_of(kv_cache),
         num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(q.dtype, window, softcap, sinks),
-        **({"maxnreg": config.max_registers} if config.max_registers else {}),
     )  # fmt: skip
 
 

@@ -41,13 +41,11 @@ def _update(
 ):
     """One online-softmax step. i[M], j[N]: query and key positions on one scale.
 
-    `edge` (one value per program) says that some pair of the tile is outside the diagonal or the window; CAUSAL: 1 asks
-    it, 2 is a tile on the diagonal, 0 one before it. RAGGED: keys j >= end are not the row's.
+    `edge` (one value per program) says that some pair of the tile is outside the diagonal or the window. RAGGED: keys
+    j >= end are not the row's.
     """
     x_MN = SCORE(dots_MN, pre)
-    if CAUSAL == 2 and not WINDOWED:
-        x_MN = tl.where(i[:, None] >= j[None, :], x_MN, float("-inf"))
-    elif CAUSAL or WINDOWED:
+    if CAUSAL or WINDOWED:
         if edge:
             seen = i[:, None] >= j[None, :]
             if WINDOWED:
@@ -127,7 +125,7 @@ def _attend_pages(
             v_ND = fp8.scaled(v_ND, v_scale, CODES).to(q_MD.dtype)
         edge = start <= last - window
         acc_MD, l, m = _update(
-            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, 0, WINDOWED, RAGGED, SCORE
+            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, False, WINDOWED, RAGGED, SCORE
         )
     return acc_MD, l, m
 
@@ -160,7 +158,6 @@ def _attend_new(
     DP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORE: tl.constexpr,
@@ -184,7 +181,7 @@ def _attend_new(
         if WINDOWED:
             edge = edge | (start <= m0 + BLOCK_M - 1 - window)
         acc_MD, l, m = _update(
-            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, CAUSAL, WINDOWED, RAGGED, SCORE
+            acc_MD, l, m, dots_MN, v_ND, i, j, end, window, pre, post, edge, True, WINDOWED, RAGGED, SCORE
         )
     return acc_MD, l, m
 
@@ -231,7 +228,6 @@ def prefill_kernel(
     SCORE: tl.constexpr,
     SINK: tl.constexpr,
     USE_TMA: tl.constexpr,
-    PEEL: tl.constexpr,  # the tiles on the diagonal have a loop of their own; without a window
     CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
 ):
     """Output rows [T, H, D] of the rows `first_row` and up.
@@ -295,21 +291,13 @@ def prefill_kernel(
     hi = tl.minimum(m0 + BLOCK_M, q_len)
     # Tiles that the row fills: all up to the diagonal, except where the row's last tile is a partial one.
     whole = tl.maximum(tl.minimum(tl.cdiv(hi, BLOCK_N), q_len // BLOCK_N) * BLOCK_N, lo)
-    CAUSAL: tl.constexpr = 2 if PEEL and not WINDOWED else 1
-    if CAUSAL == 2:
-        diagonal = tl.minimum(m0 // BLOCK_N * BLOCK_N, whole)
-        acc_MD, l, m = _attend_new(
-            acc_MD, l, m, q_MD, k, v, k_tiles, v_tiles, token, g, i, m0, lo, diagonal, q_len, window, pre, post,
-            stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, 0, WINDOWED, False, SCORE, USE_TMA,
-        )  # fmt: skip
-        lo = diagonal
     acc_MD, l, m = _attend_new(
         acc_MD, l, m, q_MD, k, v, k_tiles, v_tiles, token, g, i, m0, lo, whole, q_len, window, pre, post,
-        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, False, SCORE, USE_TMA,
+        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, WINDOWED, False, SCORE, USE_TMA,
     )  # fmt: skip
     acc_MD, l, m = _attend_new(
         acc_MD, l, m, q_MD, k, v, k_tiles, v_tiles, token, g, i, m0, whole, hi, q_len, window, pre, post,
-        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, True, SCORE, USE_TMA,
+        stride_kt, stride_kg, stride_vt, stride_vg, D, DP, BLOCK_M, BLOCK_N, WINDOWED, True, SCORE, USE_TMA,
     )  # fmt: skip
 
     acc_MD = acc_MD / l[:, None]

@@ -50,11 +50,11 @@ def poisoned_memory():
 
 
 @contextmanager
-def small_tiles(block_m: int, block_n: int, use_tma: bool, read_ahead: bool = False, peel: bool = False):
+def small_tiles(block_m: int, block_n: int, use_tma: bool, read_ahead: bool = False):
     """Tiny tiles and three splits, so that tiny shapes reach every branch."""
     with pytest.MonkeyPatch.context() as patch:
         decode = DecodeConfig(block_n, 4, 2, 3, block_n, read_ahead)
-        prefill = PrefillConfig(block_m, block_n, 4, 2, use_tma, peel)
+        prefill = PrefillConfig(block_m, block_n, 4, 2, use_tma)
         patch.setattr(heuristics, "decode_config", lambda *_, **__: decode)
         patch.setattr(heuristics, "prefill_config", lambda *_, **__: prefill)
         yield
@@ -115,11 +115,10 @@ def test_split_decode(case, block_n):
     block_m=st.sampled_from([16, 32]),
     block_n=st.sampled_from([16, 32]),
     use_tma=st.booleans(),
-    peel=st.booleans(),
 )
-def test_mixed_step(case, block_m, block_n, use_tma, peel):
+def test_mixed_step(case, block_m, block_n, use_tma):
     rows, shape, options = case
-    with small_tiles(block_m, block_n, use_tma, peel=peel):
+    with small_tiles(block_m, block_n, use_tma):
         run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
 
 
@@ -130,12 +129,11 @@ def test_prefill(case):
     run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
 
 
-@pytest.mark.parametrize("peel", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinity_stays_in_its_row(dtype, peel):
+def test_infinity_stays_in_its_row(dtype):
     """A row whose values are infinite does not change its neighbours, whose last tiles overlap it."""
     step = make_step([(0, 5), (7, 9), (3, 20)], heads=2, kv_heads=1, head_dim=32, page_size=16, dtype=dtype)
-    with small_tiles(16, 16, True, peel=peel):
+    with small_tiles(16, 16, True):
         clean = run(step, 0.2)
         step.k[5:14] = float("inf")
         step.v[5:14] = float("inf")
