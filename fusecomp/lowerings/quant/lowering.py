@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
@@ -23,17 +22,9 @@ from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
-from fusecomp.lowerings.quant.heuristics import (
-    DEQUANTIZE,
-    SKINNY_LIMIT,
-    VECTOR,
-    WORD_VECTOR,
-    QuantConfig,
-    quant_config,
-)
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
-from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec
@@ -114,12 +105,6 @@ def _words(config: QuantConfig, codes: Tensor, shape: QuantShape) -> tuple[Tenso
     return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": asm}
 
 
-def _quads(x: Tensor) -> Tensor:
-    """One token, or a norm's weight, [K] as words of four 16-bit numbers."""
-    x = x.reshape(-1)
-    return (x if x.storage_offset() % 4 == 0 else x.clone()).view(torch.int64)
-
-
 def launch_quant_linear(
     x: Tensor,
     q: Tensor,
@@ -142,8 +127,7 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    apart = tokens > SKINNY_LIMIT or not config.inside
-    if norm is not None and (norm.kind == LAYER or norm_bias is not None or apart):
+    if norm is not None and (norm.kind == LAYER or norm_bias is not None or tokens > SKINNY_LIMIT):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None
     out = torch.empty((tokens, shape.n), dtype=program.torch_dtype, device=x.device)
@@ -190,14 +174,6 @@ def run_quant(
     norm_weight, eps = norm_weight if scheme >= 2 else None, 0.0 if norm is None else norm.eps
     blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
     exact_norm = scheme > 0 and x.dtype == torch.float16
-    if config.kernel == WORD_VECTOR:
-        launch(
-            word_vector_kernel, (blocks,),
-            _quads(x), codes.view(torch.int32), scale, out, None if norm_weight is None else _quads(norm_weight), args,
-            strides, n, k, eps, columns, DTYPE=getattr(tl, shape.dtype),
-            **{name: value for name, value in common.items() if name not in ("OFFSET", "COLS")},
-        )  # fmt: skip
-        return
     if config.kernel == VECTOR:
         launch(
             quant_vector_kernel, (blocks,),
@@ -213,7 +189,7 @@ def run_quant(
         quant_tile_kernel, (teams * splits,),
         x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
-        EARLY=config.early, AHEAD=config.ahead, EXACT_NORM=exact_norm, **words, **common,
+        EARLY=config.early, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
 
 

@@ -6,17 +6,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import triton.language as tl
-
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
-from fusecomp.lowerings.quant.heuristics import TILE, VECTOR, WORD_VECTOR, quant_config
+from fusecomp.lowerings.quant.heuristics import TILE, VECTOR, quant_config
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
-from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.quant import FP4, FP8, INT, NF4
 from fusecomp.ops.quant_linear import QuantShape
 
@@ -93,12 +90,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         pointers["norm_weight"] = short
     else:
         constants["norm_weight"] = None
-    if config.kernel == WORD_VECTOR:
-        pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
-        constants["DTYPE"] = getattr(tl, dtype)
-        for name in ("zero", "OFFSET", "COLS"):
-            del constants[name]
-    elif config.kernel == VECTOR:
+    if config.kernel == VECTOR:
         constants["UNIT"] = heuristics.unit(shape)
     else:
         words = heuristics.reads_words(config, shape)
@@ -113,7 +105,6 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             "BLOCK_T": config.block_t,
             "SPLITS": config.splits,
             "EARLY": config.early,
-            "AHEAD": config.ahead,
         }
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
@@ -121,7 +112,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         else:
             constants |= dict.fromkeys(scratch)
     name = f"quant-{kind}{bits}-{rows}x{cols}-{short}-g{groups}-t{tokens}-norm{norm}"
-    kernels = {VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel}
+    kernels = {VECTOR: quant_vector_kernel, TILE: quant_tile_kernel}
     kernel = kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
