@@ -95,6 +95,7 @@ def test_an_entry_with_a_group_serves_that_shape_alone():
         {"head_dim": 64}, {"itemsize": 4},
     ):  # fmt: skip
         assert "H100" not in choose(h100, **change).source
+    assert all("H100" not in choose(target).source for target in TARGETS if target.arch != SM90.arch)
     plain = decode_config(h100, **{**SHAPE, "num_kv_heads": 4}, num_rows=64, capacity=4096, group=8)
     assert "H100" not in plain.source
 

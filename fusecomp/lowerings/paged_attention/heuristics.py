@@ -107,8 +107,8 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
     """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
 
     The weights put the dtype before the head dim before the rest: tiles must first of all fit. Entries of an FP8 cache
-    say so by `kv_itemsize`, and serve no other. An entry with a `group` serves the shape it was measured on alone, and
-    may name another `gpu` than its table does.
+    say so by `kv_itemsize`, and serve no other. An entry with a `group` serves the shape it was measured on alone, on
+    Hopper cards, and may name another `gpu` than its table does.
     """
 
     def value(entry: dict, key: str) -> int:
@@ -120,7 +120,8 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
     def serves(entry: dict) -> bool:
         if "kv_itemsize" in entry and "kv_itemsize" not in weight:
             return False
-        return "group" not in entry or (entry["group"] == wanted.get("group") and distance(entry) == 0)
+        alone = target.arch == SM90.arch and entry.get("group") == wanted.get("group") and distance(entry) == 0
+        return "group" not in entry or alone
 
     table = load_table(target.table)
     entry = min(filter(serves, table[kind]), key=distance)
