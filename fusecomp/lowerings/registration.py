@@ -297,6 +297,8 @@ def _router(
     norm: str,
     logits: str,
     spec: str,
+    *,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fusecomp.lowerings.route.lowering import launch_router_op, supports
 
@@ -305,7 +307,7 @@ def _router(
         record_fallback("router", reason)
         return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = launch_router_op(
-        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed
+        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed, up
     )  # fmt: skip
     return computed(y), computed(ids), computed(weights)
 
@@ -328,8 +330,29 @@ def _routed_experts(
     found = launch_routed_experts(_unit_stride(x), *given, *args)
     if found is not None:
         return computed(found[0]), computed(found[1])
-    y, ids, weights = _router(x, *given)
+    y, ids, weights = _router(x, *given, up=args[0])
     return y, _experts(y if norm else x, ids, weights, *args)
+
+
+def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fusecomp.lowerings.experts.combine import norm_refusal
+    from fusecomp.lowerings.experts.lowering import launch_experts_norm
+    from fusecomp.lowerings.linear.lowering import norms_apart
+
+    *routed, weight, norm_weight, operands, program = args
+    parsed = Program.from_text(program)
+    assert parsed.norm is not None
+    if not norms_apart(x, weight, operands, parsed) or norm_refusal(x.shape[1], parsed.norm, None):
+        y, out = _routed_experts(x, *routed)
+        return y, out, _linear(out, weight, norm_weight, None, operands, program)
+    given, form = routed[:8], routed[8:]
+    y, ids, weights = _router(x, *given, up=form[0])
+    norm = parsed.norm, None if norm_weight is None else _unit_stride(norm_weight)
+    out, normed = launch_experts_norm(norm, y if given[5] else x, ids, weights, *form)
+    out = computed(out)
+    if normed is None:
+        return y, out, _linear(out, weight, norm_weight, None, operands, program)
+    return y, out, _linear(computed(normed), weight, None, None, operands, replace(parsed, norm=None).to_text())
 
 
 @cache
@@ -350,4 +373,5 @@ def register() -> None:
     implement("router", _router, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("routed_experts", _routed_experts, "CUDA")
+    implement("experts_linear", _experts_linear, "CUDA")
     implement("attention", attention_reference, "CUDA")

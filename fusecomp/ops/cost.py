@@ -119,6 +119,16 @@ def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any
     return Cost(rows * K * weight.element_size() + activations, 2 * T * rows * K)
 
 
+def _experts_linear(*args: Any) -> Cost:
+    """As `routed_experts` and the linear, whose input need not be read again."""
+    weight, norm_weight, operands, program = args[-4:]
+    x = args[0]
+    linear = _linear(x, weight, norm_weight, None, operands, program)
+    experts = _routed_experts(*args[:-4])
+    again = T * int(x.shape[-1]) * x.element_size()
+    return Cost(experts.bytes + linear.bytes - again, experts.flops + linear.flops)
+
+
 def _bytes(*tensors: Any) -> int:
     """Of tensors whose sizes are known, None among them."""
     return sum(int(x.numel()) * x.element_size() for x in tensors if x is not None)
@@ -167,6 +177,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "rope_attention": _rope_attention,
     "experts": _experts,
     "routed_experts": _routed_experts,
+    "experts_linear": _experts_linear,
     "route": _route,
     "router": _router,
     "linear": _linear,

@@ -242,15 +242,18 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
         f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
     )  # fmt: skip
-    block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms)
-    yield Specialization(
-        f"experts-combine-{shape}", combine_kernel,
-        {"parts": dtype, "index": "i64", "routing_weights": dtype, "residual": dtype, "out": dtype},
-        {"stride_r": "i32"},
-        {"E": shape.experts, "K": shape.top_k, "N": shape.hidden, "BLOCK_N": block_n,
-         "USE_PDL": target.has_pdl and shape.tokens <= MAX_DEPENDENT_TOKENS},
-        num_warps, num_stages=3,
-    )  # fmt: skip
+    for normed in (False, True):
+        block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms, normed)
+        given = {"norm_weight": dtype, "normed": dtype} if normed else {}
+        yield Specialization(
+            f"experts-combine-{'norm-' * normed}{shape}", combine_kernel,
+            {"parts": dtype, "index": "i64", "routing_weights": dtype, "residual": dtype, "out": dtype, **given},
+            {"eps": "fp32", "stride_r": "i32"},
+            {"E": shape.experts, "K": shape.top_k, "N": shape.hidden, "BLOCK_N": block_n, "PLUS_ONE": False,
+             "USE_PDL": target.has_pdl and shape.tokens <= MAX_DEPENDENT_TOKENS,
+             **({} if normed else {"norm_weight": None, "normed": None})},
+            num_warps, num_stages=3,
+        )  # fmt: skip
 
 
 def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specialization]:

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.route.kernel import num_warps, route_kernel
+from fusecomp.lowerings.route.ahead import Ahead
+from fusecomp.lowerings.route.kernel import NOTHING, num_warps, route_kernel
 from fusecomp.lowerings.route.pieces import constants
 from fusecomp.lowerings.route.router import NUM_STAGES, router_config, router_constants, router_kernel
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SPARSEMIXER, SUM, TOP2, RouteSpec
@@ -48,22 +49,37 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 num_stages=NUM_STAGES,
             )
             yield _route(target, experts, dtype, None, spec, config.splits)
+    if target.has_pdl:
+        experts, dtype, hidden, _, spec = WHOLE[0]
+        splits, size = router_config(8, experts, hidden, 2, target.num_sms).splits, 2 * 768 * hidden * 2
+        yield _route(target, experts, dtype, None, spec, splits, Ahead(size, 2, 4096, 16))
+        yield _route(target, experts, dtype, None, spec, splits, Ahead(size, 2, 65536, 1, early=True))
 
 
-def _route(target: Target, experts: int, dtype: str, bias: str | None, spec: RouteSpec, splits: int) -> Specialization:
+def _route(
+    target: Target,
+    experts: int,
+    dtype: str,
+    bias: str | None,
+    spec: RouteSpec,
+    splits: int,
+    ahead: Ahead = NOTHING,
+) -> Specialization:
     given = ({"bias": bias} if bias else {}) | ({"added": dtype} if splits else {})
+    given |= {"experts": dtype} if ahead.size else {}
     weights = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
     return Specialization(
-        f"route-{spec.kind}-{experts}-{dtype}-{splits}",
+        f"route-{spec.kind}-{experts}-{dtype}-{splits}" + f"-ahead-{ahead.size}" * bool(ahead.size),
         route_kernel,
         {"logits": "fp32" if splits else dtype, "ids": "i64", "weights": weights, **given},
         {"stride_row": "i32", "stride_split": "i32"},
         {
             **constants(spec, experts),
+            **ahead.constants,
             "SPLITS": splits,
             "DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype],
         }
-        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias") if name not in given}},
+        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias", "experts") if name not in given}},
         num_warps=num_warps(experts),
         num_stages=1,
     )

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.route.ahead import Ahead
 from fusecomp.lowerings.route.kernel import launch_route_parts
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
@@ -151,8 +152,14 @@ def launch_router(
     logits: torch.dtype,
     spec: RouteSpec,
     use_pdl: bool,
+    up: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm."""
+    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm.
+
+    Args:
+        up: [E, ...] contiguous, the weights that the chosen experts begin with, of which `ahead` asks for some.
+    """
     (tokens, hidden), experts = x.shape, len(weight)
     config = router_config(tokens, experts, hidden, x.element_size(), target_of(x).num_sms)
     y = torch.empty((tokens, hidden) if norm else (0,), dtype=x.dtype, device=x.device)
@@ -166,7 +173,7 @@ def launch_router(
             PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
             num_stages=NUM_STAGES, **options,
         )  # fmt: skip
-    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
+    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, up, ahead, use_pdl)
 
 
 def router_constants(config: RouterConfig, experts: int, hidden: int) -> dict[str, int]:
