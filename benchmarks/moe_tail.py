@@ -1,9 +1,9 @@
-"""What lies between two attentions of a mixture, on a GPU: output projection, router, experts, norm and next projection.
+"""What lies between two attentions of a mixture, on a GPU: output projection, router, experts, norm, next projection.
 
     python -m benchmarks.moe_tail --tokens 1 8 64 256 --out DIR
 
-A chain of layers in one CUDA graph, each fed by the one before; weights are distinct and larger than the L2. Choices are
-made one after the other, each with those before it: the kernels of both linears, whether the experts write the next
+A chain of layers in one CUDA graph, each fed by the one before; weights are distinct and larger than the L2. Choices
+are made one after the other, each with those before it: the kernels of both linears, whether the experts write the next
 norm, and what the router has fetched ahead. Every choice is checked against the chain's first layer in fp32, and under
 dependent launch against its own first result, before it is timed. Times are of one layer, medians of graph replays;
 shares are of the read bandwidth of the same run. The last line is JSON.
