@@ -14,6 +14,8 @@ from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, load_table, r
 from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
 from fusecomp.ops import OPS, op_cost, take_fallbacks
+from fusecomp.ops.linear import ROW, Program
+from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.routed_experts import routed_experts_reference
 from tests.lowerings.experts_cases import CONTRACT, relative_rms
 from tests.lowerings.routed_cases import MIXTURES, make_mixture
@@ -38,6 +40,19 @@ def test_costs_less_than_its_halves_by_what_is_chosen():
     T, C, width, K = 5, x.shape[1], x.element_size(), ids.shape[1]
     saved = T * K * (8 + weights.element_size()) + T * C * width  # and the rows, which the experts need not read again
     assert (halves.at(T, 1, 1)[0] - whole.at(T, 1, 1)[0], halves.flops - whole.flops) == (saved, 0)
+
+
+def test_reference_with_the_linear_that_follows():
+    x, *args = make_mixture("qwen3", 5)
+    weight, scale, bias = torch.randn(12, x.shape[1]), torch.rand(x.shape[1]), torch.randn(12)
+    program = Program(1, (ROW,), (("add", "a0", "i0"),), "float32", NormSpec(RMS, 1e-5)).to_text()
+    y, out, z = OPS.experts_linear(x, *args, weight, scale, [bias], program)
+    halves = OPS.routed_experts(x, *args)
+    assert torch.equal(y, halves[0]) and torch.equal(out, halves[1])
+    assert torch.equal(z, OPS.linear(out, weight, scale, None, [bias], program))
+    costs = op_cost("routed_experts", (x, *args)) + op_cost("linear", (out, weight, scale, None, [bias], program))
+    whole = op_cost("experts_linear", (x, *args, weight, scale, [bias], program))
+    assert (costs.at(5, 1, 1)[0] - whole.at(5, 1, 1)[0], costs.flops - whole.flops) == (out.numel() * 4, 0)
 
 
 def test_interpreted():
