@@ -36,7 +36,7 @@ from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import lowering as linear_lowering
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
-from fusecomp.lowerings.route.ahead import Ahead
+from fusecomp.lowerings.route.ahead import Ahead, Later
 from fusecomp.lowerings.route.router import launch_router
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import RMS, NormSpec
@@ -59,13 +59,15 @@ class Choice:
     Attributes:
         o, qkv: kernel of the linear, or None for the committed one.
         normed: the experts' sum writes the next norm.
-        ahead: what the router fetches.
+        ahead: what the router fetches of the experts.
+        later: bytes that it fetches of the next projection's weight.
     """
 
     o: SkinnyConfig | None = None
     qkv: SkinnyConfig | None = None
     normed: bool = False
     ahead: Ahead | None = None
+    later: int = 0
 
     def __str__(self) -> str:
         def linear(name: str, c: SkinnyConfig | None) -> str:
@@ -75,7 +77,9 @@ class Choice:
 
         a = self.ahead
         ahead = "" if a is None else f"ahead {a.size} B x {a.programs}{' early' * a.early}"
-        return "; ".join(filter(None, (linear("o", self.o), linear("qkv", self.qkv), "normed" * self.normed, ahead)))
+        later = f"later {self.later >> 20} MB" if self.later else ""
+        linears = linear("o", self.o), linear("qkv", self.qkv)
+        return "; ".join(filter(None, (*linears, "normed" * self.normed, ahead, later)))
 
 
 class Tail:
@@ -113,14 +117,15 @@ class Tail:
         h = _linear(attended, w["o"], None, [h], residual, choice.o)
         args = (w["router"], None, w["norm"], None, None, NORM.to_text(), "bfloat16", self.route.to_text())
         form = (w["up"], None, w["down"], *FORM, h)
-        found = launch_routed_experts(h, *args, *form)
+        later = Later(w["qkv"], choice.later) if choice.later else None
+        found = launch_routed_experts(h, *args, *form, later=later)
         normed = None
         if found is not None:
             h = found[1]
         elif len(h) > 1:
             y, ids, weights = launch_router(
                 h, w["router"], None, w["norm"], None, NORM, DTYPE, self.route, device_target(0).has_pdl, w["up"],
-                choice.ahead,
+                choice.ahead, later,
             )  # fmt: skip
             h, normed = launch_experts_norm((NORM, w["next"]) if choice.normed else None, y, ids, weights, *form)
         norm = NORM if normed is None else None
@@ -247,6 +252,7 @@ def tune(tail: Tail, tokens: int, ceiling: float) -> dict[str, Any]:
         "o": [Choice(o=c) for c in linears(tail, "o", tokens)],
         "normed": [Choice(normed=True)] * (tokens > 2),
         "ahead": [Choice(ahead=a) for a in aheads(tail, tokens)],
+        "later": [Choice(later=size << 20) for size in (2, 4, 8, 12, 16, 20)],
     }
     with compile_ahead(torch.device("cuda")):
         for choice in (best, *itertools.chain(*steps.values())):

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.vector import _products
+from fusecomp.lowerings.route.ahead import ask_for_piece
 from fusecomp.lowerings.route.pieces import choose, expert_numbers
 
 
@@ -31,6 +32,7 @@ def logits_kernel(
     norm_weight,  # [C] or None
     y,  # [T, C] contiguous, or None without a norm
     logits,  # [T, E] fp32
+    later,  # a weight that is read later, or None: see `route/ahead.py`
     eps,
     stride_x,
     NORM: tl.constexpr,
@@ -38,6 +40,8 @@ def logits_kernel(
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,  # a power of two, at least D
+    LATER: tl.constexpr,  # bytes of it that each program asks for, by THREADS
+    THREADS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """logits = norm(x) @ weight^T + bias, one of a token per program, and y = norm(x) by each token's first program.
@@ -55,6 +59,8 @@ def logits_kernel(
         scale = tl.load(norm_weight + cols, mask=inside, other=0.0).to(tl.float32)
         if PLUS_ONE:
             scale += 1.0
+    if later is not None:
+        ask_for_piece(later, tl.program_id(0), LATER, THREADS)
     if USE_PDL:
         gdc_wait()
     v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0)

@@ -18,6 +18,7 @@ from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.route.ahead import Later
 from fusecomp.lowerings.route.kernel import triton_dtype
 from fusecomp.lowerings.route.lowering import supports as supports_router
 from fusecomp.lowerings.route.pieces import constants
@@ -67,8 +68,14 @@ def launch_routed_experts(
     interleaved: bool,
     transposed: bool,
     residual: Tensor | None = None,
+    *,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other."""
+    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other.
+
+    Args:
+        later: what the L2 is asked for meanwhile.
+    """
     normed = NormSpec.from_text(norm) if norm else None
     wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
     gate = Router(router, router_bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
@@ -77,7 +84,7 @@ def launch_routed_experts(
     if config is None:
         return None
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return run_chosen(config, x, gate, layer, residual, uses_pdl(x))
+    return run_chosen(config, x, gate, layer, residual, uses_pdl(x), later)
 
 
 def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
@@ -101,7 +108,13 @@ def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | 
 
 
 def run_chosen(
-    config: ExpertsConfig, x: Tensor, router: Router, layer: Experts, residual: Tensor | None, use_pdl: bool
+    config: ExpertsConfig,
+    x: Tensor,
+    router: Router,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual + experts of y) [T, C], chosen by y, without a launch for the choice; bitwise repeatable.
 
@@ -119,12 +132,15 @@ def run_chosen(
     hidden = torch.empty((tokens * spec.k, width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
     columns = next_power_of_2(hidden_size)
+    warps = logits_warps(columns)
+    size = 0 if later is None else later.per_program(tokens * experts, warps)
     options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
     launch(
         logits_kernel, (tokens * experts,),
-        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits, norm.eps if norm else 0.0,
-        x.stride(0), NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
-        BLOCK_D=columns, num_warps=logits_warps(columns), **options,
+        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits,
+        later.weight if later and size else None, norm.eps if norm else 0.0, x.stride(0), LATER=size,
+        THREADS=32 * warps, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
+        BLOCK_D=columns, num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
     launch(

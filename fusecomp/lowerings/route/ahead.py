@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
-LANES: tl.constexpr = tl.constexpr(32)
 ALIGNMENT = 16  # bytes of an address, and of a size, that is asked for
 
 
@@ -55,11 +54,24 @@ def ahead_of(target: Target, tokens: int, up: Tensor, top_k: int) -> Ahead | Non
     return None
 
 
+@dataclass(frozen=True)
+class Later:
+    """A weight that is read after the experts, of which the L2 is asked for the first bytes while they are chosen."""
+
+    weight: Tensor
+    size: int
+
+    def per_program(self, programs: int, num_warps: int) -> int:
+        """Bytes that each of some programs asks for, a multiple of what its threads take."""
+        threads = 32 * num_warps * ALIGNMENT
+        return min(self.size, self.weight.numel() * self.weight.element_size()) // programs // threads * threads
+
+
 @triton.jit
-def ask_for_layer(weights, program, SIZE: tl.constexpr):
-    """Ask for the program's SIZE bytes of the layer, in pieces by one warp."""
-    PIECE: tl.constexpr = SIZE // LANES
-    at = program.to(tl.int64) * SIZE + tl.arange(0, LANES).to(tl.int64) * PIECE
+def ask_for_piece(weights, program, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for the program's SIZE bytes from `weights` on, by THREADS that have as much each."""
+    PIECE: tl.constexpr = SIZE // THREADS
+    at = program.to(tl.int64) * SIZE + tl.arange(0, THREADS).to(tl.int64) * PIECE
     _ask(weights.to(tl.int64) + at, at >= 0, PIECE)
 
 

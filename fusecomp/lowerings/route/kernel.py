@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.route.ahead import Ahead, ask_for_experts, ask_for_layer
+from fusecomp.lowerings.route.ahead import Ahead, ask_for_experts, ask_for_piece
 from fusecomp.lowerings.route.pieces import choose, constants, expert_numbers
 from fusecomp.ops.router import RouteSpec
 
@@ -62,7 +62,7 @@ def route_kernel(
     if USE_PDL:
         gdc_launch_dependents()
     if experts is not None and EARLY:
-        ask_for_layer(experts, tl.program_id(0), AHEAD)
+        ask_for_piece(experts, tl.program_id(0), AHEAD, 32)
     if USE_PDL:
         gdc_wait()
     at = logits + row * stride_row + e

@@ -38,12 +38,14 @@ def specializations(target: Target) -> Iterator[Specialization]:
         for tokens in (1, 16, 512):
             config = router_config(tokens, experts, hidden, 4 if dtype == "fp32" else 2, target.num_sms)
             given = {"norm_weight": dtype, "y": dtype} if normed else {}
+            later = {"later": dtype} if normed and target.has_pdl else {}
             yield Specialization(
                 f"router-{experts}-{hidden}-{dtype}-t{tokens}",
                 router_kernel,
-                {"x": dtype, "weight": dtype, "parts": "fp32", **given},
+                {"x": dtype, "weight": dtype, "parts": "fp32", **given, **later},
                 {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32"},
                 {**router_constants(config, experts, hidden), "NORM": normed, "PLUS_ONE": False}
+                | {"LATER": 65536, "THREADS": 32 * config.num_warps, **({} if later else {"later": None})}
                 | {"USE_PDL": target.has_pdl, **({} if normed else {"norm_weight": None, "y": None})},
                 num_warps=config.num_warps,
                 num_stages=NUM_STAGES,
