@@ -139,8 +139,8 @@ def run_chosen(
         logits_kernel, (tokens * experts,),
         x, router.weight, router.bias, router.norm_weight, y if norm else None, logits,
         later.weight if later and size else None, norm.eps if norm else 0.0, x.stride(0), LATER=size,
-        THREADS=32 * warps, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
-        BLOCK_D=columns, num_warps=warps, **options,
+        THREADS=32 * warps, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts,
+        D=hidden_size, BLOCK_D=columns, num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
     launch(
