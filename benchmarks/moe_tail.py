@@ -26,7 +26,6 @@ import triton
 from torch import Tensor
 
 from benchmarks.ceilings import read_bandwidth
-from benchmarks.linear import candidates
 from benchmarks.linear_chain import MODELS
 from benchmarks.moe import SHAPES
 from benchmarks.timing import time_replays
@@ -164,7 +163,7 @@ class Tail:
             x = (x * torch.rsqrt(x.square().mean(1, keepdim=True) + NORM.eps)).to(dtype) * w["next"].to(dtype)
             results.append(x @ w["qkv"].to(dtype).T)
         error = _require(qkv, results[1], results[0], f"{tokens} tokens {choice}: qkv")
-        graph, run = self.captured(choice, tokens)
+        graph, run, _inputs = self.captured(choice, tokens)
         expected = [t.clone() for t in run]
         for _ in range(RACE_REPLAYS):
             for t in run:
@@ -174,8 +173,8 @@ class Tail:
                 raise SystemExit(f"{tokens} tokens {choice}: replays differ")
         return error
 
-    def captured(self, choice: Choice, tokens: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        """A graph of the chain, replayed once, and its results."""
+    def captured(self, choice: Choice, tokens: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple]:
+        """A graph of the chain, replayed once, its results, and its inputs, which must live as long."""
         inputs = self.inputs(tokens)
         self.run(choice, *inputs)
         torch.cuda.synchronize()
@@ -184,7 +183,7 @@ class Tail:
             results = self.run(choice, *inputs)
         graph.replay()
         torch.cuda.synchronize()
-        return graph, results
+        return graph, results, inputs
 
     def seconds(self, choice: Choice, tokens: int, replays: int = REPLAYS) -> float:
         inputs = self.inputs(tokens)
@@ -216,16 +215,12 @@ def _require(found: Tensor, plain: Tensor, exact: Tensor, what: str) -> float:
 def linears(tail: Tail, name: str, tokens: int) -> Iterator[SkinnyConfig]:
     """Kernels of a linear worth a try where the committed choice is the library."""
     if 32 < tokens <= 128:
-        kind = tail.model.kinds[name]
-        if name == "qkv":
-            kind = replace(kind, norm=False)
-        yield from candidates(kind, tokens)
-        narrow = ((64, 64, 6), (64, 128, 3), (64, 128, 4), (128, 64, 4))
-        for (r, k, stages), splits, early in itertools.product(narrow, (2, 4, 6, 8), (True, False)):
-            if 64 <= -(-kind.n // r) * splits <= 520:
-                yield SkinnyConfig(
-                    "tile", max(64, triton.next_power_of_2(tokens)), r, k, 4, splits, stages, early=early
-                )
+        kind, block_t = tail.model.kinds[name], max(64, triton.next_power_of_2(tokens))
+        for r, k, warps, stages in ((128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 4), (64, 64, 4, 6)):
+            blocks, steps = -(-kind.n // r), -(-kind.k // k)
+            for splits, early in itertools.product((1, 2, 4, 8), (True, False)):
+                if 120 <= blocks * splits <= 300 and steps >= 4 * splits:
+                    yield SkinnyConfig("tile", block_t, r, k, warps, splits, stages, early=early)
 
 
 def aheads(tail: Tail, tokens: int) -> Iterator[Ahead]:
@@ -233,13 +228,13 @@ def aheads(tail: Tail, tokens: int) -> Iterator[Ahead]:
     E, K, size = tail.shape.experts, tail.shape.top_k, int(tail.shape.expert_bytes() * 2 / 3)
     touched = E * (1 - (1 - K / E) ** tokens)
     if touched > 0.8 * E:
-        for megabytes, programs in itertools.product((4, 8, 16, 24, 32), (1, 2, 4)):
+        for megabytes, programs in itertools.product((4, 8, 16, 24), (1, 4)):
             each = int(megabytes * 2**20 / tokens / programs) // 512 * 512
             if 512 <= each <= 512 * 1024:
                 yield Ahead(size, 2, each, programs, early=True)
     elif tokens > 1:
-        for kilobytes, programs in itertools.product((1, 2, 4, 8, 16), (4, 8, 16, 32)):
-            if 16 <= kilobytes * programs <= 192 and programs * tokens <= 512:
+        for kilobytes, programs in itertools.product((2, 4, 8, 16), (4, 16)):
+            if 16 <= kilobytes * programs <= 128 and programs * tokens <= 512:
                 yield Ahead(size, 2, 1024 * kilobytes, programs)
 
 
@@ -252,7 +247,7 @@ def tune(tail: Tail, tokens: int, ceiling: float) -> dict[str, Any]:
         "o": [Choice(o=c) for c in linears(tail, "o", tokens)],
         "normed": [Choice(normed=True)] * (tokens > 2),
         "ahead": [Choice(ahead=a) for a in aheads(tail, tokens)],
-        "later": [Choice(later=size << 20) for size in (2, 4, 8, 12, 16, 20)],
+        "later": [Choice(later=size << 20) for size in (2, 5, 10, 15)],
     }
     with compile_ahead(torch.device("cuda")):
         for choice in (best, *itertools.chain(*steps.values())):

@@ -13,6 +13,7 @@ import torch
 from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, load_table, routed_config
 from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
+from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS, op_cost, take_fallbacks
 from fusecomp.ops.linear import ROW, Program
 from fusecomp.ops.norm import RMS, NormSpec
@@ -91,6 +92,10 @@ class TestConfiguration:
 
 @pytest.mark.gpu
 class TestOnAGPU:
+    @pytest.fixture(autouse=True)
+    def kernels(self):
+        register()
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
     @pytest.mark.parametrize("tokens", [1, 2, 9])
     @pytest.mark.parametrize("name", MIXTURES)
