@@ -37,7 +37,6 @@ class Family:
         tolerance: why the numerics contract needs care here; empty when it holds as it stands.
         exclusions: configurations of the family that are not covered, with the reason.
         near_misses: per pattern, part of the reason for which the fuse stage refuses one place in every layer.
-        misses_between: the same of places that reach from one layer into the next.
         wide_router: the router multiplies in fp32 whatever the model's dtype is: in another one the casts of its weight
             keep its linear from being fused.
         core: tested compiled and in every variant at each change; the others are served eagerly in fp32 then, and in
@@ -55,7 +54,6 @@ class Family:
     exclusions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     near_misses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fused_between: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    misses_between: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     wide_router: bool = False
     core: bool = True
 
@@ -64,13 +62,9 @@ class Family:
         return len(self.windows)
 
     def refusals(self, dtype: torch.dtype) -> dict[str, str]:
-        """Per pattern, part of the reason for which the fuse stage refuses places: see `expected_misses`."""
+        """Per pattern, part of the reason for which the fuse stage refuses one place in every layer."""
         cast = {"linear": "transpose of a weight"} if self.wide_router and dtype != torch.float32 else {}
-        return {**self.near_misses, **self.misses_between, **cast}
-
-    def expected_misses(self, dtype: torch.dtype) -> dict[str, int]:
-        """Places in the whole model that each pattern of the fuse stage refuses."""
-        return {name: self.layers - (name in self.misses_between) for name in self.refusals(dtype)}
+        return {**self.near_misses, **cast}
 
     def expected_total(self, fused: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """Matches in the whole model, with those of the fuse stage if it runs."""
@@ -299,7 +293,7 @@ _ENTRIES = (
         | {"num_local_experts": 6, "num_experts_per_tok": 2},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
-        misses_between={"experts_linear": "a mean or a bias"},
+        fused_between=_NEXT_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,

@@ -297,8 +297,6 @@ def _router(
     norm: str,
     logits: str,
     spec: str,
-    *,
-    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fusecomp.lowerings.route.lowering import launch_router_op, supports
 
@@ -307,7 +305,7 @@ def _router(
         record_fallback("router", reason)
         return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = launch_router_op(
-        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed, up
+        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed
     )  # fmt: skip
     return computed(y), computed(ids), computed(weights)
 
@@ -323,36 +321,23 @@ def _routed_experts(
     logits: str,
     spec: str,
     *args: Any,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from fusecomp.lowerings.experts.routed import launch_routed_experts
 
     given = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
-    found = launch_routed_experts(_unit_stride(x), *given, *args)
+    found = launch_routed_experts(_unit_stride(x), *given, *args, later=later)
     if found is not None:
         return computed(found[0]), computed(found[1])
-    y, ids, weights = _router(x, *given, up=args[0])
+    y, ids, weights = _router(x, *given)
     return y, _experts(y if norm else x, ids, weights, *args)
 
 
 def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fusecomp.lowerings.experts.combine import norm_refusal
-    from fusecomp.lowerings.experts.lowering import launch_experts_norm
-    from fusecomp.lowerings.linear.lowering import norms_apart
-
-    *routed, weight, norm_weight, operands, program = args
-    parsed = Program.from_text(program)
-    assert parsed.norm is not None
-    if not norms_apart(x, weight, operands, parsed) or norm_refusal(x.shape[1], parsed.norm, None):
-        y, out = _routed_experts(x, *routed)
-        return y, out, _linear(out, weight, norm_weight, None, operands, program)
-    given, form = routed[:8], routed[8:]
-    y, ids, weights = _router(x, *given, up=form[0])
-    norm = parsed.norm, None if norm_weight is None else _unit_stride(norm_weight)
-    out, normed = launch_experts_norm(norm, y if given[5] else x, ids, weights, *form)
-    out = computed(out)
-    if normed is None:
-        return y, out, _linear(out, weight, norm_weight, None, operands, program)
-    return y, out, _linear(computed(normed), weight, None, None, operands, replace(parsed, norm=None).to_text())
+    """The two halves; the first knows what the second will read."""
+    *routed, weight, norm_weight, norm_bias, operands, program = args
+    y, out = _routed_experts(x, *routed, later=weight)
+    return y, out, _linear(out, weight, norm_weight, norm_bias, operands, program)
 
 
 @cache

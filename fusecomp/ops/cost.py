@@ -120,13 +120,8 @@ def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any
 
 
 def _experts_linear(*args: Any) -> Cost:
-    """As `routed_experts` and the linear, whose input need not be read again."""
-    weight, norm_weight, operands, program = args[-4:]
-    x = args[0]
-    linear = _linear(x, weight, norm_weight, None, operands, program)
-    experts = _routed_experts(*args[:-4])
-    again = T * int(x.shape[-1]) * x.element_size()
-    return Cost(experts.bytes + linear.bytes - again, experts.flops + linear.flops)
+    """Both halves, each with what it reads and writes."""
+    return _routed_experts(*args[:-5]) + _linear(args[0], *args[-5:])
 
 
 def _bytes(*tensors: Any) -> int:

@@ -1,6 +1,6 @@
-"""Canonical `routed_experts` + the linear that norms their result -> canonical `experts_linear`.
+"""Canonical `routed_experts` + a linear that reads their result -> canonical `experts_linear`.
 
-The norm is the next layer's first. Whoever sums a token's experts has its whole row, and may write the norm beside it.
+The linear is the next layer's first, its norm inside. Whoever routes then knows what is read after the experts.
 
 Legend: T tokens, C hidden size.
 """
@@ -17,9 +17,8 @@ from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
 from fusecomp.ops.linear import Program
-from fusecomp.ops.norm import RMS
 from fusecomp.patterns import functional
-from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
+from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import is_call, skip_reshapes
 
 LINEAR, ROUTED, WHOLE = OPS.linear.default, OPS.routed_experts.default, OPS.experts_linear.default
@@ -28,7 +27,7 @@ ROUTED_ARGS = 18  # the residual among them
 
 @dataclass(frozen=True)
 class ExpertsLinearCandidate:
-    """A canonical linear with a norm inside that reads what a mixture gives.
+    """A canonical linear whose activations are what a mixture gives.
 
     Attributes:
         node: the linear.
@@ -40,25 +39,21 @@ class ExpertsLinearCandidate:
 
 
 class ExpertsLinear(Pattern):
-    """A mixture and the one linear with a norm that reads its result, which stays a result: the residual stream."""
+    """A mixture and the first linear that reads its result, which stays a result: the residual stream."""
 
     name = "experts_linear"
-    numerics = TOLERANCE
+    numerics = BITWISE
 
     def find(self, graph: torch.fx.Graph) -> Iterable[ExpertsLinearCandidate]:
         for node in list(graph.nodes):
-            if is_call(node, LINEAR) and Program.from_text(node.args[5]).norm is not None:  # type: ignore[arg-type]
+            if is_call(node, LINEAR):
                 source = skip_reshapes(node.args[0])  # type: ignore[arg-type]
                 if is_call(source, operator.getitem) and source.args[1] == 1 and is_call(source.args[0], ROUTED):
                     yield ExpertsLinearCandidate(node, source.args[0])  # type: ignore[arg-type]
 
     def guard(self, candidate: ExpertsLinearCandidate, context: PassContext) -> str | None:
         node, routed = candidate.node, candidate.routed
-        norm = Program.from_text(node.args[5]).norm  # type: ignore[arg-type]
-        assert norm is not None
-        if norm.kind != RMS or node.args[3] is not None:
-            return "its norm has a mean or a bias"
-        given: Any = (node.args[1], node.args[2], *node.args[4])  # type: ignore[misc]
+        given: Any = (*node.args[1:4], *node.args[4])  # type: ignore[misc]
         order = {n: i for i, n in enumerate(node.graph.nodes)}
         if later := next((n for n in given if n is not None and order[n] > order[routed]), None):
             return f"the linear also reads a result of {op_name(later)}, which comes after the experts"
@@ -66,16 +61,16 @@ class ExpertsLinear(Pattern):
 
     def emit(self, candidate: ExpertsLinearCandidate, gm: GraphModule, context: PassContext) -> str:
         node, routed = candidate.node, candidate.routed
-        _, weight, norm_weight, _, operands, program = node.args
-        args = (*routed.args, *[None] * (ROUTED_ARGS - len(routed.args)), weight, norm_weight, operands, program)
+        args = (*routed.args, *[None] * (ROUTED_ARGS - len(routed.args)), *node.args[1:])
         with gm.graph.inserting_before(routed):
             new = functional.call(gm.graph, WHOLE, args, routed)
             y, out, z = (functional.call(gm.graph, operator.getitem, (new, i), routed) for i in range(3))
             assert fake_value(z).shape == fake_value(node).shape
+        detail = f"experts -> {Program.from_text(node.args[5]).describe()}"  # type: ignore[arg-type]
         replace_and_prune(node, z)
         for result in list(routed.users):
             replace_and_prune(result, (y, out)[result.args[1]])  # type: ignore[index]
-        return f"experts -> {Program.from_text(program).describe()}"  # type: ignore[arg-type]
+        return detail
 
     def examples(self) -> list[Example]:
         from fusecomp.patterns.experts_linear_examples import experts_linear_examples

@@ -200,7 +200,8 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
     dtype, columns, pdl = shape.dtype, next_power_of_2(shape.hidden), {"USE_PDL": target.has_pdl}
     given = {"norm_weight": dtype, "y": dtype} if normed else {}
     absent: dict[str, Any] = {"bias": None, **({} if normed else {"norm_weight": None, "y": None})}
-    absent |= {"LATER": 65536, "THREADS": 32 * logits_warps(columns), **({} if target.has_pdl else {"later": None})}
+    threads = 32 * logits_warps(columns)
+    absent |= {"LATER": threads * 256, "THREADS": threads, **({} if target.has_pdl else {"later": None})}
     given |= {"later": dtype} if target.has_pdl else {}
     yield Specialization(
         f"experts-logits-{shape}", logits_kernel, {"x": dtype, "weight": dtype, "logits": "fp32", **given},
@@ -244,18 +245,15 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
         f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
     )  # fmt: skip
-    for normed in (False, True):
-        block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms, normed)
-        given = {"norm_weight": dtype, "normed": dtype} if normed else {}
-        yield Specialization(
-            f"experts-combine-{'norm-' * normed}{shape}", combine_kernel,
-            {"parts": dtype, "index": "i64", "routing_weights": dtype, "residual": dtype, "out": dtype, **given},
-            {"eps": "fp32", "stride_r": "i32"},
-            {"E": shape.experts, "K": shape.top_k, "N": shape.hidden, "BLOCK_N": block_n, "PLUS_ONE": False,
-             "USE_PDL": target.has_pdl and shape.tokens <= MAX_DEPENDENT_TOKENS,
-             **({} if normed else {"norm_weight": None, "normed": None})},
-            num_warps, num_stages=3,
-        )  # fmt: skip
+    block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms)
+    yield Specialization(
+        f"experts-combine-{shape}", combine_kernel,
+        {"parts": dtype, "index": "i64", "routing_weights": dtype, "residual": dtype, "out": dtype},
+        {"stride_r": "i32"},
+        {"E": shape.experts, "K": shape.top_k, "N": shape.hidden, "BLOCK_N": block_n,
+         "USE_PDL": target.has_pdl and shape.tokens <= MAX_DEPENDENT_TOKENS},
+        num_warps, num_stages=3,
+    )  # fmt: skip
 
 
 def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specialization]:

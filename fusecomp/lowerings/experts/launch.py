@@ -26,7 +26,6 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.quant.lowering import launch_dequantize
 from fusecomp.ops.experts import Activation
-from fusecomp.ops.norm import NormSpec
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ def run_experts(
         residual: [T, C], last dim contiguous, or None.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
     """
-    if config.method == "vector":
-        return run_vector(config, x, index, routing_weights, layer, residual, use_pdl)
-    return run_grouped(config, x, index, routing_weights, layer, residual, use_pdl)[0]
+    run = run_vector if config.method == "vector" else run_grouped
+    return run(config, x, index, routing_weights, layer, residual, use_pdl)
 
 
 def run_vector(
@@ -145,12 +143,8 @@ def run_grouped(
     layer: Experts,
     residual: Tensor | None,
     use_pdl: bool,
-    norm: tuple[NormSpec, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`run_experts` by the matrix units, and the norm of its result, if one is given: see `launch_combine`.
-
-    Every touched expert is read once per `group_t` of its tiles.
-    """
+) -> Tensor:
+    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles."""
     (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
     plan, capacity = launch_routing(index, experts, config.block_t, use_pdl)
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
@@ -178,7 +172,7 @@ def run_grouped(
         hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
         USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
     )  # fmt: skip
-    return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl, norm)
+    return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
 
 def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool) -> TensorDescriptor | None:

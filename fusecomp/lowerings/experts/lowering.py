@@ -9,17 +9,14 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.heuristics import experts_config
-from fusecomp.lowerings.experts.launch import Experts, run_grouped, run_vector
+from fusecomp.lowerings.experts.launch import Experts, run_experts
 from fusecomp.ops.experts import Activation, experts_reference
 from fusecomp.ops.library import record_fallback
-from fusecomp.ops.norm import NormSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,16 +32,7 @@ def supports(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_b
     return None
 
 
-def launch_experts(*args: Any) -> Tensor:
-    """`fusecomp::experts` on CUDA; arguments as in `experts_reference`. [T, C] contiguous, bitwise repeatable.
-
-    What `supports` refuses runs the reference, counted; it reads counts on the host, so a CUDA graph cannot hold it.
-    """
-    return launch_experts_norm(None, *args)[0]
-
-
-def launch_experts_norm(
-    norm: tuple[NormSpec, Tensor | None] | None,
+def launch_experts(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -57,21 +45,20 @@ def launch_experts_norm(
     interleaved: bool,
     transposed: bool,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, its norm) by the kernels of `launch_experts`; the norm is None where they do not compute it.
+) -> Tensor:
+    """`fusecomp::experts` on CUDA; shapes as in `experts_reference`. [T, C] contiguous, bitwise repeatable.
 
-    Args:
-        norm: as `launch_combine` takes it, or None.
+    What `supports` refuses runs the reference, counted; it reads counts on the host, so a CUDA graph cannot hold it.
     """
     if reason := supports(x, up, up_bias, down, down_bias):
         record_fallback("experts", reason)
         return experts_reference(
             x, top_k_index, top_k_weights, up, up_bias, down, down_bias, act, gated, interleaved, transposed, residual
-        ), None
+        )
     tokens, top_k = top_k_index.shape
     if tokens == 0 or top_k == 0:
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        return out if residual is None else out.copy_(residual), None
+        return out if residual is None else out.copy_(residual)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
     experts, _, hidden, width = layer.sizes
     config = experts_config(
@@ -81,6 +68,4 @@ def launch_experts_norm(
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
     index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    if config.method == "vector":
-        return run_vector(config, x, index, weights, layer, residual, uses_pdl(x)), None
-    return run_grouped(config, x, index, weights, layer, residual, uses_pdl(x), norm)
+    return run_experts(config, x, index, weights, layer, residual, uses_pdl(x))

@@ -14,11 +14,11 @@ from torch import Tensor
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
+from fusecomp.lowerings.experts.later import asked_bytes
 from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
-from fusecomp.lowerings.route.ahead import Later
 from fusecomp.lowerings.route.kernel import triton_dtype
 from fusecomp.lowerings.route.lowering import supports as supports_router
 from fusecomp.lowerings.route.pieces import constants
@@ -69,12 +69,12 @@ def launch_routed_experts(
     transposed: bool,
     residual: Tensor | None = None,
     *,
-    later: Later | None = None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other.
 
     Args:
-        later: what the L2 is asked for meanwhile.
+        later: a weight that is read after the experts: see `later.py`.
     """
     normed = NormSpec.from_text(norm) if norm else None
     wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
@@ -114,7 +114,7 @@ def run_chosen(
     layer: Experts,
     residual: Tensor | None,
     use_pdl: bool,
-    later: Later | None = None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual + experts of y) [T, C], chosen by y, without a launch for the choice; bitwise repeatable.
 
@@ -124,6 +124,7 @@ def run_chosen(
         config: from `chosen_config`.
         x, residual: [T, C], last dim contiguous.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
+        later: a weight that is read after the experts, or None.
     """
     (tokens, hidden_size), (experts, rows, _, width) = x.shape, layer.sizes
     spec, norm, up, down = router.spec, router.norm, config.up, config.down
@@ -133,14 +134,14 @@ def run_chosen(
     out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
     columns = next_power_of_2(hidden_size)
     warps = logits_warps(columns)
-    size = 0 if later is None else later.per_program(tokens * experts, warps)
+    asked = asked_bytes(later, tokens, tokens * experts, warps, use_pdl)
     options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
     launch(
         logits_kernel, (tokens * experts,),
         x, router.weight, router.bias, router.norm_weight, y if norm else None, logits,
-        later.weight if later and size else None, norm.eps if norm else 0.0, x.stride(0), LATER=size,
-        THREADS=32 * warps, NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts,
-        D=hidden_size, BLOCK_D=columns, num_warps=warps, **options,
+        later if asked else None, norm.eps if norm else 0.0, x.stride(0), NORM=norm is not None,
+        PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size, BLOCK_D=columns, LATER=asked,
+        THREADS=32 * warps, num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
     launch(

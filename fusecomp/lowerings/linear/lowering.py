@@ -50,16 +50,6 @@ def choose(target: Target, shape: LinearShape, tokens: int) -> SkinnyConfig | La
     return large_config(target, **sizes, kind=shape.kind)
 
 
-def norms_apart(x: Tensor, weight: Tensor, operands: Sequence[Tensor], program: Program) -> bool:
-    """Whether `launch_linear` on as many tokens as x has would launch the program's norm by itself.
-
-    Whoever has the rows in registers may then norm them.
-    """
-    if program.norm is None or supports(x, weight, operands, program):
-        return False
-    return not 0 < len(x) <= SKINNY_LIMIT
-
-
 def explain_choices(target: Target, shape: LinearShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts that one choice serves: "8 to 16 tokens: tile, from ..."."""
     lines: list[str] = []

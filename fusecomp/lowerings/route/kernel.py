@@ -12,13 +12,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.route.ahead import Ahead, ask_for_experts, ask_for_piece
 from fusecomp.lowerings.route.pieces import choose, constants, expert_numbers
 from fusecomp.ops.router import RouteSpec
 
 MAX_EXPERTS, MAX_CHOSEN = 2048, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NOTHING = Ahead(0, 1, 0)
 
 
 @triton.jit
@@ -28,7 +26,6 @@ def route_kernel(
     bias,  # [E] or None
     ids,  # [T, K] int64
     weights,  # [T, K]
-    experts,  # their weights, at any dtype, or None: see `ahead.py`
     stride_row,
     stride_split,
     SPLITS: tl.constexpr,
@@ -46,24 +43,13 @@ def route_kernel(
     CHOSEN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
-    PARTS: tl.constexpr,
-    EXPERT_BYTES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program a token, or PROGRAMS of which one writes.
-
-    Bytes: T * (E * itemsize * max(1, SPLITS) + K * (8 + itemsize of weights)).
-    """
-    row, program = (tl.program_id(0) // PROGRAMS).to(tl.int64), tl.program_id(0) % PROGRAMS
+    """One program a token. Bytes: T * (E * itemsize * max(1, SPLITS) + K * (8 + itemsize of weights))."""
+    row = tl.program_id(0).to(tl.int64)
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
     if USE_PDL:
         gdc_launch_dependents()
-    if experts is not None and EARLY:
-        ask_for_piece(experts, tl.program_id(0), AHEAD, 32)
-    if USE_PDL:
         gdc_wait()
     at = logits + row * stride_row + e
     z = tl.load(at, mask=e < E, other=0.0).to(tl.float32)
@@ -75,11 +61,8 @@ def route_kernel(
         z = z.to(DTYPE).to(tl.float32)
     rank, weight = choose(z, bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
     e = tl.reshape(e, [1, BLOCK_G * BLOCK_S])
-    if experts is not None and not EARLY:
-        ask_for_experts(experts, e, rank < K, program, AHEAD, PARTS, EXPERT_BYTES)
-    writes = (rank < K) & (program == 0)
-    tl.store(ids + row * K + rank, e.to(tl.int64), mask=writes)
-    tl.store(weights + row * K + rank, weight, mask=writes)
+    tl.store(ids + row * K + rank, e.to(tl.int64), mask=rank < K)
+    tl.store(weights + row * K + rank, weight, mask=rank < K)
 
 
 def supports(dtype: torch.dtype, experts: int, spec: RouteSpec) -> str | None:
@@ -102,25 +85,14 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def launch_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec, use_pdl: bool) -> tuple[Tensor, Tensor]:
     """`fusecomp::route` on CUDA; logits [T, E] with a contiguous last dim, bias [E] contiguous."""
-    return _launch(logits, 0, logits.dtype, None, bias, spec, None, None, use_pdl)
+    return _launch(logits, 0, logits.dtype, None, bias, spec, use_pdl)
 
 
 def launch_route_parts(
-    parts: Tensor,
-    dtype: torch.dtype,
-    added: Tensor | None,
-    bias: Tensor | None,
-    spec: RouteSpec,
-    experts: Tensor | None,
-    ahead: Ahead | None,
-    use_pdl: bool,
+    parts: Tensor, dtype: torch.dtype, added: Tensor | None, bias: Tensor | None, spec: RouteSpec, use_pdl: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same on logits that are the sum of parts [splits, T, E] fp32 and of `added` [E], rounded to `dtype`.
-
-    Args:
-        experts: weights that the chosen are then multiplied by, from which `ahead` says what the L2 is asked for.
-    """
-    return _launch(parts, len(parts), dtype, added, bias, spec, experts, ahead, use_pdl)
+    """The same on logits that are the sum of parts [splits, T, E] fp32 and of `added` [E], rounded to `dtype`."""
+    return _launch(parts, len(parts), dtype, added, bias, spec, use_pdl)
 
 
 def _launch(
@@ -130,20 +102,16 @@ def _launch(
     added: Tensor | None,
     bias: Tensor | None,
     spec: RouteSpec,
-    experts: Tensor | None,
-    ahead: Ahead | None,
     use_pdl: bool,
 ) -> tuple[Tensor, Tensor]:
-    tokens, count = logits.shape[-2:]
-    ahead = NOTHING if experts is None or ahead is None else ahead
+    tokens, experts = logits.shape[-2:]
     ids = torch.empty(tokens, spec.k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, spec.k, dtype=getattr(torch, spec.dtype), device=logits.device)
     if tokens:
         options = {"launch_pdl": True} if use_pdl else {}
         launch(
-            route_kernel, (tokens * ahead.programs,),
-            logits, added, bias, ids, weights, experts if ahead.size else None, logits.stride(-2), logits.stride(0),
-            SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, count), **ahead.constants, USE_PDL=use_pdl,
-            num_warps=num_warps(count), **options,
+            route_kernel, (tokens,), logits, added, bias, ids, weights, logits.stride(-2), logits.stride(0),
+            SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,
+            num_warps=num_warps(experts), **options,
         )  # fmt: skip
     return ids, weights

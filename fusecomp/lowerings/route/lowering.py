@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
 from fusecomp.lowerings.route import kernel
-from fusecomp.lowerings.route.ahead import ahead_of
 from fusecomp.lowerings.route.router import launch_router, supports_router
 from fusecomp.ops.linear import ROW, Program
 from fusecomp.ops.norm import NormSpec
@@ -38,16 +37,10 @@ def launch_router_op(
     norm: NormSpec | None,
     logits: torch.dtype,
     spec: RouteSpec,
-    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fusecomp::router` on CUDA; shapes as in `router_reference`. Bitwise repeatable. `supports` must hold.
-
-    Args:
-        up: weights [E, N, C] that the chosen experts begin with, where they follow: some are fetched ahead.
-    """
+    """`fusecomp::router` on CUDA; shapes as in `router_reference`. Bitwise repeatable. `supports` must hold."""
     if supports_router(len(x), weight, norm, norm_bias) is None:
-        ahead = None if up is None else ahead_of(target_of(x), len(x), up, spec.k)
-        return launch_router(x, weight, bias, norm_weight, route_bias, norm, logits, spec, uses_pdl(x), up, ahead)
+        return launch_router(x, weight, bias, norm_weight, route_bias, norm, logits, spec, uses_pdl(x))
     y = launch_norm_op(x, norm_weight, norm_bias, norm) if norm else x
     dtype = str(logits).removeprefix("torch.")
     program = Program(1, (), (), dtype) if bias is None else Program(1, (ROW,), (("add", "a0", "i0"),), dtype)

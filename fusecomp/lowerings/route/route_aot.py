@@ -8,8 +8,7 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.route.ahead import Ahead
-from fusecomp.lowerings.route.kernel import NOTHING, num_warps, route_kernel
+from fusecomp.lowerings.route.kernel import num_warps, route_kernel
 from fusecomp.lowerings.route.pieces import constants
 from fusecomp.lowerings.route.router import NUM_STAGES, router_config, router_constants, router_kernel
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SPARSEMIXER, SUM, TOP2, RouteSpec
@@ -38,50 +37,33 @@ def specializations(target: Target) -> Iterator[Specialization]:
         for tokens in (1, 16, 512):
             config = router_config(tokens, experts, hidden, 4 if dtype == "fp32" else 2, target.num_sms)
             given = {"norm_weight": dtype, "y": dtype} if normed else {}
-            later = {"later": dtype} if normed and target.has_pdl else {}
             yield Specialization(
                 f"router-{experts}-{hidden}-{dtype}-t{tokens}",
                 router_kernel,
-                {"x": dtype, "weight": dtype, "parts": "fp32", **given, **later},
+                {"x": dtype, "weight": dtype, "parts": "fp32", **given},
                 {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32"},
                 {**router_constants(config, experts, hidden), "NORM": normed, "PLUS_ONE": False}
-                | {"LATER": 65536, "THREADS": 32 * config.num_warps, **({} if later else {"later": None})}
                 | {"USE_PDL": target.has_pdl, **({} if normed else {"norm_weight": None, "y": None})},
                 num_warps=config.num_warps,
                 num_stages=NUM_STAGES,
             )
             yield _route(target, experts, dtype, None, spec, config.splits)
-    if target.has_pdl:
-        experts, dtype, hidden, _, spec = WHOLE[0]
-        splits, size = router_config(8, experts, hidden, 2, target.num_sms).splits, 2 * 768 * hidden * 2
-        yield _route(target, experts, dtype, None, spec, splits, Ahead(size, 2, 4096, 16))
-        yield _route(target, experts, dtype, None, spec, splits, Ahead(size, 2, 65536, 1, early=True))
 
 
-def _route(
-    target: Target,
-    experts: int,
-    dtype: str,
-    bias: str | None,
-    spec: RouteSpec,
-    splits: int,
-    ahead: Ahead = NOTHING,
-) -> Specialization:
+def _route(target: Target, experts: int, dtype: str, bias: str | None, spec: RouteSpec, splits: int) -> Specialization:
     given = ({"bias": bias} if bias else {}) | ({"added": dtype} if splits else {})
-    given |= {"experts": dtype} if ahead.size else {}
     weights = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
     return Specialization(
-        f"route-{spec.kind}-{experts}-{dtype}-{splits}" + f"-ahead-{ahead.size}" * bool(ahead.size),
+        f"route-{spec.kind}-{experts}-{dtype}-{splits}",
         route_kernel,
         {"logits": "fp32" if splits else dtype, "ids": "i64", "weights": weights, **given},
         {"stride_row": "i32", "stride_split": "i32"},
         {
             **constants(spec, experts),
-            **ahead.constants,
             "SPLITS": splits,
             "DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype],
         }
-        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias", "experts") if name not in given}},
+        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias") if name not in given}},
         num_warps=num_warps(experts),
         num_stages=1,
     )

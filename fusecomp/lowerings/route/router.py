@@ -19,7 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
-from fusecomp.lowerings.route.ahead import Ahead, Later, ask_for_piece
 from fusecomp.lowerings.route.kernel import launch_route_parts
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
@@ -39,7 +38,6 @@ def router_kernel(
     norm_weight,  # [C] or None
     y,  # [T, C] contiguous, or None without a norm
     parts,  # [splits, T, E] fp32
-    later,  # a weight that is read later, or None: see `ahead.py`
     eps,
     num_tokens,
     stride_x,
@@ -52,8 +50,6 @@ def router_kernel(
     BLOCK_D: tl.constexpr,
     NORM_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    LATER: tl.constexpr,  # bytes of it that each program asks for, by THREADS
-    THREADS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """parts[s] = norm(x) @ weight^T over the columns of split s. Every program norms its rows whole.
@@ -70,8 +66,6 @@ def router_kernel(
     if USE_PDL:
         gdc_launch_dependents()
     w = tl.load(w_rows + cols[None, :], mask=(cols < D)[None, :], other=0.0)
-    if later is not None:
-        ask_for_piece(later, tl.program_id(0), LATER, THREADS)
     if USE_PDL:
         gdc_wait()
     if NORM:
@@ -157,33 +151,22 @@ def launch_router(
     logits: torch.dtype,
     spec: RouteSpec,
     use_pdl: bool,
-    up: Tensor | None = None,
-    ahead: Ahead | None = None,
-    later: Later | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm.
-
-    Args:
-        up: [E, ...] contiguous, the weights that the chosen experts begin with, of which `ahead` asks for some.
-        later: what else is asked for.
-    """
+    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm."""
     (tokens, hidden), experts = x.shape, len(weight)
     config = router_config(tokens, experts, hidden, x.element_size(), target_of(x).num_sms)
     y = torch.empty((tokens, hidden) if norm else (0,), dtype=x.dtype, device=x.device)
     parts = torch.empty((config.splits, tokens, experts), dtype=torch.float32, device=x.device)
     options = {"launch_pdl": True} if use_pdl else {}
     if tokens:
-        programs = triton.cdiv(tokens, BLOCK_T) * config.splits
-        size = 0 if later is None else later.per_program(programs, config.num_warps)
         launch(
-            router_kernel, (programs,),
-            x, weight, norm_weight, y if norm else None, parts, later.weight if later and size else None,
-            norm.eps if norm else 0.0, tokens, x.stride(0),
+            router_kernel, (triton.cdiv(tokens, BLOCK_T) * config.splits,),
+            x, weight, norm_weight, y if norm else None, parts, norm.eps if norm else 0.0, tokens, x.stride(0),
             **router_constants(config, experts, hidden), NORM=norm is not None,
-            PLUS_ONE=norm is not None and norm.plus_one, LATER=size, THREADS=32 * config.num_warps, USE_PDL=use_pdl,
-            num_warps=config.num_warps, num_stages=NUM_STAGES, **options,
+            PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
+            num_stages=NUM_STAGES, **options,
         )  # fmt: skip
-    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, up, ahead, use_pdl)
+    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
 
 
 def router_constants(config: RouterConfig, experts: int, hidden: int) -> dict[str, int]:

@@ -13,12 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.experts import lowering, routing
-from fusecomp.lowerings.experts.combine import MAX_NORMED, norm_refusal
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
-from fusecomp.lowerings.experts.lowering import launch_experts, launch_experts_norm
+from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
 from fusecomp.ops.experts import ACTIVATIONS
-from fusecomp.ops.norm import LAYER, RMS, NormSpec, norm_reference
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
 
@@ -166,33 +164,3 @@ def test_strided_inputs():
     for config in (GROUPED, VECTOR):
         run(replace(layer, x=wide[:, :32]), config)
         run(replace(layer, residual=wide[:, :32]), config)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("residual", "weighted", "plus_one"), [(True, True, False), (False, True, True), (True, False, False)]
-)
-def test_the_sum_and_its_norm(dtype, residual, weighted, plus_one):
-    """The sum is that of a launch without a norm, bit for bit, and the norm that of the sum as it is stored."""
-    layer = make_layer(5, 3, 8, 43, 24, dtype=dtype, residual=residual, index=routings(5, 3, 8)["sentinels"])
-    weight = torch.rand(43, generator=torch.Generator().manual_seed(0)).to(dtype) if weighted else None
-    spec = NormSpec(RMS, 1e-5, plus_one)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "experts_config", lambda *_, **__: SWAPPED)
-        out, normed = layer.run(lambda *args: launch_experts_norm((spec, weight), *args))
-    assert torch.equal(out, launch(layer, SWAPPED))
-    expected = norm_reference(out, weight, None, spec.to_text())
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(normed.float(), expected.float(), rtol=2 * eps, atol=1e-6)
-
-
-def test_norms_that_the_sum_does_not_write():
-    layer, spec = make_layer(1, 2, 4, 32, 24), NormSpec(RMS, 1e-5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "experts_config", lambda *_, **__: VECTOR)
-        out, normed = layer.run(lambda *args: launch_experts_norm((spec, None), *args))
-    assert normed is None and torch.equal(out, launch(layer, VECTOR))
-    assert norm_refusal(64, spec, None) is None
-    assert "a mean or a bias" in norm_refusal(64, NormSpec(LAYER, 1e-5), None)
-    assert "a mean or a bias" in norm_refusal(64, spec, torch.ones(64))
-    assert str(MAX_NORMED) in norm_refusal(MAX_NORMED + 1, spec, None)

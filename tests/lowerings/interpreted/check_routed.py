@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from fusecomp.lowerings import registration
-from fusecomp.lowerings.experts import lowering, routed
+from fusecomp.lowerings.experts import routed
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routed import launch_routed_experts
-from fusecomp.lowerings.linear import lowering as linear_lowering
 from fusecomp.ops.experts_linear import experts_linear_reference
 from fusecomp.ops.linear import ROW, Program
-from fusecomp.ops.norm import LAYER, RMS, NormSpec
+from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.routed_experts import routed_experts_reference
 from tests.lowerings.routed_cases import MIXTURES, make_mixture
 
@@ -38,26 +37,14 @@ def test_is_the_reference(name, tokens, hidden, block_n, monkeypatch):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [RMS, LAYER])
-@pytest.mark.parametrize("method", ["grouped", "vector"])
-@pytest.mark.parametrize(("tokens", "normed"), [(2, False), (40, True)])
-def test_with_the_linear_that_follows(tokens, normed, method, kind, monkeypatch):
-    """Whoever norms, the linear's own launch or that of the sum, the results are the reference's."""
-    tiles = (Tiles(16, 32), Tiles(16, 32))
-    config = ExpertsConfig(method, *tiles, 16) if method == "grouped" else ExpertsConfig(method, *tiles)
-    monkeypatch.setattr(lowering, "experts_config", lambda *_, **__: config)
-    monkeypatch.setattr(linear_lowering, "SKINNY_LIMIT", 32)
-    wanted, norm_launches = linear_lowering.launch_norm, []
-    monkeypatch.setattr(
-        "fusecomp.lowerings.linear.large.launch_norm", lambda *args: norm_launches.append(1) or wanted(*args)
-    )
-    x, *args = make_mixture("qwen3", tokens)
+def test_with_the_linear_that_follows(monkeypatch):
+    config = ExpertsConfig("vector", Tiles(16, 64), Tiles(16, 32))
+    monkeypatch.setattr(routed, "routed_config", lambda *_, **__: config)
+    x, *args = make_mixture("qwen3", 2)
     g = torch.Generator().manual_seed(2)
     weight, scale, bias = (torch.randn(*size, generator=g) / 8 for size in ((24, 64), (64,), (24,)))
-    program = Program(1, (ROW,), (("add", "a0", "i0"),), "float32", NormSpec(kind, 1e-5)).to_text()
-    found = registration._experts_linear(x, *args, weight, scale, [bias], program)
-    expected = experts_linear_reference(x, *args, weight, scale, [bias], program)
-    for actual, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-4)
-    by_the_sum = normed and method == "grouped" and kind == RMS
-    assert len(norm_launches) == (normed and not by_the_sum)
+    program = Program(1, (ROW,), (("add", "a0", "i0"),), "float32", NormSpec(RMS, 1e-5)).to_text()
+    rest = weight, scale, None, [bias], program
+    found, expected = registration._experts_linear(x, *args, *rest), experts_linear_reference(x, *args, *rest)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
