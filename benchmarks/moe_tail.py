@@ -3,8 +3,8 @@
     python -m benchmarks.moe_tail --tokens 1 8 64 256 --out DIR
 
 A chain of layers in one CUDA graph, each fed by the one before; weights are distinct and larger than the L2. Where the
-router may ask for the next projection's weight (`lowerings/experts/later.py`) the chain is timed with several numbers of
-bytes asked for, none among them. Each is checked first: the first layer's projection against fp32, and replays under
+router may ask for the next projection's weight (`lowerings/experts/later.py`) the chain is timed with several numbers
+of bytes asked for, none among them. Each is checked first: the first layer's projection against fp32, and replays under
 dependent launch against the first one. Times are of one layer, medians of graph replays; shares
 are of the read bandwidth of the same run. The last line is JSON.
 
