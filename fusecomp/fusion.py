@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_dir, inductor_compile
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
+from fusecomp.patterns.experts_linear import ExpertsLinear
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
@@ -49,6 +50,7 @@ FUSE: tuple[Pattern, ...] = (
     QuantLinear(),  # after all that a linear takes in, whatever its weight
     QuantExperts(),
     RoutedExperts(),  # after quantized experts, which need ids
+    ExpertsLinear(),
     ScaledLinear(),  # after the weights: both sides are codes by then
     NormQuantize(),
 )

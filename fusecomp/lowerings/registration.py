@@ -321,15 +321,23 @@ def _routed_experts(
     logits: str,
     spec: str,
     *args: Any,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from fusecomp.lowerings.experts.routed import launch_routed_experts
 
     given = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
-    found = launch_routed_experts(_unit_stride(x), *given, *args)
+    found = launch_routed_experts(_unit_stride(x), *given, *args, later=later)
     if found is not None:
         return computed(found[0]), computed(found[1])
     y, ids, weights = _router(x, *given)
     return y, _experts(y if norm else x, ids, weights, *args)
+
+
+def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The two halves; the first knows what the second will read."""
+    *routed, weight, norm_weight, norm_bias, operands, program = args
+    y, out = _routed_experts(x, *routed, later=weight)
+    return y, out, _linear(out, weight, norm_weight, norm_bias, operands, program)
 
 
 @cache
@@ -350,4 +358,5 @@ def register() -> None:
     implement("router", _router, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("routed_experts", _routed_experts, "CUDA")
+    implement("experts_linear", _experts_linear, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -200,6 +200,9 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
     dtype, columns, pdl = shape.dtype, next_power_of_2(shape.hidden), {"USE_PDL": target.has_pdl}
     given = {"norm_weight": dtype, "y": dtype} if normed else {}
     absent: dict[str, Any] = {"bias": None, **({} if normed else {"norm_weight": None, "y": None})}
+    threads = 32 * logits_warps(columns)
+    absent |= {"LATER": threads * 256, "THREADS": threads, **({} if target.has_pdl else {"later": None})}
+    given |= {"later": dtype} if target.has_pdl else {}
     yield Specialization(
         f"experts-logits-{shape}", logits_kernel, {"x": dtype, "weight": dtype, "logits": "fp32", **given},
         {"eps": "fp32", "stride_x": "i32"},
