@@ -154,7 +154,7 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
 
 # By tokens: rows of a tile, warps, stages, whether the pipeline may begin early, whether sums may take off the bias.
 FOLDED = {
-    8: [(64, 4, 4, True, True), (64, 4, 6, True, True), (128, 8, 4, True, True), (32, 2, 4, True, True)],
+    8: [(64, 4, 4, True, True), (64, 4, 8, True, True), (128, 8, 4, True, True), (32, 2, 8, True, True)],
     16: [(64, 4, 4, True, False), (32, 2, 4, True, True), (64, 2, 4, False, True), (128, 8, 4, True, False)],
     32: [(64, 4, 4, True, False), (32, 2, 4, False, False), (64, 2, 3, False, False), (128, 8, 4, False, False)],
     64: [(64, 4, 3, False, False), (128, 8, 3, False, False), (128, 4, 3, False, False)],
