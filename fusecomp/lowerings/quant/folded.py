@@ -16,7 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, weight_rows
 from fusecomp.lowerings.linear.skinny_tile import (
-    add_squares,
     finish_tile,
     load_tokens,
     normalize,
@@ -90,7 +89,7 @@ def folded_kernel(
 
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    squares = tl.zeros([FOLD // 8, BLOCK_T], tl.float32)
+    squares = tl.zeros([FOLD, BLOCK_T], tl.float32)
     factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
     if USE_PDL:
@@ -168,8 +167,9 @@ def _norms(norm_weight, cols, k, FOLD: tl.constexpr, BLOCK_T: tl.constexpr, NORM
 @triton.jit
 def _operands(v, g, factor, squares, NORM: tl.constexpr, SUM_SQUARES: tl.constexpr):
     """(normed inputs of each quarter, sums of squares)."""
-    for i in tl.static_range(4):
-        squares = add_squares(squares, v[i], SUM_SQUARES)
+    if SUM_SQUARES:  # of all quarters in one place each: a thread's own
+        for i in tl.static_range(4):
+            squares += v[i].to(tl.float32) * v[i].to(tl.float32)
     y = (
         normalize(v[0], g[0], factor, NORM), normalize(v[1], g[1], factor, NORM),
         normalize(v[2], g[2], factor, NORM), normalize(v[3], g[3], factor, NORM),
@@ -187,17 +187,19 @@ def _scales(scale, zero, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.co
 @triton.jit
 def _groups(scale, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
     column = start + tl.zeros([1, 1], tl.int32)
-    first = load_scales(scale, srow, column, k, stride, COLS, True)
     if COLS == 0 or COLS >= 4 * FOLD:
-        return (first,)
-    elif COLS == 2 * FOLD:
-        return first, load_scales(scale, srow, column + COLS, k, stride, COLS, True)
+        return (load_scales(scale, srow, column, k, stride, COLS, True),)
+    elif COLS == 2 * FOLD:  # one address, from which neighbours have constant distances
+        return (
+            load_scales(scale, srow, column, k, stride, COLS, True),
+            load_scales(scale + 1, srow, column, k, stride, COLS, True),
+        )
     else:
         return (
-            first,
-            load_scales(scale, srow, column + COLS, k, stride, COLS, True),
-            load_scales(scale, srow, column + 2 * COLS, k, stride, COLS, True),
-            load_scales(scale, srow, column + 3 * COLS, k, stride, COLS, True),
+            load_scales(scale, srow, column, k, stride, COLS, True),
+            load_scales(scale + 1, srow, column, k, stride, COLS, True),
+            load_scales(scale + 2, srow, column, k, stride, COLS, True),
+            load_scales(scale + 3, srow, column, k, stride, COLS, True),
         )
 
 
