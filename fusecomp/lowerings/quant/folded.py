@@ -1,6 +1,6 @@
 """Kernel of a linear layer by folded 4-bit integers, for one to some hundred tokens.
 
-Codes are folded when the weight is loaded (`WeightSpec.fold`): nibble j of the 16-bit words of a tile holds the codes of
+Codes are folded when the weight is loaded (`WeightSpec.fold`): nibbles j of the 16-bit words of a tile are the codes of
 the tile's j-th quarter of columns. A shift and a mask then give two neighbours of a quarter at once, in the places
 where the matrix units want them; inputs keep their order, and nothing is exchanged between threads.
 
@@ -280,19 +280,21 @@ def quarter(
         value = magic((word.to(tl.int32) >> 4 * PLACE) & 15)
         return (value + _bias(DTYPE) if SUMS else value - (z if HAS_ZERO else MIDDLE)).to(DTYPE)
     elif HAS_ZERO and not SUMS:
-        less = (-_bias(DTYPE) - z).to(DTYPE)
+        less = -_bias(DTYPE) - z
         if tl.float16 == DTYPE:
-            asm: tl.constexpr = SHIFTED[4 + PLACE]
-            return tl.inline_asm_elementwise(asm, "=r,r,r", [word, less], dtype=tl.float16, is_pure=True, pack=2)
+            half_asm: tl.constexpr = SHIFTED[4 + PLACE]
+            less = less.to(tl.float16)
+            return tl.inline_asm_elementwise(half_asm, "=r,r,r", [word, less], dtype=tl.float16, is_pure=True, pack=2)
         else:
             asm: tl.constexpr = SHIFTED[PLACE]
+            less = less.to(tl.bfloat16)
             return tl.inline_asm_elementwise(asm, "=r,r,r", [word, less], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif tl.float16 == DTYPE:
-        asm: tl.constexpr = BIASED[4 + PLACE] if SUMS else CENTRED[4 + PLACE]
-        return tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
+        half_plain: tl.constexpr = BIASED[4 + PLACE] if SUMS else CENTRED[4 + PLACE]
+        return tl.inline_asm_elementwise(half_plain, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        asm: tl.constexpr = BIASED[PLACE] if SUMS else CENTRED[PLACE]
-        return tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
+        plain: tl.constexpr = BIASED[PLACE] if SUMS else CENTRED[PLACE]
+        return tl.inline_asm_elementwise(plain, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit

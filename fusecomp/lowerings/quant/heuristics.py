@@ -42,7 +42,7 @@ class QuantConfig:
         block_k: columns of a weight tile.
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
-        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the kernel before.
+        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
     """
 
     kernel: str
