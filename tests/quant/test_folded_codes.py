@@ -21,8 +21,7 @@ from tests.quant import packers
 from tests.quant.checkpoints import check_logits, make, weights
 from tests.quant.test_formats import AWQ, GPTQ, ct, ints, orders
 
-WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
-WIDE["head_dim"] = 64
+WIDE = {
     "hidden_size": 256,
     "intermediate_size": 384,
     "num_attention_heads": 4,

@@ -115,7 +115,7 @@ BYTES = tl.constexpr(tuple(_two_bytes(i, dtype) for dtype in ("bf16", "fp16") fo
 
 @triton.jit
 def _part(word, PLACE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The fp8 code PLACE of int32 words, exact."""
+    """The fp8 code PLACE of int32 words, exact; ASM: by the GPU's own conversion."""
     if not ASM:
         return _fp8_value((word >> 8 * PLACE) & 255).to(DTYPE)
     elif tl.float16 == DTYPE:

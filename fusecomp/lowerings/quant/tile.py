@@ -185,7 +185,7 @@ def _multiply(
     else:
         if WORDS:
             words = tl.reshape(code, [BLOCK_R, BLOCK_K // 64, 16])
-            w = tl.reshape(word_values(words, y.dtype, ASM), [BLOCK_R, BLOCK_K])
+            w = tl.reshape(word_values(words, y.dtype, ASM and KIND != 1), [BLOCK_R, BLOCK_K])
             y = tl.reshape(word_order(tl.reshape(y, [BLOCK_K // 64, 64, BLOCK_T])), [BLOCK_K, BLOCK_T])
         else:
             w = unscaled(code, y.dtype, KIND, ASM, OFFSET)
