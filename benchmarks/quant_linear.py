@@ -135,7 +135,7 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     """Launches worth a try; for the tile kernel, splits for one to four programs per multiprocessor."""
     block_t = min(128, max(8, triton.next_power_of_2(tokens)))
     if shape.fold:
-        yield from folded_candidates(shape, tokens, block_t)
+        yield from folded_candidates(shape, tokens)
         return
     if tokens == 1:
         columns = 2048 if shape.bits == 4 else 1024
@@ -152,24 +152,23 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 yield QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, early)
 
 
-# By tokens: rows of a tile, warps, stages, whether the pipeline may begin early, whether sums may take off the bias.
+# By tokens of a program: rows of a tile, warps, stages, whether the pipeline may begin early, whether sums may take off
+# the bias. At 128 tokens registers spill.
 FOLDED = {
     8: [(64, 4, 4, True, True), (64, 4, 8, True, True), (128, 8, 4, True, True), (32, 2, 8, True, True)],
     16: [(64, 4, 4, True, False), (32, 2, 4, True, True), (64, 2, 4, False, True), (128, 8, 4, True, False)],
-    32: [(64, 4, 4, True, False), (32, 2, 4, False, False), (64, 2, 3, False, False), (128, 8, 4, False, False)],
-    64: [(64, 4, 3, False, False), (128, 8, 3, False, False), (128, 4, 3, False, False)],
-    128: [(64, 4, 2, False, False), (128, 8, 2, False, False)],
+    32: [(64, 4, 4, True, False), (32, 2, 4, False, False), (64, 4, 3, False, False), (128, 8, 4, False, False)],
+    64: [(64, 4, 2, False, False), (64, 4, 3, False, False), (128, 8, 3, False, False)],
 }
 
 
-def folded_candidates(shape: QuantShape, tokens: int, block_t: int) -> Iterator[QuantConfig]:
-    """As `candidates`, of folded codes; a block of half the tokens, too, from 64 on."""
-    for block in (block_t, 64) if block_t > 64 else (block_t,):
-        for rows, warps, stages, may_early, may_sum in FOLDED[block]:
-            kind = Kind(shape.n, shape.k, None, groups=shape.groups)
-            for splits in split_counts(kind, rows, 4 * shape.fold):
-                for early, sums in itertools.product((True, False)[not may_early :], (True, False)[not may_sum :]):
-                    yield QuantConfig("folded", block, rows, 4 * shape.fold, warps, stages, splits, early, sums)
+def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
+    """As `candidates`, of folded codes."""
+    block_t = min(64, max(8, triton.next_power_of_2(tokens)))
+    for rows, warps, stages, may_early, may_sum in FOLDED[block_t]:
+        for splits in split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold):
+            for early, sums in itertools.product((True, False)[not may_early :], (True, False)[not may_sum :]):
+                yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
 
 
 Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, configuration

@@ -25,7 +25,6 @@ VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # as TILE_LIMIT, of folded codes
-FOLDED_TILES = {8: (64, 4, 4), 16: (64, 4, 4), 32: (64, 4, 4), 64: (128, 8, 3), 128: (128, 8, 2)}  # rows, warps, stages
 MAX_SPLITS = 16
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
@@ -91,13 +90,11 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
 
 def _untuned_folded(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """For inputs of fp32, whose products are computed without matrix units, and other vendors' GPUs."""
-    exact, block_t = shape.dtype == "float32", max(8, next_power_of_2(tokens))
-    block_t = min(block_t, 16) if exact or target.backend == "hip" else block_t
-    rows, warps, stages = (32, 4, 1) if exact else FOLDED_TILES[block_t]
+    exact, block_t = shape.dtype == "float32", min(16, max(8, next_power_of_2(tokens)))
+    rows, stages = (32, 1) if exact else (64, 2)
     blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / block_t)
     splits = max(1, min(round(2 * target.num_sms / blocks), shape.k // (4 * shape.fold) // 4, MAX_SPLITS))
-    stages = min(stages, 2) if target.backend == "hip" else stages
-    return QuantConfig(FOLDED, block_t, rows, 4 * shape.fold, warps, stages, splits, early=tokens <= SKINNY_LIMIT)
+    return QuantConfig(FOLDED, block_t, rows, 4 * shape.fold, 4, stages, splits, early=tokens <= SKINNY_LIMIT)
 
 
 def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
