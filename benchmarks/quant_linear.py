@@ -152,22 +152,29 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 yield QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, early)
 
 
-# By tokens of a program: rows of a tile, warps, stages, whether the pipeline may begin early, whether sums may take off
-# the bias. At 128 tokens registers spill.
+# By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
+# spill.
+YES, NO, BOTH = (True,), (False,), (True, False)
 FOLDED = {
-    8: [(64, 4, 4, True, True), (64, 4, 8, True, True), (128, 8, 4, True, True), (32, 2, 8, True, True)],
-    16: [(64, 4, 4, True, False), (32, 2, 4, True, True), (64, 2, 4, False, True), (128, 8, 4, True, False)],
-    32: [(64, 4, 4, True, False), (32, 2, 4, False, False), (64, 4, 3, False, False), (128, 8, 4, False, False)],
-    64: [(64, 4, 2, False, False), (64, 4, 3, False, False), (128, 8, 3, False, False)],
-}
+    8: [
+        (64, 4, 4, BOTH, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 4, 6, BOTH, YES),
+        (128, 8, 4, YES, BOTH), (32, 2, 8, YES, YES),
+    ],
+    16: [
+        (64, 4, 4, BOTH, NO), (64, 2, 4, BOTH, BOTH), (32, 2, 4, BOTH, YES), (128, 8, 4, BOTH, NO),
+        (128, 4, 4, NO, NO),
+    ],
+    32: [(64, 4, 4, BOTH, NO), (32, 2, 4, NO, NO), (128, 8, 4, NO, NO), (64, 4, 3, NO, NO)],
+    64: [(64, 4, 2, NO, NO), (64, 4, 3, NO, NO), (128, 8, 3, NO, NO)],
+}  # fmt: skip
 
 
 def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     """As `candidates`, of folded codes."""
     block_t = min(64, max(8, triton.next_power_of_2(tokens)))
-    for rows, warps, stages, may_early, may_sum in FOLDED[block_t]:
+    for rows, warps, stages, *choices in FOLDED[block_t]:
         for splits in split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold):
-            for early, sums in itertools.product((True, False)[not may_early :], (True, False)[not may_sum :]):
+            for early, sums in itertools.product(*choices):
                 yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
 
 
