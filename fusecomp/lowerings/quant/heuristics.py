@@ -130,6 +130,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
 
     if shape.cols and config.block_r * config.block_t > 32 * 32 * config.num_warps:  # sums of a tile and of all
         config = replace(config, num_warps=8)
+    if folded and shape.zero and not config.sums:  # of fewer rows than threads, zeros are loaded in place
+        config = replace(config, num_warps=max(config.num_warps, config.block_r // 16))
 
     def need(c: QuantConfig) -> int:
         # Bytes of a column and token: with the norm inside, its weight is staged beside the inputs.
