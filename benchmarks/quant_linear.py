@@ -156,26 +156,20 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
 # spill.
 YES, NO, BOTH = (True,), (False,), (True, False)
 FOLDED = {
-    8: [
-        (64, 4, 4, BOTH, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 4, 6, BOTH, YES),
-        (128, 8, 4, YES, BOTH), (32, 2, 8, YES, YES),
-    ],
-    16: [
-        (64, 4, 4, BOTH, NO), (64, 2, 4, BOTH, BOTH), (32, 2, 4, BOTH, YES), (128, 8, 4, BOTH, NO),
-        (128, 4, 4, NO, BOTH),
-    ],
-    32: [(64, 4, 4, BOTH, NO), (32, 2, 4, NO, NO), (128, 8, 4, NO, NO), (64, 4, 3, NO, NO)],
-    64: [(64, 4, 2, NO, NO), (64, 4, 3, NO, NO), (128, 8, 3, NO, NO)],
-}  # fmt: skip
+    8: [(64, 4, 4, YES, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 8, 4, YES, NO)],
+    16: [(64, 2, 4, BOTH, YES), (128, 8, 4, YES, NO), (64, 4, 4, NO, NO)],
+    32: [(64, 4, 4, BOTH, NO), (128, 8, 4, NO, NO)],
+    64: [(64, 4, 2, NO, NO), (128, 8, 3, NO, NO)],
+}
 
 
 def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
-    """As `candidates`, of folded codes."""
+    """As `candidates`, of folded codes, with the two largest numbers of splits: small layers wait rather than read."""
     block_t = min(64, max(8, triton.next_power_of_2(tokens)))
     for rows, warps, stages, *choices in FOLDED[block_t]:
-        for splits in split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold):
-            for early, sums in itertools.product(*choices):
-                yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
+        counts = [*split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold)]
+        for splits, early, sums in itertools.product(counts[-2:], *choices):
+            yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
 
 
 Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, configuration
