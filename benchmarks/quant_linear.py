@@ -43,7 +43,6 @@ SCHEMES = {
     "int4": (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), False),
     "int4-zero": (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), True),
     "int4-32": (WeightSpec(INT, 4, 1, 32, "bfloat16", 32), False),
-    "int4-128": (WeightSpec(INT, 4, 1, 128, "bfloat16", 128), False),
     "int8": (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
     "fp8-block": (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
     "mxfp4": (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),

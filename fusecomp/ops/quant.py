@@ -18,7 +18,7 @@ INT, FP8, FP4, NF4 = "int", "fp8", "fp4", "nf4"
 KINDS = {INT: (4, 8), FP8: (8,), FP4: (4,), NF4: (4,)}  # kind -> widths in bits
 TENSOR, TOKEN, BLOCK = "tensor", "token", "block"
 INT4_OFFSET = 8  # of codes without zero points
-FOLDS = (64, 32, 128)  # columns of a quarter of a block of folded codes
+FOLDS = (64, 32)  # the first that fits is taken: columns of a quarter of a block of folded codes
 
 # Values of codes 0..15: OCP e2m1, and the quantiles of a normal distribution of QLoRA's appendix E.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
