@@ -19,7 +19,6 @@ from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
 from fusecomp.lowerings.quant import folded, heuristics
 from fusecomp.lowerings.quant.heuristics import (
-    FOLDED_LIMIT,
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
@@ -104,9 +103,9 @@ def test_folded_codes_have_one_kernel():
     assert quant_config(H100, shape, 1) == quant_config(H100, shape, 8)
     for target, dtype in itertools.product((H100, *TARGETS), ("bfloat16", "float16", "float32")):
         other = replace(shape, dtype=dtype)
-        kernels = [quant_config(target, other, tokens).kernel for tokens in (1, 33, FOLDED_LIMIT, FOLDED_LIMIT + 1)]
+        kernels = [quant_config(target, other, tokens).kernel for tokens in (1, 33, TILE_LIMIT[4], TILE_LIMIT[4] + 1)]
         assert kernels == ["folded"] * 3 + ["dequantize"]
-        assert dtype != "float32" or not any(quant_config(target, other, t).sums for t in (1, 33, FOLDED_LIMIT))
+        assert dtype != "float32" or not any(quant_config(target, other, t).sums for t in (1, 33, TILE_LIMIT[4]))
     assert quant_config(H100, replace(shape, cols=16, fold=0), 1).source == "no table"
 
 

@@ -24,7 +24,6 @@ SECTION = "quant"
 VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
-FOLDED_LIMIT = 128  # as TILE_LIMIT, of folded codes
 MAX_SPLITS = 16
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
@@ -66,7 +65,7 @@ def load_table(name: str) -> dict[str, Any]:
 @cache
 def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
-    if tokens > (FOLDED_LIMIT if shape.fold else TILE_LIMIT[shape.bits]):
+    if tokens > TILE_LIMIT[shape.bits]:
         return QuantConfig(DEQUANTIZE)
     if (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda":
         return _fit(_tuned(target, shape, tokens), target, shape)

@@ -44,7 +44,7 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (3, 2, 128, "bfloat16", 0),
     (4, 2, 16, "float16", 2),
     (5, 1, 8, "bfloat16", 2),
-    (7, 2, 128, "bfloat16", 0),
+    (7, 2, 64, "bfloat16", 0),
     (8, 1, 16, "float16", 2),
     (9, 1, 1, "bfloat16", 2),
     (9, 1, 32, "bfloat16", 2),
@@ -59,8 +59,7 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     if full:
         for layout in LAYOUTS:
             yield _dequantize(target, layout)
-            limit = heuristics.FOLDED_LIMIT if layout[5] else heuristics.TILE_LIMIT[layout[1]]
-            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= limit]
+            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= heuristics.TILE_LIMIT[layout[1]]]
             for groups, tokens, dtype in itertools.product((1, 2), counts, ("bfloat16", "float16")):
                 for norm in (0, 2, 3) if tokens <= heuristics.SKINNY_LIMIT else (0,):
                     yield specialization(target, layout, groups, tokens, dtype, norm)
