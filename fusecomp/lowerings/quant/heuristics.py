@@ -129,6 +129,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
 
     if shape.cols and config.block_r * config.block_t > 32 * 32 * config.num_warps:  # sums of a tile and of all
         config = replace(config, num_warps=8)
+    if shape.fold == 32 and config.sums:  # ptxas spills some
+        config = replace(config, sums=False)
     if folded and shape.zero and not config.sums:  # of fewer rows than threads, zeros are loaded in place
         config = replace(config, num_warps=max(config.num_warps, config.block_r // 16))
 
