@@ -99,6 +99,10 @@ class EngineConfig:
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
         compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
             start of the same model loads it, and trace only as many layers as differ.
+        deterministic: a request's tokens and log-probabilities are bitwise the same alone and in any batch, however its
+            prompt is cut into steps and whatever the prefix cache holds; one that draws tokens needs a seed of its own.
+            On a GPU every op must have a batch-invariant kernel, or the model is refused, naming the op; on the CPU,
+            each token is computed by itself.
         seed: seed of requests that bring none.
         strict: a fallback raises instead of being reported.
         verify: "first" compares the rewritten model with the original and with fp32 before serving, for a receipt
@@ -124,6 +128,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile_cache: bool = True
+    deterministic: bool = False
     seed: int = 0
     strict: bool = False
     verify: str = "off"
@@ -153,7 +158,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
-        for name in ("enable_prefix_caching", "enforce_eager", "compile_cache", "strict"):
+        for name in ("enable_prefix_caching", "enforce_eager", "compile_cache", "deterministic", "strict"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")

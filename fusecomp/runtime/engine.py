@@ -69,7 +69,7 @@ class Engine:
         self.config = config = self._limit_to_proof(config)
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
-        self._choice = TokenChoice(self._tables, self.device)
+        self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
@@ -203,7 +203,7 @@ class Engine:
         if (wanted := prompt_tokens(step)) is None:
             flight = self._runway.launch(step, self._run(batch, bucket))
         else:
-            logits, scores = with_prompt(self._step, batch, wanted)
+            logits, scores = with_prompt(self._step, batch, wanted, self._choice.pack)
             flight = self._runway.launch(step, self._choice(logits, batch, self._choice.kind(batch)), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight

@@ -126,8 +126,8 @@ def invariant_experts_config(
 ) -> ExpertsConfig:
     """Configuration of one call whose sums for a row are the same for any number of tokens.
 
-    As in `linear/invariant.py`: weights on the wide side of the matrix units, one tile of them, no part of K apart; only
-    the width of the tile of tokens follows their number.
+    As in `linear/invariant.py`: weights on the wide side of the matrix units, one tile of them, no part of K apart;
+    only the width of the tile of tokens follows their number.
     """
     source = "the same sums for any number of tokens"
     if itemsize != 2:

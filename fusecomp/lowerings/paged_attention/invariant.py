@@ -11,7 +11,7 @@ A tile of M rows holds the heads of one kv head for one query (decode) or severa
 a tile that another row wants (a later key, one before its window) leaves its state as it is, exactly: p = exp2(-inf)
 = 0, and its maximum, sum and accumulator are multiplied by 1 and added 0. So does a segment of which it sees nothing.
 
-Legend: T tokens, S rows, H query heads, G kv heads, R = H / G (RP: padded to a power of two), D head dim (DP: likewise),
+Legend: T tokens, S rows, H query heads, G kv heads, R = H / G (RP: padded to a power of two), D head dim (DP: too),
 B page size, M rows and N keys of a tile, P programs that share a decode row's segments.
 """
 
@@ -153,7 +153,9 @@ def invariant_attention_kernel(
         )  # fmt: skip
         if SHARED:
             place = at_row + s
-            tl.store(part_acc + ((place * R + r) * D)[:, None] + d[None, :], part_MD, stored[:, None] & (d < D)[None, :])
+            tl.store(
+                part_acc + ((place * R + r) * D)[:, None] + d[None, :], part_MD, stored[:, None] & (d < D)[None, :]
+            )
             tl.store(part_ml + place * 2 * R + r, part_m, stored)
             tl.store(part_ml + (place * 2 + 1) * R + r, part_l, stored)
         else:

@@ -1,7 +1,7 @@
 """Batch-invariant kernels under Triton's interpreter: right, and bitwise the same for a token in any step.
 
 `tests/lowerings/test_invariant.py` runs this file. The interpreter multiplies matrices by numpy's library, whose sums
-may depend on the other columns; here they are taken one product after the other, as matrix units take them step by step.
+may depend on the other columns; here they are taken one product after the other, as matrix units do step by step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fusecomp.lowerings import device, registration
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.linear.invariant import InvariantConfig, run_invariant
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
+from fusecomp.lowerings.linear.skinny import cdiv, split_steps
 from fusecomp.lowerings.paged_attention import lowering
 from fusecomp.lowerings.paged_attention.invariant import InvariantAttention, launch_invariant_attention
 from fusecomp.lowerings.paged_attention.rope import launch_rope_attention
@@ -74,7 +75,9 @@ def run(layer: Linear, config: InvariantConfig) -> torch.Tensor:
     buffer = torch.full((tokens + 1, n + 3), float("nan"), dtype=layer.x.dtype)
     out = buffer[:tokens, :n]
     epilogue = layer.epilogue
-    run_invariant(config, layer.x, layer.weight, out, epilogue.kernel, layer.args, layer.strides, epilogue.groups, False)
+    run_invariant(
+        config, layer.x, layer.weight, out, epilogue.kernel, layer.args, layer.strides, epilogue.groups, False
+    )
     assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
     layer.check(out, ulps=2.0)  # the interpreter truncates where a GPU rounds
     return out
@@ -88,8 +91,8 @@ def run(layer: Linear, config: InvariantConfig) -> torch.Tensor:
 def test_linear_rows(tokens, n, k, epilogue, dtype, block_r, block_k, splits, data):
     """Alone, in a step whose segments are programs, and in one whose programs do all segments."""
     layer = Linear.random(tokens, n, k, epilogue=epilogue, dtype=dtype)
-    per_segment = -(-(-(-k // block_k)) // splits)
-    config = InvariantConfig(block_r, block_k, 4, -(-(-(-k // block_k)) // per_segment), per_segment)
+    per_segment, segments = split_steps(cdiv(k, block_k), splits)
+    config = InvariantConfig(block_r, block_k, 4, segments, per_segment)
     whole = run(layer, config)
     for rows in (slice(0, 1), slice(0, 17), slice(tokens - 1, tokens)):
         assert torch.equal(run(rows_of(layer, rows), config), whole[rows])
@@ -170,7 +173,8 @@ def test_attention_rows(shape, group, queries, block_n, segment, window, softcap
     assert torch.equal(together, whole)
     at = data.draw(st.integers(0, count - 1))
     alone = attend(
-        step.q[at : at + 1], torch.tensor([0, 1], dtype=torch.int32), torch.tensor(ends[at : at + 1], dtype=torch.int32),
+        step.q[at : at + 1], torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor(ends[at : at + 1], dtype=torch.int32),
         step.block_tables[rows[at : at + 1]], [1, 1, ends[at], 1],
     )  # fmt: skip
     assert torch.equal(alone[0], whole[at])
