@@ -93,6 +93,10 @@ class EngineConfig:
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype; "fp8" as codes of one byte (e4m3) with a
             scale per token and kv head: half the memory of 16 bits, and 2.5% of rounding error in each key and value.
         block_size: tokens per KV page.
+        swap_space: GiB of host memory (pinned on a GPU) in which preempted sequences may keep their keys and values,
+            where copying them both ways is measured to take less time than computing them again. 0, the default, takes
+            none: preemption is rare with a cache that is large enough, prefix caching finds most of what was computed,
+            and so vLLM, which had 4 here, has dropped it.
         enable_prefix_caching: requests that begin with the same tokens share the full KV pages of these, and later ones
             find them as long as nothing else took the pages. A page's values depend on its prefix alone, so every
             model that is served allows it; results are those of computing the prefix in another step.
@@ -125,6 +129,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     block_size: int = 16
+    swap_space: float = 0.0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile_cache: bool = True
@@ -164,6 +169,8 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")
         if not is_int(self.seed):
             raise ConfigError(f"seed={self.seed!r}", where="EngineConfig", remedy="give an integer")
+        if not is_real(self.swap_space) or self.swap_space < 0:
+            raise ConfigError(f"swap_space={self.swap_space!r}", where="EngineConfig", remedy="give GiB, 0 for none")
         share = self.gpu_memory_utilization
         if not is_real(share) or not 0 < share <= 1:
             raise ConfigError(
@@ -176,6 +183,11 @@ class EngineConfig:
                 why="every running sequence needs at least one token a step",
                 remedy="raise max_num_batched_tokens or lower max_num_seqs",
             )
+
+    @property
+    def swap_bytes(self) -> int:
+        """`swap_space` in bytes."""
+        return int(self.swap_space * 2**30)
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with `changes` applied and checked."""

@@ -24,6 +24,8 @@ from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.loading import load_model
 from fusecomp.runtime.metrics import Metrics
 from fusecomp.runtime.scheduler import Scheduler
+from fusecomp.runtime.swap import HostBlocks
+from fusecomp.runtime.swap_space import SwapSpace
 from models.registry import build
 from tests.serving import tokens
 
@@ -78,6 +80,7 @@ class Load:
     spare_blocks: int = 100
     prefix_caching: bool = False
     overlap: bool = False
+    swap: bool = False
 
 
 Asked = tuple[list[int], SamplingParams, int]  # prompt, parameters, step of its arrival
@@ -90,7 +93,9 @@ def serve(name: str, requests: list[Asked], load: Load) -> tuple[list[Outcome], 
     longest = max(len(prompt) + (params.max_tokens or 0) - 1 for prompt, params, _ in requests)
     num_blocks = min(-(-longest // block_size) + load.spare_blocks, len(served_by._step.kv_caches[0]))
     kv = KVCacheManager(num_blocks, block_size, prefix_caching=load.prefix_caching)
-    served_by._scheduler = Scheduler(load.max_num_seqs, load.max_num_batched_tokens, MAX_LEN, kv)
+    swap = SwapSpace(40 if load.swap else 0, block_size, lambda tokens, blocks: True)
+    served_by._scheduler = Scheduler(load.max_num_seqs, load.max_num_batched_tokens, MAX_LEN, kv, swap)
+    served_by._host_blocks = HostBlocks(served_by._step.kv_caches, 40)
     served_by._metrics, served_by._builder = Metrics(), served_by._new_builder(served_by.config)
     served_by._flight, served_by.overlap = None, load.overlap
     outcomes = [Outcome() for _ in requests]
@@ -140,7 +145,7 @@ LENGTHS = (1, 2, 15, 16, 17, 30)
     ),
     st.builds(
         Load, st.integers(1, 5), st.sampled_from([5, 7, 16, 64]), st.sampled_from([0, 1, 3, 40]), st.booleans(),
-        st.booleans(),
+        st.booleans(), st.booleans(),
     ),
 )  # fmt: skip
 def test_company_does_not_matter(name, asked, load):
@@ -151,9 +156,11 @@ def test_company_does_not_matter(name, asked, load):
         assert outcome == alone(name, tuple(prompt), params)
 
 
-def test_preempted_sequences_are_computed_again_to_the_same_bits():
+@pytest.mark.parametrize("swap", [False, True], ids=["computed again", "moved"])
+def test_preempted_sequences_give_the_same_bits(swap):
     requests = [(tokens(engine("llama").vocab_size, 15, seed), PARAMS[1], 0) for seed in range(4)]
-    outcomes, preempted = serve("llama", requests, Load(spare_blocks=2))
+    outcomes, preempted = serve("llama", requests, Load(spare_blocks=2, swap=swap))
     assert preempted
+    assert bool(engine("llama").metrics.swapped_in_blocks) == swap
     for (prompt, params, _), outcome in zip(requests, outcomes, strict=True):
         assert outcome == alone("llama", tuple(prompt), params)
