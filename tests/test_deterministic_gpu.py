@@ -37,6 +37,7 @@ PARAMS = (
 class Outcome:
     token_ids: list[int] = field(default_factory=list)
     scores: list[bytes] = field(default_factory=list)
+    prompt_scores: dict[int, bytes] = field(default_factory=dict)  # by index in the prompt
 
 
 def meaning(row, count: int) -> bytes:
@@ -55,7 +56,8 @@ def serve(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> l
             outcome, params = outcomes[int(out.request_id)], requests[int(out.request_id)][1]
             outcome.token_ids += out.new_token_ids
             if out.prompt_scores is not None:
-                outcome.scores += [meaning(row, params.prompt_logprobs) for row in out.prompt_scores]
+                rows = [meaning(row, params.prompt_logprobs) for row in out.prompt_scores]
+                outcome.prompt_scores |= enumerate(rows, out.prompt_start)
             if out.scores is not None:
                 outcome.scores.append(meaning(out.scores, params.logprobs))
     return outcomes

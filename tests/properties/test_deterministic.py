@@ -69,7 +69,7 @@ class Outcome:
 
     token_ids: list[int] = field(default_factory=list)
     scores: list[bytes] = field(default_factory=list)
-    prompt_scores: list[bytes] = field(default_factory=list)
+    prompt_scores: dict[int, bytes] = field(default_factory=dict)  # by index in the prompt
     reason: str | None = None
 
 
@@ -112,7 +112,9 @@ def serve(name: str, requests: list[Asked], load: Load) -> tuple[list[Outcome], 
             if out.scores is not None:
                 outcome.scores.append(meaning(out.scores, params.logprobs))
             if out.prompt_scores is not None:
-                outcome.prompt_scores += [meaning(row, params.prompt_logprobs) for row in out.prompt_scores]
+                rows = [meaning(row, params.prompt_logprobs) for row in out.prompt_scores]
+                for at, row in enumerate(rows, out.prompt_start):  # a prompt that is computed again is scored again
+                    assert outcome.prompt_scores.setdefault(at, row) == row
             outcome.reason = out.finish_reason
         step += 1
     preempted = served_by.metrics.preemptions

@@ -142,14 +142,13 @@ class ServingMachine(RuleBasedStateMachine):
         steps_run[0] += 1
         flight, self.flight = self.flight, None
         if flight is None:
+            for host in self.swap._free:  # its owner came back or ended: who reads it now fails
+                self.model.host.pop(host, None)
             step = self.scheduler.schedule()
             if step is None:
                 assert not self.live
                 return
             self.check_step(step)
-            for host in [host for host in self.model.host if host in self.swap._free]:
-                if host not in {host for host, _ in step.swap_in}:
-                    del self.model.host[host]  # its owner ended or found its blocks; who reads it now fails
             flight = self.launch(step)
         step, tokens = flight
         if overlap and (ahead := self.scheduler.schedule_ahead(step)) is not None:
