@@ -34,7 +34,7 @@ from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
-from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
+from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
@@ -418,8 +418,11 @@ class Engine:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
         start = time.perf_counter()
         check_packing(self)
+        written = MOST_BLOCKS
+        if self.config.deterministic and self.device.type == "cuda":  # on the CPU it holds by construction
+            written = max(written, check_invariance(self))
         for cache in self._step.kv_caches:
-            cache[:MOST_BLOCKS].zero_()
+            cache[:written].zero_()
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:

@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.config import EngineConfig
+from fusecomp.errors import VerificationError
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.loading import load_model
 from fusecomp.runtime.metrics import Metrics
+from fusecomp.runtime.packing import check_invariance
 from fusecomp.runtime.scheduler import Scheduler
 from fusecomp.runtime.swap import HostBlocks
 from fusecomp.runtime.swap_space import SwapSpace
@@ -166,3 +168,18 @@ def test_preempted_sequences_give_the_same_bits(swap):
     assert bool(engine("llama").metrics.swapped_in_blocks) == swap
     for (prompt, params, _), outcome in zip(requests, outcomes, strict=True):
         assert outcome == alone("llama", tuple(prompt), params)
+
+
+def test_start_up_tries_the_promise(monkeypatch):
+    """As on a GPU: one unit in the last place is found out."""
+    served_by = engine("llama")
+    assert check_invariance(served_by) > 0
+    logits = served_by.prompt_logits
+
+    def other(prompts, *, decode_last=False):
+        found = logits(prompts, decode_last=decode_last)
+        return found if len(prompts) > 1 and not decode_last else torch.nextafter(found, found + 1)
+
+    monkeypatch.setattr(served_by, "prompt_logits", other)
+    with pytest.raises(VerificationError, match="one by one"):
+        check_invariance(served_by)

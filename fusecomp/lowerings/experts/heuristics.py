@@ -135,7 +135,7 @@ def invariant_experts_config(
         return ExpertsConfig("grouped", tiles, tiles, 16, True, source=source)
     rows = tokens * top_k / experts
     block_t = 16 if rows <= 16 else 32 if rows <= 64 else 128
-    tiles = Tiles(64, 128, 4, 4)
+    tiles = Tiles(64, 128 if target.smem_bytes >= 128 * 1024 else 64, 4, 4)
     config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source)
     fitted = _fit(config, target, itemsize, top_k)
     assert fitted.up.block_d == fitted.down.block_d == tiles.block_d, "stages alone must make room"
