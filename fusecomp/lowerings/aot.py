@@ -326,6 +326,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
+    from fusecomp.lowerings.invariant_aot import invariant_specializations
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
@@ -342,7 +343,8 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     )
     experts = experts_specializations(target, full=full)
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))
-    for spec in itertools.chain(attention, linear, others, experts, quantized):
+    invariant = invariant_specializations(target, full=full)
+    for spec in itertools.chain(attention, linear, others, experts, quantized, invariant):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecomp.ops.mode import batch_invariant
+
 logger = logging.getLogger("fusecomp")
 
 ALIGNMENT = 16  # bytes of an address, or of an integer, that Triton specializes on
@@ -42,6 +44,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def computed(result: Tensor) -> Tensor:
     """What launches wrote to; zeros under `compile_ahead`, where nothing was written."""
     return result.zero_() if compiling_ahead() else result
+
+
+def rounding_options() -> dict[str, bool]:
+    """Launch options that keep products and sums apart where a token's bits must not depend on a kernel's variant."""
+    return {"enable_fp_fusion": False} if batch_invariant() else {}
 
 
 def compiling_ahead() -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp.config import EngineConfig
-from fusecomp.errors import FallbackError, RequestError
+from fusecomp.errors import ConfigError, FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.experts import CodesShape
@@ -34,10 +34,12 @@ from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
-from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
+from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
+from fusecomp.runtime.swap import HostBlocks
+from fusecomp.runtime.swap_space import SwapCost, SwapSpace
 
 # Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
 # SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
@@ -69,7 +71,7 @@ class Engine:
         self.config = config = self._limit_to_proof(config)
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
-        self._choice = TokenChoice(self._tables, self.device)
+        self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
@@ -80,7 +82,8 @@ class Engine:
             self.report.notes.append(f"the KV cache has {num_blocks} blocks: {limit}")
         caching = config.enable_prefix_caching
         kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes, prefix_caching=caching)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
+        limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
+        self._scheduler = Scheduler(*limits, kv, self._new_swap_space(config))
         self._metrics = Metrics()
         self._choice.set_vocabulary(self._step.num_logits)
         self._graphs: GraphRunner | None = None
@@ -200,10 +203,13 @@ class Engine:
         self._latest = batch, bucket
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
+        if step.swap_out or step.swap_in:
+            assert self._host_blocks is not None
+            self._host_blocks.move(step.swap_out, step.swap_in)
         if (wanted := prompt_tokens(step)) is None:
             flight = self._runway.launch(step, self._run(batch, bucket))
         else:
-            logits, scores = with_prompt(self._step, batch, wanted)
+            logits, scores = with_prompt(self._step, batch, wanted, self._choice.pack)
             flight = self._runway.launch(step, self._choice(logits, batch, self._choice.kind(batch)), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight
@@ -332,8 +338,30 @@ class Engine:
         if self.device.type == "cuda":
             self.report.seconds["kernels ahead"] = time.perf_counter() - start
         budget.begin()
+        start = time.perf_counter()
         greedy(self._step(self._stand_in_prefill(prompts, places)))
-        return budget.end()
+        num_blocks = budget.end()  # which waits for the step
+        self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
+        return num_blocks
+
+    def _new_swap_space(self, config: EngineConfig) -> SwapSpace | None:
+        """Host memory for preempted sequences, and what decides who uses it: measured rates of copies and prefills."""
+        self._host_blocks: HostBlocks | None = None
+        if config.swap_bytes == 0:
+            return None
+        count = config.swap_bytes // self._step.block_bytes
+        if count == 0:
+            raise ConfigError(
+                f"swap_space={config.swap_space} GiB holds no block of {self._step.block_bytes} bytes",
+                where="EngineConfig",
+                remedy="give more, or 0 for none",
+            )
+        self._host_blocks = HostBlocks(self._step.kv_caches, count)
+        cost = SwapCost(self._step.block_bytes, self._host_blocks.bytes_per_s(), self._prefill_rate)
+        rates = f"copies {cost.bytes_per_s / 1e9:.3g} GB/s, prefills {cost.tokens_per_s:.3g} tokens/s"
+        choice = "moved" if cost.worthwhile(config.block_size, 1) else "computed again"
+        self.report.notes.append(f"swap space of {count} blocks: {rates}; preempted sequences are {choice}")
+        return SwapSpace(count, config.block_size, cost.worthwhile)
 
     def _meet_kernels(self) -> None:
         """Under `compile_ahead`, go through the shapes that start-up runs: every graph, and the checks' tiny steps."""
@@ -390,8 +418,11 @@ class Engine:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
         start = time.perf_counter()
         check_packing(self)
+        written = MOST_BLOCKS
+        if self.config.deterministic and self.device.type == "cuda":  # on the CPU it holds by construction
+            written = max(written, check_invariance(self))
         for cache in self._step.kv_caches:
-            cache[:MOST_BLOCKS].zero_()
+            cache[:written].zero_()
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
