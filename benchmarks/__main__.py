@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--quantize", choices=QUANTIZE_SCHEMES, help="quantize the weights before the engine is built")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
-    add("--profile", action="store_true", help="decode, prefill: device time by kernel")
+    add("--profile", action="store_true", help="decode, prefill: time by kernel; offline: idle time")
     add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(argv))

@@ -66,8 +66,9 @@ def compile_ahead(device: torch.device) -> Iterator[None]:
         yield
         return
     threads = len(os.sched_getaffinity(0))
-    index = torch.cuda.current_device() if device.index is None else device.index
-    pool = ThreadPoolExecutor(threads, "compile-ahead", initializer=torch.cuda.set_device, initargs=(index,))
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    pool = ThreadPoolExecutor(threads, "compile-ahead", initializer=torch.cuda.set_device, initargs=(device,))
     ahead = _Ahead(pool)
     token = _ahead.set(ahead)
     try:

@@ -17,10 +17,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import ConfigError, FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
-from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.kv_cache import fill_random
-from fusecomp.ops.linear import LinearShape
-from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.quant.online.record import describe as describe_quantization
 from fusecomp.report import FusionReport
 from fusecomp.request import RequestMetrics, SamplingParams
@@ -28,6 +25,7 @@ from fusecomp.runtime import memory
 from fusecomp.runtime.adjust import RowTables
 from fusecomp.runtime.batch import BatchBuilder, StepBatch
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
+from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
@@ -452,25 +450,11 @@ class Engine:
         for cache in self._step.kv_caches:
             cache[:used].zero_()
         self.report.cuda_graphs = list(self._graphs.sizes)
-        self._explain_lowerings()
-        self.report.seconds["graphs"] = time.perf_counter() - start
-
-    def _explain_lowerings(self) -> None:
-        """Say which kernels linears and experts of codes take, for batches with a graph and the longest step."""
         from fusecomp.lowerings.device import target_of
-        from fusecomp.lowerings.experts.quant_heuristics import explain_choices as explain_experts
-        from fusecomp.lowerings.linear.lowering import explain_choices
-        from fusecomp.lowerings.quant.lowering import explain_choices as explain_quantized
 
         counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
-        for operation in dict.fromkeys(match.operation for match in self.report.matches):
-            target = target_of(self._step.kv_caches[0])
-            if shape := LinearShape.parse(operation):
-                self.report.lowerings[operation] = explain_choices(target, shape, counts)
-            elif quantized := QuantShape.parse(operation):
-                self.report.lowerings[operation] = explain_quantized(target, quantized, counts)
-            elif experts := CodesShape.parse(operation):
-                self.report.lowerings[operation] = explain_experts(target, experts, counts)
+        explain_lowerings(self.report, target_of(self._step.kv_caches[0]), counts)
+        self.report.seconds["graphs"] = time.perf_counter() - start
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():
