@@ -111,7 +111,7 @@ def test_folded_codes_have_one_kernel():
 
 def test_splits_follow_the_gpu():
     large = Target("Some GPU", "cuda", 90, SM90.smem_bytes, 2 * SM90.num_sms)
-    shape = QuantShape(3072, 4096, 1, "bfloat16", INT, 4, 1, 128, False, fold=64)
+    shape = QuantShape(8192, 4096, 1, "bfloat16", INT, 4, 1, 128, False, fold=64)
     assert quant_config(large, shape, 16).splits > quant_config(SM90, shape, 16).splits
     assert quant_config(SM90, replace(shape, n=1 << 20), 16).splits == 1
 

@@ -83,7 +83,7 @@ def run(layer: Linear, config: InvariantConfig) -> torch.Tensor:
     return out
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=10)
 @given(
     st.integers(2, 140), st.integers(1, 40), st.integers(1, 200), st.sampled_from([*EPILOGUES]),
     st.sampled_from(DTYPES), st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.integers(1, 4), st.data(),
@@ -139,7 +139,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=10)
 @given(
     SHAPES, st.sampled_from([1, 3, 4]), st.sampled_from([1, 4]), st.sampled_from([16, 32]), st.sampled_from([32, 64]),
     st.sampled_from([0, 0, 7, 50]), st.sampled_from([0.0, 5.0]), st.booleans(), st.data(),

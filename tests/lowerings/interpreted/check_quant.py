@@ -127,13 +127,13 @@ def run(layer, config):
     return out
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=20)
 @given(layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
 def test_one_token(layer, block_r, block_k):
     run(layer, QuantConfig("vector", 1, block_r, block_k))
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=20)
 @given(
     layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
     st.sampled_from([16, 64, 128, 256]), st.integers(1, 4), st.booleans(),
