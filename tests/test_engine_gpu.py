@@ -271,7 +271,10 @@ def test_preempted_requests_come_back_with_the_same_tokens(device, name, block_s
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_strict(name):
-    serve(make_engine(name, "cuda", torch.float32, strict=True), [(prompts()[2], GREEDY)])
+    """A fallback would raise."""
+    engine = make_engine(name, "cuda", torch.float32, strict=True)
+    assert serve(engine, [(prompts()[2], GREEDY)]) == [hf_greedy(name, 32)[2]]
+    assert engine.report.fallbacks == {}
 
 
 @pytest.mark.gpu

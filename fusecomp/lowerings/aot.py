@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusecomp.lowerings.machine_code import cuda_usage, hip_usage
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
@@ -62,11 +60,8 @@ class Specialization:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*, `lost_codes` is a bug.
-
-    ptxas 12.8, where fp8 codes are both packed four to a register and converted back, reads half of the latter from the
-    stack pointer. The kernel compiles, and is wrong.
-    """
+    """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*, `lost_codes` is a bug
+    of the assembler: see `machine_code.py`."""
 
     name: str
     target: str
@@ -314,9 +309,9 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":
-        registers, spills, lost = _cuda_usage(compiled)
+        registers, spills, lost = cuda_usage(compiled)
     else:
-        (registers, spills), lost = _hip_usage(compiled.asm["amdgcn"]), 0
+        (registers, spills), lost = hip_usage(compiled.asm["amdgcn"]), 0
     config = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     config |= {key: value for key, value in spec.constants.items() if key.startswith("BLOCK")}
     shared = compiled.metadata.shared
@@ -349,32 +344,6 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         if key not in seen:
             seen.add(key)
             yield compile_one(spec, target_name)[0]
-
-
-def _cuda_usage(compiled: Any) -> tuple[int, int, int]:
-    """(registers per thread, bytes of local memory per thread, lost codes) of a cubin; spills live in that memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def dump(what: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        ptx = compiled.asm["ptx"]
-        both_ways = "e4m3x2.f32" in ptx and "f16x2.e4m3x2" in ptx
-        lost = len(re.findall(r"E4M3\.UNPACK_B R\d+, R1(\.H1)? ", dump("--dump-sass"))) if both_ways else 0
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), lost
-
-
-def _hip_usage(amdgcn: str) -> tuple[int, int]:
-    """(vector registers, spilled vector and scalar registers) from the assembly's metadata."""
-
-    def read(key: str) -> int:
-        return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", amdgcn))
-
-    return read("vgpr_count"), read("vgpr_spill_count") + read("sgpr_spill_count")
 
 
 def main() -> None:

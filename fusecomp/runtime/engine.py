@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecomp.config import EngineConfig
-from fusecomp.errors import ConfigError, FallbackError, RequestError
+from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.kv_cache import fill_random
@@ -36,8 +36,7 @@ from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_i
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
-from fusecomp.runtime.swap import HostBlocks
-from fusecomp.runtime.swap_space import SwapCost, SwapSpace
+from fusecomp.runtime.swap import open_swap_space
 
 # Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
 # SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
@@ -81,7 +80,12 @@ class Engine:
         caching = config.enable_prefix_caching
         kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes, prefix_caching=caching)
         limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
-        self._scheduler = Scheduler(*limits, kv, self._new_swap_space(config))
+        self._host_blocks, swap = None, None
+        if config.swap_bytes:
+            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, self._prefill_rate)
+            self._host_blocks, swap, note = opened
+            self.report.notes.append(note)
+        self._scheduler = Scheduler(*limits, kv, swap)
         self._metrics = Metrics()
         self._choice.set_vocabulary(self._step.num_logits)
         self._graphs: GraphRunner | None = None
@@ -341,25 +345,6 @@ class Engine:
         num_blocks = budget.end()  # which waits for the step
         self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
         return num_blocks
-
-    def _new_swap_space(self, config: EngineConfig) -> SwapSpace | None:
-        """Host memory for preempted sequences, and what decides who uses it: measured rates of copies and prefills."""
-        self._host_blocks: HostBlocks | None = None
-        if config.swap_bytes == 0:
-            return None
-        count = config.swap_bytes // self._step.block_bytes
-        if count == 0:
-            raise ConfigError(
-                f"swap_space={config.swap_space} GiB holds no block of {self._step.block_bytes} bytes",
-                where="EngineConfig",
-                remedy="give more, or 0 for none",
-            )
-        self._host_blocks = HostBlocks(self._step.kv_caches, count)
-        cost = SwapCost(self._step.block_bytes, self._host_blocks.bytes_per_s(), self._prefill_rate)
-        rates = f"copies {cost.bytes_per_s / 1e9:.3g} GB/s, prefills {cost.tokens_per_s:.3g} tokens/s"
-        choice = "moved" if cost.worthwhile(config.block_size, 1) else "computed again"
-        self.report.notes.append(f"swap space of {count} blocks: {rates}; preempted sequences are {choice}")
-        return SwapSpace(count, config.block_size, cost.worthwhile)
 
     def _meet_kernels(self) -> None:
         """Under `compile_ahead`, go through the shapes that start-up runs: every graph, and the checks' tiny steps."""

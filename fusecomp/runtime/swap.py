@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fusecomp.runtime.swap_space import Moves
+from fusecomp.config import EngineConfig
+from fusecomp.errors import ConfigError
+from fusecomp.runtime.swap_space import Moves, SwapCost, SwapSpace
 
 STAGE_BYTES = 32 << 20  # of each of two buffers, at least one block
 TRIAL_BYTES = 64 << 20  # that are moved to measure the bus
@@ -88,10 +91,10 @@ class HostBlocks:
             torch.cuda.current_stream().wait_event(self._done[self._turn])
         return self._stages[self._turn][:count]
 
-    def _copying(self) -> torch.cuda.StreamContext | _Here:
+    def _copying(self) -> AbstractContextManager:
         """The copies' stream, behind what the current one was given."""
         if not self._cuda:
-            return _Here()
+            return nullcontext()
         self._copies.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._copies)
 
@@ -116,16 +119,6 @@ class HostBlocks:
             at += layer.shape[1]
 
 
-class _Here:
-    """No stream but the one there is."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 def _runs(hosts: list[int]) -> Iterator[tuple[int, int, int]]:
     """(first, last + 1, row) of pieces of `hosts` that lie one behind the other from `row` on."""
     first = 0
@@ -133,3 +126,30 @@ def _runs(hosts: list[int]) -> Iterator[tuple[int, int, int]]:
         if i == len(hosts) or hosts[i] != hosts[i - 1] + 1:
             yield first, i, hosts[first]
             first = i
+
+
+def open_swap_space(
+    config: EngineConfig, kv_caches: Sequence[Tensor], block_bytes: int, tokens_per_s: float
+) -> tuple[HostBlocks, SwapSpace, str]:
+    """Host memory of `config.swap_space` GiB, who has it, and what the report should say of it.
+
+    Args:
+        block_bytes: of one block in all layers.
+        tokens_per_s: of a prefill, against which the rate of copies, measured here, is weighed.
+
+    Raises:
+        ConfigError: not one block fits.
+    """
+    count = config.swap_bytes // block_bytes
+    if count == 0:
+        raise ConfigError(
+            f"swap_space={config.swap_space} GiB holds no block of {block_bytes} bytes",
+            where="EngineConfig",
+            remedy="give more, or 0 for none",
+        )
+    blocks = HostBlocks(kv_caches, count)
+    cost = SwapCost(block_bytes, blocks.bytes_per_s(), tokens_per_s)
+    rates = f"copies {cost.bytes_per_s / 1e9:.3g} GB/s, prefills {cost.tokens_per_s:.3g} tokens/s"
+    choice = "moved" if cost.worthwhile(config.block_size, 1) else "computed again"
+    note = f"swap space of {count} blocks: {rates}; preempted sequences are {choice}"
+    return blocks, SwapSpace(count, config.block_size, cost.worthwhile), note

@@ -187,9 +187,7 @@ def launch_invariant_linear(
     if (norm := program.norm) is not None:
         x, _ = launch_norm(x, None, norm_weight, norm_bias, norm.eps, norm.kind, norm.plus_one)
     n = weight.shape[0] // program.groups
-    config = invariant_config(
-        target_of(x), n=n, k=x.shape[1], groups=program.groups, itemsize=x.element_size()
-    )  # fmt: skip
+    config = invariant_config(target_of(x), n=n, k=x.shape[1], groups=program.groups, itemsize=x.element_size())
     args = tuple(
         o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
         for o, layout in zip(operands, program.operands, strict=True)

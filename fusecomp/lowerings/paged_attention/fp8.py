@@ -76,7 +76,7 @@ def quantized(x_TD, CODES: tl.constexpr):
 
     Four scales are tried, as `quantize_heads` does and with its choice: squared errors are added as integers, in fp32,
     which is exact up to 2^24, four times the most that the best can have. Codes are made again for the chosen scale,
-    and not kept: ptxas 12.8 loses codes that are both stored and converted back (see `aot.lost_codes`).
+    and not kept: ptxas 12.8 loses codes that are both stored and converted back (`machine_code.py`).
     """
     finite = tl.abs(x_TD) < float("inf")
     x_TD = tl.where(finite, x_TD, 0.0)
