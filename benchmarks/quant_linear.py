@@ -31,7 +31,8 @@ from benchmarks.linear_chain import EPS, MODELS, Chain, Kind, Model
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
+from fusecomp.lowerings.linear.lowering import launch_norm_op
+from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config, serves_words
 from fusecomp.lowerings.quant.lowering import run_quant
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import NormSpec
@@ -49,6 +50,12 @@ SCHEMES = {
     "nf4": (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
 }
 LAYERS = 4
+AHEAD = 4  # tiles that launches which are not early ask the L2 for
+# Rows, columns and warps of the one-token kernel that reads words: 256 columns a warp, or twice that.
+WORD_TILES = (
+    (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (2, 4096, 4), (4, 4096, 4),
+    (4, 512, 2), (8, 512, 2), (4, 1024, 2), (8, 1024, 2), (8, 256, 1), (4, 512, 1), (4, 2048, 8), (8, 2048, 8),
+)  # fmt: skip
 SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
 Weight = tuple[Tensor, Tensor, Tensor | None]
 
@@ -85,6 +92,17 @@ def make_weight(rows: int, k: int, spec: WeightSpec, zero: bool) -> Weight:
     return q, scale, torch.randint(4, 12, size, device="cuda").bfloat16() if zero else None
 
 
+def run_kind(
+    config: QuantConfig, x: Tensor, weight: Weight, norm: Tensor | None, operands: list[Tensor], kind: Kind,
+    spec: WeightSpec, out: Tensor, pdl: bool,
+) -> None:  # fmt: skip
+    """One layer as `config` says: its norm in the launch, or in one of its own before it."""
+    program = program_of(kind)
+    if program.norm is not None and not config.inside:
+        x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
+    run_quant(config, x, *weight, norm, operands, program, spec, out, pdl)
+
+
 class QuantChain(Chain):
     """A chain whose layers hold codes."""
 
@@ -116,7 +134,7 @@ class QuantChain(Chain):
         kind = self.model.kinds[name]
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
-        run_quant(config, x, *self.weights[name][i], norm, operands, program_of(kind), self.spec, out, pdl)
+        run_kind(config, x, self.weights[name][i], norm, operands, kind, self.spec, out, pdl)
         return out
 
     def configs(self, tokens: int) -> dict[str, Any]:
@@ -140,15 +158,23 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         columns = 2048 if shape.bits == 4 else 1024
         for rows, block_k, warps in ((4, columns, 4), (8, columns, 4), (8, columns // 2, 2), (8, 2 * columns, 4)):
             yield QuantConfig("vector", 1, max(rows, shape.groups), block_k, warps)
-    small = [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (128, 128, 8, 4), (128, 128, 4, 4)]
+        for rows, block_k, warps in WORD_TILES if serves_words(shape) else ():
+            if shape.k % block_k == 0:
+                yield QuantConfig("words", 1, rows, block_k, warps)
+    small = [(64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4), (32, 256, 2, 3), (32, 128, 2, 6)]
     large = [(64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 3)]
+    norm = shape.k == 4096 and shape.n != 4096  # of the kinds of Llama-8B, those with one
     for rows, block_k, warps, stages in small if tokens <= 32 else large:
         if shape.cols and shape.cols % block_k:
             continue
         kind = Kind(shape.n, shape.k, None, groups=shape.groups)
-        for splits, early in itertools.product(split_counts(kind, rows, block_k), (True, False)):
+        for splits, early, inside in itertools.product(
+            split_counts(kind, rows, block_k), (True, False), (True, False) if norm and tokens > 1 else (True,)
+        ):
             if early is False or tokens <= 16:
-                yield QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, early)
+                yield QuantConfig(
+                    "tile", block_t, rows, block_k, warps, stages, splits, early, ahead=AHEAD, inside=inside
+                )
 
 
 # By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
@@ -176,7 +202,8 @@ Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, config
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
     """What decides a kernel's code."""
-    return scheme, "o" if name == "down" else name, tokens, replace(config, source="")
+    config = replace(config, source="", ahead=1 if config.early else config.ahead)
+    return scheme, "o" if name == "down" else name, tokens, config
 
 
 def _prepare(job: Job) -> str:
@@ -188,7 +215,7 @@ def _prepare(job: Job) -> str:
         x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
         weight = make_weight(kind.groups * n, kind.k, spec, zero)
         operands = [out] if kind.epilogue is RESIDUAL else []
-        run_quant(config, x, *weight, x[0] if kind.norm else None, operands, program_of(kind), spec, out, True)
+        run_kind(config, x, weight, x[0].clone() if kind.norm else None, operands, kind, spec, out, True)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__} {str(error)[-300:]}"
@@ -217,7 +244,8 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{' sums' if c.sums else ''}"
+    extra = f" a{c.ahead}" * (c.ahead > 1) + " norm apart" * (not c.inside) + " sums" * c.sums
+    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{extra}"
 
 
 def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig], ceiling: float) -> tuple[Any, list]:
@@ -292,20 +320,19 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
     return entries
 
 
-def peers(tokens: list[int], ceiling: float) -> list[dict]:
-    """The same layers in bf16, ours and cuBLAS."""
+def peers(tokens: list[int], ceiling: float, library: bool) -> list[dict]:
+    """The same layers in bf16, ours and, if `library`, cuBLAS."""
     chain, rows = Chain(MODELS["llama-8b"], LAYERS), []
     for t in tokens:
         x = chain.random(t, chain.model.hidden)
-        cells = {}
-        for label, run in (
-            ("ours", chain.ours(x, default_configs(chain.model, t), True, head=False)), ("cuBLAS", chain.peer(x, False))
-        ):  # fmt: skip
-            cells[label] = seconds_of(run, 15)
+        runs = {"ours": chain.ours(x, default_configs(chain.model, t), True, head=False)}
+        if library:
+            runs["cuBLAS"] = chain.peer(x, False)
+        cells = {label: seconds_of(run, 15) for label, run in runs.items()}
         rows.append({"tokens": t, **{k: round(v * 1e3, 4) for k, v in cells.items()}})
-        ours, cublas = cells["ours"], cells["cuBLAS"]
-        share = chain.bytes(False) / ours / ceiling
-        print(f"bf16 {t} tokens: chain {ours * 1e3:.4f} ms {share:.1%}; cuBLAS {cublas * 1e3:.4f} ms", flush=True)
+        share = chain.bytes(False) / cells["ours"] / ceiling
+        text = ", ".join(f"{label} {seconds * 1e3:.4f} ms" for label, seconds in cells.items())
+        print(f"bf16 {t} tokens: chain of {text}; ours {share:.1%}", flush=True)
     return rows
 
 
@@ -345,15 +372,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,64")
     parser.add_argument("--kinds", default="qkv,o,gate_up,down")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--peers", action="store_true", help="also time the same layers in bf16")
+    parser.add_argument("--peers", action="store_true", help="also time the same layers in bf16, ours and cuBLAS")
+    parser.add_argument("--bf16", action="store_true", help="also time ours in bf16")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args()
     schemes, tokens = args.schemes.split(","), [int(t) for t in args.tokens.split(",")]
     ceiling = read_bandwidth(torch.device("cuda"))
     result: dict = {"gpu": torch.cuda.get_device_name(), "read_TB_s": round(ceiling / 1e12, 3)}
     print(result, flush=True)
-    if args.peers:
-        result["bf16"] = peers(tokens, ceiling)
+    if args.peers or args.bf16:
+        result["bf16"] = peers(tokens, ceiling, args.peers)
     if args.tune:
         result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out)
     else:

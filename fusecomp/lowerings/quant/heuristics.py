@@ -21,7 +21,7 @@ from fusecomp.ops.quant_linear import QuantShape
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
-VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "tile", "folded", "dequantize"
+VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 MAX_SPLITS = 16
@@ -33,14 +33,16 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, "tile" for more, "folded" for folded codes, "dequantize" for a 16-bit weight and
-            `linear`'s own choice.
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes;
+            "dequantize" for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
+        ahead: tile, if not early: weight tiles that the L2 is asked for before that wait.
+        inside: the norm is part of the launch, and not one of its own before it.
     """
 
     kernel: str
@@ -52,6 +54,8 @@ class QuantConfig:
     splits: int = 1
     early: bool = True
     sums: bool = False
+    ahead: int = 1
+    inside: bool = True
     source: str = "no table"
 
 
@@ -120,7 +124,9 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
 
 def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
-    if config.kernel == VECTOR:
+    if config.kernel == WORD_VECTOR and not serves_words(shape):
+        config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
+    if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
     config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
@@ -155,6 +161,11 @@ def unit(shape: QuantShape) -> int:
     """Columns whose products the vector kernel sums before they are scaled: those of a 16-byte load, if possible."""
     wanted = 32 if shape.bits == 4 else 16
     return wanted if shape.cols % wanted == 0 else LEAST_COLUMNS
+
+
+def serves_words(shape: QuantShape) -> bool:
+    """Whether the kernel of one token that reads words of four codes takes a shape."""
+    return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
 
 
 def reads_words(config: QuantConfig, shape: QuantShape) -> bool:

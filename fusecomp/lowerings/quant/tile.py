@@ -62,6 +62,7 @@ def quant_tile_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
+    AHEAD: tl.constexpr,  # else: weight tiles that the L2 is asked for before the wait
     KIND: tl.constexpr,
     WORDS: tl.constexpr,  # fp8 is read as words
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
@@ -134,7 +135,9 @@ def quant_tile_kernel(
             acc, sums = _multiply(acc, sums, code, y, s_now, z_now, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
     else:
         if USE_PDL:
-            _prefetch(q + rows * (k // PACK), start // PACK, k // PACK, BLOCK_K // PACK)
+            for i in tl.static_range(AHEAD):
+                if lo + i < hi:
+                    _prefetch(q + rows * (k // PACK), start // PACK + i * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
             gdc_wait()
         if EXACT_NORM:
             factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
