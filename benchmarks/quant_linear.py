@@ -161,20 +161,30 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         for rows, block_k, warps in WORD_TILES if serves_words(shape) else ():
             if shape.k % block_k == 0:
                 yield QuantConfig("words", 1, rows, block_k, warps)
-    small = [(64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4), (32, 256, 2, 3), (32, 128, 2, 6)]
+    small = [(64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
     large = [(64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 3)]
     norm = shape.k == 4096 and shape.n != 4096  # of the kinds of Llama-8B, those with one
     for rows, block_k, warps, stages in small if tokens <= 32 else large:
         if shape.cols and shape.cols % block_k:
             continue
         kind = Kind(shape.n, shape.k, None, groups=shape.groups)
-        for splits, early, inside in itertools.product(
-            split_counts(kind, rows, block_k), (True, False), (True, False) if norm and tokens > 1 else (True,)
-        ):
-            if early is False or tokens <= 16:
-                yield QuantConfig(
-                    "tile", block_t, rows, block_k, warps, stages, splits, early, ahead=AHEAD, inside=inside
-                )
+        for splits in split_counts(kind, rows, block_k):
+            base = QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, False, ahead=AHEAD)
+            if tokens > 16:
+                yield base
+                continue
+            early = replace(base, early=True, ahead=1)
+            if tokens == 1:
+                yield from (early, replace(early, move=2), replace(early, move=2, ahead=AHEAD))
+                continue
+            eight = replace(early, block_t=8, move=2)
+            yield from (base, early, eight)
+            if tokens == 8:
+                yield replace(eight, ahead=AHEAD)
+                if block_k == 128:
+                    yield replace(eight, move=1)
+            if norm:
+                yield from (replace(early, inside=False), replace(eight, inside=False), replace(base, inside=False))
 
 
 # By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
@@ -202,7 +212,7 @@ Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, config
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
     """What decides a kernel's code."""
-    config = replace(config, source="", ahead=1 if config.early else config.ahead)
+    config = replace(config, source="")
     return scheme, "o" if name == "down" else name, tokens, config
 
 
@@ -244,7 +254,8 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    extra = f" a{c.ahead}" * (c.ahead > 1) + " norm apart" * (not c.inside) + " sums" * c.sums
+    extra = f" a{c.ahead}" * (c.ahead > 1) + f" m{c.move}" * (c.move > 0)
+    extra += " norm apart" * (not c.inside) + " sums" * c.sums
     return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{extra}"
 
 
@@ -265,8 +276,8 @@ def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig]
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.early, c.sums), (s, c))
-    shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:5]
+        by_kernel.setdefault((c.kernel, c.early, c.sums, c.ahead, c.inside, c.move), (s, c))
+    shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
     return results[0][1], results

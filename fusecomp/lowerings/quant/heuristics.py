@@ -56,6 +56,7 @@ class QuantConfig:
     sums: bool = False
     ahead: int = 1
     inside: bool = True
+    move: int = 0
     source: str = "no table"
 
 

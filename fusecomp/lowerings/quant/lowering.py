@@ -112,7 +112,7 @@ def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, d
 
 def _words(config: QuantConfig, codes: Tensor, shape: QuantShape) -> tuple[Tensor, dict[str, Any]]:
     """The codes as words where they are read so, and the kernel's WORDS and ASM."""
-    words = heuristics.reads_words(config, shape)
+    words = heuristics.reads_words(config, shape) and not config.move
     return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": _asm(codes, shape)}
 
 
@@ -229,7 +229,7 @@ def run_quant(
         quant_tile_kernel, (teams * splits,),
         x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
-        EARLY=config.early, AHEAD=config.ahead, EXACT_NORM=exact_norm, **words, **common,
+        EARLY=config.early, AHEAD=config.ahead, MOVE=config.move, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
 
 

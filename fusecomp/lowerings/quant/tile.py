@@ -24,8 +24,11 @@ from fusecomp.lowerings.linear.skinny_tile import (
     tile_place,
 )
 from fusecomp.lowerings.quant.pieces import (
+    INPUT_SCALE,
+    SUM_SCALE,
     load_codes,
     load_scales,
+    moved,
     scale_row,
     scaled,
     unscaled,
@@ -63,6 +66,7 @@ def quant_tile_kernel(
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
     AHEAD: tl.constexpr,  # else: weight tiles that the L2 is asked for before the wait
+    MOVE: tl.constexpr,  # fp8 becomes bf16 by moving bits: 1 exact, 2 with inputs that make up for the exponent
     KIND: tl.constexpr,
     WORDS: tl.constexpr,  # fp8 is read as words
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
@@ -109,6 +113,10 @@ def quant_tile_kernel(
     if USE_PDL:
         gdc_launch_dependents()
     if EARLY:
+        if USE_PDL and AHEAD > 1:
+            for i in tl.static_range(4, 4 + AHEAD):
+                if lo + i < hi:
+                    _prefetch(q + rows * (k // PACK), start // PACK + i * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
         v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)  # nothing, in the layout of the inputs' loads
         g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
@@ -132,7 +140,9 @@ def quant_tile_kernel(
                 g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
                 if COLS > 0:
                     s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
-            acc, sums = _multiply(acc, sums, code, y, s_now, z_now, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
+            acc, sums = _multiply(
+                acc, sums, code, y, s_now, z_now, zero is not None, MOVE, KIND, WORDS, ASM, OFFSET, COLS
+            )
     else:
         if USE_PDL:
             for i in tl.static_range(AHEAD):
@@ -151,8 +161,10 @@ def quant_tile_kernel(
                 s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
             squares = add_squares(squares, v, SUM_SQUARES)
             y = normalize(v, g, factor, NORM)
-            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
+            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, MOVE, KIND, WORDS, ASM, OFFSET, COLS)
     if COLS == 0:
+        if MOVE == 2:
+            acc *= SUM_SCALE
         acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None)
 
     finish_tile(
@@ -170,6 +182,7 @@ def _multiply(
     s,
     z,
     HAS_ZERO: tl.constexpr,
+    MOVE: tl.constexpr,
     KIND: tl.constexpr,
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -186,7 +199,11 @@ def _multiply(
             w -= z
         acc = tl.dot((w * s).to(y.dtype), y, acc, input_precision="ieee")
     else:
-        if WORDS:
+        if MOVE > 0:
+            w = moved(code, MOVE == 1)
+            if MOVE == 2:
+                y = y * INPUT_SCALE
+        elif WORDS:
             words = tl.reshape(code, [BLOCK_R, BLOCK_K // 64, 16])
             w = tl.reshape(word_values(words, y.dtype, ASM and KIND != 1), [BLOCK_R, BLOCK_K])
             y = tl.reshape(word_order(tl.reshape(y, [BLOCK_K // 64, 64, BLOCK_T])), [BLOCK_K, BLOCK_T])
