@@ -31,8 +31,7 @@ from benchmarks.linear_chain import EPS, MODELS, Chain, Kind, Model
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.linear.lowering import launch_norm_op
-from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config, serves_words
+from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config, serves_halves, serves_words
 from fusecomp.lowerings.quant.lowering import run_quant
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import NormSpec
@@ -50,7 +49,6 @@ SCHEMES = {
     "nf4": (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
 }
 LAYERS = 4
-AHEAD = 4  # tiles that launches which are not early ask the L2 for
 # Rows, columns and warps of the one-token kernel that reads words: 256 columns a warp, or twice that.
 WORD_TILES = (
     (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (2, 4096, 4), (4, 4096, 4),
@@ -92,17 +90,6 @@ def make_weight(rows: int, k: int, spec: WeightSpec, zero: bool) -> Weight:
     return q, scale, torch.randint(4, 12, size, device="cuda").bfloat16() if zero else None
 
 
-def run_kind(
-    config: QuantConfig, x: Tensor, weight: Weight, norm: Tensor | None, operands: list[Tensor], kind: Kind,
-    spec: WeightSpec, out: Tensor, pdl: bool,
-) -> None:  # fmt: skip
-    """One layer as `config` says: its norm in the launch, or in one of its own before it."""
-    program = program_of(kind)
-    if program.norm is not None and not config.inside:
-        x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
-    run_quant(config, x, *weight, norm, operands, program, spec, out, pdl)
-
-
 class QuantChain(Chain):
     """A chain whose layers hold codes."""
 
@@ -134,7 +121,7 @@ class QuantChain(Chain):
         kind = self.model.kinds[name]
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
-        run_kind(config, x, self.weights[name][i], norm, operands, kind, self.spec, out, pdl)
+        run_quant(config, x, *self.weights[name][i], norm, operands, program_of(kind), self.spec, out, pdl)
         return out
 
     def configs(self, tokens: int) -> dict[str, Any]:
@@ -161,35 +148,34 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         for rows, block_k, warps in WORD_TILES if serves_words(shape) else ():
             if shape.k % block_k == 0:
                 yield QuantConfig("words", 1, rows, block_k, warps)
-    small = [(64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
-    large = [(64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 3)]
-    norm = shape.k == 4096 and shape.n != 4096  # of the kinds of Llama-8B, those with one
-    for rows, block_k, warps, stages in small if tokens <= 32 else large:
+        if serves_words(shape):
+            return
+    for rows, block_k, warps, stages, *choices in BYTES[block_t]:
         if shape.cols and shape.cols % block_k:
             continue
-        kind = Kind(shape.n, shape.k, None, groups=shape.groups)
-        for splits in split_counts(kind, rows, block_k):
-            base = QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, False, ahead=AHEAD)
-            if tokens > 16:
-                yield base
-                continue
-            early = replace(base, early=True, ahead=1)
-            if tokens == 1:
-                yield from (early, replace(early, move=2), replace(early, move=2, ahead=AHEAD))
-                continue
-            eight = replace(early, block_t=8, move=2)
-            yield from (base, early, eight)
-            if tokens == 8:
-                yield replace(eight, ahead=AHEAD)
-                if block_k == 128:
-                    yield replace(eight, move=1)
-            if norm:
-                yield from (replace(early, inside=False), replace(eight, inside=False), replace(base, inside=False))
+        counts = split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, block_k)
+        for splits, early, halves in itertools.product(counts, *choices):
+            if not halves or serves_halves(shape):
+                tokens_of_program = 16 if halves else block_t
+                yield QuantConfig("tile", tokens_of_program, rows, block_k, warps, stages, splits, early, halves=halves)
 
 
-# By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
-# spill.
 YES, NO, BOTH = (True,), (False,), (True, False)
+# By tokens of a program, of 8-bit codes: rows and columns of a tile, warps, stages, choices of `early` and `halves`.
+BYTES = {
+    8: [
+        (64, 128, 4, 4, YES, NO), (64, 256, 4, 3, BOTH, NO), (64, 256, 4, 4, YES, NO), (128, 256, 8, 3, YES, NO),
+        (128, 128, 8, 4, BOTH, NO), (32, 256, 2, 4, YES, NO), (64, 512, 4, 2, YES, NO), (64, 512, 8, 2, YES, NO),
+    ],
+    16: [
+        (64, 128, 4, 4, YES, BOTH), (64, 256, 4, 3, NO, NO), (64, 256, 4, 3, BOTH, YES), (128, 128, 8, 4, BOTH, YES),
+        (128, 256, 8, 3, BOTH, YES), (64, 512, 8, 2, YES, YES),
+    ],
+    32: [(64, 256, 4, 3, NO, YES), (128, 128, 8, 4, NO, BOTH), (128, 256, 8, 3, NO, YES)],
+    64: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
+    128: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
+}  # fmt: skip
+# The same for folded codes: rows, warps, stages, `early`, `sums`. At 128 tokens registers spill.
 FOLDED = {
     8: [(64, 4, 4, YES, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 8, 4, YES, NO)],
     16: [(64, 2, 4, BOTH, YES), (128, 8, 4, YES, NO), (64, 4, 4, NO, NO)],
@@ -212,8 +198,7 @@ Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, config
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
     """What decides a kernel's code."""
-    config = replace(config, source="")
-    return scheme, "o" if name == "down" else name, tokens, config
+    return scheme, "o" if name == "down" else name, tokens, replace(config, source="")
 
 
 def _prepare(job: Job) -> str:
@@ -225,7 +210,7 @@ def _prepare(job: Job) -> str:
         x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
         weight = make_weight(kind.groups * n, kind.k, spec, zero)
         operands = [out] if kind.epilogue is RESIDUAL else []
-        run_kind(config, x, weight, x[0].clone() if kind.norm else None, operands, kind, spec, out, True)
+        run_quant(config, x, *weight, x[0] if kind.norm else None, operands, program_of(kind), spec, out, True)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__} {str(error)[-300:]}"
@@ -254,8 +239,7 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    extra = f" a{c.ahead}" * (c.ahead > 1) + f" m{c.move}" * (c.move > 0)
-    extra += " norm apart" * (not c.inside) + " sums" * c.sums
+    extra = " halves" * c.halves + " sums" * c.sums
     return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{extra}"
 
 
@@ -276,11 +260,27 @@ def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig]
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.early, c.sums, c.ahead, c.inside, c.move), (s, c))
+        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.sums, c.halves), (s, c))
     shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
     return results[0][1], results
+
+
+def tune_together(
+    chain: QuantChain, tokens: int, configs: dict[str, Any], timed: dict[str, list]
+) -> dict[str, QuantConfig]:
+    """`configs` with what is faster in the whole chain than alone, of the four best of each kind of layer."""
+    x = chain.random(tokens, chain.model.hidden)
+    best = seconds_of(chain.ours(x, configs, True, head=False), 15)
+    for name, results in timed.items():
+        for _, config in results[1:4]:
+            trial = {**configs, name: config}
+            seconds = seconds_of(chain.ours(x, trial, True, head=False), 15)
+            if seconds < 0.997 * best:
+                print(f"  together, {name}: {best * 1e6:.1f} to {seconds * 1e6:.1f} us by {brief(config)}", flush=True)
+                best, configs = seconds, trial
+    return configs
 
 
 def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float, out: Path | None) -> list[dict]:
@@ -295,21 +295,23 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
     for scheme in schemes:
         chain = QuantChain(model, LAYERS, scheme)
         for t in tokens:
-            configs = chain.configs(t)
+            configs, timed = chain.configs(t), {}
             for name in kinds:
                 pool = [c for c in pools[scheme, name, t] if job(scheme, name, t, c) not in failed]
-                best, results = tune_kind(chain, name, t, pool, ceiling)
-                configs[name] = best
+                configs[name], timed[name] = tune_kind(chain, name, t, pool, ceiling)
+            configs = tune_together(chain, t, configs, timed)
+            for name in kinds:
                 try:
-                    ratio = chain.check(name, t, best, True)
+                    ratio = chain.check(name, t, configs[name], True)
                 except AssertionError as error:
                     print(f"CHECK FAILED {error}", flush=True)
                     ratio = math.nan
                 kind = model.kinds[name]
+                config = {k: v for k, v in asdict(configs[name]).items() if k != "source"}
                 entries.append(
                     {"scheme": scheme, "rows": kind.n * kind.groups, "k": kind.k, "groups": kind.groups, "tokens": t,
-                     "config": {k: v for k, v in asdict(best).items() if k != "source"}, "error": round(ratio, 3),
-                     "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in results]}
+                     "config": config, "us": next(round(s * 1e6, 2) for s, c in timed[name] if c == configs[name]),
+                     "error": round(ratio, 3), "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in timed[name]]}
                 )  # fmt: skip
             for count in (1, t) if t == 8 and chain.spec.fold else (t,):  # one token takes the launch of eight
                 run = chain.ours(chain.random(count, model.hidden), configs, True, head=False)

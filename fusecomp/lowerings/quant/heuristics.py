@@ -41,8 +41,7 @@ class QuantConfig:
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
-        ahead: tile, if not early: weight tiles that the L2 is asked for before that wait.
-        inside: the norm is part of the launch, and not one of its own before it.
+        halves: tile: tokens are multiplied by a tile in two halves.
     """
 
     kernel: str
@@ -54,9 +53,7 @@ class QuantConfig:
     splits: int = 1
     early: bool = True
     sums: bool = False
-    ahead: int = 1
-    inside: bool = True
-    move: int = 0
+    halves: bool = False
     source: str = "no table"
 
 
@@ -130,6 +127,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
+    if config.halves and not serves_halves(shape):
+        config = replace(config, halves=False)
     config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
     if not folded and shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
@@ -169,13 +168,19 @@ def serves_words(shape: QuantShape) -> bool:
     return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
 
 
+def serves_halves(shape: QuantShape) -> bool:
+    """Whether the tile kernel multiplies 16 tokens of a shape in halves."""
+    return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32"
+
+
 def reads_words(config: QuantConfig, shape: QuantShape) -> bool:
     """Whether codes are read as words, so that a thread's codes become its part of the product's operand.
 
     That is fp8 whose products share scales along a tile, where the operand comes from registers.
     """
     shared = shape.cols == 0 or shape.cols % config.block_k == 0
-    return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and config.block_t >= 16
+    wide = config.block_t >= 16 and not config.halves
+    return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and wide
 
 
 def reason(shape: QuantShape) -> str | None:

@@ -112,7 +112,7 @@ def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, d
 
 def _words(config: QuantConfig, codes: Tensor, shape: QuantShape) -> tuple[Tensor, dict[str, Any]]:
     """The codes as words where they are read so, and the kernel's WORDS and ASM."""
-    words = heuristics.reads_words(config, shape) and not config.move
+    words = heuristics.reads_words(config, shape)
     return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": _asm(codes, shape)}
 
 
@@ -149,8 +149,7 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    apart = tokens > SKINNY_LIMIT or not config.inside
-    if norm is not None and (norm.kind == LAYER or norm_bias is not None or apart):
+    if norm is not None and (norm.kind == LAYER or norm_bias is not None or tokens > SKINNY_LIMIT):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None
     out = torch.empty((tokens, shape.n), dtype=program.torch_dtype, device=x.device)
@@ -229,7 +228,7 @@ def run_quant(
         quant_tile_kernel, (teams * splits,),
         x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
-        EARLY=config.early, AHEAD=config.ahead, MOVE=config.move, EXACT_NORM=exact_norm, **words, **common,
+        EARLY=config.early, HALVES=config.halves, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
 
 

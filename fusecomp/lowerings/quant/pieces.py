@@ -154,28 +154,6 @@ def unscaled(code, DTYPE: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, O
         return values(code, KIND, OFFSET).to(DTYPE)
 
 
-def _moved(exact: bool) -> str:
-    """PTX: the four bytes of a word into the fields of bf16, which are 2^120 too small, subnormals included."""
-    high = "shr.u32 h, $2, 4; and.b32 s, $2, 0x80808080; lop3.b32 h, h, 0x07070707, s, 0xEA; "
-    low = "shl.b32 l, $2, 4; and.b32 l, l, 0xf0f0f0f0; "
-    if not exact:
-        return f"{{ .reg .b32 h, l, s; {high}{low}prmt.b32 $0, l, h, 0x5140; prmt.b32 $1, l, h, 0x7362; }}"
-    both = "prmt.b32 s, l, h, 0x5140; prmt.b32 h, l, h, 0x7362; mov.b32 m, 0x7b807b80; mov.b32 z, 0x80008000; "
-    product = "fma.rn.bf16x2 $0, s, m, z; fma.rn.bf16x2 $1, h, m, z; "
-    return f"{{ .reg .b32 h, l, s, m, z; {high}{low}{both}{product}}}"
-
-
-MOVED, MOVED_EXACT = tl.constexpr(_moved(False)), tl.constexpr(_moved(True))
-INPUT_SCALE, SUM_SCALE = tl.constexpr(2.0**64), tl.constexpr(2.0**56)
-
-
-@triton.jit
-def moved(code, EXACT: tl.constexpr):
-    """bf16 of fp8 codes; without EXACT 2^120 too small."""
-    asm: tl.constexpr = MOVED_EXACT if EXACT else MOVED
-    return tl.inline_asm_elementwise(asm, "=r,=r,r", [code], dtype=tl.bfloat16, is_pure=True, pack=4)
-
-
 @triton.jit
 def scaled(part, sums, s, z, acc, HAS_ZERO: tl.constexpr):
     """acc + (part - zero * sums) * s: part of products with codes, sums of the inputs that made it."""

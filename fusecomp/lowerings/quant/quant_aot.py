@@ -123,8 +123,8 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         if fold:
             constants["SUMS"] = config.sums
         else:
-            constants["AHEAD"], constants["MOVE"] = config.ahead, config.move
-            words = constants["WORDS"] = heuristics.reads_words(config, shape) and not config.move
+            constants["HALVES"] = config.halves
+            words = constants["WORDS"] = heuristics.reads_words(config, shape)
             pointers["q"] = "i32" if words else pointers["q"]
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}

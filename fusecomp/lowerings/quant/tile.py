@@ -24,11 +24,8 @@ from fusecomp.lowerings.linear.skinny_tile import (
     tile_place,
 )
 from fusecomp.lowerings.quant.pieces import (
-    INPUT_SCALE,
-    SUM_SCALE,
     load_codes,
     load_scales,
-    moved,
     scale_row,
     scaled,
     unscaled,
@@ -65,8 +62,7 @@ def quant_tile_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
-    AHEAD: tl.constexpr,  # else: weight tiles that the L2 is asked for before the wait
-    MOVE: tl.constexpr,  # fp8 becomes bf16 by moving bits: 1 exact, 2 with inputs that make up for the exponent
+    HALVES: tl.constexpr,  # BT is 16, in two products of 8; COLS is 0 and there are no zero points
     KIND: tl.constexpr,
     WORDS: tl.constexpr,  # fp8 is read as words
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
@@ -104,8 +100,8 @@ def quant_tile_kernel(
     tile_at = q + rows * (k // PACK) + places
     x_at = x + t * stride_x + cols[:, None]
 
-    acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_T // 2 if HALVES else BLOCK_T], tl.float32)
+    sums = acc if HALVES else tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
     factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
@@ -113,10 +109,6 @@ def quant_tile_kernel(
     if USE_PDL:
         gdc_launch_dependents()
     if EARLY:
-        if USE_PDL and AHEAD > 1:
-            for i in tl.static_range(4, 4 + AHEAD):
-                if lo + i < hi:
-                    _prefetch(q + rows * (k // PACK), start // PACK + i * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
         v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)  # nothing, in the layout of the inputs' loads
         g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
         s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
@@ -141,13 +133,11 @@ def quant_tile_kernel(
                 if COLS > 0:
                     s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
             acc, sums = _multiply(
-                acc, sums, code, y, s_now, z_now, zero is not None, MOVE, KIND, WORDS, ASM, OFFSET, COLS
+                acc, sums, code, y, s_now, z_now, zero is not None, HALVES, KIND, WORDS, ASM, OFFSET, COLS
             )
     else:
         if USE_PDL:
-            for i in tl.static_range(AHEAD):
-                if lo + i < hi:
-                    _prefetch(q + rows * (k // PACK), start // PACK + i * (BLOCK_K // PACK), k // PACK, BLOCK_K // PACK)
+            _prefetch(q + rows * (k // PACK), start // PACK, k // PACK, BLOCK_K // PACK)
             gdc_wait()
         if EXACT_NORM:
             factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
@@ -161,10 +151,10 @@ def quant_tile_kernel(
                 s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
             squares = add_squares(squares, v, SUM_SQUARES)
             y = normalize(v, g, factor, NORM)
-            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, MOVE, KIND, WORDS, ASM, OFFSET, COLS)
-    if COLS == 0:
-        if MOVE == 2:
-            acc *= SUM_SCALE
+            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, HALVES, KIND, WORDS, ASM, OFFSET, COLS)
+    if HALVES:
+        acc = tl.reshape(tl.permute(tl.join(acc, sums), [0, 2, 1]), [BLOCK_R, BLOCK_T]) * s
+    elif COLS == 0:
         acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None)
 
     finish_tile(
@@ -182,7 +172,7 @@ def _multiply(
     s,
     z,
     HAS_ZERO: tl.constexpr,
-    MOVE: tl.constexpr,
+    HALVES: tl.constexpr,
     KIND: tl.constexpr,
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -199,17 +189,18 @@ def _multiply(
             w -= z
         acc = tl.dot((w * s).to(y.dtype), y, acc, input_precision="ieee")
     else:
-        if MOVE > 0:
-            w = moved(code, MOVE == 1)
-            if MOVE == 2:
-                y = y * INPUT_SCALE
-        elif WORDS:
+        if WORDS:
             words = tl.reshape(code, [BLOCK_R, BLOCK_K // 64, 16])
             w = tl.reshape(word_values(words, y.dtype, ASM and KIND != 1), [BLOCK_R, BLOCK_K])
             y = tl.reshape(word_order(tl.reshape(y, [BLOCK_K // 64, 64, BLOCK_T])), [BLOCK_K, BLOCK_T])
         else:
             w = unscaled(code, y.dtype, KIND, ASM, OFFSET)
-        if COLS == 0:
+        if HALVES:
+            y = tl.permute(tl.reshape(y, [BLOCK_K, 2, BLOCK_T // 2]), [0, 2, 1])
+            low, high = tl.split(y)
+            acc = tl.dot(w, low, acc, input_precision="ieee")
+            sums = tl.dot(w, high, sums, input_precision="ieee")
+        elif COLS == 0:
             acc = tl.dot(w, y, acc, input_precision="ieee")
             if HAS_ZERO:
                 sums = tl.dot(tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, sums, input_precision="ieee")

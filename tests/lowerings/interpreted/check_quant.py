@@ -134,22 +134,22 @@ def test_one_token(layer, block_r, block_k):
 
 
 @st.composite
-def byte_layers(draw):
-    """One token, 8-bit codes with a scale a row or one for all, and rows of a multiple of four columns."""
+def byte_layers(draw, counts):
+    """8-bit codes with a scale a row or one for all, rows of a multiple of four columns, and 16-bit inputs."""
     x, weight, norm_weight, operands, program, spec = draw(
-        layers(st.just(1)).filter(lambda layer: layer[-1].bits == 8 and layer[-1].cols == 0 and layer[1][2] is None)
+        layers(counts).filter(lambda layer: layer[-1].bits == 8 and layer[-1].cols == 0 and layer[1][2] is None)
     )
     k = x.shape[1] // 4 * 4 or 4
     dtype = draw(st.sampled_from(["float16", "bfloat16"]))
     spec, program = replace(spec, dtype=dtype), replace(program, dtype=dtype)
     q, scale, _ = random_weight((weight[0].shape[0], k), spec, torch.float32, seed=draw(st.integers(0, 9)))
-    x = torch.randn(1, k + 9, dtype=spec.torch_dtype)[:, draw(st.sampled_from([0, 1, 4])) :][:, :k] * 3
+    x = torch.randn(x.shape[0], k + 9, dtype=spec.torch_dtype)[:, draw(st.sampled_from([0, 1, 4])) :][:, :k] * 3
     norm_weight = None if norm_weight is None else torch.randn(k).to(spec.torch_dtype)
     return x, (q, scale, None), norm_weight, [o.to(spec.torch_dtype) for o in operands], program, spec
 
 
 @settings(SETTINGS, max_examples=15)
-@given(byte_layers(), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
+@given(byte_layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
 def test_one_token_by_words(layer, block_r, block_k):
     run(layer, QuantConfig("words", 1, block_r, block_k))
 
@@ -161,6 +161,15 @@ def test_one_token_by_words(layer, block_r, block_k):
 )  # fmt: skip
 def test_tokens(layer, block_t, block_r, block_k, splits, early):
     run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits, early=early))
+
+
+@settings(SETTINGS, max_examples=15)
+@given(
+    byte_layers(st.integers(1, 40)), st.sampled_from([16, 64]), st.sampled_from([16, 64, 128]), st.integers(1, 4),
+    st.booleans(),
+)  # fmt: skip
+def test_tokens_in_halves(layer, block_r, block_k, splits, early):
+    run(layer, QuantConfig("tile", 16, block_r, block_k, splits=splits, early=early, halves=True))
 
 
 @settings(SETTINGS, max_examples=60)
