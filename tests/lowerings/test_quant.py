@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +185,31 @@ def test_words_and_inputs_meet_where_they_are_loaded(monkeypatch, kind, config):
     assert resources.spills == 0
     ptx = compiled.asm["ptx"]
     assert 0 < ptx.index("ld.global") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_halves_of_16_tokens_share_a_conversion(monkeypatch, rows):
+    """Each code is converted once, for two products of 8 tokens, which take it from the registers it is in."""
+    config = QuantConfig("tile", 16, rows, 256, rows // 16, 3, halves=True)
+    monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
+    spec = specialization(SM90, (FP8, 8, 1, 0, False, 0), 2, 16, "bfloat16", 2)
+    resources, compiled = compile_one(spec, "sm_90")
+    ptx, codes = compiled.asm["ptx"], rows * 256 // (32 * config.num_warps)  # of a thread
+    assert resources.spills == 0 and "wgmma" not in ptx
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") == codes // 2
+    assert ptx.count("mma.sync.aligned.m16n8k16") == 2 * codes // 8
+
+
+def test_halves_are_of_whole_rows_of_bytes(monkeypatch):
+    entry = {"kind": FP8, "bits": 8, "rows": 64, "k": 1024, "groups": 1, "tokens": 16}
+    entry["config"] = {k: v for k, v in asdict(QuantConfig("tile", 16, 64, 256, halves=True)).items() if k != "source"}
+    monkeypatch.setattr(heuristics, "load_table", lambda _: {"gpu": "", "quant": [entry]})
+    shape = QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, 0, False)
+    target = replace(H100, name="Some GPU")
+    assert quant_config(target, shape, 16).halves and quant_config(target, replace(shape, kind=INT, rows=0), 16).halves
+    for change in ({"cols": 128}, {"zero": True, "kind": INT}):
+        assert not quant_config(target, replace(shape, **change), 16).halves
+        assert quant_config(target, replace(shape, **change), 16).block_t == 16
 
 
 def test_words_serve_whole_rows_of_bytes():

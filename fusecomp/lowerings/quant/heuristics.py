@@ -115,7 +115,7 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
-    if distance(entry) and config.kernel != VECTOR:
+    if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR):
         config = replace(config, splits=scaled_splits(config, entry["rows"], target, wanted["rows"], shape.k))
     return config
 
