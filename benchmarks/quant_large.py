@@ -205,31 +205,6 @@ def tune(chain: Chain, scheme: str, tokens: int, pool: Tensor) -> list[dict[str,
     return entries
 
 
-def sweep_ahead(
-    chain: Chain, scheme: str, tokens: int, picked: list[ScaledConfig], values: list[int], pool: Tensor
-) -> dict[str, Any]:
-    """For each linear in turn, how many weights it asks for before its codes are made; in whole layers, two passes."""
-    best = first = chain.seconds(tokens, picked)
-    timed: dict[str, float] = {}
-    for at in (2, 3, 0, 1) * 2:
-        for ahead in values:
-            config = replace(picked[at], ahead=ahead)
-            if config == picked[at] or config.method == LIBRARY:
-                continue
-            seconds = chain.seconds(tokens, [*picked[:at], config, *picked[at + 1 :]])
-            timed[f"{chain.model.parts()[at]} {ahead}"] = round(seconds * 1e6, 2)
-            if seconds < 0.998 * best:
-                best, picked = seconds, [*picked[:at], config, *picked[at + 1 :]]
-    for layer, config in zip(chain.model.parts(), picked, strict=True):
-        if problem := check(Case(layer, tokens, scheme, pool), config)[1]:
-            raise AssertionError(problem)
-    again = chain.seconds(tokens, picked)
-    ahead = {str(layer): config.ahead for layer, config in zip(chain.model.parts(), picked, strict=True)}
-    row = {"tokens": tokens, "before_us": round(first * 1e6, 2), "us": round(again * 1e6, 2), "ahead": ahead}
-    print("ahead:", row, flush=True)
-    return row | {"timed": timed}
-
-
 def time_rows(tokens: list[int]) -> list[dict[str, Any]]:
     """The making of codes alone: us, and bytes per second."""
     rows = []
@@ -273,14 +248,11 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=["fp8"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
-    parser.add_argument("--ahead", nargs="*", type=int, help="sweep how much the committed launches ask for ahead")
     parser.add_argument("--layers", type=int, default=6, help="of a chain")
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--name", default="quant_large.json")
     parser.add_argument("--seconds", type=float, default=120.0, help="tune no further shape after this long")
     args = parser.parse_args()
-    if args.tune and args.ahead:
-        parser.error("--ahead is of the committed launches, --tune finds others")
     begin, device, target = time.time(), torch.device("cuda", 0), device_target(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     ceilings = measure_ceilings(device)
@@ -311,19 +283,7 @@ def main() -> None:
         jobs = [(*case, config) for case in cases for config in candidates(*case)]
     else:
         jobs = [(*case, committed(*case)) for case in cases]
-        jobs += [(*job[:3], replace(job[3], ahead=n)) for job in jobs for n in args.ahead or ()]
     build_all(jobs)
-    if args.ahead:
-        for scheme in args.schemes:
-            chain = Chain(MODELS[args.model], scheme, args.layers)
-            result[f"ahead {scheme}"] = []
-            for tokens in args.tokens:
-                picked = [committed(layer, tokens, scheme) for layer in layers]
-                row = sweep_ahead(chain, scheme, tokens, picked, args.ahead, pools[SCHEMES[scheme][1].kind])
-                result[f"ahead {scheme}"].append(row)
-        result["codes"] = time_rows(args.tokens)
-        finish()
-        return
     result["failed"] = check_rows()
     print("\n".join(result["failed"]) or "codes and scales of rows are those of the reference", flush=True)
     result["accuracy"] = accuracy(pools)

@@ -287,7 +287,7 @@ def _persistent(
         scaled_kernel, (min(tiles, target_of(x).num_sms * config.per_sm),),
         x, q, x_tiles, w_tiles, x_scale, w_scale, buffer, args, strides, tokens, x.stride(0), out.stride(0), stride_xs,
         columns, N=n, K=k, BLOCK_N=config.block_n, GROUP_T=config.group_t, SPLITS=config.splits, PIECES=config.pieces,
-        AHEAD=config.ahead, SWAP=config.swap, UNIT=_unit(k), USE_TMA=use_tma, **common,
+        SWAP=config.swap, UNIT=_unit(k), USE_TMA=use_tma, **common,
     )  # fmt: skip
     return launch_pointwise(buffer, out, hook, args, strides, groups) if config.splits > 1 else out
 

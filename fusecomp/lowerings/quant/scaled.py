@@ -15,11 +15,9 @@ from fusecomp.lowerings.quant.pieces import scale_row
 
 
 @triton.jit
-def _prefetch(
-    w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr
-):  # fmt: skip
-    # Ask for the first 256 bytes of each row of a weight tile, AHEAD times, to be brought into the L2.
-    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 2 * AHEAD)[None, :]
+def _prefetch(w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Ask for the first 512 bytes of each row of a weight tile to be brought into the L2.
+    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 4)[None, :]
     n = tl.minimum(first_n + row % BLOCK_N, N - 1)
     where = w + (row // BLOCK_N * N + n).to(tl.int64) * K + tl.minimum(k + part * 128, K - 1)
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
@@ -108,7 +106,6 @@ def scaled_kernel(
     GROUP_T: tl.constexpr,
     SPLITS: tl.constexpr,
     PIECES: tl.constexpr,
-    AHEAD: tl.constexpr,  # a power of 2: times 256 columns of the first tile that the L2 is asked for before the wait
     SWAP: tl.constexpr,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
@@ -141,7 +138,7 @@ def scaled_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         split, _, tile_n = _place(tl.program_id(0), tiles_t, TILES_N, GROUP_T, SPLITS)
-        _prefetch(w, tile_n * BLOCK_N, split * STEPS * BLOCK_K, N, K, G, BLOCK_N, AHEAD)
+        _prefetch(w, tile_n * BLOCK_N, split * STEPS * BLOCK_K, N, K, G, BLOCK_N)
         tl.extra.cuda.gdc_wait()
     for item in tl.range(tl.program_id(0), tiles_t * (TILES_N * SPLITS), tl.num_programs(0), flatten=USE_TMA):
         split, tile_t, tile_n = _place(item, tiles_t, TILES_N, GROUP_T, SPLITS)

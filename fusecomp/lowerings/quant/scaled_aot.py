@@ -84,7 +84,7 @@ def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> 
         constants |= {"x_tiles": None, "w_tiles": None}
     constants |= {
         "N": shape.n, "K": shape.k, "BLOCK_N": config.block_n, "GROUP_T": config.group_t, "PIECES": config.pieces,
-        "AHEAD": config.ahead, "SWAP": config.swap, "UNIT": 2.0**-16, "USE_TMA": config.use_tma,
+        "SWAP": config.swap, "UNIT": 2.0**-16, "USE_TMA": config.use_tma,
     }  # fmt: skip
     return Specialization(name, scaled_kernel, pointers, scalars, constants, config.num_warps, stages)
 

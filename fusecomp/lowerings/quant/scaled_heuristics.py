@@ -61,7 +61,7 @@ class ScaledConfig:
         splits: parts of K; of "persistent" summed by the epilogue's kernel.
         pieces, group_t, per_sm, use_tma: persistent: as `LargeConfig` has them.
         chunk: steps after which fp8 sums leave the matrix units; of "tile" 1; 0 for never.
-        ahead: weight tiles that the L2 is asked for before the wait; of "persistent" 256 columns each, a power of 2.
+        ahead: tile: weight tiles that the L2 is asked for before the wait.
         exact: library: its slower sums of fp8 codes, added up in fp32.
     """
 
