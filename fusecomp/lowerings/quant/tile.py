@@ -83,8 +83,9 @@ def quant_tile_kernel(
     Bytes: G * N * K * bits / 8 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from
     the L2 per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
 
-    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 67%, 64%, 52%
-    and 35% of it at 8, 16, 32 and 64 tokens.
+    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 77%, 72%, 52%
+    and 35% of it at 8, 16, 32 and 64 tokens. HALVES takes fewer registers: at 16 tokens the compiler else chooses an
+    instruction that wants a whole converted tile in them.
     """
     PACK: tl.constexpr = 2 if KIND >= 3 else 4 if WORDS else 1  # codes of an element of q
     BLOCK_N: tl.constexpr = BLOCK_R // G

@@ -1,7 +1,8 @@
 """Kernel of a linear layer of 8-bit codes with one token, whose scales serve whole rows: words of four codes at a time.
 
 As `quant_vector_kernel`, but a thread reads two words of codes and the eight inputs that meet them, in one layout:
-nothing is exchanged between threads until the sums of a row are, after the loop. That takes 256 columns a warp.
+nothing is exchanged between threads until the sums of a row are, after the loop. That takes 256 columns a warp,
+or a multiple.
 
 Legend: N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a tile, BN = BR / G.
 """
@@ -51,6 +52,9 @@ def word_vector_kernel(
     """BN features per program, over all of K. Products and sums fp32.
 
     Bytes: G * N * K, the scales, and 2 * (K + N). FLOPs: 2 * G * N * K. Bound by reading the codes.
+
+    Measured on an H100 of 3.19 TB/s (benchmarks/quant_linear.py --tune, fp8, layers of Llama-8B): 88% of it in a chain;
+    alone 88% over 117 MB, 86% over 58.7, 76% and 70% over 25.2 and 16.8.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
     BLOCK_W: tl.constexpr = BLOCK_K // WORD
