@@ -129,6 +129,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     folded = config.kernel == FOLDED
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
+    if (shape.kind, shape.bits, shape.dtype) == (INT, 8, "float16") and config.block_r > 64:  # ptxas spills some
+        config = replace(config, block_k=min(config.block_k, 128))
     config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
     if not folded and shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
