@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.sequence import UNKNOWN_TOKEN
 
 VOCAB = 13
 EOS = frozenset({5})
@@ -52,11 +53,9 @@ class PagedModel:
             slots = [self.slot(seq.blocks, at) for at in range(start, start + size)]
             assert written.isdisjoint(slots), "two rows write one slot"
             written.update(slots)
-            if continues is None:
-                tokens = seq.token_ids[start : start + size]
-            else:
-                sampled, rows = continues
-                tokens = [max(sampled[rows[row]], 0)]
+            sampled, rows = continues or ((), [])
+            tokens = [max(sampled[rows[row]], 0)] if row < len(rows) else seq.token_ids[start : start + size]
+            assert UNKNOWN_TOKEN not in tokens
             for at, token in zip(range(start, start + size), tokens, strict=True):
                 self.write(seq.blocks, at, token)
         for seq, _, start, _ in step.entries:
