@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,35 @@ class StepBatch:
         return bool(self.needs & ADJUSTED)
 
 
+class MixedShape(NamedTuple):
+    """The sizes to which a step of decodes and prefills is padded, so that a CUDA graph serves it.
+
+    Tokens stay packed, and padding tokens, of slot -1, follow them. Attention sees `decodes` decode rows and then
+    `prefills` others. Of the decode rows those beyond the step's have no token and length 0: what a kernel may write
+    for them, at the tokens of their row numbers, belongs to prefills, which it computes afterwards. The padding tokens
+    are a prompt of their own, the last row that has tokens, so nothing unset enters the model. What the sampler reads
+    is in the order of the step's rows, padding last; a padding row's logits are those of the first token.
+
+    `logit_indices` and the sampler's tensors have decodes + prefills entries, as `seq_lens` and `block_tables` have.
+    """
+
+    tokens: int
+    decodes: int
+    prefills: int
+
+    @property
+    def rows(self) -> int:
+        return self.decodes + self.prefills
+
+    def holds(self, num_tokens: int, num_decodes: int, num_prefills: int) -> bool:
+        """Whether such a step fits; a row is left for the padding."""
+        assert self.decodes <= self.tokens, "a padding row may write to the token of its number"
+        return num_tokens <= self.tokens and num_decodes <= self.decodes and num_prefills < self.prefills
+
+
+# Prefill rows of a `MixedShape`, at most.
+MOST_PREFILLS = 32
+
 # What a row may need of the sampler.
 DRAWN, FILTERED, TYPICAL, ADJUSTED = 1, 2, 4, 8
 
@@ -143,7 +173,8 @@ class BatchBuilder:
     """Turns steps of one `Scheduler` into `StepBatch`es.
 
     Args:
-        max_num_seqs: most rows, and the bound of `SequenceState.row`; the largest decode bucket.
+        max_num_seqs: most rows, and the bound of `SequenceState.row`; the largest decode bucket. A `MixedShape` may
+            have `MOST_PREFILLS` more.
         max_num_batched_tokens: most tokens in a step.
         max_blocks_per_seq: P.
         block_size: B.
@@ -163,6 +194,7 @@ class BatchBuilder:
         on_enter: Callable[[SequenceState], None] | None = None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
+        self.max_rows = max_num_seqs + MOST_PREFILLS
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_blocks_per_seq = max_blocks_per_seq
         self.block_size = block_size
@@ -170,7 +202,7 @@ class BatchBuilder:
         self._seed = seed
         self._on_enter = on_enter
 
-        S, T, P = max_num_seqs, max_num_batched_tokens, max_blocks_per_seq
+        S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
         shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S * P,)}
         self._device = {
@@ -188,7 +220,10 @@ class BatchBuilder:
         self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
 
+        self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
+
         # Tables with one line per running sequence.
+        S = max_num_seqs
         self._table = np.zeros((S, P), np.int32)
         self._table_flat = self._table.reshape(-1)
         self._row_admission = [-1] * S
@@ -202,26 +237,36 @@ class BatchBuilder:
         self._num_blocks: list[int] = []
         self._rows = np.zeros(0, np.int64)
         self._padded_rows = -1
+        self._placement = (0, 0)  # rows before a gap in the block tables, and where those after it begin
         self._all_needs, self._most_logprobs = 0, -1
 
     def build(
-        self, step: ScheduledStep, pad_to: int | None = None, continues: tuple[torch.Tensor, list[int]] | None = None
+        self,
+        step: ScheduledStep,
+        pad_to: int | MixedShape | None = None,
+        continues: tuple[torch.Tensor, list[int]] | None = None,
     ) -> StepBatch:
         """Fill the batch of `step`.
 
         Args:
             step: from `Scheduler.schedule`, before the matching `update`.
-            pad_to: rows of the decode bucket; only for a step that is all decodes.
-            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and the row
-                of it that each row continues from.
+            pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
+            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and for each
+                of the first rows the row of it that it continues from.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
         seqs = step.seqs
-        n = len(seqs)
-        assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
-        assert step.num_tokens <= self.max_num_batched_tokens, step.num_tokens
-        S = pad_to or n
+        n, nd = len(seqs), step.num_decodes
+        shape = pad_to if isinstance(pad_to, MixedShape) else None
+        if shape is not None:
+            assert shape.holds(step.num_tokens, nd, n - nd) and not step.decode_only, (shape, step.num_tokens, n, nd)
+            S, T, gap = shape.rows, shape.tokens, shape.decodes - nd
+        else:
+            assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
+            S, gap = pad_to or n, 0  # type: ignore[assignment]
+            T = S if step.decode_only else step.num_tokens
+        assert T <= self.max_num_batched_tokens, T
         starts = np.array(step.starts, np.int64)
         ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
         self._turn ^= 1
@@ -229,17 +274,16 @@ class BatchBuilder:
         staging.wait()
 
         max_seq_len = int(ends.max())
-        rows = self._refresh(seqs, max_seq_len, S, staging)
+        rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging)
         seq_lens = staging.arrays["seq_lens"]
-        seq_lens[:n] = ends
-        seq_lens[n:S] = 0
-        self._copy(staging, "seq_lens", S)
+        seq_lens[:nd] = ends[:nd]
+        seq_lens[nd : nd + gap] = 0
+        seq_lens[nd + gap : n + gap] = ends[nd:]
+        seq_lens[n + gap : S] = 0
 
-        T = S if step.decode_only else step.num_tokens
         tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
-        nd = step.num_decodes
-        if continues is None:
-            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs if step.decode_only else seqs[:nd])]
+        known = 0 if continues is None else len(continues[1])
+        tokens[0, known:nd] = [seq.token_ids[-1] for seq in (seqs[known:nd] if known or nd < n else seqs)]
         tokens[1, :nd] = starts[:nd]
         tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
@@ -250,51 +294,90 @@ class BatchBuilder:
             self._fill_prefills(step, tokens)
             max_q_len = max(step.num_new_tokens)
             cu_q_lens = staging.arrays["cu_q_lens"]
-            np.cumsum(step.num_new_tokens, out=cu_q_lens[1 : n + 1])
-            staging.arrays["logit_indices"][:n] = cu_q_lens[1 : n + 1] - 1
-            self._copy(staging, "cu_q_lens", n + 1)
-            self._copy(staging, "logit_indices", n)
+            ends_of_rows = np.cumsum(step.num_new_tokens)
+            cu_q_lens[1 : nd + 1] = ends_of_rows[:nd]
+            cu_q_lens[nd + 1 : nd + gap + 1] = nd
+            cu_q_lens[nd + gap + 1 : n + gap + 1] = ends_of_rows[nd:]
+            staging.arrays["logit_indices"][:n] = ends_of_rows - 1
+            if shape is not None:
+                used = step.num_tokens
+                tokens[:2, used:] = 0
+                tokens[2, used:] = -1
+                seq_lens[n + gap] = T - used
+                cu_q_lens[n + gap + 1 : S + 1] = T
+                staging.arrays["logit_indices"][n:S] = 0
+            self._copy(staging, "cu_q_lens", S + 1)
+            self._copy(staging, "logit_indices", S)
+        self._copy(staging, "seq_lens", S)
         self._copy(staging, "tokens", 3 * T)
-        if continues is not None:
+        if continues is not None and known:
             self._continue_from(*continues, staging)
         staging.record()
+        if shape is not None:
+            self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
+            return self._batch(self._mixed_view_of(shape), n)
         self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, max_seq_len, S)
         views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
         return self._batch(views, n)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a block table holds, which a captured launch must serve."""
+        return self.max_blocks_per_seq * self.block_size
+
     def _continue_from(self, sampled: torch.Tensor, rows: list[int], staging: _Staging) -> None:
         """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
         count = len(rows)
-        if rows[-1] != count - 1:  # rows are ascending: some are missing in between
+        if rows[-1] != count - 1 or rows != list(range(count)):
             staging.arrays["continues"][:count] = rows
             self._copy(staging, "continues", count)
             sampled = sampled[self._device["continues"][:count]]
         torch.clamp(sampled[:count], min=0, out=self._device["tokens"][:count])
 
-    def padding(self, rows: int) -> StepBatch:
-        """A decode bucket of `rows` padding rows, safe to run for warm-up and capture: it writes no KV slot.
+    def padding(self, shape: int | MixedShape) -> StepBatch:
+        """A batch of nothing but padding, of so many decode rows or of a mixed shape, safe to run for warm-up and
+        capture: it writes no KV slot.
 
         Its `host_meta` announces the longest possible sequence, so what is sized by it serves every later step.
         """
-        assert 1 <= rows <= self.max_num_seqs, rows
+        mixed = isinstance(shape, MixedShape)
+        rows, T, decodes = (shape.rows, shape.tokens, shape.decodes) if isinstance(shape, MixedShape) else (shape,) * 3
+        assert 1 <= rows <= self.max_rows and T <= self.max_num_batched_tokens, shape
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()
-        tokens = staging.arrays["tokens"][: 3 * rows].reshape(3, rows)
+        tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
         tokens[:2] = 0
         tokens[2] = -1
         staging.arrays["seq_lens"][:rows] = 0
-        self._copy(staging, "tokens", 3 * rows)
+        if mixed:
+            staging.arrays["seq_lens"][decodes] = T
+            staging.arrays["cu_q_lens"][: decodes + 1] = 0
+            staging.arrays["cu_q_lens"][decodes + 1 : rows + 1] = T
+            staging.arrays["logit_indices"][:rows] = 0
+            self._copy(staging, "cu_q_lens", rows + 1)
+            self._copy(staging, "logit_indices", rows)
+        self._copy(staging, "tokens", 3 * T)
         self._copy(staging, "seq_lens", rows)
         self._gather_sampling(np.zeros(0, np.int64), rows, staging)
         staging.record()
         # The device rows no longer belong to any sequence.
         self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
-        self._host_meta_np[:] = (rows, 1, self.max_blocks_per_seq * self.block_size, rows)
-        return self._batch(self._decode_view(rows), 0)
+        self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
+        return self._batch(self._mixed_view_of(shape) if isinstance(shape, MixedShape) else self._decode_view(rows), 0)
 
-    def _refresh(self, seqs: Sequence[SequenceState], max_seq_len: int, padded: int, staging: _Staging) -> np.ndarray:
+    def _refresh(
+        self,
+        seqs: Sequence[SequenceState],
+        max_seq_len: int,
+        padded: int,
+        placement: tuple[int, int],
+        staging: _Staging,
+    ) -> np.ndarray:
         """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
+
+        Args:
+            placement: rows before the gap in the block tables, and where those after it begin.
 
         Returns: the row of each sequence.
         """
@@ -304,7 +387,7 @@ class BatchBuilder:
         if not same_rows:
             self._rows = np.array([seq.row for seq in seqs], np.int64)
         rows = self._rows
-        if same_rows and num_blocks == self._num_blocks:
+        if same_rows and num_blocks == self._num_blocks and placement == self._placement:
             if padded != self._padded_rows:
                 self._gather_sampling(rows, padded, staging)
             return rows
@@ -326,8 +409,13 @@ class BatchBuilder:
         packed = staging.tensors["block_tables"][: n * width]
         if self.device.type != "cpu":
             packed = self._packed_tables[: n * width].copy_(packed, non_blocking=True)
-        self._device["block_tables"][:n, :width].copy_(packed.view(n, width))
-        self._num_blocks = num_blocks
+        packed = packed.view(n, width)
+        before, after = placement
+        if before:
+            self._device["block_tables"][:before, :width].copy_(packed[:before])
+        if before < n:
+            self._device["block_tables"][after : after + n - before, :width].copy_(packed[before:])
+        self._num_blocks, self._placement = num_blocks, placement
         if not same_rows or padded != self._padded_rows:
             self._gather_sampling(rows, padded, staging)
             self._admissions = admissions
@@ -394,6 +482,12 @@ class BatchBuilder:
         views = {name: buffer[:S] for name, buffer in self._device.items() if name != "continues"}
         views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
         views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
+        return views
+
+    def _mixed_view_of(self, shape: MixedShape) -> dict[str, torch.Tensor]:
+        views = self._mixed_views.get(shape)
+        if views is None:
+            views = self._mixed_views[shape] = self._mixed_view(shape.rows, shape.tokens)
         return views
 
     def _decode_view(self, S: int) -> dict[str, torch.Tensor]:

@@ -26,10 +26,19 @@ from fusecomp.report import FusionReport
 from fusecomp.request import RequestMetrics, SamplingParams
 from fusecomp.runtime import memory
 from fusecomp.runtime.adjust import RowTables
-from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.batch import BatchBuilder, MixedShape, StepBatch
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.flight import Flight, Runway
-from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
+from fusecomp.runtime.graphs import (
+    COMMON_SIZES,
+    CudaRecorder,
+    GraphRunner,
+    Recorder,
+    Shape,
+    bucket_sizes,
+    first_sizes,
+    mixed_shapes,
+)
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
@@ -87,8 +96,8 @@ class Engine:
         self.overlap = self.device.type == "cuda"
         self._flight: Flight | None = None
         self._launch_seconds = 0.0
-        self._runway = Runway(config.max_num_seqs, self.device)
-        self._latest: tuple[StepBatch, int | None] | None = None
+        self._runway = Runway(self._builder.max_rows, self.device)
+        self._latest: tuple[StepBatch, Shape | None] | None = None
         self._confirm_program()
         self._step.seal()
         self._check_packing()
@@ -195,28 +204,37 @@ class Engine:
 
     def _launch(self, step: ScheduledStep, continues: tuple[Tensor, list[int]] | None = None) -> Flight:
         """Queue a step's device work; nothing is waited for."""
-        bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
-        batch = self._builder.build(step, bucket, continues)
-        self._latest = batch, bucket
+        wanted = prompt_tokens(step)
+        shape = self._graphs.choose(step) if self._graphs and wanted is None else None
+        batch = self._builder.build(step, shape, continues)
+        kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
-        if (wanted := prompt_tokens(step)) is None:
-            flight = self._runway.launch(step, self._run(batch, bucket))
+        if self._graphs is not None and shape is not None and not self._graphs.captured(shape, kind):
+            self._capture(self._graphs, shape, kind)
+            batch = self._builder.build(step, shape, continues)
+            if kind == Kind() and self._graphs.captured(shape, kind):
+                self._graphs.check(batch, shape, kind)
+        self._latest = batch, shape
+        if wanted is None:
+            flight = self._runway.launch(step, self._run(batch, shape))
         else:
             logits, scores = with_prompt(self._step, batch, wanted)
-            flight = self._runway.launch(step, self._choice(logits, batch, self._choice.kind(batch)), wanted, scores)
+            flight = self._runway.launch(step, self._choice(logits, batch, kind), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight
 
-    def _run(self, batch: StepBatch, bucket: int | None) -> Sampled:
+    def _run(self, batch: StepBatch, shape: Shape | None) -> Sampled:
         kind = self._choice.kind(batch)
-        if bucket is None or self._graphs is None:
+        if shape is None or self._graphs is None or not self._graphs.captured(shape, kind):
             return self._forward(batch, kind)
-        if not self._graphs.captured(bucket, kind):
-            # Other variants than greedy are captured when first needed; they too must serve the longest context.
-            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
-            self._graphs.capture(batch, kind)
-        return self._graphs.replay(bucket, kind)
+        return self._graphs.replay(shape, kind)
+
+    def _capture(self, graphs: GraphRunner, shape: Shape, kind: Kind) -> None:
+        """Try to capture a graph; the batch has to be built again afterwards."""
+        graphs.capture(self._builder.padding(shape), shape, kind)
+        self.report.cuda_graphs = graphs.sizes
+        self.report.mixed_cuda_graphs = sum(isinstance(shape, MixedShape) for shape in graphs.seconds)
 
     def _forward(self, batch: StepBatch, kind: Kind) -> Sampled:
         """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
@@ -336,13 +354,18 @@ class Engine:
         return budget.end()
 
     def _meet_kernels(self) -> None:
-        """Under `compile_ahead`, go through the shapes that start-up runs: every graph, and the checks' tiny steps."""
+        """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps.
+
+        Of decodes up to 256, sizes that stand for those between them: launches are chosen in such steps.
+        """
         config, checked = self.config, DECODED[0]
         sizes = {min(len(checked), config.max_num_seqs)}
+        mixed: dict[int, MixedShape] = {}
         if not config.enforce_eager:
-            sizes |= {*bucket_sizes(config.max_num_seqs)}
-        for rows in sorted(sizes, reverse=True):
-            greedy(self._step(self._builder.padding(rows)))
+            sizes |= {size for size in bucket_sizes(config.max_num_seqs) if size in COMMON_SIZES or size > 256}
+            mixed = {shape.tokens: shape for shape in self._mixed_shapes()}
+        for shape in (*sorted(sizes, reverse=True), *mixed.values()):
+            greedy(self._step(self._builder.padding(shape)))
         if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
             self._step(self._stand_in_prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
 
@@ -395,34 +418,40 @@ class Engine:
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
-        """Capture and check the greedy graph of every bucket, largest first.
-
-        The step whose logits the check takes also is the one that must run before its capture.
-        """
+        """Capture and check the greedy graphs of the first sizes; others follow when they are worth it."""
         start = time.perf_counter()
-        self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
+        self._graphs = self._new_graphs(largest, CudaRecorder())
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         used = largest * -(-3 // self.config.block_size)
         for cache, layout in zip(self._step.kv_caches, self._step.kv_layouts, strict=True):
             fill_random(cache[:used], layout.head_dim)
-        for size in reversed(self._graphs.sizes):
-            # Two cached tokens and a new one per row, or only a new one where blocks are too few.
-            pages = -(-3 // self.config.block_size)
-            tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
-            blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
-            seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
-            step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
-            batch = self._builder.build(step, size)
-            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
-            logits = self._step(batch)
-            greedy(logits)
-            self._graphs.capture(batch, Kind(), ran=True)
-            self._graphs.check(batch, Kind(), logits)
+        for size in first_sizes(largest):
+            self._capture(self._graphs, size, Kind())
+            if self._graphs.captured(size, Kind()):
+                self._graphs.check(self._stand_in_decodes(size), size, Kind())
         for cache in self._step.kv_caches:
             cache[:used].zero_()
-        self.report.cuda_graphs = list(self._graphs.sizes)
         self._explain_lowerings()
         self.report.seconds["graphs"] = time.perf_counter() - start
+
+    def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
+        note = self.report.notes.append
+        return GraphRunner(self._step, self._forward, bucket_sizes(largest), self._mixed_shapes(), note, recorder)
+
+    def _mixed_shapes(self) -> list[MixedShape]:
+        assert self.config.max_model_len is not None
+        return mixed_shapes(
+            self.config.max_num_seqs, min(self.config.max_num_batched_tokens, self.config.max_model_len)
+        )
+
+    def _stand_in_decodes(self, size: int) -> StepBatch:
+        """Rows with two cached tokens and a new one, or only a new one where blocks are too few."""
+        pages = -(-3 // self.config.block_size)
+        tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
+        blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
+        seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
+        step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
+        return self._builder.build(step, size)
 
     def _explain_lowerings(self) -> None:
         """Say which kernels linears and experts of codes take, for batches with a graph and the longest step."""

@@ -1,98 +1,294 @@
-"""CUDA graphs per decode bucket: capture, check once, replay.
+"""CUDA graphs of steps: which shapes get one, when it is captured, what it costs.
 
-A graph is keyed by (bucket, variant of the sampler): those, with the model and the KV capacity, are every Python value
-that reaches a kernel. Batches are padded up to the next bucket. All graphs share one memory pool and are captured
-largest first, so that smaller ones reuse its blocks.
+A graph is keyed by (shape, variant of the sampler): those, with the model and the KV capacity, are every Python value
+that reaches a kernel. A shape is a number of rows, of a step of decodes, or a `MixedShape`. Steps are padded up to a
+shape. All graphs share one memory pool; each is checked once against the step that it captured, and timed.
+
+An engine starts with few graphs, the largest first. More come between steps, when their time has come:
+
+- decodes: a step runs in the smallest captured size that holds it. What is lost against a candidate size in between,
+  estimated from the measured times of its captured neighbours, is summed up; when that is as much as a capture takes,
+  the candidate is captured. So time lost to padding and time spent on captures stay within a factor of two of whichever
+  is best, and sizes that bring nothing are never captured.
+- mixed steps: the first step of a shape runs without a graph, the second captures it, unless a step as large takes the
+  GPU longer than launching takes the host: launches of the next step are then hidden behind it (`schedule_ahead`).
+
+No graph is captured any more once their memory reaches its budget, or the device is out of it: what is captured
+serves on, other steps run in a larger size or without a graph, and the report says so.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fusecomp.errors import VerificationError
-from fusecomp.runtime.batch import StepBatch
+from fusecomp.runtime.batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.choice import Kind, Sampled
+from fusecomp.runtime.sequence import ScheduledStep
 
+Shape = int | MixedShape
 # Share of a row's standard deviation within which two logits count as tied.
 TIE_SHARE = 0.05
+# Bytes that graphs may take beyond the engine's own: half of what `memory.py` keeps in reserve.
+BUDGET_BYTES = 1 << 29
+# Largest mixed step with a graph, in tokens, and its launches' share of the GPU's time from which they count as hidden.
+MOST_MIXED_TOKENS, HIDDEN = 1024, 0.67
+FEW_PREFILLS = 8
+# Candidates for decodes whose kernels are compiled at the start: those of others are chosen alike.
+COMMON_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 
 
 def bucket_sizes(largest: int) -> list[int]:
-    """Decode batch sizes to capture: 1, 2, 4, 8, 16, then steps that waste at most a fifth of a step's rows."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256]
-    sizes += list(range(320, 1025, 64))
+    """Candidates for the sizes of decode steps: few small ones, multiples of 8 to 256 and of 64 to 1024."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(320, 1025, 64)]
     kept = [size for size in sizes if size < largest]
     return [*kept, largest]
 
 
+def first_sizes(largest: int) -> list[int]:
+    """Those captured at the start, largest first: a step is padded to at most four times its rows."""
+    return [largest, *(size for size in (256, 64, 16, 4, 1) if size < largest)]
+
+
+def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[MixedShape]:
+    """Candidates for mixed steps, the cheapest first: an eighth more tokens from one to the next, or a fourth."""
+    most = min(max_tokens, MOST_MIXED_TOKENS)
+    tokens = [t for t in (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024) if t <= most]
+    decodes = sorted({min(d, max_num_seqs) for d in (16, 64, 128, 256, 512, 1024)})
+    return [MixedShape(t, d, p) for t in tokens for p in (FEW_PREFILLS, MOST_PREFILLS) for d in decodes if d <= t]
+
+
+class Recorder(Protocol):
+    """Makes graphs."""
+
+    def record(self, run: Callable[[], Sampled]) -> tuple[Callable[[], object], Sampled]:
+        """Capture `run`, which ran before; returns the replay and what `run` returned, which a replay writes again.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it.
+        """
+
+    def seconds(self, replay: Callable[[], object]) -> float:
+        """Device time of one replay."""
+
+    def used_bytes(self) -> int:
+        """Memory of the device in use."""
+
+
+class CudaRecorder:
+    """Captures on a stream of its own, in one pool; other threads may use the device meanwhile."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def record(self, run: Callable[[], Sampled]) -> tuple[Callable[[], object], Sampled]:
+        torch.cuda.synchronize()
+        try:
+            return self._record(run)
+        except torch.OutOfMemoryError:
+            # The allocator does not give cached memory back during a capture.
+            torch.cuda.empty_cache()
+            return self._record(run)
+
+    def _record(self, run: Callable[[], Sampled]) -> tuple[Callable[[], object], Sampled]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    sampled = run()
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the driver's own: instantiating a graph takes memory too
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+        return graph.replay, sampled
+
+    def seconds(self, replay: Callable[[], object]) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        replay()
+        start.record()
+        replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+    def used_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+
 class GraphRunner:
-    """Captured decode steps.
+    """Captured steps of one engine.
 
     Args:
-        run: `(batch, kind) -> sampled token ids [S] and their scores`, made only of capturable work on the current
-            stream.
-        sizes: buckets, ascending.
+        logits: `batch -> logits [S, V]`, made only of capturable work on the current stream; its work may be queued
+            any number of times for one batch.
+        run: `(batch, kind) -> sampled token ids [S] and their scores`, likewise.
+        sizes: candidates for decode steps, ascending.
+        mixed: candidates for mixed steps, the cheapest first.
+        note: called with what the report should say.
+        recorder: makes the graphs.
+        budget_bytes: memory that they may take.
+
+    Attributes:
+        seconds: measured device time of each captured shape.
+        num_bytes: memory that the graphs took.
+        full: why no more are captured, or empty.
     """
 
-    def __init__(self, run: Callable[[StepBatch, Kind], Sampled], sizes: list[int]) -> None:
-        self._run = run
-        self.sizes = sizes
-        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(
+        self,
+        logits: Callable[[StepBatch], Tensor],
+        run: Callable[[StepBatch, Kind], Sampled],
+        sizes: Sequence[int],
+        mixed: Sequence[MixedShape],
+        note: Callable[[str], None],
+        recorder: Recorder,
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        self._logits, self._run, self._note, self._recorder = logits, run, note, recorder
+        self._candidates, self._mixed = list(sizes), list(mixed)
+        self._budget = budget_bytes
+        self.sizes: list[int] = []
+        self.seconds: dict[Shape, float] = {}
+        self.num_bytes = 0
+        self.full = ""
+        self._graphs: dict[tuple[Shape, Kind], tuple[Callable[[], object], Sampled]] = {}
+        self._lost: Counter[int] = Counter()  # seconds of padding by candidate
+        self._met: set[MixedShape] = set()
+        self._capture_seconds = 0.0  # of the latest capture
+        self._launch_seconds = float("inf")  # of the host, for one step without a graph: the least seen
+
+    # ------------------------------------------------------------------ which shape
+
+    def choose(self, step: ScheduledStep) -> Shape | None:
+        """The shape to which `step` is padded; None to run it as it is, without a graph."""
+        if step.decode_only:
+            return self.bucket(len(step.seqs))
+        return self._mixed_bucket(step.num_tokens, step.num_decodes, len(step.seqs) - step.num_decodes)
 
     def bucket(self, rows: int) -> int | None:
-        """The smallest captured size that holds `rows`, or None."""
+        """The size in which `rows` decodes run."""
         at = bisect_left(self.sizes, rows)
-        return self.sizes[at] if at < len(self.sizes) else None
+        larger = self.sizes[at] if at < len(self.sizes) else None
+        if larger == rows or self.full:
+            return larger
+        wanted = bisect_left(self._candidates, rows)
+        if wanted == len(self._candidates):
+            return larger
+        candidate = self._candidates[wanted]
+        if larger is None or candidate == larger:
+            return candidate
+        self._lost[candidate] += self._gain(candidate, self.sizes[at - 1] if at else 0, larger)
+        return candidate if self._lost[candidate] > self._capture_seconds else larger
 
-    def capture(self, batch: StepBatch, kind: Kind, *, ran: bool = False) -> None:
-        """Capture the step for the batch's size, from a batch that announces the longest possible context.
+    def _gain(self, candidate: int, smaller: int, larger: int) -> float:
+        """Seconds that a step would take less in `candidate` than in `larger`, by interpolation."""
+        high = self.seconds[larger]
+        low = min(self.seconds.get(smaller, 0.0), high)
+        return (high - low) * (larger - candidate) / (larger - smaller)
 
-        Unless this very batch `ran` before, the step runs once, so that lazy initialisation stays out of the graph.
+    def _mixed_bucket(self, tokens: int, decodes: int, prefills: int) -> MixedShape | None:
+        shape = next((shape for shape in self._mixed if shape.holds(tokens, decodes, prefills)), None)
+        if shape is None or shape in self.seconds:
+            return shape
+        if self.full or self._hides_launches(shape):
+            return None
+        if shape not in self._met:
+            self._met.add(shape)
+            return None
+        return shape
+
+    def _hides_launches(self, shape: MixedShape) -> bool:
+        """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile."""
+        known = (s for size, s in self.seconds.items() if (size if isinstance(size, int) else size.tokens) <= shape.tokens)
+        return max(known, default=0.0) * HIDDEN > self._launch_seconds
+
+    # ------------------------------------------------------------------ captures
+
+    def captured(self, shape: Shape, kind: Kind) -> bool:
+        """Whether `replay` has a graph for this key."""
+        return (shape, kind) in self._graphs
+
+    def capture(self, padding: StepBatch, shape: Shape, kind: Kind) -> bool:
+        """Capture the step of `shape` from a batch of nothing but padding, and time it.
+
+        That batch announces the longest possible context and writes no key, so the capture may come between any two
+        steps. It runs once before, so that lazy initialisation stays out of the graph. Times of padding compare: what
+        a row costs beyond them depends on its context, in whatever shape it runs.
+
+        Returns: False when there is no memory for a graph; nothing is captured from then on.
         """
-        size = batch.seq_lens.shape[0]
-        if not ran:
-            self._run(batch, kind)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            sampled = self._run(batch, kind)
-        self._graphs[(size, kind)] = (graph, sampled)
+        if self.full:
+            return False
+        begin = time.perf_counter()
+        self._run(padding, kind)
+        self._launch_seconds = min(self._launch_seconds, time.perf_counter() - begin)
+        before = self._recorder.used_bytes()
+        try:
+            graph = self._recorder.record(lambda: self._run(padding, kind))
+            seconds = self._recorder.seconds(graph[0])
+        except torch.OutOfMemoryError as error:
+            self._stop(f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})")
+            return False
+        self._graphs[shape, kind] = graph
+        self.seconds.setdefault(shape, seconds)
+        self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
+        self.num_bytes += max(0, self._recorder.used_bytes() - before)
         if kind.tables:  # graphs of an earlier version read tables that were replaced; a capture has waited for them
             for key in [key for key in self._graphs if key[1].tables not in (0, kind.tables)]:
                 del self._graphs[key]
+        if self.num_bytes >= self._budget:
+            self._stop(f"they take {self.num_bytes >> 20} MiB of {self._budget >> 20}")
+        self._capture_seconds = time.perf_counter() - begin
+        return True
 
-    def captured(self, size: int, kind: Kind) -> bool:
-        """Whether `replay` has a graph for this key."""
-        return (size, kind) in self._graphs
-
-    def replay(self, size: int, kind: Kind) -> Sampled:
-        """Run the captured step on the batch now in the static buffers; returns its token buffer [size] and scores."""
-        graph, sampled = self._graphs[(size, kind)]
-        graph.replay()
-        return sampled
-
-    def check(self, batch: StepBatch, kind: Kind, logits: Tensor) -> None:
+    def check(self, batch: StepBatch, shape: Shape, kind: Kind) -> None:
         """Compare one replay with the same greedy step run without a graph.
 
-        Args:
-            logits: [S, V] of that step. A library may choose another algorithm while capturing, so a token may differ
-                where its logit is within a small share of the row's spread of the best one.
+        A library may choose another algorithm while capturing, so a token may differ where its logit is within a small
+        share of the row's spread of the best one.
 
         Raises:
             VerificationError: they disagree.
         """
-        size = batch.seq_lens.shape[0]
-        tokens = self.replay(size, kind).tokens
-        rows = logits.float()
+        rows = self._logits(batch).float()
+        tokens = self.replay(shape, kind).tokens
         gap = rows.amax(1) - rows.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
         wrong = ((tokens < 0) | ~(gap <= TIE_SHARE * rows.std(1))).nonzero()[:, 0].tolist()
         if wrong:
             raise VerificationError(
-                f"the CUDA graph for batch {size} samples other tokens than the step it captured",
+                f"the CUDA graph for batch {_name(shape)} samples other tokens than the step it captured",
                 where=f"rows {wrong[:8]}",
                 remedy="run with enforce_eager=True and report this",
             )
+
+    def _stop(self, why: str) -> None:
+        shapes = [*map(str, self.sizes), *(_name(shape) for shape in self.seconds if isinstance(shape, MixedShape))]
+        kept = f"those of batches {', '.join(shapes)} stay, " if shapes else ""
+        self.full = why
+        self._note(f"no more CUDA graphs are captured: {why}; {kept}other steps are padded further or run without one")
+
+    def replay(self, shape: Shape, kind: Kind) -> Sampled:
+        """Run the captured step on the batch now in the static buffers; returns its token buffer [size] and scores."""
+        replay, sampled = self._graphs[shape, kind]
+        replay()
+        return sampled
+
+
+def _name(shape: Shape) -> str:
+    if isinstance(shape, int):
+        return str(shape)
+    return f"{shape.tokens} tokens ({shape.decodes} decodes, {shape.prefills} prefills)"
