@@ -70,7 +70,11 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--quantize", choices=QUANTIZE_SCHEMES, help="quantize the weights before the engine is built")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
-    add("--profile", action="store_true", help="decode, prefill: device time by kernel")
+    add(
+        "--profile",
+        action="store_true",
+        help="decode, prefill: device time by kernel; offline: idle time of a further run",
+    )
     add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(argv))
@@ -151,6 +155,7 @@ def _account(session: Session) -> dict[str, Any]:
             "max_num_batched_tokens": engine.config.max_num_batched_tokens,
             "kv_blocks": engine.num_kv_blocks,
             "cuda_graphs": report.cuda_graphs,
+            "graph_ms": {str(k): round(v * 1e3, 4) for k, v in engine.graph_seconds.items()},
             "matches": report.counts(),
             "fallbacks": report.fallbacks,
             "recompiles": report.recompiles,

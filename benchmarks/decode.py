@@ -4,6 +4,7 @@ Per batch size: `Options.context` prompt tokens a sequence, then
     graph   the device work of one step (model and greedy sampling) repeated back to back on the buffers of the step
             just served: a CUDA graph replay where the engine has one; timed by device events (GPU only);
     step    `Engine.step()` end to end by the host's clock: scheduling, filling buffers, device work, tokens read.
+    idle    of a profile of engine steps, the share of the time in which no kernel ran (GPU only).
 Replays are taken in the middle of the timed steps, so both see the same mean context.
 
 floor = max(bytes / measured read bandwidth, FLOPs / measured matmul rate); MBU is the first alone over the time.
@@ -15,8 +16,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from benchmarks.idle import profile_idle
 from benchmarks.roofline import touched_experts
-from benchmarks.session import Result, Session, kernel_table, progress, table
+from benchmarks.session import PROFILED_STEPS, Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times, time_calls
 
 WARM_UP_STEPS = 3
@@ -28,8 +30,9 @@ class DecodeRun:
     def __init__(self, session: Session, batch: int) -> None:
         self.session, self.engine, self.batch = session, session.engine, batch
         o = session.options
+        self.engine.capture_graphs([batch])
         prompts = session.prompts([o.context] * batch, batch)
-        budget = o.repeat * o.steps + o.settle_steps
+        budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)
         self.tokens = dict(zip(ids, prompts, strict=True))
         for _ in range(o.settle_steps - WARM_UP_STEPS):
@@ -77,12 +80,14 @@ def _measure(session: Session, batch: int) -> dict[str, Any]:
             replays.append(time_calls(run.engine.repeat_step, session.device, calls=o.replays))
         walls += [run.step() for _ in range(o.steps - o.steps // 2)]
         steps.append(Samples.of(walls))
+    idle = profile_idle(run.step, PROFILED_STEPS).to_dict(PROFILED_STEPS) if on_gpu else None
     if o.profile and on_gpu:
         kernels = kernel_times(run.engine.repeat_step)
     run.close()
     bucket = min((b for b in run.engine.report.cuda_graphs if b >= batch), default=None)
     figures: dict[str, Any] = {"batch": batch, "bucket": bucket, "context": round(sum(contexts) / len(contexts), 1)}
     figures |= _shares(session, run, figures["context"], steps, replays)
+    figures["idle"] = idle
     if kernels is not None:
         figures["kernels"] = kernels
     return figures
@@ -112,6 +117,7 @@ def _shares(
         "mbu": memory / best.median,
         "mbu_step": memory / step.median,
         "share_of_floor": floor / best.median,
+        "step_over_graph": step.median / graph.median if graph else None,
         "tokens_per_s": rows / step.median * 1e3,
     }
     if touched is not None:
@@ -128,12 +134,15 @@ def decode(session: Session) -> Result:
         rows.append(_measure(session, batch))
     experts = session.workload.num_experts > 0
     headers = ["batch", "context", "graph ms", "step ms", "p10", "p90", "GB", "floor ms", "bound", "MBU", "of floor"]
-    headers += ["tok/s"] + (["experts"] if experts else [])
+    headers += ["tok/s", "step/graph", "idle"] + (["experts"] if experts else [])
     lines = []
     for r in rows:
         line = [r["batch"], r["context"], r["graph_ms"], r["step_ms"], r["step"]["p10_ms"], r["step"]["p90_ms"]]
         line += [r["bytes"] / 1e9, r["floor_ms"], r["bound"], f"{r['mbu']:.1%}", f"{r['share_of_floor']:.1%}"]
-        lines.append(line + [r["tokens_per_s"]] + ([r["experts_touched"]] if experts else []))
+        idle = r["idle"] and f"{r['idle']['share']:.2%}"
+        lines.append(
+            line + [r["tokens_per_s"], r["step_over_graph"], idle] + ([r["experts_touched"]] if experts else [])
+        )
     text = "decode (MBU of the graph, or of the step where there is none; tok/s of the step)\n" + table(headers, lines)
     for r in rows:
         if kernels := r.get("kernels"):

@@ -28,6 +28,7 @@ _START = time.perf_counter()
 # Longest sequence of the gate.
 PREFIX_TAIL = 32  # `prefix`: tokens of its own that follow a request's prefix
 CHECK_LEN = 160
+PROFILED_STEPS = 24  # of a decode run, for the time in which the GPU is idle
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Options:
         rows, length = [8], [CHECK_LEN]
         if {"decode", "startup", "patterns"} & set(self.benchmarks):
             rows += self.batches
-            length.append(self.context + self.repeat * self.steps + self.settle_steps)
+            length.append(self.context + self.repeat * self.steps + self.settle_steps + PROFILED_STEPS)
         if "prefill" in self.benchmarks:
             rows.append(self.prompts)
             length.append(self.prompt_len + 1)

@@ -10,10 +10,12 @@ import random
 import time
 from typing import Any
 
+from benchmarks.idle import Idle, profile_idle
 from benchmarks.session import Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times
 
 PREFILL_REPEATS = 3
+PROFILED_STEPS, PROFILED_EVERY = 8, 100  # offline: steps profiled together, and from one to the next
 
 
 def _drain(session: Session) -> tuple[float, int, int]:
@@ -29,6 +31,23 @@ def _drain(session: Session) -> tuple[float, int, int]:
             if out.error is not None:
                 raise RuntimeError(f"{out.request_id}: {out.error}")
     return time.perf_counter() - start, steps, advanced
+
+
+def _profiled(session: Session) -> dict[str, Any]:
+    """Drain the engine, profiling short runs of steps; the share of their time in which no kernel ran."""
+    engine, found, at = session.engine, list[tuple[int, Idle]](), 0
+    while engine.has_unfinished_requests():
+        if at % PROFILED_EVERY in (0, PROFILED_EVERY // 2):
+            found.append((at, profile_idle(engine.step, PROFILED_STEPS)))
+            at += PROFILED_STEPS
+        else:
+            engine.step()
+            at += 1
+    wall = sum(idle.wall for _, idle in found)
+    return {
+        "share": 1 - sum(idle.busy for _, idle in found) / wall,
+        "windows": [{"step": step, **idle.to_dict(PROFILED_STEPS)} for step, idle in found],
+    }
 
 
 def prefill(session: Session) -> Result:
@@ -99,6 +118,10 @@ def offline(session: Session) -> Result:
                 "computed_tokens": after.computed_tokens - before.computed_tokens,
             }
         )
+    idle = None
+    if o.profile and session.device.type == "cuda":
+        session.add("profiled", session.prompts([n for n, _ in pairs], 3000), [n for _, n in pairs])
+        idle = _profiled(session)
     middle = sorted(runs, key=lambda r: r["wall_s"])[len(runs) // 2]
     figures: dict[str, Any] = {
         "requests": o.requests,
@@ -107,9 +130,11 @@ def offline(session: Session) -> Result:
         "kv_blocks": engine.num_kv_blocks,
         **middle,
         "walls_s": [r["wall_s"] for r in runs],
+        "idle": idle,
     }
-    headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted"]
+    headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted", "idle"]
     line: list[Any] = [o.requests, middle["wall_s"], middle["output_tokens_per_s"], middle["total_tokens_per_s"]]
     line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
+    line += [idle and f"{idle['share']:.2%}"]
     title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
     return Result(figures, f"{title}\n{table(headers, [line])}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.__main__ import main
 from benchmarks.check import in_float32
+from benchmarks.idle import Idle
 from benchmarks.roofline import Workload, touched_experts
 from benchmarks.shapes import SHAPES, Shape
 from fusecomp.config import EngineConfig
@@ -185,3 +186,12 @@ def test_touched_experts_are_counted_on_the_last_tokens() -> None:
     model = SHAPES["tiny-moe"].build(CPU, torch.float32)
     assert touched_experts(model, [[1, 2, 3]]) == 2
     assert 2 <= touched_experts(model, [[1, 2, 3], [9, 8, 7, 6], [5, 5, 5]]) <= 6
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    """Overlapping, nested, touching and separate kernels, in any order."""
+    idle = Idle.of([(20.0, 30.0), (0.0, 10.0), (8.0, 12.0), (9.0, 11.0), (12.0, 13.0), (15.0, 16.0)])
+    assert (idle.wall, idle.busy, idle.long_gaps, idle.longest, idle.kernels) == (30.0, 24.0, 4.0, 4.0, 6)
+    assert idle.share == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="no kernel"):
+        Idle.of([])

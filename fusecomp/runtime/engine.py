@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,10 +18,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
 from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
-from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.kv_cache import fill_random
-from fusecomp.ops.linear import LinearShape
-from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.quant.online.record import describe as describe_quantization
 from fusecomp.report import FusionReport
 from fusecomp.request import RequestMetrics, SamplingParams
@@ -28,6 +26,7 @@ from fusecomp.runtime import memory
 from fusecomp.runtime.adjust import RowTables
 from fusecomp.runtime.batch import BatchBuilder, MixedShape, StepBatch
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
+from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import (
     COMMON_SIZES,
@@ -210,10 +209,11 @@ class Engine:
         kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
-        if self._graphs is not None and shape is not None and not self._graphs.captured(shape, kind):
-            self._capture(self._graphs, shape, kind)
-            batch = self._builder.build(step, shape, continues)
-            if kind == Kind() and self._graphs.captured(shape, kind):
+        if self._graphs is not None and shape is not None:
+            if not self._graphs.captured(shape, kind):
+                self._capture(self._graphs, shape, kind)
+                batch = self._builder.build(step, shape, continues)
+            if self._graphs.captured(shape, kind):
                 self._graphs.check(batch, shape, kind)
         self._latest = batch, shape
         if wanted is None:
@@ -239,6 +239,20 @@ class Engine:
     def _forward(self, batch: StepBatch, kind: Kind) -> Sampled:
         """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
         return self._choice(self._step(batch), batch, kind)
+
+    def capture_graphs(self, sizes: Iterable[int]) -> None:
+        """Capture CUDA graphs for decodes of these many rows now, not when padding has cost as much as a capture.
+
+        Without graphs, on a CPU or with `enforce_eager`, it does nothing.
+        """
+        for size in sorted(set(sizes) - set(self.graph_seconds), reverse=True):
+            if self._graphs is not None:
+                self._capture(self._graphs, size, Kind())
+
+    @property
+    def graph_seconds(self) -> dict[Shape, float]:
+        """Device time of a step of nothing but padding, by shape with a CUDA graph."""
+        return {} if self._graphs is None else self._graphs.seconds
 
     def repeat_step(self) -> Tensor:
         """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
@@ -431,7 +445,10 @@ class Engine:
                 self._graphs.check(self._stand_in_decodes(size), size, Kind())
         for cache in self._step.kv_caches:
             cache[:used].zero_()
-        self._explain_lowerings()
+        from fusecomp.lowerings.device import target_of
+
+        counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
+        explain_lowerings(self.report, target_of(self._step.kv_caches[0]), counts)
         self.report.seconds["graphs"] = time.perf_counter() - start
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
@@ -452,23 +469,6 @@ class Engine:
         seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
         step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
         return self._builder.build(step, size)
-
-    def _explain_lowerings(self) -> None:
-        """Say which kernels linears and experts of codes take, for batches with a graph and the longest step."""
-        from fusecomp.lowerings.device import target_of
-        from fusecomp.lowerings.experts.quant_heuristics import explain_choices as explain_experts
-        from fusecomp.lowerings.linear.lowering import explain_choices
-        from fusecomp.lowerings.quant.lowering import explain_choices as explain_quantized
-
-        counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
-        for operation in dict.fromkeys(match.operation for match in self.report.matches):
-            target = target_of(self._step.kv_caches[0])
-            if shape := LinearShape.parse(operation):
-                self.report.lowerings[operation] = explain_choices(target, shape, counts)
-            elif quantized := QuantShape.parse(operation):
-                self.report.lowerings[operation] = explain_quantized(target, quantized, counts)
-            elif experts := CodesShape.parse(operation):
-                self.report.lowerings[operation] = explain_experts(target, experts, counts)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

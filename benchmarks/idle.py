@@ -1,0 +1,86 @@
+"""When the GPU did nothing: the intervals of all kernels in a profile, and what lies between them.
+
+A kernel that starts before the one it follows has ended (programmatic dependent launch) leaves no gap. Copies are no
+kernels. The profiler lengthens steps a little, so shares are of the profiled time itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Gaps that are longer lie between steps, or where a kernel waited for its launch; shorter ones between two kernels of
+# a graph.
+LONG_GAP_US = 3.0
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Of a profile: all in us.
+
+    Attributes:
+        wall: from the first kernel's start to the last one's end.
+        busy: in which some kernel ran.
+        long_gaps: the gaps longer than `LONG_GAP_US`, together.
+        longest: the longest gap.
+        kernels: how many.
+    """
+
+    wall: float
+    busy: float
+    long_gaps: float
+    longest: float
+    kernels: int
+
+    @property
+    def share(self) -> float:
+        return 1.0 - self.busy / self.wall
+
+    def to_dict(self, steps: int) -> dict[str, Any]:
+        """Shares, and microseconds of a step."""
+        return {
+            "share": round(self.share, 5),
+            "long_gaps_share": round(self.long_gaps / self.wall, 5),
+            "longest_us": round(self.longest, 1),
+            "step_us": round(self.wall / steps, 1),
+            "idle_us_per_step": round((self.wall - self.busy) / steps, 1),
+            "kernels_per_step": round(self.kernels / steps, 1),
+            "steps": steps,
+        }
+
+    @classmethod
+    def of(cls, intervals: Iterable[tuple[float, float]]) -> Idle:
+        """Of (start, end) of every kernel, in any order."""
+        ordered = sorted(intervals)
+        if not ordered:
+            raise ValueError("the profile holds no kernel")
+        begin, until = ordered[0]
+        idle = long_gaps = longest = 0.0
+        for start, end in ordered:
+            gap = start - until
+            if gap > 0:
+                idle += gap
+                longest = max(longest, gap)
+                long_gaps += gap if gap > LONG_GAP_US else 0.0
+            until = max(until, end)
+        wall = until - begin
+        return cls(wall, wall - idle, long_gaps, longest, len(ordered))
+
+
+def profile_idle(run: Callable[[], Any], calls: int) -> Idle:
+    """Profile `calls` calls of `run`, which may leave work on the device. GPU only."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return Idle.of(
+        (e.time_range.start, e.time_range.end)
+        for e in trace.events()
+        if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
+    )

@@ -1,0 +1,29 @@
+"""Which kernels an engine's steps take, for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fusecomp.ops.experts import CodesShape
+from fusecomp.ops.linear import LinearShape
+from fusecomp.ops.quant_linear import QuantShape
+from fusecomp.report import FusionReport
+
+if TYPE_CHECKING:
+    from fusecomp.lowerings.paged_attention.heuristics import Target
+
+
+def explain_lowerings(report: FusionReport, target: Target, counts: Sequence[int]) -> None:
+    """Say which kernels linears and experts of codes take, for steps of `counts` tokens."""
+    from fusecomp.lowerings.experts.quant_heuristics import explain_choices as explain_experts
+    from fusecomp.lowerings.linear.lowering import explain_choices
+    from fusecomp.lowerings.quant.lowering import explain_choices as explain_quantized
+
+    for operation in dict.fromkeys(match.operation for match in report.matches):
+        if shape := LinearShape.parse(operation):
+            report.lowerings[operation] = explain_choices(target, shape, counts)
+        elif quantized := QuantShape.parse(operation):
+            report.lowerings[operation] = explain_quantized(target, quantized, counts)
+        elif experts := CodesShape.parse(operation):
+            report.lowerings[operation] = explain_experts(target, experts, counts)
