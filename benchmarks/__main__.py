@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add(
         "--profile",
         action="store_true",
-        help="decode, prefill: device time by kernel; offline: idle time of a further run",
+        help="decode, prefill: time by kernel; offline: the GPU's idle time",
     )
     add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)

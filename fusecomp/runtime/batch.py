@@ -263,10 +263,11 @@ class BatchBuilder:
             assert shape.holds(step.num_tokens, nd, n - nd) and not step.decode_only, (shape, step.num_tokens, n, nd)
             S, T, gap = shape.rows, shape.tokens, shape.decodes - nd
         else:
+            assert not isinstance(pad_to, MixedShape)
             assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
-            S, gap = pad_to or n, 0  # type: ignore[assignment]
+            S, gap = pad_to or n, 0
             T = S if step.decode_only else step.num_tokens
-        assert T <= self.max_num_batched_tokens, T
+        assert self.max_num_batched_tokens >= T, T
         starts = np.array(step.starts, np.int64)
         ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
         self._turn ^= 1
@@ -342,7 +343,7 @@ class BatchBuilder:
         """
         mixed = isinstance(shape, MixedShape)
         rows, T, decodes = (shape.rows, shape.tokens, shape.decodes) if isinstance(shape, MixedShape) else (shape,) * 3
-        assert 1 <= rows <= self.max_rows and T <= self.max_num_batched_tokens, shape
+        assert 1 <= rows <= self.max_rows and self.max_num_batched_tokens >= T, shape
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()

@@ -378,7 +378,8 @@ class Engine:
         if not config.enforce_eager:
             sizes |= {size for size in bucket_sizes(config.max_num_seqs) if size in COMMON_SIZES or size > 256}
             mixed = {shape.tokens: shape for shape in self._mixed_shapes()}
-        for shape in (*sorted(sizes, reverse=True), *mixed.values()):
+        shapes: list[Shape] = [*sorted(sizes, reverse=True), *mixed.values()]
+        for shape in shapes:
             greedy(self._step(self._builder.padding(shape)))
         if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
             self._step(self._stand_in_prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))

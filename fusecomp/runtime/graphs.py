@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -166,7 +166,7 @@ class GraphRunner:
         self.num_bytes = 0
         self.full = ""
         self._graphs: dict[tuple[Shape, Kind], tuple[Callable[[], object], Sampled]] = {}
-        self._lost: Counter[int] = Counter()  # seconds of padding by candidate
+        self._lost: defaultdict[int, float] = defaultdict(float)  # seconds of padding by candidate
         self._met: set[MixedShape] = set()
         self._unchecked: set[Shape] = set()
         self._capture_seconds = 0.0  # of the latest capture
