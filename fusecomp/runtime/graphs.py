@@ -19,10 +19,12 @@ serves on, other steps run in a larger size or without a graph, and the report s
 
 from __future__ import annotations
 
+import gc
 import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -100,19 +102,27 @@ class CudaRecorder:
 
     def _record(self, run: Callable[[], Sampled]) -> tuple[Callable[[], object], Sampled]:
         graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # what is collected may call what a capture forbids
         try:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     sampled = run()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # the first error says more
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # the driver's own: instantiating a graph takes memory too
+        except RuntimeError as error:  # the driver's own: to instantiate a graph takes memory too
             if "out of memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, sampled
 
     def seconds(self, replay: Callable[[], object]) -> float:
@@ -237,15 +247,16 @@ class GraphRunner:
         if self.full:
             return False
         begin = time.perf_counter()
-        self._run(padding, kind)
-        self._launch_seconds = min(self._launch_seconds, time.perf_counter() - begin)
         before = self._recorder.used_bytes()
         try:
+            self._run(padding, kind)
+            launched = time.perf_counter()
             graph = self._recorder.record(lambda: self._run(padding, kind))
             seconds = self._recorder.seconds(graph[0])
         except torch.OutOfMemoryError as error:
             self._stop(f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})")
             return False
+        self._launch_seconds = min(self._launch_seconds, launched - begin)
         self._graphs[shape, kind] = graph
         if kind == Kind():
             self._unchecked.add(shape)
