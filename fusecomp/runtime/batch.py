@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fusecomp.request import SamplingParams
-from fusecomp.runtime.scheduler import ScheduledStep, SequenceState
+from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +218,7 @@ class BatchBuilder:
         # In a decode-only step row s owns token s, whatever the bucket.
         self._identity = torch.arange(S, dtype=torch.int64, device=self.device)
         self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
+        self._in_order = list(range(S))
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
 
         self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
@@ -252,7 +253,7 @@ class BatchBuilder:
             step: from `Scheduler.schedule`, before the matching `update`.
             pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
             continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and for each
-                of the first rows the row of it that it continues from.
+                decode the row of it that it continues from, or `KNOWN`.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
@@ -283,8 +284,9 @@ class BatchBuilder:
         seq_lens[n + gap : S] = 0
 
         tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
-        known = 0 if continues is None else len(continues[1])
-        tokens[0, known:nd] = [seq.token_ids[-1] for seq in (seqs[known:nd] if known or nd < n else seqs)]
+        sampled, sampled_rows = (None, None) if continues is None else continues
+        if sampled_rows is None or KNOWN in sampled_rows:
+            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs[:nd] if nd < n else seqs)]
         tokens[1, :nd] = starts[:nd]
         tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
@@ -311,8 +313,8 @@ class BatchBuilder:
             self._copy(staging, "logit_indices", S)
         self._copy(staging, "seq_lens", S)
         self._copy(staging, "tokens", 3 * T)
-        if continues is not None and known:
-            self._continue_from(*continues, staging)
+        if sampled is not None and sampled_rows:
+            self._continue_from(sampled, sampled_rows, staging)
         staging.record()
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
@@ -328,12 +330,15 @@ class BatchBuilder:
 
     def _continue_from(self, sampled: torch.Tensor, rows: list[int], staging: _Staging) -> None:
         """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
-        count = len(rows)
-        if rows[-1] != count - 1 or rows != list(range(count)):
-            staging.arrays["continues"][:count] = rows
-            self._copy(staging, "continues", count)
-            sampled = sampled[self._device["continues"][:count]]
-        torch.clamp(sampled[:count], min=0, out=self._device["tokens"][:count])
+        count, tokens = len(rows), self._device["tokens"]
+        if rows == self._in_order[:count]:
+            torch.clamp(sampled[:count], min=0, out=tokens[:count])
+            return
+        staging.arrays["continues"][:count] = rows
+        self._copy(staging, "continues", count)
+        at = self._device["continues"][:count]
+        taken = sampled[at.clamp(min=0)].clamp_(min=0)
+        tokens[:count] = torch.where(at < 0, tokens[:count], taken) if KNOWN in rows else taken
 
     def padding(self, shape: int | MixedShape) -> StepBatch:
         """A batch of nothing but padding, of so many decode rows or of a mixed shape, safe to run for warm-up and

@@ -48,6 +48,7 @@ from fusecomp.runtime.prefix import PrefixSharing
 from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
 
 _RANK = attrgetter("rank")
+KNOWN = -1
 __all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
 
@@ -236,8 +237,8 @@ class Scheduler:
         reach their length end, and what they hold is free from the step after. None when a sequence would have to be
         preempted, or nothing is left to do.
 
-        Returns: the step, and for each of its first rows the row of `step` whose sampled token it continues from. Rows
-        after those begin with tokens that are known.
+        Returns: the step, and for each of its decodes the row of `step` whose sampled token it continues from, or
+            `KNOWN` for the last token of a prompt that was cut before it.
         """
         if self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             return None
@@ -245,9 +246,11 @@ class Scheduler:
         following = self._compose([s for s in self._running if len(s.token_ids) < s.max_total_tokens], ahead=True)
         if following is None:
             return None
+        decodes = following.seqs[: following.num_decodes]
+        if decodes == step.seqs and all(step.samples):  # nearly always, and quickly found
+            return following, list(range(len(decodes)))
         row_of = {seq: row for row, (seq, draws) in enumerate(zip(step.seqs, step.samples, strict=True)) if draws}
-        continues = [row_of[seq] for seq in following.seqs[: following.num_decodes] if seq in row_of]
-        return following, continues
+        return following, [row_of.get(seq, KNOWN) for seq in decodes]
 
     def _move_on(self, step: ScheduledStep) -> None:
         """Account for a launched step but for its tokens, which are yet to come: `UNKNOWN_TOKEN` stands for each."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
-from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, Scheduler, SequenceState
 from fusecomp.runtime.sequence import UNKNOWN_TOKEN
 
 VOCAB = 13
@@ -54,7 +54,8 @@ class PagedModel:
             assert written.isdisjoint(slots), "two rows write one slot"
             written.update(slots)
             sampled, rows = continues or ((), [])
-            tokens = [max(sampled[rows[row]], 0)] if row < len(rows) else seq.token_ids[start : start + size]
+            continuing = row < len(rows) and rows[row] != KNOWN
+            tokens = [max(sampled[rows[row]], 0)] if continuing else seq.token_ids[start : start + size]
             assert UNKNOWN_TOKEN not in tokens
             for at, token in zip(range(start, start + size), tokens, strict=True):
                 self.write(seq.blocks, at, token)
