@@ -264,10 +264,6 @@ class Scheduler:
                 seq.num_computed_tokens += size
                 if draws:
                     seq.token_ids.append(UNKNOWN_TOKEN)
-        # A decode's block is named when the next one is needed, the blocks of all that ended were when it did.
-        for seq in step.seqs[step.num_decodes :]:
-            if seq.status is running:
-                self.prefix.name(seq, seq.num_computed_tokens)
 
     def update(
         self, step: ScheduledStep, sampled_token_ids: Sequence[int], eos_ids: Container[int]
@@ -309,6 +305,10 @@ class Scheduler:
             self._finish(seq, reason)
         if num_finished:
             self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
+        # A decode's block is named when the next one is needed, the blocks of all that ended were when it did.
+        for seq in step.seqs[step.num_decodes :]:
+            if seq.status is running:
+                self.prefix.name(seq, seq.num_computed_tokens)
         return advanced
 
     def _allocate(self, seq: SequenceState, up_to_tokens: int) -> bool:
