@@ -18,10 +18,10 @@ import transformers
 
 from fusecomp.config import EngineConfig
 from fusecomp.request import SamplingParams
-from fusecomp.runtime.batch import MixedShape
 from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.graphs import first_sizes
+from fusecomp.runtime.step_batch import MixedShape
 
 BLOCK_SIZES = [1, 16, 32, 64]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)

@@ -24,7 +24,7 @@ from fusecomp.report import FusionReport
 from fusecomp.request import RequestMetrics, SamplingParams
 from fusecomp.runtime import memory
 from fusecomp.runtime.adjust import RowTables
-from fusecomp.runtime.batch import BatchBuilder, MixedShape, StepBatch
+from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
@@ -46,6 +46,7 @@ from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_p
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
+from fusecomp.runtime.step_batch import MixedShape, StepBatch
 
 # Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
 # SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.

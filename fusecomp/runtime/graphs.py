@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from fusecomp.errors import VerificationError
-from fusecomp.runtime.batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.choice import Kind, Sampled
 from fusecomp.runtime.sequence import ScheduledStep
+from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 
 Shape = int | MixedShape
 # Share of a row's standard deviation within which two logits count as tied.

@@ -36,10 +36,10 @@ from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
-from fusecomp.runtime.batch import StepBatch
 from fusecomp.runtime.depth import Outline, extend, extend_report, outline, reads_layer_index, shortened
 from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
 from fusecomp.runtime.program_cache import ProgramCache, restore, snapshot
+from fusecomp.runtime.step_batch import StepBatch
 
 # Masks written inline in a model are evaluated as [T, T] matrices: this bounds T, and with it max_model_len.
 INLINE_PROOF_LENGTH = 4096

@@ -15,10 +15,10 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import VerificationError
 from fusecomp.request import SamplingParams
 from fusecomp.runtime import graphs as graphs_module
-from fusecomp.runtime.batch import MOST_PREFILLS, MixedShape
 from fusecomp.runtime.choice import Kind, Sampled
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.graphs import GraphRunner, bucket_sizes, first_sizes, mixed_shapes
+from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape
 from tests.runtime.test_overlap import EVERYTHING, model, serve  # noqa: F401
 
 
