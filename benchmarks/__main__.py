@@ -155,7 +155,10 @@ def _account(session: Session) -> dict[str, Any]:
             "max_num_batched_tokens": engine.config.max_num_batched_tokens,
             "kv_blocks": engine.num_kv_blocks,
             "cuda_graphs": report.cuda_graphs,
-            "graph_ms": {str(k): round(v * 1e3, 4) for k, v in engine.graph_seconds.items()},
+            "graph_capture_s": None if engine.graphs is None else round(engine.graphs.captures_seconds, 3),
+            "graph_ms": {
+                str(k): round(v * 1e3, 4) for k, v in (engine.graphs.seconds if engine.graphs else {}).items()
+            },
             "matches": report.counts(),
             "fallbacks": report.fallbacks,
             "recompiles": report.recompiles,

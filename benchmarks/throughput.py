@@ -15,7 +15,7 @@ from benchmarks.session import Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times
 
 PREFILL_REPEATS = 3
-PROFILED_STEPS, PROFILED_EVERY = 8, 100  # offline: steps profiled together, and from one to the next
+PROFILED_STEPS, PROFILED_AT = 8, (8, 200, 600)  # offline: steps profiled together, and the first ones of each window
 
 
 def _drain(session: Session) -> tuple[float, int, int]:
@@ -33,17 +33,19 @@ def _drain(session: Session) -> tuple[float, int, int]:
     return time.perf_counter() - start, steps, advanced
 
 
-def _profiled(session: Session) -> dict[str, Any]:
-    """Drain the engine, profiling short runs of steps; the share of their time in which no kernel ran."""
+def _profiled(session: Session) -> dict[str, Any] | None:
+    """Drain the engine, profiling short runs of steps: the share of their time in which no kernel ran."""
     engine, found, at = session.engine, list[tuple[int, Idle]](), 0
     while engine.has_unfinished_requests():
-        if at % PROFILED_EVERY in (0, PROFILED_EVERY // 2):
+        if at in PROFILED_AT:
             found.append((at, profile_idle(engine.step, PROFILED_STEPS)))
             at += PROFILED_STEPS
         else:
             engine.step()
             at += 1
     wall = sum(idle.wall for _, idle in found)
+    if not found:
+        return None
     return {
         "share": 1 - sum(idle.busy for _, idle in found) / wall,
         "windows": [{"step": step, **idle.to_dict(PROFILED_STEPS)} for step, idle in found],

@@ -29,7 +29,6 @@ from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import (
-    COMMON_SIZES,
     CudaRecorder,
     GraphRunner,
     Recorder,
@@ -37,6 +36,7 @@ from fusecomp.runtime.graphs import (
     bucket_sizes,
     first_sizes,
     mixed_shapes,
+    shapes_to_meet,
 )
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
@@ -246,14 +246,14 @@ class Engine:
 
         Without graphs, on a CPU or with `enforce_eager`, it does nothing.
         """
-        for size in sorted(set(sizes) - set(self.graph_seconds), reverse=True):
-            if self._graphs is not None:
+        if self._graphs is not None:
+            for size in sorted(set(sizes) - set(self._graphs.sizes), reverse=True):
                 self._capture(self._graphs, size, Kind())
 
     @property
-    def graph_seconds(self) -> dict[Shape, float]:
-        """Device time of a step of nothing but padding, by shape with a CUDA graph."""
-        return {} if self._graphs is None else self._graphs.seconds
+    def graphs(self) -> GraphRunner | None:
+        """The CUDA graphs; None without any."""
+        return self._graphs
 
     def repeat_step(self) -> Tensor:
         """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
@@ -369,17 +369,14 @@ class Engine:
         return budget.end()
 
     def _meet_kernels(self) -> None:
-        """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps.
-
-        Of decodes up to 256, sizes that stand for those between them: launches are chosen in such steps.
-        """
+        """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps."""
         config, checked = self.config, DECODED[0]
         sizes = {min(len(checked), config.max_num_seqs)}
-        mixed: dict[int, MixedShape] = {}
+        mixed: list[MixedShape] = []
         if not config.enforce_eager:
-            sizes |= {size for size in bucket_sizes(config.max_num_seqs) if size in COMMON_SIZES or size > 256}
-            mixed = {shape.tokens: shape for shape in self._mixed_shapes()}
-        shapes: list[Shape] = [*sorted(sizes, reverse=True), *mixed.values()]
+            sizes |= {*bucket_sizes(config.max_num_seqs)}
+            mixed = shapes_to_meet(self._mixed_shapes(), config.max_num_batched_tokens)
+        shapes: list[Shape] = [*sorted(sizes, reverse=True), *mixed]
         for shape in shapes:
             greedy(self._step(self._builder.padding(shape)))
         if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:

@@ -43,13 +43,13 @@ BUDGET_BYTES = 1 << 29
 # Largest mixed step with a graph, in tokens, and its launches' share of the GPU's time from which they count as hidden.
 MOST_MIXED_TOKENS, HIDDEN = 1024, 0.67
 FEW_PREFILLS = 8
-# Candidates for decodes whose kernels are compiled at the start: those of others are chosen alike.
-COMMON_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
+# Sizes of decodes up to 256 that may get a graph. Their kernels are compiled at the start: each size may want its own.
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 
 
 def bucket_sizes(largest: int) -> list[int]:
-    """Candidates for the sizes of decode steps: few small ones, multiples of 8 to 256 and of 64 to 1024."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(320, 1025, 64)]
+    """Candidates for the sizes of decode steps, which waste at most a third of a step's rows, ascending."""
+    sizes = [*SIZES, *range(320, 1025, 64)]
     kept = [size for size in sizes if size < largest]
     return [*kept, largest]
 
@@ -65,6 +65,17 @@ def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[MixedShape]:
     tokens = [t for t in (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024) if t <= most]
     decodes = sorted({min(d, max_num_seqs) for d in (16, 64, 128, 256, 512, 1024)})
     return [MixedShape(t, d, p) for t in tokens for p in (FEW_PREFILLS, MOST_PREFILLS) for d in decodes if d <= t]
+
+
+def shapes_to_meet(shapes: Sequence[MixedShape], max_tokens: int) -> list[MixedShape]:
+    """Mixed steps that together want the kernels of all, also of those without a graph: every number of tokens once,
+    and powers of two beyond; every number of decodes once."""
+    if not shapes:
+        return []
+    most, rows = max(shape.tokens for shape in shapes), max(shape.decodes for shape in shapes)
+    longer = (MixedShape(t, rows, FEW_PREFILLS) for t in (2048, 4096) if most < t < max_tokens)
+    decodes = (MixedShape(most, size, FEW_PREFILLS) for size in SIZES if size <= rows)
+    return list(dict.fromkeys([*{shape.tokens: shape for shape in shapes}.values(), *longer, *decodes]))
 
 
 class Recorder(Protocol):
@@ -155,6 +166,7 @@ class GraphRunner:
     Attributes:
         seconds: measured device time of each captured shape.
         num_bytes: memory that the graphs took.
+        captures_seconds: time that captures took.
         full: why no more are captured, or empty.
     """
 
@@ -174,6 +186,7 @@ class GraphRunner:
         self.sizes: list[int] = []
         self.seconds: dict[Shape, float] = {}
         self.num_bytes = 0
+        self.captures_seconds = 0.0
         self.full = ""
         self._graphs: dict[tuple[Shape, Kind], tuple[Callable[[], object], Sampled]] = {}
         self._lost: defaultdict[int, float] = defaultdict(float)  # seconds of padding by candidate
@@ -269,6 +282,7 @@ class GraphRunner:
         if self.num_bytes >= self._budget:
             self._stop(f"they take {self.num_bytes >> 20} MiB of {self._budget >> 20}")
         self._capture_seconds = time.perf_counter() - begin
+        self.captures_seconds += self._capture_seconds
         return True
 
     def check(self, batch: StepBatch, shape: Shape, kind: Kind) -> None:
