@@ -63,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--max-model-len", type=int, help="engine: default is what the benchmarks need")
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="engine: fp8 halves the KV cache")
+    add("--deterministic", action="store_true", help="engine: batch-invariant kernels")
     add("--enforce-eager", action="store_true", help="engine without Inductor and CUDA graphs")
     add("--strict", action="store_true", help="a kernel that falls back to its eager reference is an error")
     add("--fuse", choices=FUSE_MODES, default="auto", help="engine: run the fuse stage")
@@ -70,11 +71,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--quantize", choices=QUANTIZE_SCHEMES, help="quantize the weights before the engine is built")
     add("--compare-hf", action="store_true", help="also time Hugging Face with a static cache and torch.compile")
     add("--hf-batches", type=_numbers, default=(1,))
-    add(
-        "--profile",
-        action="store_true",
-        help="decode, prefill: time by kernel; offline: the GPU's idle time",
-    )
+    add("--profile", action="store_true", help="decode, prefill: time by kernel; offline: idle time")
     add("--out", help="also write the JSON object to this file")
     add("--seed", type=int, default=0)
     options = vars(parser.parse_args(argv))

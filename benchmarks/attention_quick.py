@@ -57,6 +57,11 @@ class Class:
     least: tuple[int, ...]
 
     @property
+    def name(self) -> str:
+        """As `--only` takes it: kv heads, sequences, and what the cache holds."""
+        return f"{self.layer.kv_heads}x{self.batch}-{'fp8' if self.quantized else 'bf16'}"
+
+    @property
     def shapes(self) -> list[DecodeShape]:
         return [DecodeShape(self.layer, self.batch, n, quantized=self.quantized) for n in self.contexts]
 
@@ -75,6 +80,10 @@ CLASSES = (
     Class(LLAMA, 1, (200, 1024, 8192), True, (SPLIT[0], SPLIT[2], SPLIT[5], *AHEAD), 32, (64, 256)),
     Class(QWEN, 64, (200, 1024), False, (SPLIT[2], *AHEAD), 4, (64, 256)),
     Class(QWEN, 64, (200, 1024), True, (*SPLIT[:4], *AHEAD), 4, (64, 256)),
+    Class(LLAMA, 8, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), 8, (64, 256)),
+    Class(LLAMA, 32, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), 8, (64, 512)),
+    Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), 32, (64, 256)),
+    Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), 8, (64, 256)),
 )  # fmt: skip
 
 
@@ -141,9 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=40.0, help="time no further configuration after this long")
+    parser.add_argument("--only", help=f"some of {', '.join(c.name for c in CLASSES)}, separated by commas")
     args = parser.parse_args()
     begin = time.time()
-    jobs = [(replace(c.shapes[0], context=64), config) for c in CLASSES for config in (None, *c.kernels())]
+    classes = [c for c in CLASSES if not args.only or c.name in args.only.split(",")]
+    if not classes:
+        parser.error(f"--only {args.only} names none")
+    jobs = [(replace(c.shapes[0], context=64), config) for c in classes for config in (None, *c.kernels())]
     with multiprocessing.get_context("spawn").Pool(min(15, os.cpu_count() or 1, len(jobs))) as pool:
         pool.map(build_or_check, jobs, chunksize=1)
     bandwidth = read_bandwidth()
@@ -151,7 +164,7 @@ def main() -> None:
     print("committed configuration, then the best of those tried: tile keys/warps/stages, splits x least keys")
     result = {"gpu": torch.cuda.get_device_name(), "read_tb_s": round(bandwidth / 1e12, 2)}
     result |= {"table": device_target(0).table, "rows": [], "entries": [], "sweep": {}}
-    for one in CLASSES:
+    for one in classes:
         rows, times, entry = measure(one, bandwidth, begin + args.seconds)
         result["rows"] += rows
         result["sweep"][label(one.shapes[0])] = times

@@ -91,7 +91,7 @@ MODELS = {
 }
 
 LAYERS = {name: (*model.parts(), model.head()) for name, model in MODELS.items()}
-LAYERS["qwen3-30b-a3b"] = (Layer(5120, 2048), Layer(2048, 4096, "residual"))
+LAYERS["qwen3-30b-a3b"] = (Layer(5120, 2048), Layer(2048, 4096, "residual"), Layer(128, 2048))
 TOKENS = [128, 256, 64, 192, 512, 2048, 8192, 1024, 48, 96]
 
 

@@ -40,8 +40,9 @@ from fusecomp.ops.quant_linear import QuantShape
 
 SCHEMES = {
     "fp8": (WeightSpec(FP8, 8, 1, 0, "bfloat16"), False),
-    "int4": (WeightSpec(INT, 4, 1, 128, "bfloat16"), False),
-    "int4-zero": (WeightSpec(INT, 4, 1, 128, "bfloat16"), True),
+    "int4": (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), False),
+    "int4-zero": (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), True),
+    "int4-32": (WeightSpec(INT, 4, 1, 32, "bfloat16", 32), False),
     "int8": (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
     "fp8-block": (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
     "mxfp4": (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),
@@ -65,7 +66,7 @@ def program_of(kind: Kind) -> Program:
 def quant_shape_of(scheme: str, kind: Kind) -> QuantShape:
     spec, zero = SCHEMES[scheme]
     layout = (spec.kind, spec.bits, spec.rows, spec.cols)
-    return QuantShape(kind.n, kind.k, kind.groups, "bfloat16", *layout, zero)
+    return QuantShape(kind.n, kind.k, kind.groups, "bfloat16", *layout, zero, fold=spec.fold)
 
 
 def make_weight(rows: int, k: int, spec: WeightSpec, zero: bool) -> Weight:
@@ -132,6 +133,9 @@ class QuantChain(Chain):
 def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     """Launches worth a try; for the tile kernel, splits for one to four programs per multiprocessor."""
     block_t = min(128, max(8, triton.next_power_of_2(tokens)))
+    if shape.fold:
+        yield from folded_candidates(shape, tokens)
+        return
     if tokens == 1:
         columns = 2048 if shape.bits == 4 else 1024
         for rows, block_k, warps in ((4, columns, 4), (8, columns, 4), (8, columns // 2, 2), (8, 2 * columns, 4)):
@@ -145,6 +149,26 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         for splits, early in itertools.product(split_counts(kind, rows, block_k), (True, False)):
             if early is False or tokens <= 16:
                 yield QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, early)
+
+
+# By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
+# spill.
+YES, NO, BOTH = (True,), (False,), (True, False)
+FOLDED = {
+    8: [(64, 4, 4, YES, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 8, 4, YES, NO)],
+    16: [(64, 2, 4, BOTH, YES), (128, 8, 4, YES, NO), (64, 4, 4, NO, NO)],
+    32: [(64, 4, 4, BOTH, NO), (128, 8, 4, NO, NO)],
+    64: [(64, 4, 2, NO, NO), (128, 8, 3, NO, NO)],
+}
+
+
+def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
+    """As `candidates`, of folded codes, with the two largest numbers of splits: small layers wait rather than read."""
+    block_t = min(64, max(8, triton.next_power_of_2(tokens)))
+    for rows, warps, stages, *choices in FOLDED[block_t]:
+        counts = [*split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold)]
+        for splits, early, sums in itertools.product(counts[-2:], *choices):
+            yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
 
 
 Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, configuration
@@ -193,7 +217,7 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}"
+    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{' sums' if c.sums else ''}"
 
 
 def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig], ceiling: float) -> tuple[Any, list]:
@@ -213,7 +237,7 @@ def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig]
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.early), (s, c))
+        by_kernel.setdefault((c.kernel, c.early, c.sums), (s, c))
     shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:5]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
@@ -248,15 +272,15 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
                      "config": {k: v for k, v in asdict(best).items() if k != "source"}, "error": round(ratio, 3),
                      "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in results]}
                 )  # fmt: skip
-            x = chain.random(t, model.hidden)
-            run = chain.ours(x, configs, True, head=False)
-            seconds, size = seconds_of(run, 21), chain.bytes(head=False)
-            whole = seconds * model.layers / LAYERS + chain.weight_bytes("lm_head") / ceiling
-            share = size / seconds / ceiling
-            print(
-                f"{scheme} {t}: chain {seconds * 1e3:.4f} ms {share:.1%}; 32 layers and head {whole * 1e3:.3f}",
-                flush=True,
-            )
+            for count in (1, t) if t == 8 and chain.spec.fold else (t,):  # one token takes the launch of eight
+                run = chain.ours(chain.random(count, model.hidden), configs, True, head=False)
+                seconds, size = seconds_of(run, 21), chain.bytes(head=False)
+                whole = seconds * model.layers / LAYERS + chain.weight_bytes("lm_head") / ceiling
+                print(
+                    f"{scheme} {count}: chain {seconds * 1e3:.4f} ms {size / seconds / ceiling:.1%}; "
+                    f"32 layers and head {whole * 1e3:.3f}",
+                    flush=True,
+                )
             try:
                 check_race(chain, t, configs)
             except AssertionError as error:

@@ -54,6 +54,7 @@ class Options:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
+    deterministic: bool = False
     enforce_eager: bool = False
     strict: bool = False
     fuse: str = "auto"
@@ -101,6 +102,7 @@ class Options:
             max_model_len=self.max_model_len or -(-max(length) // 64) * 64,
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_dtype=self.kv_cache_dtype,
+            deterministic=self.deterministic,
             enforce_eager=self.enforce_eager,
             strict=self.strict,
             fuse=self.fuse,

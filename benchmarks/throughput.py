@@ -14,7 +14,7 @@ from benchmarks.idle import Idle, profile_idle
 from benchmarks.session import Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times
 
-PREFILL_REPEATS = 3
+PREFILL_REPEATS = 7
 PROFILED_STEPS, PROFILED_AT = 8, (8, 200, 600)  # offline: steps profiled together, and the first ones of each window
 
 

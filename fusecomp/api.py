@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from fusecomp.config import QUANTIZE_SCHEMES, EngineConfig, check_keys
+from fusecomp.config import QUANTIZE_SCHEMES, EngineConfig, check_keys, is_int
 from fusecomp.errors import CheckpointError, ConfigError, FusecompError
 from fusecomp.hf import FusedGeneration
 from fusecomp.prompts import prompt_list, prompt_token_ids, with_token_ids
@@ -59,10 +59,12 @@ class LLM:
         block_size: int = 16,
         enforce_eager: bool = False,
         seed: int = 0,
+        deterministic: bool = False,
         strict: bool = False,
         device: str = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: str = "auto",
+        swap_space: float = 0.0,
         enable_prefix_caching: bool = True,
         verify: str = "off",
         fuse: str = "auto",
@@ -83,10 +85,12 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dtype=kv_cache_dtype,
+            swap_space=swap_space,
             enable_prefix_caching=enable_prefix_caching,
             block_size=block_size,
             enforce_eager=enforce_eager,
             seed=seed,
+            deterministic=deterministic,
             strict=strict,
             verify=verify,
             fuse=fuse,
@@ -109,6 +113,8 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete `prompts` and return their outputs in the same order.
 
@@ -119,13 +125,14 @@ class LLM:
                 `SamplingParams()` (16 tokens) with the temperature, filters and repetition penalty of the model's
                 `generation_config.json` when that says `do_sample`.
             use_tqdm: show a progress bar on stderr.
+            priority: for all prompts, or one each; a lower number goes first, those of the same in order.
 
         Raises:
             RequestError, CapacityError: a prompt cannot be served (empty, too long, ids outside the vocabulary, no
                 tokenizer, ...). Names the index, and is raised before anything runs. A request that fails by itself
                 later comes back with `error` set.
         """
-        return self.serve(prompts, sampling_params, errors="raise", use_tqdm=use_tqdm)
+        return self.serve(prompts, sampling_params, errors="raise", use_tqdm=use_tqdm, priority=priority)
 
     def serve(
         self,
@@ -135,6 +142,7 @@ class LLM:
         errors: str = "return",
         use_tqdm: bool = False,
         on_output: Callable[[int, RequestOutput], None] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """`generate` for callers that must not lose good requests to a bad one.
 
@@ -142,10 +150,11 @@ class LLM:
             sampling_params: may hold an error in a request's place, which is then that request's outcome.
             errors: "return" gives a request that cannot be served an output with `error` set; "raise" refuses all.
             on_output: called with the index and the output of each request as it finishes, in order of completion.
+            priority: as in `generate`.
         """
         if errors not in ERROR_MODES:
             raise ConfigError(f"errors={errors!r}", where="LLM.serve", remedy=f"use one of {', '.join(ERROR_MODES)}")
-        requests, assembler = self._prepare(prompts, sampling_params)
+        requests, assembler = self._prepare(prompts, sampling_params, priority)
         outputs: dict[int, RequestOutput] = {}
 
         def collect(everything: list[Progress], ended: list[Progress]) -> None:
@@ -168,18 +177,21 @@ class LLM:
         self,
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[RequestOutput]:
         """Complete `prompts` and yield outputs as tokens come, of all requests in turn.
 
         Each output holds the completion that got tokens, all of them or only the new ones
         (`SamplingParams.output_kind`), and characters that are whole and cannot begin a stop text. `request_id` is
         unique in this `LLM`: `abort` ends the request with the reason "abort". Closing the iterator aborts what is
-        unfinished. Other calls may be made meanwhile, also from the loop over this one: all share the engine's steps.
+        unfinished. Other calls may be made meanwhile, also from the loop over this one: all share the engine's steps,
+        and `priority` decides between them as between the prompts of one.
 
         Raises:
             RequestError, CapacityError: as `generate`, before the first output.
         """
-        requests, assembler = self._prepare(prompts, sampling_params)
+        requests, assembler = self._prepare(prompts, sampling_params, priority)
         return self._stream(requests, assembler)
 
     def _stream(self, requests: list[Any], assembler: Assembler) -> Iterator[RequestOutput]:
@@ -192,8 +204,11 @@ class LLM:
                     news = call.advance()
                 for progress in news:
                     output = assembler.increment(progress)
-                    if output is not None:
-                        yield output
+                    if output is None:
+                        continue
+                    if output.error is not None:  # here, perhaps, and not in the engine
+                        self._session.abort(progress.request_id)
+                    yield output
 
     def abort(self, request_id: str) -> None:
         """End a request of a stream, all its completions; unknown ids are ignored, since it may just have finished."""
@@ -236,12 +251,27 @@ class LLM:
             )
         return params
 
-    def _prepare(self, prompts: Any, sampling_params: Any) -> tuple[list[Any], Assembler]:
+    @staticmethod
+    def _priorities_for(given: Any, count: int) -> list[int]:
+        priorities = [given] * count if is_int(given) else list(given) if isinstance(given, Sequence) else [given]
+        strange = [item for item in priorities if not is_int(item)]
+        if strange or len(priorities) != count:
+            what = f"a priority of type {type(strange[0]).__name__}" if strange else f"{len(priorities)} priorities"
+            raise ConfigError(what, where=f"{count} prompts", remedy="give an integer for all prompts, or one each")
+        return priorities
+
+    def _prepare(self, prompts: Any, sampling_params: Any, priority: Any = 0) -> tuple[list[Any], Assembler]:
         """Requests for the session, or the errors that refuse them, and what will put their outputs together."""
         items = prompt_list(prompts)
         requests: list[Any] = []
         asked = []
-        for item, params in zip(items, self._params_for(sampling_params, len(items)), strict=True):
+        every = zip(
+            items,
+            self._params_for(sampling_params, len(items)),
+            self._priorities_for(priority, len(items)),
+            strict=True,
+        )
+        for item, params, rank in every:
             try:
                 if isinstance(params, FusecompError):
                     raise params
@@ -253,7 +283,7 @@ class LLM:
                 requests.append(error)
                 request = [], SamplingParams()
             else:
-                requests.append(request)
+                requests.append((*request, rank))
             text = item.get("prompt") if isinstance(item, Mapping) else item
             asked.append(Asked(text if isinstance(text, str) else None, *request))
         return requests, Assembler(asked, self._tokenizer)

@@ -246,6 +246,7 @@ def _serve(
             errors="return",
             use_tqdm=True,
             on_output=keep,
+            priority=[line.priority for line in chosen],
         )
     finally:
         if options.metrics_file is not None:

@@ -93,12 +93,20 @@ class EngineConfig:
         kv_cache_dtype: "auto" keeps keys and values in the model's dtype; "fp8" as codes of one byte (e4m3) with a
             scale per token and kv head: half the memory of 16 bits, and 2.5% of rounding error in each key and value.
         block_size: tokens per KV page.
+        swap_space: GiB of host memory (pinned on a GPU) in which preempted sequences may keep their keys and values,
+            where copying them both ways is measured to take less time than computing them again. 0, the default, takes
+            none: preemption is rare with a cache that is large enough, prefix caching finds most of what was computed,
+            and so vLLM, which had 4 here, has dropped it.
         enable_prefix_caching: requests that begin with the same tokens share the full KV pages of these, and later ones
             find them as long as nothing else took the pages. A page's values depend on its prefix alone, so every
             model that is served allows it; results are those of computing the prefix in another step.
         enforce_eager: run the captured, rewritten graph without Inductor and without CUDA graphs.
         compile_cache: keep the compiled step below FUSECOMP_CACHE_DIR (default ~/.cache/fusecomp), so that the next
             start of the same model loads it, and trace only as many layers as differ.
+        deterministic: a request's tokens and log-probabilities are bitwise the same alone and in any batch, however its
+            prompt is cut into steps and whatever the prefix cache holds; one that draws tokens needs a seed of its own.
+            On a GPU every op must have a batch-invariant kernel, or the model is refused, naming the op; on the CPU,
+            each token is computed by itself.
         seed: seed of requests that bring none.
         strict: a fallback raises instead of being reported.
         verify: "first" compares the rewritten model with the original and with fp32 before serving, for a receipt
@@ -121,9 +129,11 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     block_size: int = 16
+    swap_space: float = 0.0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     compile_cache: bool = True
+    deterministic: bool = False
     seed: int = 0
     strict: bool = False
     verify: str = "off"
@@ -153,12 +163,14 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._positive_int(name, getattr(self, name))
-        for name in ("enable_prefix_caching", "enforce_eager", "compile_cache", "strict"):
+        for name in ("enable_prefix_caching", "enforce_eager", "compile_cache", "deterministic", "strict"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r}", where="EngineConfig", remedy="give True or False")
         if not is_int(self.seed):
             raise ConfigError(f"seed={self.seed!r}", where="EngineConfig", remedy="give an integer")
+        if not is_real(self.swap_space) or self.swap_space < 0:
+            raise ConfigError(f"swap_space={self.swap_space!r}", where="EngineConfig", remedy="give GiB, 0 for none")
         share = self.gpu_memory_utilization
         if not is_real(share) or not 0 < share <= 1:
             raise ConfigError(
@@ -171,6 +183,11 @@ class EngineConfig:
                 why="every running sequence needs at least one token a step",
                 remedy="raise max_num_batched_tokens or lower max_num_seqs",
             )
+
+    @property
+    def swap_bytes(self) -> int:
+        """`swap_space` in bytes."""
+        return int(self.swap_space * 2**30)
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with `changes` applied and checked."""

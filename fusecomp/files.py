@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusecomp.config import check_keys
+from fusecomp.config import check_keys, is_int
 from fusecomp.errors import ConfigError, FusecompError, RequestError
 from fusecomp.request import Logprob, RequestOutput, SamplingParams
 
 FORMATS = ("text", "jsonl")
 LEAST_LOGPROB = -1e30  # JSON has no infinity
 GIVEN = ("prompt", "prompt_token_ids", "messages")
-RESERVED = ("id", *GIVEN)
+RESERVED = ("id", "priority", *GIVEN)
 
 
 @dataclass
 class PromptLine:
     """One prompt with what its line says besides. `id` is the line's own, or its number from 1.
 
-    `messages` is a conversation, which a tokenizer's chat template makes the prompt of.
+    `messages` is a conversation, which a tokenizer's chat template makes the prompt of. `priority`: a lower one goes
+    first.
     """
 
     id: Any
@@ -33,6 +34,7 @@ class PromptLine:
     options: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
     error: FusecompError | None = None
+    priority: int = 0
 
     def params(self, base: SamplingParams) -> SamplingParams | FusecompError:
         """`base` with this line's own sampling options, or the error of the line."""
@@ -48,9 +50,9 @@ def read_prompts(path: str, file_format: str | None = None) -> list[PromptLine]:
     """The prompts of a file, one a line; `-` is standard input.
 
     Args:
-        path: `.jsonl` holds objects with "prompt", "prompt_token_ids" or "messages", optional "id" and sampling
-            options; any other file holds one prompt a line. Standard input counts as JSONL when its first line is a
-            JSON object.
+        path: `.jsonl` holds objects with "prompt", "prompt_token_ids" or "messages", optional "id", "priority" and
+            sampling options; any other file holds one prompt a line. Standard input counts as JSONL when its first line
+            is a JSON object.
         file_format: "text" or "jsonl" overrides that.
 
     Raises:
@@ -120,7 +122,10 @@ def _parse_json(number: int, line: bytes) -> PromptLine:
         return PromptLine(line_id, None, error=error)
     if "output_kind" in options:
         return _refused(number, line_id, "output_kind is for streams", "", "leave it out")
-    return PromptLine(line_id, None if messages is not None else prompt, options, messages)
+    priority = record.get("priority", 0)
+    if not is_int(priority):
+        return _refused(number, line_id, f"priority is a {type(priority).__name__}", "", "give an integer")
+    return PromptLine(line_id, None if messages is not None else prompt, options, messages, priority=priority)
 
 
 def _refused(number: int, line_id: Any, what: str, why: str, remedy: str) -> PromptLine:

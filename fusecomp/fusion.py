@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from fusecomp._compat import CustomGraphPass, inductor_artifact, inductor_cache_dir, inductor_compile
 from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
+from fusecomp.patterns.experts_linear import ExpertsLinear
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
@@ -49,6 +50,7 @@ FUSE: tuple[Pattern, ...] = (
     QuantLinear(),  # after all that a linear takes in, whatever its weight
     QuantExperts(),
     RoutedExperts(),  # after quantized experts, which need ids
+    ExpertsLinear(),
     ScaledLinear(),  # after the weights: both sides are codes by then
     NormQuantize(),
 )
@@ -62,8 +64,9 @@ class FusePass(CustomGraphPass):
         nonce: set to keep Inductor from taking the result from its caches.
     """
 
-    def __init__(self, patterns: Sequence[Pattern], context: PassContext) -> None:
-        self.patterns, self.context, self.ran, self.nonce = tuple(patterns), context, False, ""
+    def __init__(self, patterns: Sequence[Pattern], context: PassContext, structure: str = "") -> None:
+        self.patterns, self.context, self.structure = tuple(patterns), context, structure
+        self.ran, self.nonce = False, ""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.ran = True
@@ -75,8 +78,8 @@ class FusePass(CustomGraphPass):
         return hashlib.sha256(";".join(f"{p.name}={p.key()}" for p in self.patterns).encode()).hexdigest()
 
     def uuid(self) -> str:
-        """What Inductor's cache key takes in."""
-        return self.key() + self.nonce
+        """Part of Inductor's cache key, which names symbols but leaves out the ranges that code asserts."""
+        return self.key() + self.structure + self.nonce
 
     def __getstate__(self) -> dict[str, Any]:
         # Inductor may hash its configuration by pickling it; the report is no part of what compilation depends on.
@@ -95,12 +98,12 @@ def compile_fused(
     Returns: the compiled piece and what was done to it.
     """
     compile_graph = inductor_artifact if artifact else inductor_compile
-    if not patterns:
-        return compile_graph(own_graph(gm), inputs, {}), FusionReport()
     context = PassContext(FusionReport())
-    stage = FusePass(patterns, context)
+    stage = FusePass(patterns, context, structure)
     record = inductor_cache_dir() / "fusecomp" / f"{structure}-{stage.key()[:32]}.json"
     compiled = compile_graph(own_graph(gm), inputs, {"post_grad_custom_pre_pass": stage})
+    if not patterns:
+        return compiled, context.report
     if stage.ran:
         _write_record(record, context.report)
         return compiled, context.report

@@ -44,7 +44,7 @@ def prompt_token_ids(item: Any, tokenizer: Any, vocab_size: int | None) -> list[
             )
         try:
             item = tokenizer.encode(item)
-        except (ValueError, TypeError) as error:  # text that is not Unicode, such as half a surrogate pair
+        except Exception as error:  # text that is not Unicode, such as half a surrogate pair; tokenizers differ
             raise RequestError("the prompt cannot be tokenized", why=str(error), remedy="give valid text") from error
     if not isinstance(item, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in item):
         raise RequestError(f"a prompt of type {type(item).__name__}", remedy="give a text or a list of token ids")
@@ -65,7 +65,7 @@ def with_token_ids(params: SamplingParams, tokenizer: Any) -> SamplingParams:
     As in vLLM a text is banned as it is tokenized, and as it is after a space when that is as many other tokens.
 
     Raises:
-        RequestError: there is no tokenizer, for bad words or stop texts.
+        RequestError: there is no tokenizer, for bad words or stop texts, or it refuses a word.
     """
     texts = [word for word in params.bad_words if isinstance(word, str)]
     if tokenizer is None and (texts or params.stop):
@@ -76,9 +76,12 @@ def with_token_ids(params: SamplingParams, tokenizer: Any) -> SamplingParams:
         return params
     words: list[tuple[int, ...]] = [word for word in params.bad_words if not isinstance(word, str)]
     for text in texts:
-        plain, spaced = (
-            tuple(tokenizer.encode(space + text.lstrip(), add_special_tokens=False)) for space in ("", " ")
-        )
+        try:
+            plain, spaced = (
+                tuple(tokenizer.encode(space + text.lstrip(), add_special_tokens=False)) for space in ("", " ")
+            )
+        except Exception as error:
+            raise RequestError(f"the bad word {text!r} cannot be tokenized", why=str(error)) from error
         words += [plain] if plain else []
         if spaced and (not plain or (spaced[0] != plain[0] and len(spaced) == len(plain))):
             words.append(spaced)

@@ -56,17 +56,34 @@ class Assembler:
         if progress.index in self._ended or not all(sample.finished for sample in samples):
             return None
         self._ended.add(progress.index)
-        output = self._request(samples[0], finished=True)
         failed = next((sample for sample in samples if sample.error is not None), None)
         if failed is not None:
-            output.error = failed.error
-        else:
+            return self._failure(failed, str(failed.error))
+        try:
+            output = self._request(samples[0], finished=True)
             output.outputs = [self._completion(sample, 0, 0, len(sample.token_ids)) for sample in samples]
+        except Exception as error:  # a tokenizer's
+            return self._failure(progress, _unnamed(error))
         return output
+
+    def _failure(self, progress: Progress, error: str) -> RequestOutput:
+        """The last output of a request that failed."""
+        self._ended.add(progress.index)
+        asked = self.asked[progress.index]
+        name = self._names.get(progress.index, str(progress.index))
+        return RequestOutput(name, asked.text, asked.token_ids, error=error, finished=True, metrics=progress.metrics)
 
     def increment(self, progress: Progress) -> RequestOutput | None:
         """A stream's next output after news of `progress`, as its `output_kind` has it; None for nothing to show."""
         kind, samples = progress.params.output_kind, self._samples[progress.index]
+        if progress.index in self._ended:  # it failed, and was told to end
+            return None
+        try:
+            return self._increment(progress, kind, samples)
+        except Exception as error:  # a tokenizer's
+            return self._failure(progress, _unnamed(error))
+
+    def _increment(self, progress: Progress, kind: RequestOutputKind, samples: list[Progress]) -> RequestOutput | None:
         if kind is RequestOutputKind.FINAL_ONLY or progress.error is not None:
             return self.whole(progress) if progress.finished else None
         output = self._request(progress, finished=all(sample.finished for sample in samples))
@@ -111,3 +128,7 @@ class Assembler:
             for token, value in found.items():
                 value.decoded_token = str(self.tokenizer.decode([token]))
         return found
+
+
+def _unnamed(error: Exception) -> str:
+    return f"tokens of its log-probabilities have no name: {type(error).__name__}: {error}"

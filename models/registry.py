@@ -32,6 +32,7 @@ class Family:
         dtypes: in which the family is tested.
         fused_matches: per pattern, further matches of the fuse stage in one decoder layer; `expected_total` adds those
             outside of the layers.
+        fused_between: per pattern, matches of the fuse stage that reach from one decoder layer into the next.
         windows: sliding window of each layer, 0 for plain causal attention: what the mask proof must find.
         tolerance: why the numerics contract needs care here; empty when it holds as it stands.
         exclusions: configurations of the family that are not covered, with the reason.
@@ -52,6 +53,7 @@ class Family:
     tolerance: str = ""
     exclusions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     near_misses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    fused_between: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     wide_router: bool = False
     core: bool = True
 
@@ -70,7 +72,8 @@ class Family:
         if fused and self.wide_router and dtype != torch.float32:
             per_layer["linear"] -= 1
         total = {pattern: count * self.layers for pattern, count in per_layer.items()}
-        once = {**_HEAD_FUSED, **_TABLE_FUSED} if fused else {}
+        between = {pattern: count * (self.layers - 1) for pattern, count in self.fused_between.items()}
+        once = {**_HEAD_FUSED, **_TABLE_FUSED, **between} if fused else {}
         return total | {pattern: total.get(pattern, 0) + count for pattern, count in once.items()}
 
     def model_class(self) -> type[PreTrainedModel]:
@@ -94,6 +97,7 @@ _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1}
 _ROUTED_FUSED = {"router": 1, "router_linear": 1, "routed_experts": 1, "linear": 3, "norm": 2, "rope_attention": 1}
 _SPARSE_FUSED = {**_ROUTED_FUSED, "experts_residual": 1}
+_NEXT_FUSED = {"experts_linear": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}
 _SHARED_FUSED = {**_ROUTED_FUSED, "linear": 5}
 _LATENT_FUSED = {**_ROUTED_FUSED, "linear": 7, "norm": 4}
@@ -185,6 +189,7 @@ _ENTRIES = (
         | {"moe_intermediate_size": 48, "num_experts": 9, "num_experts_per_tok": 3, "norm_topk_prob": True},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
+        fused_between=_NEXT_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions={**_LONG_CONTEXT, **_SOME_DENSE},
@@ -196,6 +201,7 @@ _ENTRIES = (
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
+        fused_between=_NEXT_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,
@@ -221,6 +227,7 @@ _ENTRIES = (
         | {"num_experts": 12, "num_experts_per_tok": 8},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
+        fused_between=_NEXT_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,
@@ -273,6 +280,7 @@ _ENTRIES = (
         | {"num_local_experts": 5, "num_experts_per_tok": 2},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
+        fused_between=_NEXT_FUSED,
         windows=(WINDOW, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,
@@ -285,6 +293,7 @@ _ENTRIES = (
         | {"num_local_experts": 6, "num_experts_per_tok": 2},
         expected_matches=_SPARSE,
         fused_matches=_SPARSE_FUSED,
+        fused_between=_NEXT_FUSED,
         windows=(0, 0),
         tolerance=_ROUTING,
         exclusions=_LONG_CONTEXT,

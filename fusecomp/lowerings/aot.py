@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusecomp.lowerings.machine_code import cuda_usage, hip_usage
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
@@ -62,7 +60,8 @@ class Specialization:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*."""
+    """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*, `lost_codes` is a bug
+    of the assembler: see `machine_code.py`."""
 
     name: str
     target: str
@@ -70,6 +69,7 @@ class Resources:
     shared_limit: int
     registers: int
     spills: int
+    lost_codes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -309,18 +309,19 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":
-        registers, spills = _cuda_usage(compiled)
+        registers, spills, lost = cuda_usage(compiled)
     else:
-        registers, spills = _hip_usage(compiled.asm["amdgcn"])
+        (registers, spills), lost = hip_usage(compiled.asm["amdgcn"]), 0
     config = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     config |= {key: value for key, value in spec.constants.items() if key.startswith("BLOCK")}
     shared = compiled.metadata.shared
-    return Resources(spec.name, target_name, shared, target.smem_bytes, registers, spills, config), compiled
+    return Resources(spec.name, target_name, shared, target.smem_bytes, registers, spills, lost, config), compiled
 
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
+    from fusecomp.lowerings.invariant_aot import invariant_specializations
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
     from fusecomp.lowerings.linear.skinny_aot import skinny_specializations
@@ -337,31 +338,12 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     )
     experts = experts_specializations(target, full=full)
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))
-    for spec in itertools.chain(attention, linear, others, experts, quantized):
+    invariant = invariant_specializations(target, full=full)
+    for spec in itertools.chain(attention, linear, others, experts, quantized, invariant):
         key = repr(replace(spec, name=""))
         if key not in seen:
             seen.add(key)
             yield compile_one(spec, target_name)[0]
-
-
-def _cuda_usage(compiled: Any) -> tuple[int, int]:
-    """(registers per thread, bytes of local memory per thread) of a cubin; spills are what lives there."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-
-
-def _hip_usage(amdgcn: str) -> tuple[int, int]:
-    """(vector registers, spilled vector and scalar registers) from the assembly's metadata."""
-
-    def read(key: str) -> int:
-        return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", amdgcn))
-
-    return read("vgpr_count"), read("vgpr_spill_count") + read("sgpr_spill_count")
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecomp.ops.mode import batch_invariant
+
 logger = logging.getLogger("fusecomp")
 
 ALIGNMENT = 16  # bytes of an address, or of an integer, that Triton specializes on
@@ -44,6 +46,11 @@ def computed(result: Tensor) -> Tensor:
     return result.zero_() if compiling_ahead() else result
 
 
+def rounding_options() -> dict[str, bool]:
+    """Launch options that keep products and sums apart where a token's bits must not depend on a kernel's variant."""
+    return {"enable_fp_fusion": False} if batch_invariant() else {}
+
+
 def compiling_ahead() -> bool:
     """Whether launches now only compile."""
     return _ahead.get() is not None
@@ -59,6 +66,8 @@ def compile_ahead(device: torch.device) -> Iterator[None]:
         yield
         return
     threads = len(os.sched_getaffinity(0))
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     pool = ThreadPoolExecutor(threads, "compile-ahead", initializer=torch.cuda.set_device, initargs=(device,))
     ahead = _Ahead(pool)
     token = _ahead.set(ahead)

@@ -13,8 +13,9 @@ from torch import Tensor
 from fusecomp.lowerings.launch import computed
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.kv_cache import KVLayout
-from fusecomp.ops.library import implement, record_fallback
+from fusecomp.ops.library import implement, record_fallback, require_any_order
 from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.quant import (
     ActivationSpec,
@@ -78,6 +79,10 @@ def _paged_attention(
     if reason:
         record_fallback("paged_attention", reason)
         return paged_attention_reference(q, k, v, *args)
+    if batch_invariant():
+        from fusecomp.lowerings.paged_attention.invariant import launch_invariant_attention
+
+        return computed(launch_invariant_attention(q, *args))
     return computed(launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args))
 
 
@@ -111,6 +116,10 @@ def _rope_attention(
         return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
+    if batch_invariant():
+        from fusecomp.lowerings.paged_attention.invariant import launch_invariant_rope_attention
+
+        return computed(launch_invariant_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))
     return computed(launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))
 
 
@@ -172,6 +181,7 @@ def _quant_linear(
 ) -> Tensor:
     from fusecomp.lowerings.quant.lowering import launch_quant_linear, supports
 
+    require_any_order("quant_linear")
     parsed, layout = Program.from_text(program), WeightSpec.from_text(spec)
     if activation:
         done = _scaled_linear(x, q, scale, zero, norm_weight, norm_bias, operands, program, spec, x_scale, activation)
@@ -235,6 +245,7 @@ def _scaled_linear(
 def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
     from fusecomp.lowerings.quant.activations import launch_quantize, rows_refusal
 
+    require_any_order("quantize")
     parsed = ActivationSpec.from_text(spec)
     if parsed.least_tokens or (scale is None) != parsed.dynamic:
         return quantize_reference(x, scale, spec)  # which raises
@@ -250,6 +261,7 @@ def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tenso
 def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
     from fusecomp.lowerings.quant.activations import launch_fake_quantize, rows_refusal
 
+    require_any_order("fake_quantize")
     parsed, rows = ActivationSpec.from_text(spec), x.reshape(-1, x.shape[-1])
     if rows.shape[0] < parsed.least_tokens:
         return x.clone(memory_format=torch.contiguous_format)
@@ -262,6 +274,7 @@ def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
 def _quant_experts(*args: Any) -> Tensor:
     from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts
 
+    require_any_order("quant_experts")
     return computed(launch_quant_experts(*args))
 
 
@@ -321,15 +334,24 @@ def _routed_experts(
     logits: str,
     spec: str,
     *args: Any,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from fusecomp.lowerings.experts.routed import launch_routed_experts
 
     given = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
-    found = launch_routed_experts(_unit_stride(x), *given, *args)
+    given_all = (_unit_stride(x), *given, *args)
+    found = None if batch_invariant() else launch_routed_experts(*given_all, later=later)
     if found is not None:
         return computed(found[0]), computed(found[1])
     y, ids, weights = _router(x, *given)
     return y, _experts(y if norm else x, ids, weights, *args)
+
+
+def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The two halves; the first knows what the second will read."""
+    *routed, weight, norm_weight, norm_bias, operands, program = args
+    y, out = _routed_experts(x, *routed, later=weight)
+    return y, out, _linear(out, weight, norm_weight, norm_bias, operands, program)
 
 
 @cache
@@ -350,4 +372,5 @@ def register() -> None:
     implement("router", _router, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("routed_experts", _routed_experts, "CUDA")
+    implement("experts_linear", _experts_linear, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -4,7 +4,19 @@ Each op has a `torch.library` schema, an eager reference (also the CPU path), a 
 a symbolic cost. Importing this package registers them under `torch.ops.fusecomp`.
 """
 
-from fusecomp.ops import attention, experts, linear, norm, quant, quant_linear, rope, routed_experts, router, sampling
+from fusecomp.ops import (
+    attention,
+    experts,
+    experts_linear,
+    linear,
+    norm,
+    quant,
+    quant_linear,
+    rope,
+    routed_experts,
+    router,
+    sampling,
+)
 from fusecomp.ops.cost import COSTS, Cost, op_cost
 from fusecomp.ops.library import OPS, record_fallback, take_fallbacks
 
@@ -14,6 +26,7 @@ __all__ = [
     "Cost",
     "attention",
     "experts",
+    "experts_linear",
     "linear",
     "norm",
     "op_cost",

@@ -119,6 +119,11 @@ def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any
     return Cost(rows * K * weight.element_size() + activations, 2 * T * rows * K)
 
 
+def _experts_linear(*args: Any) -> Cost:
+    """Both halves, each with what it reads and writes."""
+    return _routed_experts(*args[:-5]) + _linear(args[0], *args[-5:])
+
+
 def _bytes(*tensors: Any) -> int:
     """Of tensors whose sizes are known, None among them."""
     return sum(int(x.numel()) * x.element_size() for x in tensors if x is not None)
@@ -167,6 +172,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "rope_attention": _rope_attention,
     "experts": _experts,
     "routed_experts": _routed_experts,
+    "experts_linear": _experts_linear,
     "route": _route,
     "router": _router,
     "linear": _linear,

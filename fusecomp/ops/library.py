@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from fusecomp.errors import FallbackError
+from fusecomp.ops.mode import batch_invariant
+
+NOT_INVARIANT = "use deterministic=False for this model"
 _LIB = torch.library.Library("fusecomp", "DEF")
 OPS = torch.ops.fusecomp
 _fallbacks: Counter[tuple[str, str]] = Counter()
@@ -30,8 +34,22 @@ def implement(name: str, kernel: Callable, dispatch_key: str) -> None:
 
 
 def record_fallback(op: str, reason: str) -> None:
-    """Count one run of the eager reference where a kernel was expected."""
+    """Count one run of the eager reference where a kernel was expected.
+
+    Raises:
+        FallbackError: where sums must not depend on the batch, which the reference's do.
+    """
+    if batch_invariant():
+        raise FallbackError(
+            f"{op} would run its eager reference, whose sums depend on the batch", why=reason, remedy=NOT_INVARIANT
+        )
     _fallbacks[(op, reason)] += 1
+
+
+def require_any_order(op: str) -> None:
+    """FallbackError where sums must not depend on the batch: `op` has no kernel of which that is true."""
+    if batch_invariant():
+        raise FallbackError(f"{op} has no batch-invariant kernel", remedy=NOT_INVARIANT)
 
 
 def take_fallbacks() -> dict[tuple[str, str], int]:

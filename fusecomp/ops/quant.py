@@ -18,6 +18,7 @@ INT, FP8, FP4, NF4 = "int", "fp8", "fp4", "nf4"
 KINDS = {INT: (4, 8), FP8: (8,), FP4: (4,), NF4: (4,)}  # kind -> widths in bits
 TENSOR, TOKEN, BLOCK = "tensor", "token", "block"
 INT4_OFFSET = 8  # of codes without zero points
+FOLDS = (64, 32)  # the first that fits is taken: columns of a quarter of a block of folded codes
 
 # Values of codes 0..15: OCP e2m1, and the quantiles of a normal distribution of QLoRA's appendix E.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -39,6 +40,8 @@ class WeightSpec:
         rows: rows that share a scale; 0 for all.
         cols: columns that share a scale; 0 for all.
         dtype: of the result, as torch names it.
+        fold: 0, or of 4-bit integers with zero points that are integers: columns of a quarter of a block. Nibble j of
+            the block's i-th 16-bit word is the code of column i of its j-th quarter, lowest nibble first.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class WeightSpec:
     rows: int
     cols: int
     dtype: str
+    fold: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in KINDS.get(self.kind, ()):
@@ -54,6 +58,8 @@ class WeightSpec:
             raise ValueError(f"weight spec: {self.rows} rows and {self.cols} columns share a scale")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"weight spec: {self.dtype!r} is no dtype")
+        if self.fold and ((self.kind, self.bits) != (INT, 4) or self.fold not in FOLDS):
+            raise ValueError(f"weight spec: {self.kind}{self.bits} codes do not fold by {self.fold} columns")
 
     def to_text(self) -> str:
         """Canonical JSON: equal specs give equal text."""
@@ -161,10 +167,31 @@ def code_values(q: Tensor, spec: WeightSpec) -> Tensor:
     """The numbers [..., N, K] that codes stand for before zero and scale, in fp32."""
     if spec.bits == 8:
         return q.to(torch.float32)
+    q = unfold_codes(q, spec.fold) if spec.fold else q
     codes = torch.stack((q & 15, q >> 4), -1).flatten(-2)
     if spec.kind == INT:
         return codes.to(torch.float32)
     return _table(spec.kind, q.device)[codes.int()]
+
+
+def fits_fold(k: int, cols: int, fold: int) -> bool:
+    """Whether blocks folded by `fold` fill K columns, and no quarter of one has more than one scale."""
+    block = 4 * fold
+    return k % block == 0 and cols % fold == 0 and (cols % block == 0 or block % cols == 0)
+
+
+def fold_codes(q: Tensor, fold: int) -> Tensor:
+    """Bytes [..., K / 2] of 4-bit codes, the low nibble first, in the order of `WeightSpec.fold`."""
+    a, b, c, d = q.unflatten(-1, (-1, 4, fold // 2)).unbind(-2)  # the quarters of each block
+    words = (a & 15 | b << 4, c & 15 | d << 4, a >> 4 | b & 240, c >> 4 | d & 240)  # bytes of two words
+    return torch.stack(words, -1).flatten(-3)
+
+
+def unfold_codes(q: Tensor, fold: int) -> Tensor:
+    """The inverse of `fold_codes`."""
+    ab, cd, ab_next, cd_next = q.unflatten(-1, (-1, fold // 2, 4)).unbind(-1)
+    quarters = (ab & 15 | ab_next << 4, ab >> 4 | ab_next & 240, cd & 15 | cd_next << 4, cd >> 4 | cd_next & 240)
+    return torch.stack(quarters, -2).flatten(-3)
 
 
 @functools.cache

@@ -49,6 +49,7 @@ class QuantShape:
         block: columns of a block of them, otherwise 0.
         least: tokens from which they are quantized.
         epilogue: `Program.kind`, where activations are quantized.
+        fold: the weight's, as `WeightSpec` has it.
     """
 
     n: int
@@ -64,10 +65,12 @@ class QuantShape:
     block: int = 0
     least: int = 0
     epilogue: str = ""
+    fold: int = 0
 
     def __str__(self) -> str:
         groups = f"{self.groups} x " if self.groups > 1 else ""
         layout = f"{self.kind}{self.bits} {self.rows}x{self.cols}{' zero' if self.zero else ''}"
+        layout += f" fold {self.fold}" if self.fold else ""
         codes = f" by codes {self.granularity} {self.block} {self.least} {self.epilogue}" if self.granularity else ""
         return f"quant_linear {groups}{self.n} x {self.k} {layout} {self.dtype}{codes}"
 
@@ -76,15 +79,15 @@ class QuantShape:
         """The shape that `str` gave, or None for another text."""
         kinds, parts = "|".join((INT, FP8, FP4, NF4)), "|".join((TENSOR, TOKEN, BLOCK))
         found = re.fullmatch(
-            rf"quant_linear (?:(\d+) x )?(\d+) x (\d+) ({kinds})(\d) (\d+)x(\d+)( zero)? (\w+)"
+            rf"quant_linear (?:(\d+) x )?(\d+) x (\d+) ({kinds})(\d) (\d+)x(\d+)( zero)?(?: fold (\d+))? (\w+)"
             rf"(?: by codes ({parts}) (\d+) (\d+) (\w+))?",
             text,
         )
         if not found:
             return None
-        groups, n, k, kind, bits, rows, cols, zero, dtype, granularity, block, least, epilogue = found.groups()
+        groups, n, k, kind, bits, rows, cols, zero, fold, dtype, granularity, block, least, epilogue = found.groups()
         weight = (int(n), int(k), int(groups or 1), dtype, kind, int(bits), int(rows), int(cols), bool(zero))
-        return cls(*weight, granularity or "", int(block or 0), int(least or 0), epilogue or "")
+        return cls(*weight, granularity or "", int(block or 0), int(least or 0), epilogue or "", int(fold or 0))
 
 
 def quant_linear_reference(
@@ -166,9 +169,9 @@ def quant_shape(
     layout = (spec.kind, spec.bits, spec.rows, spec.cols)
     weight = (rows // program.groups, k, program.groups, dtype, *layout, zero is not None)
     if activation is None:
-        return QuantShape(*weight)
+        return QuantShape(*weight, fold=spec.fold)
     facts = (activation.granularity, activation.block, activation.least_tokens, program.kind)
-    return QuantShape(*weight, *facts)
+    return QuantShape(*weight, *facts, fold=spec.fold)
 
 
 define(

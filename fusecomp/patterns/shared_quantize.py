@@ -1,6 +1,7 @@
 """Equal quantizations of one value are one, on Dynamo's graph: linears that read them may then be merged.
 
-Each quantized layer of a model rounds its own input, and q, k and v, or gate and up, have the same one.
+Each quantized layer of a model rounds its own input, and q, k and v, or gate and up, have the same one. Their static
+scales are one parameter where a checkpoint's were equal (`Placement.fill`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ DEQUANTIZE = (OPS.dequantize, OPS.dequantize.default)
 
 @dataclass(frozen=True)
 class EqualQuantization:
-    """`node` computes what `first`, before it in the graph, has computed."""
+    """`node` computes what `first`, before it in the graph, has computed, unless there is a refusal."""
 
     node: Node
     first: Node
+    refusal: str | None = None
 
 
 class SharedQuantize(Pattern):
@@ -39,6 +41,7 @@ class SharedQuantize(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[EqualQuantization]:
         found: dict[tuple, Node] = {}
+        by_value: dict[tuple, Node] = {}
         for node in list(graph.nodes):
             for calls in (QUANTIZE, FAKE_QUANTIZE):
                 if is_call(node, calls):
@@ -46,8 +49,14 @@ class SharedQuantize(Pattern):
                     first = found.setdefault(key, node)
                     if first is not node:
                         yield EqualQuantization(node, first)
+                        continue
+                    other = by_value.setdefault((calls, key[1], key[3]), node)
+                    if other is not node:  # scales of equal value are one parameter, where a checkpoint is loaded
+                        yield EqualQuantization(node, other, f"its static scale is another than {other.name}'s")
 
     def guard(self, candidate: EqualQuantization, context: PassContext) -> str | None:
+        if candidate.refusal:
+            return candidate.refusal
         source = argument(candidate.node, 0, "x")
         order = {node: i for i, node in enumerate(source.graph.nodes)}
         between = range(order[candidate.first], order[candidate.node])

@@ -5,12 +5,12 @@ Legend: N rows, K columns, G groups of columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fusecomp.ops.quant import INT4_OFFSET, ActivationSpec, WeightSpec
+from fusecomp.ops.quant import FOLDS, INT, INT4_OFFSET, ActivationSpec, WeightSpec, fits_fold, fold_codes
 from fusecomp.quant.files import TensorFiles
 
 # With fewer columns to a scale, zeros as wide as scales would outgrow the checkpoint, which packs them.
@@ -48,6 +48,16 @@ def nibbles(packed: Tensor) -> Tensor:
 def pack(codes: Tensor) -> Tensor:
     """Bytes [..., M] of 4-bit codes [..., 2 M] uint8, the low nibble first."""
     return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def folded(codes: Codes) -> Codes:
+    """The same weight as the kernels read it fastest: 4-bit integers are folded where their shape allows it."""
+    spec = codes.spec
+    if (spec.kind, spec.bits) != (INT, 4) or spec.fold:
+        return codes
+    k = spec.shape(codes.q.shape)[-1]
+    fold = next((fold for fold in FOLDS if fits_fold(k, spec.cols, fold)), 0)
+    return replace(codes, q=fold_codes(codes.q, fold), spec=replace(spec, fold=fold)) if fold else codes
 
 
 def compact(tensor: Tensor) -> Tensor:

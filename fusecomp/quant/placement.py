@@ -76,12 +76,14 @@ class Placement:
             UnsupportedModelError: a layout is not supported.
         """
         inputs_dropped = False
+        scales: dict[tuple, nn.Parameter] = {}
         for target in self.targets:
             where, leaf = target.name.rpartition(".")[::2]
             owner = model.get_submodule(where)
             if isinstance(owner, QuantizedLinear):
                 n, k = target.shape
                 owner.fill(self._read(target.weights[0][0], n, k, dtype))
+                _share_scale(owner, where.rpartition(".")[0], scales)
                 continue
             transposed = bool(owner.is_transposed)
             if self.format.names_parameters:
@@ -238,3 +240,16 @@ def _room(codes: Codes, experts: int, merged: int) -> Codes:
         return tensor.new_empty((experts, merged * tensor.shape[0], tensor.shape[1]))
 
     return replace(codes, q=room(codes.q), scale=room(codes.scale), zero=None, order=None, input_scale=None)
+
+
+def _share_scale(linear: QuantizedLinear, parent: str, scales: dict[tuple, nn.Parameter]) -> None:
+    """Let linears of one parent whose static input scales are equal hold one parameter.
+
+    That their inputs are rounded alike can then be seen in a graph, and is part of a stored program's identity.
+
+    Args:
+        scales: those met so far, by parent, activations and value.
+    """
+    if linear.input is not None and isinstance(scale := getattr(linear.input, "scale", None), nn.Parameter):
+        key = (parent, linear.input.quantization, scale.device, *scale.tolist())
+        linear.input.scale = scales.setdefault(key, scale)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fusecomp.runtime.outputs import StepOutput
     from fusecomp.runtime.session import Session
 
-Admissible = tuple[Sequence[int], SamplingParams]
+# Prompt token ids, parameters, and the priority: a lower number goes first.
+Admissible = tuple[Sequence[int], SamplingParams] | tuple[Sequence[int], SamplingParams, int]
 
 
 @dataclass(eq=False)
@@ -88,7 +89,8 @@ class Call:
 
     def _admit(self, index: int, request: Admissible | FusecompError, errors: str) -> None:
         base = self._session.next_id()
-        prompt, params = ([], SamplingParams()) if isinstance(request, FusecompError) else request
+        prompt, params, *rest = ([], SamplingParams()) if isinstance(request, FusecompError) else request
+        priority = rest[0] if rest else 0
         for sample in range(params.n):
             progress = Progress(index, sample, params.sample(sample))
             self.all.append(progress)
@@ -96,7 +98,7 @@ class Call:
             try:
                 if isinstance(request, FusecompError):
                     raise request
-                self._session.engine.add_request(request_id, list(prompt), progress.params)
+                self._session.engine.add_request(request_id, list(prompt), progress.params, priority=priority)
             except FusecompError as error:
                 # The engine's own name of the request means nothing to the caller.
                 where = f"prompt {index}" if errors == "raise" else error.where if error is request else ""
@@ -140,6 +142,16 @@ class Call:
             self._fresh.pop(progress, None)
         self._finish(progress, "stop", num_tokens, reason)
 
+    def fail(self, progress: Progress, error: str) -> None:
+        """End a completion that something outside the engine went wrong with; all others go on."""
+        session = self._session
+        with session.lock:
+            if session.calls.pop(progress.request_id, None) is not None:
+                progress.metrics = session.engine.end_request(progress.request_id, "error")
+            self._fresh.pop(progress, None)
+        progress.error, progress._reason = error, "error"
+        self._unfinished.discard(progress)
+
     def advance(self) -> list[Progress]:
         """Wait for news and return what has some. The engine steps if nothing came from other callers' steps."""
         session = self._session
@@ -176,6 +188,9 @@ class Call:
     def _hear(self, news: News) -> None:
         progress = news.key
         if progress.finished:
+            return
+        if news.error is not None:
+            self.fail(progress, news.error)
             return
         progress.num_shown = news.num_tokens
         if news.text:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusecomp._compat import distinct_sizes
 from fusecomp.runtime.adjust import MIN_P, TYPICAL_P, RowTables, adjust
-from fusecomp.runtime.logprobs import pack, score, width_for
+from fusecomp.runtime.logprobs import exact_score, pack, score, width_for
 from fusecomp.runtime.sampler import greedy, sample
 from fusecomp.runtime.step_batch import StepBatch
 
@@ -50,10 +50,12 @@ class TokenChoice:
     Args:
         tables: what rows adjust.
         device: of the logits. On CUDA the functions are compiled, once for all batch sizes.
+        deterministic: what a row gives depends on that row alone, bit for bit.
     """
 
-    def __init__(self, tables: RowTables, device: torch.device) -> None:
+    def __init__(self, tables: RowTables, device: torch.device, *, deterministic: bool = False) -> None:
         self.tables = tables
+        self._deterministic = deterministic
         self._ids = torch.zeros(0, dtype=torch.int64, device=device)
         self._distinct_sizes = distinct_sizes()
         self._functions: dict[tuple[str, Any], Callable] = {}
@@ -61,6 +63,8 @@ class TokenChoice:
     def _function(self, function: Callable, variant: Any) -> Callable:
         """`function` as this device runs it. Variants are compiled apart: Dynamo bounds what one code object holds."""
         if self._ids.device.type != "cuda":
+            return self._by_rows(function) if self._deterministic and function is not adjust else function
+        if self._deterministic:  # compiled code for one row is not that for several
             return function
         key = function.__name__, variant
         if key not in self._functions:
@@ -75,6 +79,28 @@ class TokenChoice:
                 return compiled(*args)
 
         return call
+
+    def _by_rows(self, function: Callable) -> Callable:
+        """`function` of one row after the other: on the CPU a row's place decides by what code it is rounded.
+
+        `adjust`, which reads rows of tables, needs none of this: it only adds, multiplies and divides.
+        """
+
+        def call(*args: Any) -> Any:
+            rows = []
+            for row in range(len(args[0])):
+                own = (a if a is None or a is self._ids else a[row : row + 1].clone() for a in args)
+                rows.append(function(*own))
+            if isinstance(rows[0], tuple):
+                return tuple(map(torch.cat, zip(*rows, strict=True)))
+            return torch.cat(rows)
+
+        return call
+
+    def pack(self, logits: Tensor, tokens: Tensor, width: int) -> Tensor:
+        """Packed log-probabilities of `tokens`: see `logprobs.pack`."""
+        function = exact_score if self._deterministic else score
+        return pack(logits, tokens, width, self._function(function, None), stable=self._deterministic)
 
     def set_vocabulary(self, size: int) -> None:
         """Say how many logits a row has, once it is known."""
@@ -115,7 +141,7 @@ class TokenChoice:
             )
         if not kind.logprobs:
             return Sampled(tokens)
-        return Sampled(tokens, pack(raw, tokens, kind.logprobs, self._function(score, None)))
+        return Sampled(tokens, self.pack(raw, tokens, kind.logprobs))
 
     def _adjusted(self, logits: Tensor, batch: StepBatch, positions: Tensor) -> Tensor:
         t = self.tables

@@ -73,13 +73,17 @@ class TextStream:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What became known of a completion: characters to show, and at the end how many tokens it has, and a stop text."""
+    """What became known of a completion: characters to show, and at the end how many tokens it has, and a stop text.
+
+    With `error` it ended because its text could not be made; others go on.
+    """
 
     key: Any
     text: str
     finished: bool
     num_tokens: int
     stop_reason: str | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -181,11 +185,7 @@ class Detokenizer:
         self._in.put(updates)
 
     def take(self, *, wait: bool = False) -> list[News]:
-        """News since the last call. With `wait`, of all that was put.
-
-        Raises:
-            Exception: what the tokenizer raised.
-        """
+        """News since the last call. With `wait`, of all that was put."""
         news: list[News] = []
         while self._unanswered:
             try:
@@ -208,10 +208,19 @@ class Detokenizer:
     def _run(self) -> None:
         while (updates := self._in.get()) is not None:
             try:
-                news = [followed.add(ids, end, self._decoder(followed.params)) for followed, ids, end in updates]
+                news = [self._follow(*update) for update in updates]
                 self._out.put([each for each in news if each is not None])
-            except BaseException as error:
+            except BaseException as error:  # nothing that one completion is to blame for
                 self._out.put(error)
+
+    def _follow(self, followed: Followed, ids: list[int], reason: str | None) -> News | None:
+        """What these ids make of one completion; a tokenizer that raises ends that completion."""
+        try:
+            return followed.add(ids, reason, self._decoder(followed.params))
+        except Exception as error:
+            followed.finished = True
+            why = f"its text cannot be made: {type(error).__name__}: {error}"
+            return News(followed.key, "", True, followed.num_tokens, error=why)
 
     def _decoder(self, params: SamplingParams) -> Callable[[list[int]], str]:
         tokenizer, skip = self._tokenizer, params.skip_special_tokens

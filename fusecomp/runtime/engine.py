@@ -34,7 +34,6 @@ from fusecomp.runtime.graphs import (
     Recorder,
     Shape,
     bucket_sizes,
-    first_sizes,
     mixed_shapes,
     shapes_to_meet,
 )
@@ -42,11 +41,12 @@ from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
-from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_packing, row_errors
+from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.step import CompiledStep
 from fusecomp.runtime.step_batch import MixedShape, StepBatch
+from fusecomp.runtime.swap import open_swap_space
 
 # Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
 # SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
@@ -78,7 +78,7 @@ class Engine:
         self.config = config = self._limit_to_proof(config)
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
-        self._choice = TokenChoice(self._tables, self.device)
+        self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
@@ -89,7 +89,13 @@ class Engine:
             self.report.notes.append(f"the KV cache has {num_blocks} blocks: {limit}")
         caching = config.enable_prefix_caching
         kv = KVCacheManager(num_blocks, config.block_size, self._step.block_bytes, prefix_caching=caching)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, kv)
+        limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
+        self._host_blocks, swap = None, None
+        if config.swap_bytes:
+            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, self._prefill_rate)
+            self._host_blocks, swap, note = opened
+            self.report.notes.append(note)
+        self._scheduler = Scheduler(*limits, kv, swap)
         self._metrics = Metrics()
         self._choice.set_vocabulary(self._step.num_logits)
         self._graphs: GraphRunner | None = None
@@ -211,16 +217,19 @@ class Engine:
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
         if self._graphs is not None and shape is not None:
-            if not self._graphs.captured(shape, kind):
+            if self._graphs.is_due(shape, kind):
                 self._capture(self._graphs, shape, kind)
                 batch = self._builder.build(step, shape, continues)
             if self._graphs.captured(shape, kind):
                 self._graphs.check(batch, shape, kind)
+        if step.swap_out or step.swap_in:
+            assert self._host_blocks is not None
+            self._host_blocks.move(step.swap_out, step.swap_in)
         self._latest = batch, shape
         if wanted is None:
             flight = self._runway.launch(step, self._run(batch, shape))
         else:
-            logits, scores = with_prompt(self._step, batch, wanted)
+            logits, scores = with_prompt(self._step, batch, wanted, self._choice.pack)
             flight = self._runway.launch(step, self._choice(logits, batch, kind), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight
@@ -235,14 +244,14 @@ class Engine:
         """Try to capture a graph; the batch has to be built again afterwards."""
         graphs.capture(self._builder.padding(shape), shape, kind)
         self.report.cuda_graphs = graphs.sizes
-        self.report.mixed_cuda_graphs = sum(isinstance(shape, MixedShape) for shape in graphs.seconds)
+        self.report.mixed_cuda_graphs = len(graphs.mixed)
 
     def _forward(self, batch: StepBatch, kind: Kind) -> Sampled:
         """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
         return self._choice(self._step(batch), batch, kind)
 
     def capture_graphs(self, sizes: Iterable[int]) -> None:
-        """Capture CUDA graphs for decodes of these many rows now, not when padding has cost as much as a capture.
+        """Capture CUDA graphs for decodes of exactly these many rows too, whatever they bring.
 
         Without graphs, on a CPU or with `enforce_eager`, it does nothing.
         """
@@ -365,8 +374,11 @@ class Engine:
         if self.device.type == "cuda":
             self.report.seconds["kernels ahead"] = time.perf_counter() - start
         budget.begin()
+        start = time.perf_counter()
         greedy(self._step(self._stand_in_prefill(prompts, places)))
-        return budget.end()
+        num_blocks = budget.end()  # which waits for the step
+        self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
+        return num_blocks
 
     def _meet_kernels(self) -> None:
         """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps."""
@@ -426,22 +438,22 @@ class Engine:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
         start = time.perf_counter()
         check_packing(self)
+        written = MOST_BLOCKS
+        if self.config.deterministic and self.device.type == "cuda":  # on the CPU it holds by construction
+            written = max(written, check_invariance(self))
         for cache in self._step.kv_caches:
-            cache[:MOST_BLOCKS].zero_()
+            cache[:written].zero_()
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
-        """Capture and check the greedy graphs of the first sizes; others follow when they are worth it."""
+        """Capture the greedy graphs, and check those of decodes; others are checked when they first run."""
         start = time.perf_counter()
         self._graphs = self._new_graphs(largest, CudaRecorder())
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         used = largest * -(-3 // self.config.block_size)
         for cache, layout in zip(self._step.kv_caches, self._step.kv_layouts, strict=True):
             fill_random(cache[:used], layout.head_dim)
-        for size in first_sizes(largest):
-            self._capture(self._graphs, size, Kind())
-            if self._graphs.captured(size, Kind()):
-                self._graphs.check(self._stand_in_decodes(size), size, Kind())
+        self._capture_wanted(self._graphs)
         for cache in self._step.kv_caches:
             cache[:used].zero_()
         from fusecomp.lowerings.device import target_of
@@ -449,6 +461,12 @@ class Engine:
         counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
         explain_lowerings(self.report, target_of(self._step.kv_caches[0]), counts)
         self.report.seconds["graphs"] = time.perf_counter() - start
+
+    def _capture_wanted(self, graphs: GraphRunner) -> None:
+        for shape in graphs.wanted():
+            self._capture(graphs, shape, Kind())
+            if isinstance(shape, int) and graphs.captured(shape, Kind()):
+                graphs.check(self._stand_in_decodes(shape), shape, Kind())
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
         note = self.report.notes.append

@@ -4,14 +4,17 @@ A graph is keyed by (shape, variant of the sampler): those, with the model and t
 that reaches a kernel. A shape is a number of rows, of a step of decodes, or a `MixedShape`. Steps are padded up to a
 shape. All graphs share one memory pool; each is checked once against the step that it captured, and timed.
 
-An engine starts with few graphs, the largest first. More come between steps, when their time has come:
+Shapes are chosen at the start, by measured times, and none is added while requests are served (`Engine` asks for them
+in turn):
 
-- decodes: a step runs in the smallest captured size that holds it. What is lost against a candidate size in between,
-  estimated from the measured times of its captured neighbours, is summed up; when that is as much as a capture takes,
-  the candidate is captured. So time lost to padding and time spent on captures stay within a factor of two of whichever
-  is best, and sizes that bring nothing are never captured.
-- mixed steps: the first step of a shape runs without a graph, the second captures it, unless a step as large takes the
-  GPU longer than launching takes the host: launches of the next step are then hidden behind it (`schedule_ahead`).
+- decodes: the largest size and 1, then those between as long as they bring something: a size between two that are
+  captured costs no less than the smaller one, so what it could save is known before it is captured (`LEAST_GAIN`).
+- mixed steps: a small grid, up to the step that takes the GPU longer than launching takes the host: launches of larger
+  steps are hidden behind the step before (`Scheduler.schedule_ahead`), without the padding.
+
+Variants of the sampler beyond greedy are captured in service, each when launching its steps without a graph has taken
+the host as long as a capture takes. So captures take no longer than the launches that came before them, a variant met
+once costs nothing, and a capture compiles nothing: the same step ran before.
 
 No graph is captured any more once their memory reaches its budget, or the device is out of it: what is captured
 serves on, other steps run in a larger size or without a graph, and the report says so.
@@ -23,7 +26,7 @@ import gc
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -42,9 +45,12 @@ TIE_SHARE = 0.05
 BUDGET_BYTES = 1 << 29
 # Largest mixed step with a graph, in tokens, and its launches' share of the GPU's time from which they count as hidden.
 MOST_MIXED_TOKENS, HIDDEN = 1024, 0.67
-FEW_PREFILLS = 8
+MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
+FEW_DECODES, FEW_PREFILLS = 64, 8
 # Sizes of decodes up to 256 that may get a graph. Their kernels are compiled at the start: each size may want its own.
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
+# Share of a step's time that a further size has to save.
+LEAST_GAIN = 0.02
 
 
 def bucket_sizes(largest: int) -> list[int]:
@@ -54,17 +60,14 @@ def bucket_sizes(largest: int) -> list[int]:
     return [*kept, largest]
 
 
-def first_sizes(largest: int) -> list[int]:
-    """Those captured at the start, largest first: a step is padded to at most four times its rows."""
-    return [largest, *(size for size in (256, 64, 16, 4, 1) if size < largest)]
-
-
 def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[MixedShape]:
-    """Candidates for mixed steps, the cheapest first: an eighth more tokens from one to the next, or a fourth."""
-    most = min(max_tokens, MOST_MIXED_TOKENS)
-    tokens = [t for t in (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024) if t <= most]
-    decodes = sorted({min(d, max_num_seqs) for d in (16, 64, 128, 256, 512, 1024)})
-    return [MixedShape(t, d, p) for t in tokens for p in (FEW_PREFILLS, MOST_PREFILLS) for d in decodes if d <= t]
+    """Candidates for mixed steps, the cheapest first: for few decodes, and for as many as there may be."""
+    shapes = []
+    for tokens in MIXED_TOKENS:
+        if tokens <= min(max_tokens, MOST_MIXED_TOKENS):
+            for decodes in sorted({min(FEW_DECODES, max_num_seqs), min(tokens, max_num_seqs)}):
+                shapes.append(MixedShape(tokens, decodes, MOST_PREFILLS))
+    return shapes
 
 
 def shapes_to_meet(shapes: Sequence[MixedShape], max_tokens: int) -> list[MixedShape]:
@@ -164,7 +167,8 @@ class GraphRunner:
         budget_bytes: memory that they may take.
 
     Attributes:
-        seconds: measured device time of each captured shape.
+        sizes, mixed: captured shapes, the cheapest first.
+        seconds: measured device time of each.
         num_bytes: memory that the graphs took.
         captures_seconds: time that captures took.
         full: why no more are captured, or empty.
@@ -184,13 +188,13 @@ class GraphRunner:
         self._candidates, self._mixed = list(sizes), list(mixed)
         self._budget = budget_bytes
         self.sizes: list[int] = []
+        self.mixed: list[MixedShape] = []
         self.seconds: dict[Shape, float] = {}
         self.num_bytes = 0
         self.captures_seconds = 0.0
         self.full = ""
         self._graphs: dict[tuple[Shape, Kind], tuple[Callable[[], object], Sampled]] = {}
-        self._lost: defaultdict[int, float] = defaultdict(float)  # seconds of padding by candidate
-        self._met: set[MixedShape] = set()
+        self._launched: defaultdict[tuple[Shape, Kind], float] = defaultdict(float)  # seconds, without a graph
         self._unchecked: set[Shape] = set()
         self._capture_seconds = 0.0  # of the latest capture
         self._launch_seconds = float("inf")  # of the host, for one step without a graph: the least seen
@@ -198,42 +202,37 @@ class GraphRunner:
     # ------------------------------------------------------------------ which shape
 
     def choose(self, step: ScheduledStep) -> Shape | None:
-        """The shape to which `step` is padded; None to run it as it is, without a graph."""
+        """The captured shape to which `step` is padded; None to run it as it is, without a graph."""
         if step.decode_only:
             return self.bucket(len(step.seqs))
-        return self._mixed_bucket(step.num_tokens, step.num_decodes, len(step.seqs) - step.num_decodes)
+        sizes = step.num_tokens, step.num_decodes, len(step.seqs) - step.num_decodes
+        return next((shape for shape in self.mixed if shape.holds(*sizes)), None)
 
     def bucket(self, rows: int) -> int | None:
-        """The size in which `rows` decodes run."""
+        """The captured size in which `rows` decodes run."""
         at = bisect_left(self.sizes, rows)
-        larger = self.sizes[at] if at < len(self.sizes) else None
-        if larger == rows or self.full:
-            return larger
-        wanted = bisect_left(self._candidates, rows)
-        if wanted == len(self._candidates):
-            return larger
-        candidate = self._candidates[wanted]
-        if larger is None or candidate == larger:
-            return candidate
-        self._lost[candidate] += self._gain(candidate, self.sizes[at - 1] if at else 0, larger)
-        return candidate if self._lost[candidate] > self._capture_seconds else larger
+        return self.sizes[at] if at < len(self.sizes) else None
 
-    def _gain(self, candidate: int, smaller: int, larger: int) -> float:
-        """Seconds that a step would take less in `candidate` than in `larger`, by interpolation."""
-        high = self.seconds[larger]
-        low = min(self.seconds.get(smaller, 0.0), high)
-        return (high - low) * (larger - candidate) / (larger - smaller)
+    def wanted(self) -> Iterator[Shape]:
+        """What is to be captured at the start; each is asked for when those before it are captured, or failed."""
+        largest, smallest = self._candidates[-1], self._candidates[0]
+        yield largest
+        if smallest != largest:
+            yield smallest
+        yield from self._between(0, len(self._candidates) - 1)
+        for shape in self._mixed:
+            if not self._hides_launches(shape):
+                yield shape
 
-    def _mixed_bucket(self, tokens: int, decodes: int, prefills: int) -> MixedShape | None:
-        shape = next((shape for shape in self._mixed if shape.holds(tokens, decodes, prefills)), None)
-        if shape is None or shape in self.seconds:
-            return shape
-        if self.full or self._hides_launches(shape):
-            return None
-        if shape not in self._met:
-            self._met.add(shape)
-            return None
-        return shape
+    def _between(self, first: int, last: int) -> Iterator[int]:
+        """Candidates between two, the middle first, as long as one may save enough against the larger."""
+        smaller, larger = (self.seconds.get(self._candidates[i]) for i in (first, last))
+        if last - first < 2 or smaller is None or larger is None or larger - smaller < LEAST_GAIN * larger:
+            return
+        middle = (first + last) // 2
+        yield self._candidates[middle]
+        yield from self._between(middle, last)
+        yield from self._between(first, middle)
 
     def _hides_launches(self, shape: MixedShape) -> bool:
         """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile."""
@@ -243,6 +242,16 @@ class GraphRunner:
         return max(known, default=0.0) * HIDDEN > self._launch_seconds
 
     # ------------------------------------------------------------------ captures
+
+    def is_due(self, shape: Shape, kind: Kind) -> bool:
+        """Whether a variant of a captured shape, about to be launched, is to be captured first; counts the launch."""
+        key = shape, kind
+        if self.full or key in self._graphs:
+            return False
+        if self._launched[key] >= self._capture_seconds:
+            return True
+        self._launched[key] += self._launch_seconds
+        return False
 
     def captured(self, shape: Shape, kind: Kind) -> bool:
         """Whether `replay` has a graph for this key."""
@@ -275,10 +284,12 @@ class GraphRunner:
             self._unchecked.add(shape)
         self.seconds.setdefault(shape, seconds)
         self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
+        self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape))
         self.num_bytes += max(0, self._recorder.used_bytes() - before)
         if kind.tables:  # graphs of an earlier version read tables that were replaced; a capture has waited for them
             for key in [key for key in self._graphs if key[1].tables not in (0, kind.tables)]:
                 del self._graphs[key]
+                self._launched.pop(key, None)
         if self.num_bytes >= self._budget:
             self._stop(f"they take {self.num_bytes >> 20} MiB of {self._budget >> 20}")
         self._capture_seconds = time.perf_counter() - begin

@@ -45,7 +45,10 @@ NEUTRAL = {
 }
 # Fields of a model's configuration that its forward pass does not read.
 NEUTRAL_CONFIG = {"_name_or_path", "transformers_version"}
-ENGINE_FIELDS = ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_dtype", "fuse", "disabled_patterns")
+ENGINE_FIELDS = (
+    *("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_dtype", "fuse", "disabled_patterns"),
+    "deterministic",
+)
 # A mask proof reads buffers, up to this size each; larger ones hold weights.
 LARGEST_PROVEN_BUFFER = 64 << 20
 

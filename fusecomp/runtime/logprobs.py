@@ -48,10 +48,29 @@ def score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normaliser, own - normaliser, rank.to(torch.int32)
 
 
-def pack(logits: Tensor, tokens: Tensor, width: int, scores: Callable = score) -> Tensor:
-    """The packed tensor [N, 2 K + 3] of `tokens` [N], with K = min(width, V)."""
+def exact_score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`score` whose sum is one of integers, in units of 2^-40: its order, which may follow N, does not matter."""
+    x = logits.float()
+    best = x.amax(dim=-1, keepdim=True)
+    mass = ((x - best).exp() * 2.0**40).long().sum(dim=-1, keepdim=True)
+    normaliser = best + (mass.double() * 2.0**-40).log().float()
+    own = x.gather(1, tokens.clamp(min=0)[:, None])
+    rank = (x >= own).sum(dim=-1, keepdim=True)
+    return normaliser, own - normaliser, rank.to(torch.int32)
+
+
+def pack(logits: Tensor, tokens: Tensor, width: int, scores: Callable = score, *, stable: bool = False) -> Tensor:
+    """The packed tensor [N, 2 K + 3] of `tokens` [N], with K = min(width, V).
+
+    Args:
+        stable: of equal logits the lowest ids, in order; otherwise what the library's choice for N rows gives.
+    """
     normaliser, own, rank = scores(logits, tokens)
-    top, ids = logits.topk(min(width, logits.shape[-1]), dim=-1)  # in falling order
+    count = min(width, logits.shape[-1])
+    if stable:
+        top, ids = (x[:, :count] for x in logits.sort(dim=-1, descending=True, stable=True))
+    else:
+        top, ids = logits.topk(count, dim=-1)  # in falling order
     values = torch.cat([own, top.float() - normaliser], dim=-1)
     ids = torch.cat([tokens.clamp(min=0)[:, None], ids], dim=-1).to(torch.int32)
     return torch.cat([values.view(torch.int32), ids, rank], dim=-1)
@@ -112,11 +131,16 @@ def prompt_tokens(step: ScheduledStep) -> PromptTokens | None:
     return PromptTokens(list(place), targets, chosen, slices, width_for(most)) if slices else None
 
 
-def with_prompt(run: Callable[[StepBatch], Tensor], batch: StepBatch, wanted: PromptTokens) -> tuple[Tensor, Tensor]:
+def with_prompt(
+    run: Callable[[StepBatch], Tensor], batch: StepBatch, wanted: PromptTokens, packs: Callable = pack
+) -> tuple[Tensor, Tensor]:
     """Run a step for its own logits [S, V] and the packed scores [N, 2 K + 3] of `wanted`.
 
     The model gives logits of `PASS_ROWS` tokens at a time; a step that wants more runs again, which writes the same
     keys and values to the same slots.
+
+    Args:
+        packs: `pack`, or another way to the same.
     """
     device, rows = batch.logit_indices.device, batch.logit_indices.shape[0]
     pinned = device.type == "cuda"
@@ -131,6 +155,6 @@ def with_prompt(run: Callable[[StepBatch], Tensor], batch: StepBatch, wanted: Pr
         targets = move(wanted.targets[first : first + size])
         own = logits[:rows] if own is None else own
         for part, ids in zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
-            packed.append(pack(part, ids, wanted.width))
+            packed.append(packs(part, ids, wanted.width))
     assert own is not None
     return own, torch.cat(packed)[move(wanted.chosen)]

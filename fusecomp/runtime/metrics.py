@@ -51,6 +51,9 @@ class MetricsSnapshot:
         last_host_seconds: the same, latest step.
         kv_usage: share of KV blocks in use, in [0, 1].
         running, waiting: sequences.
+        swapped: those of the waiting whose keys and values are in host memory.
+        swap_usage: share of host blocks in use, in [0, 1].
+        swapped_out_blocks, swapped_in_blocks: moved to host memory, and back.
         sampling_bytes: device memory of tables for penalties, bias and bans, made when first needed.
         finish_reasons: requests ended, by reason.
         histograms: by vLLM's name without its prefix.
@@ -70,6 +73,10 @@ class MetricsSnapshot:
     kv_usage: float = 0.0
     running: int = 0
     waiting: int = 0
+    swapped: int = 0
+    swap_usage: float = 0.0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
     sampling_bytes: int = 0
     finish_reasons: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
@@ -152,6 +159,10 @@ class Metrics:
             kv_usage=scheduler.kv.usage,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            swapped=scheduler.swap.num_sequences,
+            swap_usage=scheduler.swap.usage,
+            swapped_out_blocks=scheduler.swap.moved_out,
+            swapped_in_blocks=scheduler.swap.moved_in,
             sampling_bytes=sampling_bytes,
             finish_reasons=dict(self._reasons),
             histograms={

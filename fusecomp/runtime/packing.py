@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusecomp.errors import UnsupportedModelError
+from fusecomp.errors import UnsupportedModelError, VerificationError
 
 if TYPE_CHECKING:
     from fusecomp.runtime.engine import Engine
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # row to row in the second list, as if all were one sequence.
 PACKED = ((3, 1, 12, 2, 1), (2, 4, 1), (1, 1))
 DECODED = ((4, 5, 6, 7, 8), (2, 3, 4), (2, 3), (2,))
+# More tokens than any narrow tile, keys of more than one segment, and rows of few; then what fits smaller engines.
+INVARIANT = ((700, 150, 33, 2), (150, 33, 17, 2), (40, 5, 2), (5, 2), (2,))
 MOST_BLOCKS = max(map(sum, (*PACKED, *DECODED)))  # of the KV cache that are written, whatever their size
 # Allowed relative error in units of the dtype's epsilon, and at least so much (fp32 sums may run as TF32 on a GPU).
 SAME_SHAPES, OTHER_SHAPES = (8, 1e-3), (32, 1e-2)
@@ -75,6 +77,36 @@ def _judge(engine: Engine, actual: Tensor, exact: Tensor, limits: tuple[int, flo
             why=f"{why}: logits differ by {error:.2g} (relative), where rounding explains {allowed:.2g}",
             remedy="use stock transformers: only attention may mix tokens (no convolution, scan, token shift or state)",
         )
+
+
+def check_invariance(engine: Engine) -> int:
+    """What `deterministic=True` promises, tried on an idle engine: the same bits in one step, alone, and as a decode.
+
+    Returns: leading blocks of the KV cache that were written.
+
+    Raises:
+        VerificationError: some bits differ. Kernels rest on how matrix units add up; this card's do otherwise.
+    """
+    generator = torch.Generator().manual_seed(7)
+    lengths = _fitting(engine, INVARIANT)
+    prompts = [torch.randint(0, engine.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    if not prompts:
+        return 0
+    together = engine.prompt_logits(prompts)
+    ways = {
+        "one by one": torch.cat([engine.prompt_logits([prompt]) for prompt in prompts]),
+        "with their last tokens decoded": engine.prompt_logits(prompts, decode_last=True),
+    }
+    for how, logits in ways.items():
+        if not torch.equal(logits, together):
+            worst = max(row_errors(logits, together), default=float("inf"))
+            raise VerificationError(
+                f"deterministic=True does not hold: prompts {how} give other logits than in one step",
+                where=engine.report.model,
+                why=f"they differ by {worst:.2g} (relative)",
+                remedy="use deterministic=False on this card, and report this",
+            )
+    return sum(-(-n // engine.config.block_size) for n in lengths)
 
 
 def check_packing(engine: Engine) -> None:

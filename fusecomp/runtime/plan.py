@@ -49,6 +49,7 @@ class MemoryPlan:
         reserve: kept free for CUDA graphs and libraries.
         kv_budget: bytes for the cache; negative when there is nothing left for it.
         num_blocks: blocks the cache will have.
+        swap_blocks: blocks of host memory for preempted sequences, of `block_bytes` each.
         notes: what the figures leave open.
     """
 
@@ -67,6 +68,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     max_num_seqs: int
+    swap_blocks: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,6 +106,10 @@ class MemoryPlan:
             f"max_model_len={self.max_model_len}, {cached // self.max_num_seqs} tokens for each of "
             f"max_num_seqs={self.max_num_seqs}",
         ]
+        if self.swap_blocks:
+            lines.append(
+                f"  swap       {_gib(self.swap_blocks * self.block_bytes)}  of host memory, {self.swap_blocks} blocks"
+            )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -220,6 +226,7 @@ class Planner:
             num_blocks=num_blocks,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
+            swap_blocks=config.swap_bytes // block_bytes,
             notes=tuple(notes),
         )
 

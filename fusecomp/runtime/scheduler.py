@@ -1,5 +1,5 @@
 """Which tokens the next step computes: continuous batching with chunked prefill, prefix caching, priorities, and
-preemption by recompute.
+preemption by recompute or by swap (`swap_space.py`).
 
 In: requests (`Scheduler.add`), sampled tokens (`update`). Out: `ScheduledStep`s (`schedule`). Pure Python and
 deterministic: the same calls give the same steps.
@@ -46,6 +46,7 @@ from fusecomp.errors import CapacityError, RequestError
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.prefix import PrefixSharing
 from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
+from fusecomp.runtime.swap_space import SwapSpace
 
 _RANK = attrgetter("rank")
 KNOWN = -1
@@ -60,14 +61,23 @@ class Scheduler:
         max_num_batched_tokens: most tokens in a step; at least `max_num_seqs`, so that every decode fits.
         max_model_len: longest prompt plus output, in tokens.
         kv: the block manager; nobody else allocates from it while sequences run.
+        swap: where preempted sequences may keep what they computed; None has all computed again.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, kv: KVCacheManager) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        kv: KVCacheManager,
+        swap: SwapSpace | None = None,
+    ) -> None:
         assert 1 <= max_num_seqs <= max_num_batched_tokens, (max_num_seqs, max_num_batched_tokens)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.kv = kv
+        self.swap = swap or SwapSpace(0, kv.block_size, lambda tokens, blocks: False)
         # A little room left at admission while others run, or the newcomer is soon preempted to feed their decodes.
         self._watermark = max(1, kv.num_blocks // 100)
         self._live: dict[str, SequenceState] = {}
@@ -228,7 +238,9 @@ class Scheduler:
             assert ahead or not self._live, "live sequences but nothing to schedule"
             return None
         num_tokens = self.max_num_batched_tokens - budget
-        return ScheduledStep(seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted)
+        return ScheduledStep(
+            seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted, *self.swap.take_moves()
+        )
 
     def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, list[int]] | None:
         """The step after `step`, which is launched, before the tokens that `step` samples are known.
@@ -382,6 +394,8 @@ class Scheduler:
         self._num_admissions += 1
         insort(self._running, seq, key=_RANK)
         self.prefix.begin(seq, cached)
+        self.swap.move_in(seq, self._allocate)
+        self.prefix.name(seq, seq.num_computed_tokens)  # what moves in is there before the step reads
         return seq
 
     def _make_way(self, prefills: Sequence[SequenceState]) -> list[SequenceState]:
@@ -419,9 +433,11 @@ class Scheduler:
         return seq.num_slots + self.kv.num_free * self.kv.block_size - seq.num_computed_tokens
 
     def _preempt_last(self) -> SequenceState:
-        """Free the blocks of the last running sequence in rank; it waits and is computed again from its start, or from
-        where the first of its blocks was taken meanwhile."""
+        """Free the blocks of the last running sequence in rank; it waits, and goes on where it was if they are kept on
+        the host. Otherwise it is computed again from its start, or from where the first of its blocks was taken
+        meanwhile."""
         seq = self._running.pop()
+        self.swap.move_out(seq)
         self._release(seq)
         seq.status = Status.WAITING
         seq.num_computed_tokens = 0
@@ -441,4 +457,5 @@ class Scheduler:
     def _finish(self, seq: SequenceState, reason: str) -> None:
         seq.status = Status.FINISHED
         seq.finish_reason = reason
+        self.swap.drop(seq.request_id)
         del self._live[seq.request_id]

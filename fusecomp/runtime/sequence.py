@@ -101,6 +101,8 @@ class ScheduledStep:
         num_decodes: rows that decode.
         num_tokens: sum of `num_new_tokens`.
         num_preempted: sequences that lost their blocks to this step.
+        swap_out, swap_in: (device block, host block) and (host block, device block) to be copied before it, in this
+            order.
     """
 
     seqs: list[SequenceState]
@@ -110,6 +112,8 @@ class ScheduledStep:
     num_decodes: int
     num_tokens: int
     num_preempted: int
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def decode_only(self) -> bool:

@@ -58,7 +58,8 @@ class Session:
         """Serve `requests` and return their progress, all finished: in the same order, samples of one in theirs.
 
         Args:
-            requests: (prompt token ids, parameters), or the error for which a caller already refuses one.
+            requests: (prompt token ids, parameters) and perhaps a priority, or the error for which a caller already
+                refuses one.
             errors: "raise" refuses the whole list, before anything runs, when one request cannot be admitted;
                 "return" records the error in its place and serves the others.
             on_step: called after admission and after each step with the progress of all requests, and of those that

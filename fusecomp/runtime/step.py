@@ -32,10 +32,13 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
 from fusecomp.fusion import FUSE
 from fusecomp.ops.kv_cache import FP8, KVLayout
+from fusecomp.ops.mode import batch_invariance
 from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
+from fusecomp.patterns.invariance import BatchInvariance
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
+from fusecomp.runtime.alone import each_token_alone
 from fusecomp.runtime.depth import Outline, extend, extend_report, outline, reads_layer_index, shortened
 from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
 from fusecomp.runtime.program_cache import ProgramCache, restore, snapshot
@@ -177,12 +180,13 @@ class CompiledStep:
                 raise ConfigError(
                     f"unknown pattern {name!r}", where="disabled_patterns", remedy=f"patterns are {', '.join(names)}"
                 )
+        checks = (BatchInvariance(),) if config.deterministic and self.device.type != "cpu" else ()
         fuses = config.fuse == "always" or (config.fuse == "auto" and self.device.type == "cuda")
         return StepBackend(
             context,
             inductor=not config.enforce_eager,
             merge=enabled(MERGE, config.disabled_patterns) if config.fuse != "never" else (),
-            fuse=enabled(FUSE, config.disabled_patterns) if fuses else (),
+            fuse=(*(enabled(FUSE, config.disabled_patterns) if fuses else ()), *checks),
             artifacts=self._cache.parts is not None,
         )
 
@@ -227,7 +231,8 @@ class CompiledStep:
         if self._program is None:
             logits = self._capture(batch)
         else:
-            logits = self(batch)
+            logits = self._launch(batch)
+        self._require_invariance()
         self.num_logits = logits.shape[1]
         if compiles:
             self.report.seconds["capture and compile"] = time.perf_counter() - start
@@ -237,7 +242,7 @@ class CompiledStep:
         """Trace the whole model; the function that Dynamo makes runs it."""
         breaks, notes = sum(counters["graph_break"].values()), len(self.report.notes)
         with capture_errors(self.report.model):
-            logits = self(batch)
+            logits = self._launch(batch)
         self.report.graph_breaks = sum(counters["graph_break"].values()) - breaks
         if (pieces := self._backend.pieces) is not None:
             plan = self._plan(self._backend, batch, self.kv_caches)
@@ -335,6 +340,20 @@ class CompiledStep:
             self._unstored = None
         return True
 
+    def _require_invariance(self) -> None:
+        """Refuse a model of which some op has no batch-invariant kernel; on the CPU tokens are computed alone."""
+        if not self._config.deterministic or self.device.type == "cpu":
+            return
+        misses = [miss for miss in self.report.near_misses if miss.pattern == BatchInvariance.name]
+        if misses or self._config.enforce_eager:
+            reasons = "; ".join(dict.fromkeys(f"{miss.where}: {miss.reason}" for miss in misses))
+            raise UnsupportedModelError(
+                "some ops have no batch-invariant kernel",
+                where=self.report.model,
+                why=reasons or "enforce_eager runs the libraries' kernels",
+                remedy="use deterministic=False" + ("" if misses else ", or enforce_eager=False"),
+            )
+
     def seal(self) -> None:
         """From here on a recompile is an error."""
         self._sealed = True
@@ -345,6 +364,15 @@ class CompiledStep:
         Raises:
             RecompileError: the step would be compiled again after `seal`.
         """
+        if self._config.deterministic and self.device.type == "cpu":
+            return each_token_alone(self._launch, batch, self.num_logits)
+        return self._launch(batch)
+
+    def _launch(self, batch: StepBatch) -> Tensor:
+        with batch_invariance(self._config.deterministic):
+            return self._run(batch)
+
+    def _run(self, batch: StepBatch) -> Tensor:
         if self._program is not None:
             return self._run_program(self._program, batch)
         with torch.no_grad(), self._implementations.use(TRACE), dynamo_settings(), self._guarded():

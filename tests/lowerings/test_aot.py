@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fusecomp.lowerings.machine_code import lost_codes
+
 ROOT = Path(__file__).parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
@@ -31,8 +33,28 @@ def check(found: list[dict], target: str) -> None:
     for kernel in spilled:
         print(f"  {kernel['name']:52} {kernel['spills']:6} spilled, {kernel['registers']} registers")
     assert [k for k in found if k["shared_bytes"] > k["shared_limit"]] == []
+    assert [k for k in found if k["lost_codes"]] == []
     if target == "sm_90":
         assert spilled == []
+
+
+@pytest.mark.parametrize(
+    ("before", "lost"),
+    [
+        ("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C R18, R18, R5, RZ", False),
+        ("@P1 PRMT R18, R61, 0x3340, R66", False),
+        ("LDG.E.128.CONSTANT R16, [R2.64]", False),
+        ("LDSM.16.M88.4 R16, [R202+UR19]", False),
+        ("IMAD.MOV.U32 R18, RZ, RZ, R5", False),
+        ("LDC R1, c[0x0][0x28]", True),  # what follows are from kernels that ptxas 12.8 made
+        ("IMAD.MOV.U32 R18, RZ, RZ, -0x800000", True),
+        ("FMUL R18, R50, R59", True),
+    ],
+)
+def test_lost_codes_are_found(before, lost):
+    line = "        /*{:04x}*/                   {} ;   /* 0x00000001ff0b723e */\n"
+    unpack = "F2FP.F16.E4M3.UNPACK_B R11, R18.H1"
+    assert lost_codes(line.format(0x10, before) + line.format(0x20, unpack)) == lost
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import heuristics
+from fusecomp.lowerings.quant import folded, heuristics
 from fusecomp.lowerings.quant.heuristics import (
     MAX_SPLITS,
     TILE_LIMIT,
@@ -73,8 +76,9 @@ H100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms
 
 def tuned_shape(entry: dict) -> QuantShape:
     """The layer that an entry was measured on."""
-    n, (rows, cols) = entry["rows"] // entry["groups"], (1, 128 if entry["bits"] == 4 else 0)
-    return QuantShape(n, entry["k"], entry["groups"], "bfloat16", entry["kind"], entry["bits"], rows, cols, False)
+    n, (cols, fold) = entry["rows"] // entry["groups"], (128, 64) if entry["bits"] == 4 else (0, 0)
+    layout = (entry["kind"], entry["bits"], 1, cols, False)
+    return QuantShape(n, entry["k"], entry["groups"], "bfloat16", *layout, fold=fold)
 
 
 def test_source_says_whether_the_entry_was_measured_for_the_shape():
@@ -92,32 +96,39 @@ def test_source_says_whether_the_entry_was_measured_for_the_shape():
             assert quant_config(H100, replace(shape, **change), tokens).source.endswith("(nearest)")
 
 
-def test_one_token_of_four_bits_takes_the_tile_kernel():
-    """Measured faster at eight tokens than products without matrix units at one."""
+def test_folded_codes_have_one_kernel():
+    """Up to the limit; one token takes the launch of eight. Other GPUs and fp32 have it too."""
     entry = next(e for e in load_table(H100.table)["quant"] if e["bits"] == 4 and e["tokens"] == 8)
-    assert quant_config(H100, tuned_shape(entry), 1).kernel == "tile"
-    assert quant_config(H100, replace(tuned_shape(entry), cols=32), 1).source == "no table"
+    shape = tuned_shape(entry)
+    assert quant_config(H100, shape, 1) == quant_config(H100, shape, 8)
+    for target, dtype in itertools.product((H100, *TARGETS), ("bfloat16", "float16", "float32")):
+        other = replace(shape, dtype=dtype)
+        kernels = [quant_config(target, other, tokens).kernel for tokens in (1, 33, TILE_LIMIT[4], TILE_LIMIT[4] + 1)]
+        assert kernels == ["folded"] * 3 + ["dequantize"]
+        assert dtype != "float32" or not any(quant_config(target, other, t).sums for t in (1, 33, TILE_LIMIT[4]))
+    assert quant_config(H100, replace(shape, cols=16, fold=0), 1).source == "no table"
 
 
 def test_splits_follow_the_gpu():
     large = Target("Some GPU", "cuda", 90, SM90.smem_bytes, 2 * SM90.num_sms)
-    shape = QuantShape(3072, 4096, 1, "bfloat16", INT, 4, 1, 128, False)
+    shape = QuantShape(8192, 4096, 1, "bfloat16", INT, 4, 1, 128, False, fold=64)
     assert quant_config(large, shape, 16).splits > quant_config(SM90, shape, 16).splits
     assert quant_config(SM90, replace(shape, n=1 << 20), 16).splits == 1
 
 
 @pytest.mark.parametrize(
-    ("cols", "tokens", "config", "words"),
+    ("cols", "config", "words"),
     [
-        (128, 8, QuantConfig("tile", 8, 64, 128), True),
-        (0, 8, QuantConfig("tile", 8, 64, 256), True),
-        (128, 8, QuantConfig("tile", 8, 64, 64), False),
-        (32, 8, QuantConfig("tile", 8, 64, 128), False),
+        (128, QuantConfig("tile", 16, 64, 128), True),
+        (0, QuantConfig("tile", 16, 64, 256), True),
+        (128, QuantConfig("tile", 16, 64, 32), False),
+        (128, QuantConfig("tile", 8, 64, 128), False),
+        (32, QuantConfig("tile", 16, 64, 128), False),
     ],
 )
-def test_words_share_a_scale(cols, tokens, config, words):
-    assert reads_words(config, QuantShape(64, 1024, 1, "bfloat16", INT, 4, 1, cols, False)) == words
-    assert not reads_words(config, QuantShape(64, 1028, 1, "bfloat16", INT, 4, 1, cols, False))
+def test_words_share_a_scale(cols, config, words):
+    assert reads_words(config, QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, cols, False)) == words
+    assert not reads_words(config, QuantShape(64, 1026, 1, "bfloat16", FP8, 8, 1, cols, False))
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [(0, 1), (0, 8), (1, 8), (3, 1), (3, 8)])
@@ -126,17 +137,39 @@ def test_codes_are_asked_for_before_the_wait(layout, tokens):
     spec = specialization(SM90, LAYOUTS[layout], 2, tokens, "bfloat16", 2)
     assert spec.constants.get("EARLY", True)
     ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
-    first = "cp.async" if spec.kernel.__name__ == "quant_tile_kernel" else "ld.global"
+    first = "ld.global" if spec.kernel.__name__ == "quant_vector_kernel" else "cp.async"
     assert 0 < ptx.index(first) < ptx.index("griddepcontrol.wait")
     assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
 
 
-def test_four_bit_integers_become_operands_in_their_registers():
-    """By one operation on two of them, and without a way through shared memory or a conversion of integers."""
-    spec = specialization(SM90, LAYOUTS[0], 1, 8, "bfloat16", 0)
+@pytest.mark.parametrize(("layout", "tokens"), [(0, 8), (7, 8), (7, 64)])
+def test_folded_codes_become_operands_in_their_registers(layout, tokens):
+    """By a shift and a mask for two of them, without conversions of integers or a way through shared memory.
+
+    What is stored there are inputs and zero points: fewer bytes than the codes alone would be.
+    """
+    spec = specialization(SM90, LAYOUTS[layout], 1, tokens, "bfloat16", 0)
     ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
-    assert ptx.count("lop3.b32") >= 32 and "st.shared.b8" not in ptx
-    assert "0x43004300" in ptx and "cvt.rn.f32.s32" not in ptx
+    tile = spec.constants["BLOCK_R"] * 4 * spec.constants["FOLD"] // (32 * spec.num_warps)
+    assert ptx.count("0x000f000f, 0x43004300, 0xEA") == tile // 2
+    assert not re.search(r"cvt\.rn\.(f32|bf16)\.[su]\d", ptx) and "ldmatrix" in ptx
+
+
+@given(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF), st.sampled_from(["bf16", "fp16"]), st.integers(0, 16))
+def test_assembly_means_what_the_codes_do(low, high, dtype, zero):
+    """The instructions' arithmetic on two words, as bits: exact, for every nibble."""
+    word, bias = low | high << 16, {"bf16": 0x4300, "fp16": 0x6400}[dtype]
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    for place in range(4):
+        text = folded.BIASED.value[place + 4 * (dtype == "fp16")]
+        shift = re.search(r"shr\.u32 t, \$1, (\d+);", text)
+        mask, added, table = (int(v, 16) for v in re.search(r"(0x\w+), (0x\w+), (0x\w+);", text).groups())
+        assert (mask, added, table) == (0x000F000F, bias << 16 | bias, 0xEA)  # 0xEA: a & b | c
+        bits = (word >> (int(shift[1]) if shift else 0)) & mask | added
+        floats = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(torch_dtype)
+        wanted = [(half >> 4 * place & 15) for half in (low, high)]
+        less = -torch.tensor([bias], dtype=torch.int32).to(torch.int16).view(torch_dtype) - zero
+        assert (floats + less).tolist() == [float(code - zero) for code in wanted]
 
 
 def test_columns_of_a_tile_keep_to_those_of_a_scale():
@@ -147,14 +180,16 @@ def test_shape_is_its_text():
     for (kind, bits), zero, groups in itertools.product(KINDS, (False, True), (1, 2)):
         shape = QuantShape(4096, 14336, groups, "bfloat16", kind, bits, 1, 128, zero)
         assert QuantShape.parse(str(shape)) == shape
+    folded_shape = replace(shape, kind=INT, bits=4, fold=64)
+    assert QuantShape.parse(str(folded_shape)) == folded_shape and str(folded_shape) != str(replace(shape, kind=INT))
     assert QuantShape.parse("linear 4096 x 14336 identity bfloat16") is None
 
 
 def test_choices_are_explained():
-    shape = QuantShape(4096, 4096, 1, "bfloat16", INT, 4, 1, 128, False)
+    shape = QuantShape(4096, 4096, 1, "bfloat16", INT, 4, 1, 128, False, fold=64)
     lines = explain_choices(SM90, shape, [0, 1, 8, 600, 8192])
     assert [line.split(", from")[0] for line in lines] == [
-        "1 to 8 tokens: quantized tile",
+        "1 to 8 tokens: quantized folded",
         "600 to 8192 tokens: dequantize, then linear",
     ]
     assert "from NVIDIA H100 80GB HBM3 int4 rows=4096 k=4096 tokens=8 (nearest)" in lines[0]
@@ -175,16 +210,20 @@ def test_refusals(change, reason):
     weight = random_weight((32, 64), spec, torch.bfloat16, zero=True)
     assert refusal(*weight, spec) is None
     assert reason in refusal(*change(*weight), spec)
+    narrow = WeightSpec(INT, 4, 1, 32, "bfloat16", 64)
+    assert "folded by 64 columns" in refusal(*random_weight((32, 256), narrow, torch.bfloat16), narrow)
     odd = WeightSpec(INT, 4, 1, 8, "bfloat16")
     assert "no multiple of 16" in refusal(*random_weight((32, 64), odd, torch.bfloat16), odd)
     assert heuristics.reason(QuantShape(32, 64, 1, "bfloat16", INT, 4, 1, 8, False))
 
 
 GPU_CASES = [
-    (WeightSpec(INT, 4, 1, 128, "bfloat16"), False),
-    (WeightSpec(INT, 4, 1, 128, "bfloat16"), True),
-    (WeightSpec(INT, 4, 1, 32, "bfloat16"), True),
-    (WeightSpec(INT, 4, 1, 0, "float16"), False),
+    (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), False),
+    (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), True),
+    (WeightSpec(INT, 4, 1, 32, "bfloat16", 32), True),
+    (WeightSpec(INT, 4, 1, 0, "float16", 64), False),
+    (WeightSpec(INT, 4, 1, 64, "float16", 32), True),
+    (WeightSpec(INT, 4, 1, 16, "bfloat16"), True),
     (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
     (WeightSpec(FP8, 8, 1, 0, "bfloat16"), False),
     (WeightSpec(FP8, 8, 1, 0, "float16"), False),
@@ -198,7 +237,8 @@ GPU_CASES = [
 @pytest.mark.parametrize(("spec", "zero"), GPU_CASES, ids=lambda v: v.describe() if isinstance(v, WeightSpec) else v)
 def test_gpu(spec, zero):
     """Error against fp32 at most 1.5 times that of the dequantized layer in its dtype, of every size of launch."""
-    for (n, k), tokens in itertools.product(((192, 1024), (100, 4096 + 96)), (1, 2, 7, 16, 33, 64, 130, 600)):
+    widest = 4096 + (256 if spec.fold else 96)
+    for (n, k), tokens in itertools.product(((192, 1024), (100, widest)), (1, 2, 7, 16, 33, 64, 130, 600)):
         weight = [
             None if part is None else part.cuda() for part in random_weight((2 * n, k), spec, torch.float32, zero=zero)
         ]

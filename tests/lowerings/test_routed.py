@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, load_table, routed_config
+from fusecomp.lowerings.experts.later import BYTES, MAX_TOKENS, asked_bytes
 from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
+from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS, op_cost, take_fallbacks
+from fusecomp.ops.linear import ROW, Program
+from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.routed_experts import routed_experts_reference
 from tests.lowerings.experts_cases import CONTRACT, relative_rms
 from tests.lowerings.routed_cases import MIXTURES, make_mixture
@@ -40,12 +44,47 @@ def test_costs_less_than_its_halves_by_what_is_chosen():
     assert (halves.at(T, 1, 1)[0] - whole.at(T, 1, 1)[0], halves.flops - whole.flops) == (saved, 0)
 
 
+def test_reference_with_the_linear_that_follows():
+    x, *args = make_mixture("qwen3", 5)
+    weight, scale, bias = torch.randn(12, x.shape[1]), torch.rand(x.shape[1]), torch.randn(12)
+    program = Program(1, (ROW,), (("add", "a0", "i0"),), "float32", NormSpec(RMS, 1e-5)).to_text()
+    rest = weight, scale, None, [bias], program
+    y, out, z = OPS.experts_linear(x, *args, *rest)
+    halves = OPS.routed_experts(x, *args)
+    assert torch.equal(y, halves[0]) and torch.equal(out, halves[1])
+    assert torch.equal(z, OPS.linear(out, *rest))
+    costs = op_cost("routed_experts", (x, *args)) + op_cost("linear", (out, *rest))
+    assert op_cost("experts_linear", (x, *args, *rest)) == costs
+
+
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_routed.py"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+class TestAskedAhead:
+    WEIGHT = torch.empty(5120, 2048, dtype=torch.bfloat16)
+
+    def test_as_measured(self):
+        assert asked_bytes(self.WEIGHT, 1, 128, 4, True) * 128 == BYTES
+        assert asked_bytes(self.WEIGHT, 1, 256, 1, True) * 256 <= BYTES
+
+    @pytest.mark.parametrize("programs", [1, 7, 128, 4096])
+    def test_never_past_the_end_and_in_whole_pieces(self, programs):
+        for rows in (1, 3, 100):
+            for warps in (1, 4, 8):
+                asked = asked_bytes(self.WEIGHT[:rows], 1, programs, warps, True)
+                assert asked * programs <= self.WEIGHT[:rows].nbytes and asked % (32 * warps * 16) == 0
+
+    def test_nothing(self):
+        assert asked_bytes(None, 1, 128, 4, True) == 0
+        assert asked_bytes(self.WEIGHT, 1, 128, 4, False) == 0
+        assert asked_bytes(self.WEIGHT, MAX_TOKENS + 1, 256, 4, True) == 0
+        assert asked_bytes(self.WEIGHT.mT, 1, 128, 4, True) == 0
+        assert asked_bytes(self.WEIGHT.flatten()[1:], 1, 128, 4, True) == 0
 
 
 class TestConfiguration:
@@ -76,14 +115,18 @@ class TestConfiguration:
 
 @pytest.mark.gpu
 class TestOnAGPU:
+    @pytest.fixture(autouse=True)
+    def kernels(self):
+        register()
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
     @pytest.mark.parametrize("tokens", [1, 2, 9])
     @pytest.mark.parametrize("name", MIXTURES)
     def test_numerics_contract(self, name, tokens, dtype):
         x, *args = make_mixture(name, tokens, C=200, width=72, dtype=dtype, device="cuda")
-        text = args[7].replace(str(dtype).removeprefix("torch."), "float32")
-        wide = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        exact = routed_experts_reference(x.float(), *wide[:6], "float32", text, *wide[8:])
+        text = args[7].replace(str(dtype).removeprefix("torch."), "float64")
+        wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+        exact = routed_experts_reference(x.double(), *wide[:6], "float64", text, *wide[8:])
         take_fallbacks()
         found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)
         assert take_fallbacks() == {}
@@ -91,6 +134,18 @@ class TestOnAGPU:
             if wanted.numel():
                 allowed = max(relative_rms(plain, wanted), torch.finfo(dtype).eps / 4)
                 assert relative_rms(actual, wanted) <= CONTRACT * allowed
+
+    @pytest.mark.parametrize("tokens", [1, 2, 9])
+    def test_with_the_linear_that_follows(self, tokens):
+        """Bit for bit the two ops, with or without a weight asked for."""
+        x, *args = make_mixture("qwen3", tokens, 128, 2048, 768, dtype=torch.bfloat16, device="cuda")
+        weight = torch.randn(5120, 2048, dtype=torch.bfloat16, device="cuda") / 45
+        scale = torch.rand(2048, dtype=torch.bfloat16, device="cuda")
+        program = Program(1, (), (), "bfloat16", NormSpec(RMS, 1e-5)).to_text()
+        found = OPS.experts_linear(x, *args, weight, scale, None, [], program)
+        y, out = OPS.routed_experts(x, *args)
+        expected = y, out, OPS.linear(out, weight, scale, None, [], program)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     def test_replays_under_dependent_launch_are_bitwise_equal(self):
         """A chain of layers, each of which reads what the one before wrote."""

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import INVALID_TOKEN, ScheduledStep, Scheduler, SequenceState, Status
+from fusecomp.runtime.swap_space import SwapSpace
 from tests.runtime.simulation import EOS, VOCAB, PagedModel, alone
 
 MAX_LEN = 40
@@ -49,14 +50,18 @@ class ServingMachine(RuleBasedStateMachine):
         rows=st.sampled_from([5, 4, 3, 2, 1]),
         more_tokens=st.sampled_from([0, 1, 3, 10, 40]),
         prefix_caching=st.sampled_from([True, True, True, False]),
+        swap_blocks=st.sampled_from([0, 3, 40, 200]),
+        dearest=st.sampled_from([1, 1, 4]),
         prompt=prompts,
         params=params,
         n=st.integers(1, 6),
     )
-    def begin(self, block_size, spare, rows, more_tokens, prefix_caching, prompt, params, n):
+    def begin(self, block_size, spare, rows, more_tokens, prefix_caching, swap_blocks, dearest, prompt, params, n):
         num_blocks = -(-(MAX_LEN - 1) // block_size) + spare
         self.kv = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(rows, rows + more_tokens, MAX_LEN, self.kv)
+        # What has few tokens is computed again: the choice is made for each preemption.
+        self.swap = SwapSpace(swap_blocks, block_size, lambda tokens, blocks: tokens >= dearest)
+        self.scheduler = Scheduler(rows, rows + more_tokens, MAX_LEN, self.kv, self.swap)
         self.model = PagedModel(block_size)
         self.asked: list[Asked] = []
         self.failing: set[str] = set()
@@ -137,6 +142,8 @@ class ServingMachine(RuleBasedStateMachine):
         steps_run[0] += 1
         flight, self.flight = self.flight, None
         if flight is None:
+            for host in self.swap._free:  # its owner came back or ended: who reads it now fails
+                self.model.host.pop(host, None)
             step = self.scheduler.schedule()
             if step is None:
                 assert not self.live
@@ -197,6 +204,16 @@ class ServingMachine(RuleBasedStateMachine):
         assert len(self.scheduler._free_rows) == self.scheduler.max_num_seqs - len(self.scheduler._running)
 
     @invariant()
+    def every_host_block_has_its_owner(self):
+        waiting = {seq.request_id: seq for seq in self.scheduler._waiting}
+        held = [self.swap.holds(name) for name in waiting]
+        blocks = [block for owned, _ in held for block in owned]
+        assert sorted(blocks + self.swap._free) == list(range(self.swap.num_blocks))
+        assert self.swap.num_sequences == sum(tokens > 0 for _, tokens in held), "only those that wait are out"
+        for owned, tokens in held:
+            assert len(owned) == -(-tokens // self.kv.block_size)
+
+    @invariant()
     def what_can_be_found_is_there(self):
         """Every block that is known by the name of some request's tokens holds these tokens."""
         size = self.kv.block_size
@@ -221,6 +238,7 @@ class ServingMachine(RuleBasedStateMachine):
         assert not self.live, f"not served after {bound} steps"
         self.every_block_has_its_owners()
         assert self.kv.num_free == self.kv.num_blocks
+        assert self.swap.num_free == self.swap.num_blocks
         assert not self.scheduler.has_work
         assert not self.scheduler.prefix.makers
         for asked in self.asked:
@@ -232,6 +250,7 @@ class ServingMachine(RuleBasedStateMachine):
                 assert (asked.got, asked.ended) == (expected, reason)
         assert self.scheduler.prefix.hits >= sum(a.seq.num_cached_tokens for a in self.asked)
         event("preempted" if self.preemptions else "never preempted")
+        event("moved" if self.swap.moved_in else "never moved")
         event("shared" if self.scheduler.prefix.hits else "never shared")
 
 

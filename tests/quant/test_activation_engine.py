@@ -1,5 +1,8 @@
 """W8A8 checkpoints served: norm and quantize end up inside the linears, whose tokens are the eager model's."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from fusecomp.ops import OPS
 from fusecomp.ops.cost import op_cost
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
+from tests.quant import packers
 from tests.quant.checkpoints import make
-from tests.quant.test_formats import ACTIVATIONS
+from tests.quant.test_formats import ACTIVATIONS, INT_STATIC, ct, ints, with_scale
 from tests.serving import CONFIG, hf_greedy, serve, tokens
 
 CASES = {
@@ -54,10 +58,33 @@ def test_norm_and_quantize_are_inside(tmp_path, case):
     assert all("rms norm" in m.detail and m.numerics == "quantizing" for m in report.matches if "norm_q" in m.pattern)
 
 
-def test_static_scales_stay_with_their_linears(tmp_path):
-    """Each linear has a scale of its own: nothing is shared, everything is inside."""
-    pack, config, _ = ACTIVATIONS["int8 static"]
-    checkpoint = make(tmp_path, "llama", pack, config)
+def own_scales(pack):
+    """A static input scale for every weight, none equal to another.
+
+    From 0.060 on: from 0.050 on the receipt of this model in fp32 fails by 1.1e-2, with or without shared scales.
+    """
+    scales = itertools.count(60)
+
+    def packed(w):
+        tensors, value = pack(w)
+        return tensors | {"input_scale": np.array([next(scales) / 1000], np.float32)}, value
+
+    return packed
+
+
+STATIC = {
+    # pack, strategy of the weight, roundings shared with another, merged linears, refusals
+    "equal": (with_scale(packers.ct_int8, "input_scale"), "channel", 3, 2, set()),
+    "equal, one scale a weight": (ACTIVATIONS["int8 static"][0], "tensor", 3, 1, {"they differ in height"}),
+    "own": (own_scales(packers.ct_int8), "channel", 0, 0, {"its static scale is another than"}),
+}
+
+
+@pytest.mark.parametrize("case", STATIC)
+def test_static_scales_are_shared_where_they_are_equal(tmp_path, case):
+    """Then q, k and v, and gate and up, are one linear; otherwise the report says what stands against it."""
+    pack, strategy, shared, merged, refusals = STATIC[case]
+    checkpoint = make(tmp_path, "llama", pack, ct(ints(8, strategy), INT_STATIC, "int-quantized"))
     model, stock = checkpoint.load(), checkpoint.load()
     layers = len(model.model.layers)
     engine = Engine(model, CONFIG.replace(block_size=16, verify="first", fuse="always", enforce_eager=False))
@@ -65,8 +92,11 @@ def test_static_scales_stay_with_their_linears(tmp_path):
     (served,) = serve(engine, [(prompt, SamplingParams(temperature=0, max_tokens=8))])
     assert served.token_ids == hf_greedy(stock, prompt, 8).token_ids
     report = engine.report
-    assert report.count("shared_quantize") == report.count("merged_linear") == 0
-    assert report.count("scaled_linear") == 7 * layers and all(receipt.passed for receipt in report.receipts)
+    assert report.count("shared_quantize") == shared * layers and report.count("merged_linear") == merged * layers
+    assert report.count("scaled_linear") == (7 - shared) * layers and all(receipt.passed for receipt in report.receipts)
+    for reason in refusals:
+        assert any(reason in miss.reason for miss in report.near_misses)
+    assert refusals or not report.near_misses
 
 
 def test_cost_counts_what_is_read():

@@ -9,9 +9,11 @@ import weakref
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusecomp.quant.online import transform
 from fusecomp.quant.online.rounding import make_codes
+from fusecomp.runtime.loading import load_model
 from models.registry import FAMILIES, build
 from tests.quant import packers
 from tests.quant.checkpoints import make
@@ -109,3 +111,32 @@ def test_weights_are_freed_one_by_one(monkeypatch, scheme):
     transform.quantize_model(model, scheme, text=[list(range(3, 99))] * 2)
     assert len(dead) > 10 and dead == list(range(len(dead)))
     assert sum(ref() is None for ref in every) == len(dead) and taken(model) < size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
+def test_device_peak_of_online_quantization(tmp_path, scheme):
+    """Eight layers of Llama-8B's size in bf16: the device never holds 1.3 times the checkpoint."""
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 8,
+    }
+    with torch.device("cuda"):
+        made = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).bfloat16()
+    made.save_pretrained(tmp_path)
+    del made
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert size > 3.4e9
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    text = [torch.arange(100).remainder(90).add(3).tolist()] * 8
+    calibrated = None if scheme == "fp8" else text
+    model, _ = load_model(tmp_path, "bfloat16", "cuda", scheme, calibrated)
+    peak = torch.cuda.max_memory_allocated() - base
+    print(f"{scheme}: peak {peak / size:.2f}, loaded {taken(model) / size:.2f} of the checkpoint")
+    assert taken(model) < 0.6 * size
+    assert peak <= 1.3 * size, f"{peak / size:.2f} of the checkpoint"

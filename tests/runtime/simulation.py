@@ -45,9 +45,11 @@ class PagedModel:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cache: dict[int, tuple[int, int]] = {}  # slot -> token, hash of all tokens up to it
+        self.host: dict[int, list[tuple[int, int] | None]] = {}  # host block -> what its slots hold
 
     def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], list[int]] | None = None) -> list[int]:
         """Run `step`; one that was scheduled ahead takes its tokens from those sampled before, as the engine does."""
+        self.move(step)
         written: set[int] = set()
         for row, (seq, size, start, _) in enumerate(step.entries):
             slots = [self.slot(seq.blocks, at) for at in range(start, start + size)]
@@ -63,6 +65,17 @@ class PagedModel:
             # A kernel may read earlier keys before the step's own are written.
             assert written.isdisjoint(self.slot(seq.blocks, at) for at in range(start)), "a step reads what it writes"
         return [self.read(seq.blocks, start + size) for seq, size, start, _ in step.entries]
+
+    def move(self, step: ScheduledStep) -> None:
+        size = self.block_size
+        for block, host in step.swap_out:
+            assert host not in self.host, "a host block is taken twice"
+            self.host[host] = [self.cache.get(block * size + at) for at in range(size)]
+        for host, block in step.swap_in:
+            for at, held in enumerate(self.host[host]):
+                self.cache.pop(block * size + at, None)
+                if held is not None:
+                    self.cache[block * size + at] = held
 
     def write(self, blocks: Sequence[int], at: int, token: int) -> None:
         before = self.cache[self.slot(blocks, at - 1)][1] if at else 0

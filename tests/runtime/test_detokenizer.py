@@ -158,7 +158,7 @@ def test_what_nobody_watches_is_decoded_once():
     assert followed.add(ids[-1:], "length", counting).text == TEXTS[0] and calls == [len(ids)]
 
 
-def test_the_thread_answers_in_order_and_passes_errors_on():
+def test_the_thread_answers_in_order_and_an_error_ends_one_completion():
     detokenizer = Detokenizer(TOKENIZER)
     ids = TOKENIZER.encode(TEXTS[1])
     followed = [Followed(i, SamplingParams(), live=True) for i in range(3)]
@@ -169,10 +169,12 @@ def test_the_thread_answers_in_order_and_passes_errors_on():
     for key in range(3):
         assert "".join(n.text for n in news if n.key == key) == TEXTS[1]
     assert detokenizer.take(wait=True) == []
-    detokenizer.put([(Followed(9, SamplingParams(), live=True), ["no id"], None)])
-    with pytest.raises(TypeError):
-        detokenizer.take(wait=True)
-    detokenizer.put([(Followed(9, SamplingParams(), live=True), ids, "length")])
-    assert detokenizer.take(wait=True)[0].text == TEXTS[1]
+    broken, sound = (Followed(key, SamplingParams(), live=True) for key in (8, 9))
+    detokenizer.put([(broken, ["no id"], None), (sound, ids, "length")])
+    failed, made = detokenizer.take(wait=True)
+    assert (failed.key, failed.finished) == (8, True) and "TypeError" in failed.error
+    assert (made.key, made.text, made.error) == (9, TEXTS[1], None)
+    detokenizer.put([(broken, ids, "length")])
+    assert detokenizer.take(wait=True) == [], "nothing more is heard of it"
     detokenizer.close()
     detokenizer.close()

@@ -4,6 +4,7 @@ captured function again, on the same static buffers, so a wrong layout shows as 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime import graphs as graphs_module
 from fusecomp.runtime.choice import Kind, Sampled
 from fusecomp.runtime.engine import Engine
-from fusecomp.runtime.graphs import GraphRunner, bucket_sizes, first_sizes, mixed_shapes, shapes_to_meet
+from fusecomp.runtime.graphs import GraphRunner, bucket_sizes, mixed_shapes, shapes_to_meet
+from fusecomp.runtime.scheduler import ScheduledStep
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape
 from tests.runtime.test_overlap import EVERYTHING, model, serve  # noqa: F401
 
@@ -72,56 +74,50 @@ def capture(graphs: GraphRunner, *sizes: int) -> bool:
     return all(graphs.capture(Padding(size), size, Kind()) for size in sizes)
 
 
-def test_first_sizes_bound_the_padding():
-    for largest in (1, 3, 5, 64, 100, 256, 300, 1024):
-        sizes = bucket_sizes(largest)
-        first = first_sizes(largest)
-        assert first[0] == largest and set(first) <= set(sizes) and sizes == sorted(set(sizes))
-        for rows in range(1, largest + 1):
-            assert min(size for size in first if size >= rows) <= 4 * rows
+def start(graphs: GraphRunner) -> list:
+    """Capture what is wanted at the start; returns it."""
+    asked = []
+    for shape in graphs.wanted():
+        asked.append(shape)
+        rows = shape if isinstance(shape, int) else shape.rows
+        graphs.capture(Padding(rows), shape, Kind())
+    return asked
 
 
-def test_a_size_is_captured_when_padding_has_cost_as_much():
-    """1 ms for 16 rows, 5 ms for 64, and a capture that takes 10 ms: 48 is worth 1.33 ms a step."""
-    graphs = runner(Rerun(seconds=lambda rows: 1e-3 * (1 + (rows - 16) / 12)), bucket_sizes(64))
-    capture(graphs, 64, 16)
-    graphs._capture_seconds = 0.0099
-    assert [graphs.bucket(40) for _ in range(7)] == [64] * 7
-    assert graphs.bucket(16) == 16 and graphs.bucket(63) == 64
-    assert graphs.bucket(40) == 48
-    assert capture(graphs, 48) and graphs.bucket(40) == graphs.bucket(33) == 48
+@given(st.integers(1, 700), st.lists(st.floats(0, 1e-3), min_size=40, max_size=40), st.booleans())
+def test_sizes_of_decodes_cost_little_more_than_all_sizes_would(largest, increases, steep):
+    """Whatever a size costs, as long as more rows cost no less: a step takes at most 2% longer than in its own size."""
+    sizes = bucket_sizes(largest)
+    cost, total = {}, 1e-3
+    for size, more in zip(sizes, increases, strict=False):
+        total += more if steep else more / 100
+        cost[size] = total
+    graphs = runner(Rerun(seconds=cost.__getitem__), sizes)
+    asked = start(graphs)
+    assert len(asked) == len(set(asked)) and graphs.sizes == sorted(asked) and set(asked) <= set(sizes)
+    for rows in range(1, largest + 1):
+        best = min(cost[size] for size in sizes if size >= rows)
+        assert cost[graphs.bucket(rows)] <= best / (1 - graphs_module.LEAST_GAIN) + 1e-12
 
 
-def test_a_size_that_brings_nothing_is_never_captured():
-    graphs = runner(Rerun(seconds=lambda rows: 3e-3), bucket_sizes(64))
-    capture(graphs, 64, 1)
-    assert {graphs.bucket(rows) for rows in range(2, 65) for _ in range(1000)} == {64}
+def test_sizes_that_bring_nothing_are_not_captured():
+    graphs = runner(Rerun(seconds=lambda rows: 3e-3 + 1e-7 * rows), bucket_sizes(256))
+    assert start(graphs) == [256, 1]
+    assert start(runner(Rerun(), bucket_sizes(1))) == [1]
 
 
-@given(st.lists(st.integers(1, 64), max_size=300), st.floats(1e-4, 1e-2))
-def test_lost_time_stays_within_twice_the_best(rows_of_steps, capture_seconds):
-    """Padding and captures together, against the best choice of sizes afterwards: per size, at most one capture more
-    than twice the least of its padding and its capture."""
-
-    def cost(rows: int) -> float:
-        return 1e-3 + 5e-5 * rows
-
-    sizes = bucket_sizes(64)
-    graphs = runner(Rerun(seconds=cost), sizes)
-    capture(graphs, *first_sizes(64))
-    padded: dict[int, float] = {}
-    captures: dict[int, int] = {}
-    for rows in rows_of_steps:
-        graphs._capture_seconds = capture_seconds
-        size = graphs.bucket(rows)
-        ideal = min(s for s in sizes if s >= rows)
-        if size not in graphs.seconds:
-            capture(graphs, size)
-            captures[size] = captures.get(size, 0) + 1
-        padded[ideal] = padded.get(ideal, 0.0) + cost(size) - cost(ideal)
-    for size, lost in padded.items():
-        assert captures.get(size, 0) <= 1
-        assert lost <= capture_seconds + cost(64)
+def test_a_variant_is_captured_once_its_launches_have_taken_as_long():
+    """10 ms a capture and 2 ms a launch: the sixth step is captured, so captures take no longer than launches did."""
+    graphs = runner(Rerun(), [4])
+    capture(graphs, 4)
+    graphs._capture_seconds, graphs._launch_seconds = 0.010, 0.002
+    kind = Kind("plain")
+    assert [graphs.is_due(4, kind) for _ in range(6)] == [False] * 5 + [True]
+    assert graphs.is_due(4, kind), "until it is captured"
+    assert graphs.capture(Padding(4), 4, kind) and not graphs.is_due(4, kind) and not graphs.is_due(4, Kind())
+    assert not graphs.is_due(4, Kind("filtered")), "each variant counts for itself"
+    graphs.full = "no memory"
+    assert not any(graphs.is_due(4, Kind("filtered")) for _ in range(20))
 
 
 def test_out_of_memory_keeps_what_is_captured():
@@ -156,33 +152,41 @@ def test_a_graph_that_samples_other_tokens_is_refused():
     graphs.check(Padding(4), 4, Kind())  # only the first replay
 
 
-def test_mixed_shapes_waste_at_most_a_fourth():
+def test_mixed_shapes_hold_every_short_step():
     shapes = mixed_shapes(256, 8192)
-    for tokens in range(24, graphs_module.MOST_MIXED_TOKENS + 1):
-        for decodes in (0, 1, 16, 17, 100, 256):
+    assert len(shapes) <= 16 and shapes == sorted(shapes)
+    for tokens in range(2, graphs_module.MOST_MIXED_TOKENS + 1):
+        for decodes in (0, 1, 16, 17, 64, 65, 100, 256):
             for prefills in (1, 7, 8, 31):
-                if decodes + prefills > tokens:
-                    continue
-                shape = next((s for s in shapes if s.holds(tokens, decodes, prefills)), None)
-                assert shape is not None or tokens < 32 or max(decodes, prefills) > tokens // 2
-                if shape and tokens >= 32 and decodes <= 16:
-                    assert shape.tokens - tokens <= max(31, tokens // 4)
+                if decodes + prefills <= tokens:
+                    shape = next(s for s in shapes if s.holds(tokens, decodes, prefills))
+                    assert shape.tokens < 2 * max(tokens, 64) and shape.tokens - tokens <= 256
+                    assert decodes > 64 or shape.decodes == 64
     assert mixed_shapes(4, 20) == []
 
 
-def test_mixed_steps_are_captured_at_their_second_use():
-    graphs = runner(Rerun(), [4], [MixedShape(32, 4, 8)])
-    assert [graphs._mixed_bucket(30, 2, 2) for _ in range(2)] == [None, (32, 4, 8)]
-    assert graphs._mixed_bucket(33, 2, 2) is None and graphs._mixed_bucket(30, 2, 8) is None
+def test_mixed_steps_run_in_what_was_captured_at_the_start():
+    shapes = [MixedShape(64, 4, 8), MixedShape(128, 4, 8)]
+    graphs = runner(Rerun(), [4], shapes)
+    step = ScheduledStep([None] * 4, [0] * 4, [1, 1, 40, 30], [True] * 4, 2, 72, 0)
+    assert graphs.choose(step) is None
+    assert start(graphs) == [4, *shapes] and graphs.mixed == shapes
+    assert graphs.choose(step) == shapes[1]
+    assert graphs.choose(replace(step, num_tokens=129)) is None
+    assert graphs.choose(replace(step, num_new_tokens=[1] * 4, num_decodes=4, num_tokens=4)) == 4
 
 
-def test_mixed_steps_that_hide_the_next_launches_run_without_a_graph():
-    graphs = runner(Rerun(seconds=lambda rows: 0.010), [4], [MixedShape(32, 4, 8)])
-    capture(graphs, 4)
-    graphs._launch_seconds = 0.005
-    assert [graphs._mixed_bucket(30, 2, 2) for _ in range(3)] == [None] * 3
-    graphs._launch_seconds = 0.009
-    assert graphs._mixed_bucket(30, 2, 2) is None and graphs._mixed_bucket(30, 2, 2) is not None
+@pytest.mark.parametrize("launch, count", [(0.006, 0), (0.010, 1), (0.020, 2)])
+def test_mixed_steps_that_hide_the_next_launches_get_no_graph(launch, count):
+    """4 rows take 10 ms, 20 rows 20 ms: launches of 6 ms are hidden behind both, of 10 ms behind the second."""
+    shapes = [MixedShape(64, 4, 16), MixedShape(128, 4, 16)]
+    graphs = runner(Rerun(seconds={4: 0.010, 20: 0.020}.__getitem__), [4], shapes)
+    asked = []
+    for shape in graphs.wanted():
+        asked.append(shape)
+        graphs.capture(Padding(shape if shape == 4 else shape.rows), shape, Kind())
+        graphs._launch_seconds = launch
+    assert asked == [4, *shapes[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +208,15 @@ def with_graphs(engine: Engine, recorder: Rerun) -> GraphRunner:
     """Give a CPU engine graphs as on a GPU. The check writes to the first blocks, whoever's content they keep."""
     engine._scheduler.kv.pool.forget_all()
     engine._graphs = engine._new_graphs(engine.config.max_num_seqs, recorder)
-    for size in first_sizes(engine.config.max_num_seqs):
-        engine._capture(engine._graphs, size, Kind())
-        if engine._graphs.captured(size, Kind()):
-            engine._graphs.check(engine._stand_in_decodes(size), size, Kind())
+    engine._capture_wanted(engine._graphs)
     return engine._graphs
 
 
 @pytest.mark.parametrize("which", ["model", "moe"])
 @pytest.mark.parametrize("blocks", [None, 12], ids=["roomy", "preempting"])
 def test_padded_steps_give_the_same_tokens(request, monkeypatch, which, blocks):
-    """Lazily captured, decodes and mixed, one after the other and ahead, with every option of the sampler."""
-    monkeypatch.setattr(graphs_module, "MOST_MIXED_TOKENS", 96)
+    """Decodes and mixed, one after the other and ahead, with every option of the sampler, captured in service."""
+    monkeypatch.setattr(graphs_module, "MIXED_TOKENS", (32, 64, 96))
     config = EngineConfig(
         max_num_seqs=10,
         max_num_batched_tokens=96,
@@ -227,16 +228,24 @@ def test_padded_steps_give_the_same_tokens(request, monkeypatch, which, blocks):
         cache.fill_(float("nan"))
     engine.overlap = False
     expected, _ = serve(engine, 5, False, EVERYTHING)
-    graphs = with_graphs(engine, Rerun())
-    shapes = set()
+    graphs = with_graphs(engine, Rerun(seconds=lambda rows: 1e-6 * rows))
+    at_start = {shape for shape, _ in graphs._graphs}
+    shapes, kinds = set(), set()
     replay = graphs.replay
-    monkeypatch.setattr(graphs, "replay", lambda shape, kind: (shapes.add(shape), replay(shape, kind))[1])
+    monkeypatch.setattr(
+        graphs, "replay", lambda shape, kind: (shapes.add(shape), kinds.add(kind), replay(shape, kind))[-1]
+    )
     for overlap in (False, True):
         engine.overlap = overlap
         actual, ahead = serve(engine, 5, False, EVERYTHING)
         assert actual == expected
+        is_due = graphs.is_due  # from here on at once
+        monkeypatch.setattr(
+            graphs, "is_due", lambda *key, ask=is_due: (setattr(graphs, "_capture_seconds", 0.0), ask(*key))[-1]
+        )
     assert ahead > 20
-    assert len({shape for shape in shapes if isinstance(shape, MixedShape)}) > 1
+    assert len({shape for shape in shapes if isinstance(shape, MixedShape)}) > 1 and len(kinds) > 1
+    assert {shape for shape, _ in graphs._graphs} == at_start, "no shape is added in service"
     assert engine.report.mixed_cuda_graphs > 1 and engine.report.cuda_graphs[-1] == 10
     assert "for steps with prefills" in engine.report.summary()
     assert blocks is None or engine.metrics.preemptions > 0

@@ -141,6 +141,17 @@ def test_another_kv_cache_compiles_and_says_so(cache):
     assert "stored as" in report.program
 
 
+@pytest.mark.parametrize("fuse", ["always", "never"])
+def test_longer_steps_do_not_take_code_compiled_for_shorter_ones(cache, fuse):
+    """Inductor's own cache, which both share, does not know what a number of tokens is bounded by."""
+    prompt = list(range(3, 60))
+    for most in (32, 64):
+        engine = Engine(llama(), CONFIG.replace(max_num_batched_tokens=most, fuse=fuse))
+        engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            assert not any(out.error for out in engine.step())
+
+
 def test_a_damaged_artefact_compiles_again_with_the_reason(cache, caplog):
     expected = serve(Engine(llama(), CONFIG))
     for path in cache.glob("programs/*/piece-*"):

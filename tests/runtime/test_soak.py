@@ -84,6 +84,9 @@ def test_nothing_is_left_behind(count, overlap):
     served_by._flight = None
     gc.collect()
     more_memory, more_objects = resident() - memory, sys.getallocatedblocks() - objects
+    print(
+        f"{count} requests left {more_memory / 2**20:.2f} MiB, {more_objects} objects, {len(handles() - files)} files"
+    )
     now, scheduler = served_by.metrics, served_by._scheduler
     assert now.requests - before.requests == now.finished - before.finished == count
     assert (now.running, now.waiting, now.kv_usage) == (0, 0, 0)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.experts.later import ask_for
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.vector import _products
 from fusecomp.lowerings.route.pieces import choose, expert_numbers
@@ -31,6 +32,7 @@ def logits_kernel(
     norm_weight,  # [C] or None
     y,  # [T, C] contiguous, or None without a norm
     logits,  # [T, E] fp32
+    later,  # a weight that is read after the experts, or None
     eps,
     stride_x,
     NORM: tl.constexpr,
@@ -38,11 +40,13 @@ def logits_kernel(
     E: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,  # a power of two, at least D
+    LATER: tl.constexpr,  # bytes of it that each program asks the L2 for, by THREADS
+    THREADS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """logits = norm(x) @ weight^T + bias, one of a token per program, and y = norm(x) by each token's first program.
 
-    Bytes: E * C * itemsize. FLOPs: 2 * T * C * E.
+    Bytes: E * C * itemsize, and T * E * LATER into the L2. FLOPs: 2 * T * C * E.
     """
     token, expert = (tl.program_id(0) // E).to(tl.int64), tl.program_id(0) % E
     cols = tl.arange(0, BLOCK_D)[None, :]
@@ -55,6 +59,8 @@ def logits_kernel(
         scale = tl.load(norm_weight + cols, mask=inside, other=0.0).to(tl.float32)
         if PLUS_ONE:
             scale += 1.0
+    if later is not None:
+        ask_for(later, tl.program_id(0), LATER, THREADS)
     if USE_PDL:
         gdc_wait()
     v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import launch, rounding_options
 
 # More are launched in order: their programs would take the multiprocessors of the matmul they wait for.
 MAX_DEPENDENT_TOKENS = 256
@@ -79,7 +79,7 @@ def launch_combine(
     out = torch.empty((tokens, hidden), dtype=parts.dtype, device=parts.device)
     block_n, num_warps = combine_block(tokens, hidden, num_sms)
     use_pdl = use_pdl and tokens <= MAX_DEPENDENT_TOKENS
-    options = {"launch_pdl": True} if use_pdl else {}
+    options = ({"launch_pdl": True} if use_pdl else {}) | rounding_options()
     launch(
         combine_kernel, (tokens * triton.cdiv(hidden, block_n),),
         parts, index, routing_weights, residual, out, 0 if residual is None else residual.stride(0),

@@ -18,6 +18,7 @@ from fusecomp.lowerings.experts.heuristics import (
     ExpertsConfig,
     Tiles,
     experts_config,
+    invariant_experts_config,
     load_table,
     routed_config,
 )
@@ -71,6 +72,7 @@ class Shape:
     biased: bool = False
     transposed: bool = False
     codes: str = ""  # one of `LAYOUTS`, or numbers
+    invariant: bool = False  # by the kernels of `deterministic=True`
 
     @property
     def itemsize(self) -> int:
@@ -81,7 +83,12 @@ class Shape:
         return 2 * self.width if self.gating else self.width
 
     def __str__(self) -> str:
-        marks = "-biased" * self.biased + "-transposed" * self.transposed + f"-{self.codes}" * bool(self.codes)
+        marks = (
+            "-invariant" * self.invariant
+            + "-biased" * self.biased
+            + "-transposed" * self.transposed
+            + f"-{self.codes}" * bool(self.codes)
+        )
         size = f"e{self.experts}-k{self.top_k}-c{self.hidden}-f{self.width}-t{self.tokens}"
         return f"{self.dtype}-{size}-{self.act}-g{self.gating}{marks}"
 
@@ -101,6 +108,8 @@ SUBSET = (
     *(Shape(128, 8, 2048, 768, tokens, codes=codes) for codes in ("fp8", "int4-zero") for tokens in (1, 64, 4096)),
     *(replace(_gpt_oss(tokens), transposed=False, codes="mxfp4") for tokens in (1, 64)),
     Shape(128, 8, 2048, 768, 64, codes="fp8-block"),
+    *(Shape(128, 8, 2048, 768, tokens, invariant=True) for tokens in (1, 512, 8192)),
+    replace(_gpt_oss(4096), invariant=True),
     Shape(8, 2, 4096, 14336, 8192, codes="fp8-block"),
     Shape(60, 4, 1024, 704, 1, dtype="fp16", act="gelu", gating=0, codes="nf4"),
     Shape(60, 4, 1024, 704, 9, dtype="fp32", act="gelu", gating=0, codes="int8-zero"),
@@ -158,7 +167,8 @@ def _config(target: Target, shape: Shape) -> ExpertsConfig:
         spec = LAYOUTS[shape.codes][0]
         sizes = (shape.experts, shape.top_k, shape.hidden, shape.width)
         return quant_experts_config(target, codes_shape(spec, spec, sizes, shape.itemsize), shape.tokens)
-    return experts_config(
+    choose = invariant_experts_config if shape.invariant else experts_config
+    return choose(
         target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
         itemsize=shape.itemsize, transposed=shape.transposed,
     )  # fmt: skip
@@ -200,6 +210,9 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
     dtype, columns, pdl = shape.dtype, next_power_of_2(shape.hidden), {"USE_PDL": target.has_pdl}
     given = {"norm_weight": dtype, "y": dtype} if normed else {}
     absent: dict[str, Any] = {"bias": None, **({} if normed else {"norm_weight": None, "y": None})}
+    threads = 32 * logits_warps(columns)
+    absent |= {"LATER": threads * 256, "THREADS": threads, **({} if target.has_pdl else {"later": None})}
+    given |= {"later": dtype} if target.has_pdl else {}
     yield Specialization(
         f"experts-logits-{shape}", logits_kernel, {"x": dtype, "weight": dtype, "logits": "fp32", **given},
         {"eps": "fp32", "stride_x": "i32"},

@@ -112,6 +112,36 @@ def experts_config(
     return _fit(config, target, itemsize, top_k)
 
 
+@cache
+def invariant_experts_config(
+    target: Target,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    width: int,
+    tokens: int,
+    itemsize: int,
+    transposed: bool = False,
+) -> ExpertsConfig:
+    """Configuration of one call whose sums for a row are the same for any number of tokens.
+
+    As in `linear/invariant.py`: weights on the wide side of the matrix units, one tile of them, no part of K apart;
+    only the width of the tile of tokens follows their number.
+    """
+    source = "the same sums for any number of tokens"
+    if itemsize != 2:
+        tiles = Tiles(32, 32, 4, 2)
+        return ExpertsConfig("grouped", tiles, tiles, 16, True, source=source)
+    rows = tokens * top_k / experts
+    block_t = 16 if rows <= 16 else 32 if rows <= 64 else 128
+    tiles = Tiles(64, 128 if target.smem_bytes >= 128 * 1024 else 64, 4, 4)
+    config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source)
+    fitted = _fit(config, target, itemsize, top_k)
+    assert fitted.up.block_d == fitted.down.block_d == tiles.block_d, "stages alone must make room"
+    return fitted
+
+
 def routed_config(
     target: Target, *, experts: int, top_k: int, hidden: int, width: int, tokens: int, itemsize: int
 ) -> ExpertsConfig | None:

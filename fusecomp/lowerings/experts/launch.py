@@ -22,7 +22,7 @@ from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routing import launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.quant.lowering import launch_dequantize
 from fusecomp.ops.experts import Activation
@@ -152,7 +152,7 @@ def run_grouped(
     sms = target_of(x).num_sms
     common = {
         "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap, "TRANSPOSED": layer.transposed,
-        "USE_PDL": use_pdl,
+        "USE_PDL": use_pdl, **rounding_options(),
     }  # fmt: skip
     if use_pdl:
         common["launch_pdl"] = True

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
-from fusecomp.lowerings.experts.heuristics import experts_config
+from fusecomp.lowerings.experts.heuristics import experts_config, invariant_experts_config
 from fusecomp.lowerings.experts.launch import Experts, run_experts
 from fusecomp.ops.experts import Activation, experts_reference
 from fusecomp.ops.library import record_fallback
+from fusecomp.ops.mode import batch_invariant
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,7 +62,8 @@ def launch_experts(
         return out if residual is None else out.copy_(residual)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
     experts, _, hidden, width = layer.sizes
-    config = experts_config(
+    choose = invariant_experts_config if batch_invariant() else experts_config
+    config = choose(
         target_of(x), experts=experts, top_k=top_k, hidden=hidden, width=width, tokens=tokens,
         itemsize=x.element_size(), transposed=transposed,
     )  # fmt: skip

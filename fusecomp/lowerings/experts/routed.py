@@ -14,6 +14,7 @@ from torch import Tensor
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
+from fusecomp.lowerings.experts.later import asked_bytes
 from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
 from fusecomp.lowerings.launch import launch
@@ -67,8 +68,14 @@ def launch_routed_experts(
     interleaved: bool,
     transposed: bool,
     residual: Tensor | None = None,
+    *,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other."""
+    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other.
+
+    Args:
+        later: a weight that is read after the experts: see `later.py`.
+    """
     normed = NormSpec.from_text(norm) if norm else None
     wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
     gate = Router(router, router_bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
@@ -77,7 +84,7 @@ def launch_routed_experts(
     if config is None:
         return None
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return run_chosen(config, x, gate, layer, residual, uses_pdl(x))
+    return run_chosen(config, x, gate, layer, residual, uses_pdl(x), later)
 
 
 def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
@@ -101,7 +108,13 @@ def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | 
 
 
 def run_chosen(
-    config: ExpertsConfig, x: Tensor, router: Router, layer: Experts, residual: Tensor | None, use_pdl: bool
+    config: ExpertsConfig,
+    x: Tensor,
+    router: Router,
+    layer: Experts,
+    residual: Tensor | None,
+    use_pdl: bool,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, residual + experts of y) [T, C], chosen by y, without a launch for the choice; bitwise repeatable.
 
@@ -111,6 +124,7 @@ def run_chosen(
         config: from `chosen_config`.
         x, residual: [T, C], last dim contiguous.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
+        later: a weight that is read after the experts, or None.
     """
     (tokens, hidden_size), (experts, rows, _, width) = x.shape, layer.sizes
     spec, norm, up, down = router.spec, router.norm, config.up, config.down
@@ -119,12 +133,15 @@ def run_chosen(
     hidden = torch.empty((tokens * spec.k, width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden_size), dtype=x.dtype, device=x.device)
     columns = next_power_of_2(hidden_size)
+    warps = logits_warps(columns)
+    asked = asked_bytes(later, tokens, tokens * experts, warps, use_pdl)
     options = {"USE_PDL": use_pdl, **({"launch_pdl": True} if use_pdl else {})}
     launch(
         logits_kernel, (tokens * experts,),
-        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits, norm.eps if norm else 0.0,
-        x.stride(0), NORM=norm is not None, PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size,
-        BLOCK_D=columns, num_warps=logits_warps(columns), **options,
+        x, router.weight, router.bias, router.norm_weight, y if norm else None, logits,
+        later if asked else None, norm.eps if norm else 0.0, x.stride(0), NORM=norm is not None,
+        PLUS_ONE=norm is not None and norm.plus_one, E=experts, D=hidden_size, BLOCK_D=columns, LATER=asked,
+        THREADS=32 * warps, num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
     launch(

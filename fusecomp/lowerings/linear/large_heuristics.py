@@ -1,7 +1,8 @@
 """How each large-M matmul of `linear` runs: a measured choice per shape, the nearest entry otherwise.
 
 Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds
-for every replay. Legend: T tokens, N output features of one group, K input features, G groups.
+for every replay. An entry with a time ("us") was measured on the table's GPU; the others' notes say where.
+Legend: T tokens, N output features of one group, K input features, G groups.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def large_config(target: Target, *, n: int, k: int, groups: int, tokens: int, it
     entry = min(table["entries"], key=distance)
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
     shape = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "kind", "tokens"))
-    source = f"{table['gpu']} large {shape} ({how})"
+    source = f"{table['gpu']} large {shape} ({how}{'' if 'us' in entry else ', not measured'})"
     config = LargeConfig(**entry["config"], source=source)
     if config.method == "cublas_addmm" and (groups > 1 or kind not in ("residual", "bias")):
         config = replace(config, method="cublas")

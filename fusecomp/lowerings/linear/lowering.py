@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.invariant import launch_invariant_linear
 from fusecomp.lowerings.linear.large import launch_large
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, large_config
 from fusecomp.lowerings.linear.norm import launch_norm
@@ -22,6 +23,7 @@ from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.ops.linear import FULL, LinearShape, Program
+from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 
 # Tokens up to which the skinny kernels run: at 64 their chains took longer than the library's on an H200.
@@ -74,6 +76,8 @@ def launch_linear(
 
     Safe under CUDA-graph capture: what runs depends on shapes only.
     """
+    if batch_invariant():
+        return launch_invariant_linear(x, weight, norm_weight, norm_bias, operands, program)
     x = x if x.stride(-1) == 1 else x.contiguous()
     args = tuple(
         o if layout != FULL or o.stride(-1) == 1 else o.contiguous()

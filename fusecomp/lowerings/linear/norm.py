@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.linear.large_heuristics import norm_block
+from fusecomp.ops.mode import batch_invariant
 
 KINDS = ("rms", "layer")
 # Widest row of a launch that moves in before the kernel before has ended. At 4,096 such launches cost the decode step
@@ -145,9 +146,11 @@ def launch_norm(
     total = torch.empty_like(y) if residual is not None else None
     if num_tokens == 0:
         return y, total
-    block_t, block_k, num_warps = norm_block(num_tokens, k)
+    # Warps decide the order of a row's sums.
+    block_t, block_k, num_warps = norm_block(1 if batch_invariant() else num_tokens, k)
     use_pdl = uses_pdl(x) and k <= MAX_DEPENDENT_K
     options = {"launch_pdl": True} if use_pdl else {}
+    options |= rounding_options()
     launch(
         norm_kernel, (triton.cdiv(num_tokens, block_t),),
         x, residual, weight, bias, y, total, eps, num_tokens, x.stride(0),

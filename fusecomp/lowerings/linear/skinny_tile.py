@@ -116,7 +116,7 @@ def tile_kernel(
         if USE_PDL:
             for i in tl.static_range(PIPELINED):
                 if lo + i < hi:
-                    _prefetch(row_at, (lo + i) * BLOCK_K, k, BLOCK_K)
+                    prefetch(row_at, (lo + i) * BLOCK_K, k, BLOCK_K)
             gdc_wait()
         if EXACT_NORM:
             scale = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, BLOCK_K), k, eps)[None, :]
@@ -264,7 +264,7 @@ def sum_squares_of(x_at, cols, live, k, BLOCK_T: tl.constexpr, BLOCK_K: tl.const
 
 
 @triton.jit
-def _prefetch(row_at, start, k, BLOCK_K: tl.constexpr):
+def prefetch(row_at, start, k, BLOCK_K: tl.constexpr):
     """Ask the L2 for the lines of BK columns from `start` on, up to the last one."""
     LINE: tl.constexpr = 1024 // row_at.dtype.element_ty.primitive_bitwidth
     lines = row_at + tl.minimum(start + tl.arange(0, BLOCK_K // LINE) * LINE, k - 1)[None, :]

@@ -75,26 +75,26 @@ def quantized(x_TD, CODES: tl.constexpr):
     """Codes [T, DP] and scale [T] of heads in fp32; what is not finite becomes NaN.
 
     Four scales are tried, as `quantize_heads` does and with its choice: squared errors are added as integers, in fp32,
-    which is exact up to 2^24, four times the most that the best can have.
+    which is exact up to 2^24, four times the most that the best can have. Codes are made again for the chosen scale,
+    and not kept: ptxas 12.8 loses codes that are both stored and converted back (`machine_code.py`).
     """
     finite = tl.abs(x_TD) < float("inf")
     x_TD = tl.where(finite, x_TD, 0.0)
     scale = scale_of(tl.max(tl.abs(x_TD), 1))
     y = x_TD * inverse(scale)[:, None]
-    codes = _encoded(y, CODES)
-    off = operand(codes, CODES, True) - y
-    least = tl.sum(tl.floor(off * off * 64.0), 1)
     chosen = scale
-    for step in range(1, 4):  # not unrolled: a decode has few registers left
+    stretch = scale * 0.0 + 1.0
+    least = stretch * float("inf")
+    for step in range(4):  # not unrolled: a decode has few registers left
         ratio = 1.0 - step * 0.125
-        inverted = tl.where(step == 1, 8.0 / 7.0, tl.where(step == 2, 8.0 / 6.0, 8.0 / 5.0))
-        code = _encoded(y * inverted, CODES)
-        off = operand(code, CODES, True) * ratio - y
+        inverted = tl.where(step == 0, 1.0, tl.where(step == 1, 8.0 / 7.0, tl.where(step == 2, 8.0 / 6.0, 8.0 / 5.0)))
+        off = operand(_encoded(y * inverted, CODES), CODES, True) * ratio - y
         error = tl.sum(tl.floor(off * off * 64.0), 1)
         better = error < least
-        codes = tl.where(better[:, None], code, codes)
+        stretch = tl.where(better, inverted, stretch)
         chosen = tl.where(better, scale * ratio, chosen)
         least = tl.minimum(error, least)
+    codes = _encoded(y * stretch[:, None], CODES)
     return tl.where(finite, codes, 0x7F).to(tl.uint8), chosen
 
 

@@ -107,7 +107,8 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
     """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
 
     The weights put the dtype before the head dim before the rest: tiles must first of all fit. Entries of an FP8 cache
-    say so by `kv_itemsize`, and serve no other.
+    say so by `kv_itemsize`, and serve no other. An entry with a `group` serves the shape it was measured on alone, on
+    Hopper cards, and may name another `gpu` than its table does.
     """
 
     def value(entry: dict, key: str) -> int:
@@ -116,11 +117,18 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
     def distance(entry: dict) -> float:
         return sum(w * abs(math.log2(value(entry, key) / wanted[key])) for key, w in weight.items())
 
+    def serves(entry: dict) -> bool:
+        if "kv_itemsize" in entry and "kv_itemsize" not in weight:
+            return False
+        alone = target.arch == SM90.arch and entry.get("group") == wanted.get("group") and distance(entry) == 0
+        return "group" not in entry or alone
+
     table = load_table(target.table)
-    entry = min((e for e in table[kind] if "kv_itemsize" in weight or "kv_itemsize" not in e), key=distance)
+    entry = min(filter(serves, table[kind]), key=distance)
+    gpu = entry.get("gpu", table["gpu"])
     shape = " ".join(f"{key}={value(entry, key)}" for key in weight)
-    how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
-    return entry, f"{table['gpu']} {kind} {shape} ({how})"
+    how = "exact" if gpu == target.name and distance(entry) == 0 else "nearest"
+    return entry, f"{gpu} {kind} {shape} ({how})"
 
 
 def query_block(group: int) -> int:
@@ -149,7 +157,7 @@ def decode_config(
         quantized: the cache is FP8; `itemsize` is that of the queries.
     """
     pairs = num_rows * num_kv_heads
-    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs}
+    wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs, "group": group}
     weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
     if quantized:
         wanted["kv_itemsize"], weight["kv_itemsize"] = 1, 2.0

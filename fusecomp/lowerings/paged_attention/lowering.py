@@ -107,7 +107,7 @@ def rope_constants(rope: Rope) -> dict[str, Any]:
     return {"ROT": rope.dims, "STYLE": rope.style, "PAIRS": rope.table == PAIRS, "NORM": rope.norm}
 
 
-def _arrivals(kv_cache: Tensor, count: int) -> Tensor:
+def arrivals(kv_cache: Tensor, count: int) -> Tensor:
     """int32 zeros, one per (row, kv head), which every decode launch leaves at zero.
 
     They are kept per KV tensor, because launches on one KV tensor are ordered already (each step writes it).
@@ -274,7 +274,7 @@ def run_decode(
     part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
     launch(
         decode_kernel, (num_decodes * num_kv_heads, splits),
-        q, kv_cache, out, part_acc, part_lse, _arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
+        q, kv_cache, out, part_acc, part_lse, arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
         sinks, *(new.tensors() if new else NewTokens.ABSENT), pre, post, new.rope.eps if new else 0.0, window,
         config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
@@ -283,7 +283,7 @@ def run_decode(
         MAX_SPLITS=heuristics.next_power_of_2(splits),
         num_warps=config.num_warps, num_stages=config.num_stages,
         NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
-        READ_AHEAD=config.read_ahead and new is not None, **_hooks(q.dtype, window, softcap, sinks),
+        READ_AHEAD=config.read_ahead and new is not None, **hooks(q.dtype, window, softcap, sinks),
         LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads), CODES=codes_of(kv_cache),
         **launch_options(use_pdl),
     )  # fmt: skip
@@ -326,11 +326,11 @@ def run_prefill(
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma, CODES=codes_of(kv_cache),
-        num_warps=config.num_warps, num_stages=config.num_stages, **_hooks(q.dtype, window, softcap, sinks),
+        num_warps=config.num_warps, num_stages=config.num_stages, **hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 
 
-def _hooks(dtype: torch.dtype, window: int, softcap: float, sinks: Tensor | None) -> dict:
+def hooks(dtype: torch.dtype, window: int, softcap: float, sinks: Tensor | None) -> dict:
     score = pieces.plain_score
     if softcap > 0:
         score = pieces.softcap_score_fp32 if dtype == torch.float32 else pieces.softcap_score

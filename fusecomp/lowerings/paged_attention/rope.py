@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.paged_attention import heuristics, lowering
 from fusecomp.lowerings.paged_attention.lowering import NewTokens, rope_constants
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
@@ -34,6 +34,25 @@ def supports(rope: Rope, *, head_dim: int, cos: Tensor | None, sin: Tensor | Non
         if table.dtype not in lowering.DTYPES:
             return f"{name} has dtype {table.dtype}"
     return None
+
+
+def require_rope(
+    rope: Rope,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> Rope:
+    """`rope`; ValueError where `supports` or the strides of these exclude it."""
+    if reason := supports(rope, head_dim=q.shape[2], cos=cos, sin=sin):
+        raise ValueError(f"rope_attention: {reason}")
+    vectors = {"q": q, "k": k, "v": v, "kv_cache": kv_cache, "cos": cos, "sin": sin, "q_norm": q_norm, "k_norm": k_norm}
+    lowering.require_unit_stride(**{name: tensor for name, tensor in vectors.items() if tensor is not None})
+    return rope
 
 
 def launch_rope_cache(
@@ -63,7 +82,7 @@ def launch_rope_cache(
         *new.strides(), *lowering.cache_strides(kv_cache, head_dim),
         H=num_heads, G=layout.heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=layout.page_size,
         **rope_constants(new.rope), BLOCK_T=block_t, BLOCK_H=block_h, USE_PDL=pdl,
-        CODES=lowering.codes_of(kv_cache), num_warps=4, **lowering.launch_options(pdl),
+        CODES=lowering.codes_of(kv_cache), num_warps=4, **lowering.launch_options(pdl), **rounding_options(),
     )  # fmt: skip
     return q_out, k_out, new.v if v_out is None else v_out
 
@@ -93,12 +112,7 @@ def launch_rope_attention(
     Raises:
         ValueError: for a shape, dtype or stride that `supports`, `lowering.supports` or the contract excludes.
     """
-    parsed = Rope.parse(rope)
-    reason = supports(parsed, head_dim=q.shape[2], cos=cos, sin=sin)
-    if reason:
-        raise ValueError(f"rope_attention: {reason}")
-    vectors = {"q": q, "k": k, "v": v, "kv_cache": kv_cache, "cos": cos, "sin": sin, "q_norm": q_norm, "k_norm": k_norm}
-    lowering.require_unit_stride(**{name: tensor for name, tensor in vectors.items() if tensor is not None})
+    parsed = require_rope(Rope.parse(rope), q, k, v, kv_cache, cos, sin, q_norm, k_norm)
     new = NewTokens(k, v, cos, sin, q_norm, k_norm, slots, parsed)
     num_decodes, _, _, num_rows = host_meta.tolist()
     mode = (scale, window, softcap, sinks)

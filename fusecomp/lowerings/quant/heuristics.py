@@ -1,7 +1,7 @@
 """Launch configurations of quantized linears: a tuned table per GPU, the nearest entry otherwise.
 
 Pure functions of shapes and of a `Target`. Tables hold 16-bit activations on NVIDIA GPUs, with fp8 by rows (int8 takes
-the same) and 4-bit integers whose scales serve 128 columns; other layouts have tiles of as many bytes.
+the same) and folded 4-bit integers whose scales serve 128 columns; other layouts have tiles of as many bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusecomp.ops.quant_linear import QuantShape
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
-VECTOR, TILE, DEQUANTIZE = "vector", "tile", "dequantize"
+VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 MAX_SPLITS = 16
@@ -33,12 +33,14 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, "tile" for more, "dequantize" for a 16-bit weight and `linear`'s own choice.
+        kernel: "vector" for one token, "tile" for more, "folded" for folded codes, "dequantize" for a 16-bit weight and
+            `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
-        splits: tile: programs that share the same features, each with its part of K.
-        early: tile: only codes go through the pipeline, which then begins before the wait for the kernel before.
+        splits: tile, folded: programs that share the same features, each with its part of K.
+        sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
+        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
     """
 
     kernel: str
@@ -49,6 +51,7 @@ class QuantConfig:
     num_stages: int = 1
     splits: int = 1
     early: bool = True
+    sums: bool = False
     source: str = "no table"
 
 
@@ -64,9 +67,10 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
     if tokens > TILE_LIMIT[shape.bits]:
         return QuantConfig(DEQUANTIZE)
-    by_words = (shape.kind, shape.bits) == (INT, 4) and shape.cols % 128 == 0 and shape.k % 8 == 0
-    if (by_words or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda":
+    if (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda":
         return _fit(_tuned(target, shape, tokens), target, shape)
+    if shape.fold:
+        return _untuned_folded(target, shape, tokens)
     if tokens == 1:
         # One 16-byte load of codes a thread; a table of values and fp32 inputs take registers, so half of one.
         block_k = 1024 if shape.dtype != "float32" else 512
@@ -83,6 +87,15 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     return QuantConfig(TILE, block_t, block_r, block_k, 8 if wide else 4, stages, splits)
 
 
+def _untuned_folded(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
+    """For inputs of fp32, whose products are computed without matrix units, and other vendors' GPUs."""
+    exact, block_t = shape.dtype == "float32", min(16, max(8, next_power_of_2(tokens)))
+    rows, stages = (32, 1) if exact else (64, 2)
+    blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / block_t)
+    splits = max(1, min(round(2 * target.num_sms / blocks), shape.k // (4 * shape.fold) // 4, MAX_SPLITS))
+    return QuantConfig(FOLDED, block_t, rows, 4 * shape.fold, 4, stages, splits, early=tokens <= SKINNY_LIMIT)
+
+
 def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """The nearest entry of the table: of the kind, then of the least tokens that hold them all, then of the shape."""
     table = load_table(target.table)
@@ -95,12 +108,12 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
         return sum(abs(math.log2(entry[key] / wanted[key])) for key in wanted) + (entry["groups"] != shape.groups)
 
     entry = min((e for e in entries if e["tokens"] == bucket), key=distance)
-    like = (shape.kind, shape.rows, shape.cols) == ((INT, 1, 128) if shape.bits == 4 else (FP8, 1, 0))
+    like = (shape.kind, shape.rows, shape.cols) == ((INT, 1, 128) if shape.fold else (FP8, 1, 0))
     exact = like and table["gpu"] == target.name and distance(entry) == 0 and "us" in entry
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
-    if distance(entry) and config.kernel == TILE:
+    if distance(entry) and config.kernel != VECTOR:
         config = replace(config, splits=scaled_splits(config, entry["rows"], target, wanted["rows"], shape.k))
     return config
 
@@ -109,12 +122,17 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
     if config.kernel == VECTOR:
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
-    config = replace(config, block_k=fitting_columns(config.block_k, shape.cols))
-    if shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
+    folded = config.kernel == FOLDED
+    config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
+    if not folded and shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
 
     if shape.cols and config.block_r * config.block_t > 32 * 32 * config.num_warps:  # sums of a tile and of all
         config = replace(config, num_warps=8)
+    if shape.fold == 32 and config.sums:  # ptxas spills some
+        config = replace(config, sums=False)
+    if folded and shape.zero and not config.sums:  # of fewer rows than threads, zeros are loaded in place
+        config = replace(config, num_warps=max(config.num_warps, config.block_r // 16))
 
     def need(c: QuantConfig) -> int:
         # Bytes of a column and token: with the norm inside, its weight is staged beside the inputs.
@@ -142,11 +160,9 @@ def unit(shape: QuantShape) -> int:
 def reads_words(config: QuantConfig, shape: QuantShape) -> bool:
     """Whether codes are read as words, so that a thread's codes become its part of the product's operand.
 
-    That is 4-bit integers whose products share scales along a tile, and fp8 where the operand comes from registers.
+    That is fp8 whose products share scales along a tile, where the operand comes from registers.
     """
     shared = shape.cols == 0 or shape.cols % config.block_k == 0
-    if (shape.kind, shape.bits) == (INT, 4):
-        return shared and shape.k % 8 == 0 and config.block_k % 128 == 0
     return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and config.block_t >= 16
 
 

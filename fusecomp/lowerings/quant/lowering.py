@@ -1,7 +1,7 @@
 """CUDA implementations of `dequantize`, `quant_linear` and `quant_experts`: which kernel runs, from shapes alone.
 
 Few tokens: one kernel with the norm, the epilogue and the weight's codes inside. Some tens: the norm's kernel, then the
-same tile kernel. More: the weight is dequantized by a kernel of its own, and `linear` does the rest.
+same kernel. More: the weight is dequantized by a kernel of its own, and `linear` does the rest.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
+from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER
-from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec
+from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec, fits_fold
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
 
 ZERO_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # 0 to 16 are exact in each
@@ -45,6 +46,8 @@ def refusal(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> 
         return "scales or zero points are not contiguous"
     if spec.torch_dtype not in DTYPES:
         return f"the dequantized weight is {spec.dtype}"
+    if spec.fold and (scale.dtype == torch.uint8 or not fits_fold(spec.shape(q.shape)[-1], spec.cols, spec.fold)):
+        return f"codes folded by {spec.fold} columns, {spec.cols} of {spec.shape(q.shape)[-1]} share a {scale.dtype}"
     if spec.cols % heuristics.LEAST_COLUMNS:
         return f"a scale serves {spec.cols} columns, no multiple of {heuristics.LEAST_COLUMNS}"
     return None
@@ -98,11 +101,14 @@ def _layout(q: Tensor, zero: Tensor | None, spec: WeightSpec) -> tuple[Tensor, d
 
 
 def _words(config: QuantConfig, codes: Tensor, shape: QuantShape) -> tuple[Tensor, dict[str, Any]]:
-    """The codes as words of eight where they are 4-bit integers and lie so, and the kernel's WORDS and ASM."""
+    """The codes as words where they are read so, and the kernel's WORDS and ASM."""
     words = heuristics.reads_words(config, shape)
-    target = target_of(codes)
-    asm = codes.is_cuda and target.backend == "cuda" and shape.dtype != "float32"
-    return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": asm}
+    return (codes.view(torch.int32) if words else codes), {"WORDS": words, "ASM": _asm(codes, shape)}
+
+
+def _asm(codes: Tensor, shape: QuantShape) -> bool:
+    """Whether a kernel's assembly serves: on NVIDIA's GPUs, of 16-bit inputs."""
+    return codes.is_cuda and target_of(codes).backend == "cuda" and shape.dtype != "float32"
 
 
 def launch_quant_linear(
@@ -165,15 +171,27 @@ def run_quant(
     codes, layout = _layout(q, zero, spec)
     zero = zero_points(zero)
     common = {
-        "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
-        "NORM": scheme, "EPILOGUE": epilogue_hook(program), "USE_PDL": use_pdl, "num_warps": config.num_warps,
-        "num_stages": config.num_stages, **layout,
+        "G": groups, "BLOCK_R": config.block_r, "NORM": scheme, "EPILOGUE": epilogue_hook(program),
+        "USE_PDL": use_pdl, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     if use_pdl:
         common["launch_pdl"] = True
     norm_weight, eps = norm_weight if scheme >= 2 else None, 0.0 if norm is None else norm.eps
     blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
     exact_norm = scheme > 0 and x.dtype == torch.float16
+    teams = blocks * cdiv(tokens, config.block_t)
+    per_split, splits = split_steps(cdiv(k, 4 * spec.fold or config.block_k), config.splits)
+    scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
+    if config.kernel == FOLDED:
+        launch(
+            folded_kernel, (teams * splits,),
+            x, q.view(torch.int16), scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
+            per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, SPLITS=splits,
+            SUMS=config.sums, EARLY=config.early, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
+            EXACT_NORM=exact_norm, **common,
+        )  # fmt: skip
+        return
+    common |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0, **layout}
     if config.kernel == VECTOR:
         launch(
             quant_vector_kernel, (blocks,),
@@ -182,9 +200,6 @@ def run_quant(
         )  # fmt: skip
         return
     codes, words = _words(config, codes, shape)
-    teams = blocks * cdiv(tokens, config.block_t)
-    per_split, splits = split_steps(cdiv(k, config.block_k), config.splits)
-    scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     launch(
         quant_tile_kernel, (teams * splits,),
         x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
@@ -199,10 +214,17 @@ def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
     out = torch.empty((*leading, n, k), dtype=spec.torch_dtype, device=q.device)
     if out.numel() == 0:
         return out
+    rows, columns = spec.scales(n, k)
+    if spec.fold:
+        launch(
+            unfold_kernel, (cdiv(n, 16), k // (4 * spec.fold), out.numel() // (n * k)),
+            q.view(torch.int16), scale, zero_points(zero), out, n, k, rows, columns, BLOCK_R=16, FOLD=spec.fold,
+            ROWS=spec.rows, COLS=spec.cols, num_warps=4,
+        )  # fmt: skip
+        return out
     codes, layout = _layout(q, zero, spec)
     zero = zero_points(zero)
     block_r, block_k = 16, heuristics.fitting_columns(256, spec.cols)
-    rows, columns = spec.scales(n, k)
     launch(
         dequantize_kernel, (cdiv(n, block_r), cdiv(k, block_k), out.numel() // (n * k)),
         codes, scale, zero, out, n, k, rows, columns, BLOCK_R=block_r, BLOCK_K=block_k, EVEN_K=k % block_k == 0,

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 INT8, FP8, NATIVE_FP8, INT4, FP4, NF4 = range(6)
-WORD_COLUMNS = 128  # that 16 words of eight 4-bit integers cover
 
 
 @triton.jit
@@ -101,13 +100,6 @@ def values(code, KIND: tl.constexpr, OFFSET: tl.constexpr):
         return byte_values(code, KIND)
 
 
-def _two_nibbles(place: int, bias: str) -> str:
-    """PTX: nibble `place` of each of two words, in the last bits of 16-bit floats that equal the bias."""
-    half, shift = ("0x5410", place) if place < 4 else ("0x7632", place - 4)
-    moved = f"shr.u32 t, t, {4 * shift}; " if shift else ""
-    return f"{{ .reg .b32 t; prmt.b32 t, $1, $2, {half}; {moved}lop3.b32 $0, t, 0x000f000f, {bias}, 0xEA; }}"
-
-
 def _two_bytes(place: int, dtype: str) -> str:
     """PTX: the e4m3fn bytes `place` of two words as two floats; there is no conversion to bf16."""
     halves = f"prmt.b32 t, $1, $2, 0x00{4 + place}{place}; mov.b32 {{l, h}}, t; cvt.rn.f16x2.e4m3x2 t, l; "
@@ -117,63 +109,40 @@ def _two_bytes(place: int, dtype: str) -> str:
     return f"{{ .reg .b32 t; .reg .b16 l, h; .reg .f32 a, b; {halves}{wide}}}"
 
 
-# Integers whose last four bits are free in the mantissa, and those behind it.
-BIAS_BF16, BIAS_FP16 = tl.constexpr(128.0), tl.constexpr(1024.0)
 # By place, of bf16 and then of fp16.
-NIBBLES = tl.constexpr(tuple(_two_nibbles(i, bias) for bias in ("0x43004300", "0x64006400") for i in range(8)))
 BYTES = tl.constexpr(tuple(_two_bytes(i, dtype) for dtype in ("bf16", "fp16") for i in range(4)))
 
 
 @triton.jit
-def _part(word, PLACE: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Code PLACE of int32 words, exact; of 4-bit integers plus DTYPE's bias."""
-    if not ASM and KIND == 3:
-        return (magic((word >> 4 * PLACE) & 15) + bias_of(DTYPE)).to(DTYPE)
-    elif not ASM or KIND == 1:
+def _part(word, PLACE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The fp8 code PLACE of int32 words, exact; ASM: by the GPU's own conversion."""
+    if not ASM:
         return _fp8_value((word >> 8 * PLACE) & 255).to(DTYPE)
     elif tl.float16 == DTYPE:
-        half_asm: tl.constexpr = NIBBLES[8 + PLACE] if KIND == 3 else BYTES[4 + PLACE]
+        half_asm: tl.constexpr = BYTES[4 + PLACE]
         return tl.inline_asm_elementwise(half_asm, "=r,r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        asm: tl.constexpr = NIBBLES[PLACE] if KIND == 3 else BYTES[PLACE]
+        asm: tl.constexpr = BYTES[PLACE]
         return tl.inline_asm_elementwise(asm, "=r,r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
-def bias_of(DTYPE: tl.constexpr):
-    """What `word_values` adds to 4-bit integers."""
-    if tl.float16 == DTYPE:
-        return BIAS_FP16
-    else:
-        return BIAS_BF16
-
-
-@triton.jit
-def word_values(word, DTYPE: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """[A, B, 16] int32 words of C codes (8 4-bit integers, 4 fp8) -> [A, B, 16 C] values, in the order of `word_order`.
+def word_values(word, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """[A, B, 16] int32 words of four fp8 codes -> [A, B, 64] values, in the order of `word_order`.
 
     A thread's words become its part of the product's operand: nothing is exchanged between threads.
     """
-    if KIND == 3:
-        a = tl.join(_part(word, 0, DTYPE, KIND, ASM), _part(word, 4, DTYPE, KIND, ASM))
-        b = tl.join(_part(word, 2, DTYPE, KIND, ASM), _part(word, 6, DTYPE, KIND, ASM))
-        c = tl.join(_part(word, 1, DTYPE, KIND, ASM), _part(word, 5, DTYPE, KIND, ASM))
-        d = tl.join(_part(word, 3, DTYPE, KIND, ASM), _part(word, 7, DTYPE, KIND, ASM))
-        parts = tl.join(tl.join(a, b), tl.join(c, d))  # [A, B, 16, 2, 2, 2], the last bit of the place last
-        parts = tl.permute(tl.reshape(parts, [word.shape[0], word.shape[1], 16, 8]), [0, 1, 3, 2])
-        return tl.reshape(parts, [word.shape[0], word.shape[1], 128])
-    else:
-        a = tl.join(_part(word, 0, DTYPE, KIND, ASM), _part(word, 2, DTYPE, KIND, ASM))
-        b = tl.join(_part(word, 1, DTYPE, KIND, ASM), _part(word, 3, DTYPE, KIND, ASM))
-        parts = tl.permute(tl.reshape(tl.join(a, b), [word.shape[0], word.shape[1], 16, 4]), [0, 1, 3, 2])
-        return tl.reshape(parts, [word.shape[0], word.shape[1], 64])
+    a = tl.join(_part(word, 0, DTYPE, ASM), _part(word, 2, DTYPE, ASM))
+    b = tl.join(_part(word, 1, DTYPE, ASM), _part(word, 3, DTYPE, ASM))
+    parts = tl.permute(tl.reshape(tl.join(a, b), [word.shape[0], word.shape[1], 16, 4]), [0, 1, 3, 2])
+    return tl.reshape(parts, [word.shape[0], word.shape[1], 64])
 
 
 @triton.jit
-def word_order(v, C: tl.constexpr):
-    """[A, 16 C, T] inputs in the order of `word_values`: columns 0, C, ..., 15 C, 1, C + 1, ..."""
-    by_place = tl.permute(tl.reshape(v, [v.shape[0], 16, C, v.shape[2]]), [0, 2, 1, 3])
-    return tl.reshape(by_place, [v.shape[0], 16 * C, v.shape[2]])
+def word_order(v):
+    """[A, 64, T] inputs in the order of `word_values`: columns 0, 4, ..., 60, 1, 5, ..."""
+    by_place = tl.permute(tl.reshape(v, [v.shape[0], 16, 4, v.shape[2]]), [0, 2, 1, 3])
+    return tl.reshape(by_place, [v.shape[0], 64, v.shape[2]])
 
 
 @triton.jit
@@ -186,16 +155,9 @@ def unscaled(code, DTYPE: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, O
 
 
 @triton.jit
-def scaled(
-    part, sums, s, z, acc, HAS_ZERO: tl.constexpr, BIASED: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+def scaled(part, sums, s, z, acc, HAS_ZERO: tl.constexpr):
     """acc + (part - zero * sums) * s: part of products with codes, sums of the inputs that made it."""
-    if BIASED:
-        if HAS_ZERO:
-            part -= (z + bias_of(DTYPE)) * sums
-        else:
-            part -= (OFFSET + bias_of(DTYPE)) * sums
-    elif HAS_ZERO:
+    if HAS_ZERO:
         part -= z * sums
     return acc + part * s
 

@@ -10,7 +10,8 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
-from fusecomp.lowerings.quant.heuristics import TILE, VECTOR, quant_config
+from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, quant_config
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
@@ -19,14 +20,17 @@ from fusecomp.ops.quant_linear import QuantShape
 
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CODES = {pieces.INT8: "i8", pieces.NATIVE_FP8: "fp8e4nv"}
-LAYOUTS = (
-    (INT, 4, 1, 128, True),
-    (INT, 4, 1, 32, False),
-    (INT, 8, 1, 0, False),
-    (FP8, 8, 128, 128, False),
-    (FP8, 8, 0, 0, False),
-    (FP4, 4, 1, 32, False),
-    (NF4, 4, 1, 64, False),
+LAYOUTS = (  # kind, bits, rows and columns of a scale, zero points, fold
+    (INT, 4, 1, 128, True, 64),
+    (INT, 4, 1, 32, False, 32),
+    (INT, 8, 1, 0, False, 0),
+    (FP8, 8, 128, 128, False, 0),
+    (FP8, 8, 0, 0, False, 0),
+    (FP4, 4, 1, 32, False, 0),
+    (NF4, 4, 1, 64, False, 0),
+    (INT, 4, 1, 128, False, 64),
+    (INT, 4, 1, 0, True, 64),
+    (INT, 4, 1, 16, True, 0),
 )
 SUBSET = (  # layout, groups, tokens, dtype, norm
     (0, 1, 1, "bfloat16", 2),
@@ -40,6 +44,10 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (3, 2, 128, "bfloat16", 0),
     (4, 2, 16, "float16", 2),
     (5, 1, 8, "bfloat16", 2),
+    (7, 2, 64, "bfloat16", 0),
+    (8, 1, 16, "float16", 2),
+    (9, 1, 1, "bfloat16", 2),
+    (9, 1, 32, "bfloat16", 2),
 )
 
 
@@ -61,31 +69,38 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
 
 def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
     """Pointers and constants of codes, scales and zero points."""
-    kind, bits, rows, cols, zero = layout
+    kind, bits, rows, cols, zero, fold = layout
     code = code_kind(kind, bits, target)
     pointers = {"q": CODES.get(code, "u8"), "scale": "u8" if kind == FP4 else "bf16"}
-    constants: dict[str, Any] = {"KIND": code, "OFFSET": 0.0, "ROWS": rows, "COLS": cols}
+    constants: dict[str, Any] = {"ROWS": rows, "COLS": cols}
+    if fold:
+        pointers["q"] = "i16"
+        constants["FOLD"] = fold
+    else:
+        constants |= {"KIND": code, "OFFSET": 8.0 if code == pieces.INT4 and not zero else 0.0}
     if zero:
         pointers["zero"] = "bf16"
     else:
-        constants |= {"zero": None, "OFFSET": 8.0 if code == pieces.INT4 else 0.0}
+        constants["zero"] = None
     return pointers, constants
 
 
 def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int) -> Specialization:
     """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
     n, k = (14336, 4096) if groups == 2 else (4096, 14336)
-    kind, bits, rows, cols, zero = layout
-    shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero)
+    kind, bits, rows, cols, zero, fold = layout
+    shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
     scalars["strides"] = () if groups == 2 else ("i32",)
     constants |= {
-        "G": groups, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0,
-        "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": pdl,
+        "G": groups, "BLOCK_R": config.block_r, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL,
+        "USE_PDL": pdl,
     }  # fmt: skip
+    if not fold:
+        constants |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0}
     if norm >= 2:
         pointers["norm_weight"] = short
     else:
@@ -93,26 +108,23 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     if config.kernel == VECTOR:
         constants["UNIT"] = heuristics.unit(shape)
     else:
-        words = heuristics.reads_words(config, shape)
-        pointers["q"] = "i32" if words else pointers["q"]
         constants |= {
-            "WORDS": words, "ASM": target.backend == "cuda" and dtype != "float32",
-            "EXACT_NORM": norm > 0 and dtype == "float16",
+            "ASM": target.backend == "cuda" and dtype != "float32", "EXACT_NORM": norm > 0 and dtype == "float16",
+            "BLOCK_T": config.block_t, "SPLITS": config.splits, "EARLY": config.early,
         }  # fmt: skip
-    if config.kernel == TILE:
+        if fold:
+            constants["SUMS"] = config.sums
+        else:
+            words = constants["WORDS"] = heuristics.reads_words(config, shape)
+            pointers["q"] = "i32" if words else pointers["q"]
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
-        constants |= {
-            "BLOCK_T": config.block_t,
-            "SPLITS": config.splits,
-            "EARLY": config.early,
-        }
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
             pointers |= scratch
         else:
             constants |= dict.fromkeys(scratch)
-    name = f"quant-{kind}{bits}-{rows}x{cols}-{short}-g{groups}-t{tokens}-norm{norm}"
-    kernels = {VECTOR: quant_vector_kernel, TILE: quant_tile_kernel}
+    name = f"quant-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
+    kernels = {VECTOR: quant_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel}
     kernel = kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
@@ -120,7 +132,8 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
 def _dequantize(target: Target, layout: tuple) -> Specialization:
     pointers, constants = _layout(target, layout)
     block_k = heuristics.fitting_columns(256, layout[3])
-    constants |= {"BLOCK_R": 16, "BLOCK_K": block_k, "EVEN_K": True}
+    kernel: Any = unfold_kernel if layout[5] else dequantize_kernel
+    constants |= {"BLOCK_R": 16} if layout[5] else {"BLOCK_R": 16, "BLOCK_K": block_k, "EVEN_K": True}
     scalars = dict.fromkeys(("n", "k", "scale_rows", "stride_scale"), "i32")
-    name = f"dequantize-{layout[0]}{layout[1]}-{layout[2]}x{layout[3]}"
-    return Specialization(name, dequantize_kernel, {**pointers, "out": "bf16"}, scalars, constants, 4, 1, ("n", "k"))
+    name = f"dequantize-{layout[0]}{layout[1]}-{layout[2]}x{layout[3]}-fold{layout[5]}"
+    return Specialization(name, kernel, {**pointers, "out": "bf16"}, scalars, constants, 4, 1, ("n", "k"))

@@ -63,7 +63,7 @@ def quant_tile_kernel(
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
     KIND: tl.constexpr,
-    WORDS: tl.constexpr,  # 4-bit integers or fp8 are read as words
+    WORDS: tl.constexpr,  # fp8 is read as words
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
@@ -83,9 +83,9 @@ def quant_tile_kernel(
     the L2 per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
 
     Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 67%, 64%, 52%
-    and 35% of it at 8, 16, 32 and 64 tokens; 4-bit integers 41%, 36%, 21% and 15%, not bound by memory.
+    and 35% of it at 8, 16, 32 and 64 tokens.
     """
-    PACK: tl.constexpr = (2 if KIND >= 3 else 1) * (4 if WORDS else 1)  # codes of an element of q
+    PACK: tl.constexpr = 2 if KIND >= 3 else 4 if WORDS else 1  # codes of an element of q
     BLOCK_N: tl.constexpr = BLOCK_R // G
     t_block, t_blocks, split, block, first, lo, hi = tile_place(
         num_tokens, per_split, k, BLOCK_T, BLOCK_N, BLOCK_K, SPLITS
@@ -150,7 +150,7 @@ def quant_tile_kernel(
             y = normalize(v, g, factor, NORM)
             acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
     if COLS == 0:
-        acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None, WORDS and KIND == 3, OFFSET, x.dtype.element_ty)
+        acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None)
 
     finish_tile(
         acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
@@ -177,7 +177,6 @@ def _multiply(
     BLOCK_R: tl.constexpr = code.shape[0]
     BLOCK_K: tl.constexpr = y.shape[0]
     BLOCK_T: tl.constexpr = y.shape[1]
-    BIASED: tl.constexpr = WORDS and KIND == 3
     if COLS > 0 and COLS < BLOCK_K:
         w = values(code, KIND, OFFSET)
         if HAS_ZERO:
@@ -185,25 +184,23 @@ def _multiply(
         acc = tl.dot((w * s).to(y.dtype), y, acc, input_precision="ieee")
     else:
         if WORDS:
-            C: tl.constexpr = BLOCK_K // code.shape[1]
-            words = tl.reshape(code, [BLOCK_R, BLOCK_K // (16 * C), 16])
-            w = tl.reshape(word_values(words, y.dtype, KIND, ASM), [BLOCK_R, BLOCK_K])
-            y = word_order(tl.reshape(y, [BLOCK_K // (16 * C), 16 * C, BLOCK_T]), C)
-            y = tl.reshape(y, [BLOCK_K, BLOCK_T])
+            words = tl.reshape(code, [BLOCK_R, BLOCK_K // 64, 16])
+            w = tl.reshape(word_values(words, y.dtype, ASM and KIND != 1), [BLOCK_R, BLOCK_K])
+            y = tl.reshape(word_order(tl.reshape(y, [BLOCK_K // 64, 64, BLOCK_T])), [BLOCK_K, BLOCK_T])
         else:
             w = unscaled(code, y.dtype, KIND, ASM, OFFSET)
         if COLS == 0:
             acc = tl.dot(w, y, acc, input_precision="ieee")
-            if HAS_ZERO or BIASED:
+            if HAS_ZERO:
                 sums = tl.dot(tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, sums, input_precision="ieee")
         else:
             zeros = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             part = tl.dot(w, y, zeros, input_precision="ieee")
-            if HAS_ZERO or BIASED:
+            if HAS_ZERO:
                 sums = tl.dot(
                     tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, zeros, input_precision="ieee"
                 )
-            acc = scaled(part, sums, s, z, acc, HAS_ZERO, BIASED, OFFSET, y.dtype)
+            acc = scaled(part, sums, s, z, acc, HAS_ZERO)
     return acc, sums
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.route.pieces import choose, constants, expert_numbers
 from fusecomp.ops.router import RouteSpec
 
@@ -108,7 +108,7 @@ def _launch(
     ids = torch.empty(tokens, spec.k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, spec.k, dtype=getattr(torch, spec.dtype), device=logits.device)
     if tokens:
-        options = {"launch_pdl": True} if use_pdl else {}
+        options = ({"launch_pdl": True} if use_pdl else {}) | rounding_options()
         launch(
             route_kernel, (tokens,), logits, added, bias, ids, weights, logits.stride(-2), logits.stride(0),
             SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,

@@ -14,6 +14,7 @@ from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
 from fusecomp.lowerings.route import kernel
 from fusecomp.lowerings.route.router import launch_router, supports_router
 from fusecomp.ops.linear import ROW, Program
+from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
 
@@ -39,7 +40,7 @@ def launch_router_op(
     spec: RouteSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fusecomp::router` on CUDA; shapes as in `router_reference`. Bitwise repeatable. `supports` must hold."""
-    if supports_router(len(x), weight, norm, norm_bias) is None:
+    if not batch_invariant() and supports_router(len(x), weight, norm, norm_bias) is None:
         return launch_router(x, weight, bias, norm_weight, route_bias, norm, logits, spec, uses_pdl(x))
     y = launch_norm_op(x, norm_weight, norm_bias, norm) if norm else x
     dtype = str(logits).removeprefix("torch.")

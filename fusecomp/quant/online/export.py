@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusecomp.errors import ConfigError
-from fusecomp.ops.quant import FP8, WeightSpec
+from fusecomp.ops.quant import FP8, WeightSpec, unfold_codes
 from fusecomp.quant.modules import CODES, QuantizedLinear, QuantizedWeight
 from fusecomp.quant.online.names import Place, places, reverted
 from fusecomp.quant.online.record import record_of
@@ -125,13 +125,17 @@ def _parts(weight: QuantizedWeight, place: Place) -> Iterator[tuple[str, Piece]]
     if spec.bits == 8:
         yield "weight", Piece(n * k, lambda: rows(weight.q))
     else:
-        yield "weight_packed", Piece(n * k // 2, lambda: rows(weight.q).contiguous().view(torch.int32))
+        yield "weight_packed", Piece(n * k // 2, lambda: _unfolded(rows(weight.q), spec).contiguous().view(torch.int32))
         yield "weight_shape", Piece(16, lambda: torch.tensor([n, k], dtype=torch.int64))
     scale = rows(weight.scale)
     yield "weight_scale", Piece(scale.nbytes, lambda: rows(weight.scale))
     zero = weight.zero
     if zero is not None:
         yield "weight_zero_point", Piece(-(-n // 8) * 4 * scale.shape[1], lambda: _packed_zeros(rows(zero)))
+
+
+def _unfolded(q: Tensor, spec: WeightSpec) -> Tensor:
+    return unfold_codes(q, spec.fold) if spec.fold else q
 
 
 def _packed_zeros(zero: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def cases(draw, decode: bool, prefill: bool):
     return decodes + prefills, shape, options
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=12)
 @given(case=cases(decode=True, prefill=False))
 def test_decode(case):
     rows, shape, options = case
@@ -120,7 +120,7 @@ def test_a_mixed_step_padded_for_a_graph(case, small, spare):
     check_attention(step, out[: len(step.q)], *mode)
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=12)
 @given(case=cases(decode=True, prefill=False), block_n=st.sampled_from([16, 32]))
 def test_split_decode(case, block_n):
     rows, shape, options = case
@@ -128,7 +128,7 @@ def test_split_decode(case, block_n):
         run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
 
 
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=18)
 @given(
     case=cases(decode=True, prefill=True),
     block_m=st.sampled_from([16, 32]),
@@ -216,7 +216,7 @@ def test_unsupported_shapes_raise():
         lowering.launch_cache_write(step.k.mT.contiguous().mT, step.v, step.kv_cache, step.slots)
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=12)
 @given(
     tokens=st.integers(1, 200),
     kv_heads=st.integers(1, 3),

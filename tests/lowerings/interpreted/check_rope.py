@@ -52,13 +52,13 @@ def check(data, case, block_m=16, block_n=16, use_tma=False, read_ahead=False):
         run(rows, shape, options, rope, table_dtype, weights)
 
 
-@settings(SETTINGS, max_examples=15)
+@settings(SETTINGS, max_examples=8)
 @given(data=st.data(), case=cases(decode=True, prefill=False))
 def test_decode(data, case):
     check(data, case, block_n=0)
 
 
-@settings(SETTINGS, max_examples=20)
+@settings(SETTINGS, max_examples=10)
 @given(
     data=st.data(),
     case=cases(decode=True, prefill=False),
@@ -69,7 +69,7 @@ def test_split_decode(data, case, block_n, read_ahead):
     check(data, case, block_n=block_n, read_ahead=read_ahead)
 
 
-@settings(SETTINGS, max_examples=15)
+@settings(SETTINGS, max_examples=8)
 @given(data=st.data(), case=cases(decode=True, prefill=True), use_tma=st.booleans())
 def test_mixed_step(data, case, use_tma):
     check(data, case, use_tma=use_tma)

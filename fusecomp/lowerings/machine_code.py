@@ -1,0 +1,59 @@
+"""What an assembled kernel takes and whether the assembler broke it, read from its machine code.
+
+ptxas 12.8, where fp8 codes are both packed four to a register and converted back, reads half of the latter from
+registers that hold something else, or nothing yet. The kernel compiles, and is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import triton
+
+# Instructions whose results are no fp8 codes: floating point, constants, and the stack pointer.
+NO_CODES = r"F(MUL|ADD|FMA|SEL|MNMX)\b|MUFU|LDC R1,|(IMAD\.)?MOV\S* R\d+, (RZ, RZ, )?(-?0x|c\[)"
+
+
+def cuda_usage(compiled: Any) -> tuple[int, int, int]:
+    """(registers per thread, bytes of local memory per thread, lost codes) of a cubin; spills live in that memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(what: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        ptx = compiled.asm["ptx"]
+        both_ways = "e4m3x2.f32" in ptx and "f16x2.e4m3x2" in ptx
+        lost = lost_codes(dump("--dump-sass")) if both_ways else 0
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), lost
+
+
+def lost_codes(sass: str) -> int:
+    """Conversions of fp8 codes, in a disassembly, whose register nothing wrote before, or something that is no code."""
+    wrote: dict[int, str] = {}  # register -> the latest instruction, in the order of the code
+    lost = 0
+    for text in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass):
+        if read := re.search(r"E4M3\.UNPACK_B R\d+, R(\d+)", text):
+            writer = wrote.get(int(read[1]))
+            lost += writer is None or re.match(NO_CODES, writer) is not None
+        if written := re.match(r"(?:@!?U?P\d+ )?((\S+) R(\d+)\b.*)", text):
+            width = (
+                4 if re.search(r"\.(128|4)\b", written[2]) else 2 if re.search(r"\.(64|WIDE|2)\b", written[2]) else 1
+            )
+            wrote.update(dict.fromkeys(range(int(written[3]), int(written[3]) + width), written[1]))
+    return lost
+
+
+def hip_usage(amdgcn: str) -> tuple[int, int]:
+    """(vector registers, spilled vector and scalar registers) from the assembly's metadata."""
+
+    def read(key: str) -> int:
+        return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", amdgcn))
+
+    return read("vgpr_count"), read("vgpr_spill_count") + read("sgpr_spill_count")

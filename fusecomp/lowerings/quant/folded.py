@@ -1,0 +1,335 @@
+"""Kernel of a linear layer by folded 4-bit integers, for one to some tens of tokens.
+
+Codes are folded when the weight is loaded (`WeightSpec.fold`): nibbles j of the 16-bit words of a tile are the codes of
+the tile's j-th quarter of columns. A shift and a mask then give two neighbours of a quarter at once, in the places
+where the matrix units want them; inputs keep their order, and nothing is exchanged between threads.
+
+Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR rows of a weight tile, BN = BR / G,
+P columns of a quarter, BT tokens of an accumulator, S splits of K.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, weight_rows
+from fusecomp.lowerings.linear.skinny_tile import (
+    finish_tile,
+    load_tokens,
+    normalize,
+    spread,
+    sum_squares_of,
+    tile_place,
+)
+from fusecomp.lowerings.quant.pieces import load_scales, magic, scale_row, scaled
+from fusecomp.ops.quant import INT4_OFFSET
+
+MIDDLE = tl.constexpr(float(INT4_OFFSET))
+# Integers whose last four bits are free in the mantissa, and those behind it.
+BIAS_BF16, BIAS_FP16 = tl.constexpr(128.0), tl.constexpr(1024.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_split"])
+def folded_kernel(
+    x,  # [T, K], last dim contiguous
+    q,  # [G * N, K / 4] int16, contiguous: folded codes
+    scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type
+    zero,  # as scale, integers 0 to 16 of a float type, or None
+    out,  # [T, N], last dim contiguous
+    norm_weight,  # [K], or None
+    partials,  # [programs, BR, BT] fp32, scratch
+    part_squares,  # [programs, BT] fp32, scratch
+    counters,  # [programs / S] int32, zero before and after the launch
+    args,  # tuple of the epilogue's operands
+    strides,  # tuple of their row strides
+    num_tokens,
+    n,
+    k,
+    per_split,  # weight tiles along K of one split; no split is empty
+    eps,
+    stride_x,
+    stride_out,
+    stride_scale,
+    G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FOLD: tl.constexpr,  # P; 4 P divides K
+    SPLITS: tl.constexpr,
+    SUMS: tl.constexpr,  # codes are multiplied plus a bias, which sums of inputs take off
+    EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
+    ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    NORM: tl.constexpr,
+    EXACT_NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """A program owns BN features of BT tokens and one split of K. Programs of the same weights are neighbours.
+
+    COLS is 0 or a multiple of P. Codes less zero points are exact in x's dtype; sums of their products are scaled.
+    dtypes: x, norm_weight, out one of fp32, fp16, bf16; sums fp32.
+    Bytes: G * N * K / 2 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from the L2
+    per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
+
+    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): 59%, 57%, 47% and
+    18% of it at 1, 8, 16 and 64 tokens; 70% and 55% alone over 58.7 MB at 8 and 16. Small layers wait rather than read.
+    Inputs through the pipeline (not EARLY) took 1.5 and 2.4 times as long at 8 and 16 tokens over 58.7 MB, tiles being
+    equal; why is not known.
+    """
+    BLOCK_N: tl.constexpr = BLOCK_R // G
+    BLOCK_K: tl.constexpr = 4 * FOLD
+    t_block, t_blocks, split, block, first, lo, hi = tile_place(
+        num_tokens, per_split, k, BLOCK_T, BLOCK_N, BLOCK_K, SPLITS
+    )
+    t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
+    live = t < num_tokens
+    rows = weight_rows(first, n, BLOCK_R, G)[:, None]
+    srow = scale_row(rows, ROWS)
+    cols = tl.arange(0, FOLD)
+    tile_at = q + rows * tl.multiple_of(k // 4, FOLD) + cols[None, :]
+    x_at = x + t * stride_x + cols[:, None]
+
+    acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    squares = tl.zeros([FOLD, BLOCK_T], tl.float32)
+    factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
+    SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
+    if USE_PDL:
+        gdc_launch_dependents()
+    s, z = _scales(scale, zero, srow, lo * BLOCK_K, k, stride_scale, FOLD, COLS)
+    if EARLY:
+        v = _quarters(x_at, live & (num_tokens < 0), k, FOLD)  # nothing, in the layout of the inputs' loads
+        g = _norms(norm_weight, lo * BLOCK_K + cols, k, FOLD, BLOCK_T, NORM)
+        for tile in range(lo, hi):
+            # The pipeline asks for the codes of its first stages before the loop, hence the wait is within: it and
+            # all loads of inputs stand in branches, which the pipeline leaves in their place.
+            start = tile * BLOCK_K
+            word = tl.load(tile_at + tile * FOLD, eviction_policy="evict_first")
+            if tile == lo:
+                if USE_PDL:
+                    gdc_wait()
+                if EXACT_NORM:
+                    factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, FOLD), k, eps)[None, :]
+                v = _quarters(x_at + start, live, k, FOLD)
+            y, squares = _operands(v, g, factor, squares, NORM, SUM_SQUARES)
+            s_now, z_now = s, z
+            if tile + 1 < hi:
+                v = _quarters(x_at + start + BLOCK_K, live, k, FOLD)
+                g = _norms(norm_weight, start + BLOCK_K + cols, k, FOLD, BLOCK_T, NORM)
+                if COLS > 0:
+                    s, z = _scales(scale, zero, srow, start + BLOCK_K, k, stride_scale, FOLD, COLS)
+            acc, sums = _multiply(acc, sums, word, y, s_now, z_now, FOLD, COLS, zero is not None, SUMS, ASM)
+    else:
+        if USE_PDL:
+            gdc_wait()
+        if EXACT_NORM:
+            factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, FOLD), k, eps)[None, :]
+        for tile in range(lo, hi):
+            start = tile * BLOCK_K
+            word = tl.load(tile_at + tile * FOLD, eviction_policy="evict_first")
+            v = _quarters(x_at + start, live, k, FOLD)
+            g = _norms(norm_weight, start + cols, k, FOLD, BLOCK_T, NORM)
+            y, squares = _operands(v, g, factor, squares, NORM, SUM_SQUARES)
+            s_now, z_now = s, z
+            if COLS > 0 and tile + 1 < hi:
+                s, z = _scales(scale, zero, srow, start + BLOCK_K, k, stride_scale, FOLD, COLS)
+            acc, sums = _multiply(acc, sums, word, y, s_now, z_now, FOLD, COLS, zero is not None, SUMS, ASM)
+    if COLS == 0:
+        acc = scaled(acc, sums, s[0], _taken(z[0], zero is not None, x.dtype.element_ty), acc * 0.0, SUMS)
+
+    finish_tile(
+        acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
+        live, n, k, eps, stride_out, G, SPLITS, SUM_SQUARES, EPILOGUE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quarters(at, live, k, FOLD: tl.constexpr):
+    """Inputs [P, BT] of each quarter of a tile, whose first is at `at`."""
+    return (
+        load_tokens(at, 0, live, k, True),
+        load_tokens(at + FOLD, 0, live, k, True),
+        load_tokens(at + 2 * FOLD, 0, live, k, True),
+        load_tokens(at + 3 * FOLD, 0, live, k, True),
+    )
+
+
+@triton.jit
+def _norms(norm_weight, cols, k, FOLD: tl.constexpr, BLOCK_T: tl.constexpr, NORM: tl.constexpr):
+    """The norm's weight for each of `_quarters`."""
+    cols = spread(cols, BLOCK_T)
+    return (
+        load_norm(norm_weight, cols, k, True, NORM),
+        load_norm(norm_weight, cols + FOLD, k, True, NORM),
+        load_norm(norm_weight, cols + 2 * FOLD, k, True, NORM),
+        load_norm(norm_weight, cols + 3 * FOLD, k, True, NORM),
+    )
+
+
+@triton.jit
+def _operands(v, g, factor, squares, NORM: tl.constexpr, SUM_SQUARES: tl.constexpr):
+    """(normed inputs of each quarter, sums of squares)."""
+    if SUM_SQUARES:  # of all quarters in one place each: a thread's own
+        for i in tl.static_range(4):
+            squares += v[i].to(tl.float32) * v[i].to(tl.float32)
+    y = (
+        normalize(v[0], g[0], factor, NORM), normalize(v[1], g[1], factor, NORM),
+        normalize(v[2], g[2], factor, NORM), normalize(v[3], g[3], factor, NORM),
+    )  # fmt: skip
+    return y, squares
+
+
+@triton.jit
+def _scales(scale, zero, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
+    """(scales, zeros) [BR, 1] of a tile, a tuple for the groups of its columns; without zeros, scales twice."""
+    s = _groups(scale, srow, start, k, stride, FOLD, COLS)
+    return s, s if zero is None else _groups(zero, srow, start, k, stride, FOLD, COLS)
+
+
+@triton.jit
+def _groups(scale, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
+    column = start + tl.zeros([1, 1], tl.int32)
+    if COLS == 0 or COLS >= 4 * FOLD:
+        return (load_scales(scale, srow, column, k, stride, COLS, True),)
+    elif COLS == 2 * FOLD:  # one address, from which neighbours have constant distances
+        return (
+            load_scales(scale, srow, column, k, stride, COLS, True),
+            load_scales(scale + 1, srow, column, k, stride, COLS, True),
+        )
+    else:
+        return (
+            load_scales(scale, srow, column, k, stride, COLS, True),
+            load_scales(scale + 1, srow, column, k, stride, COLS, True),
+            load_scales(scale + 2, srow, column, k, stride, COLS, True),
+            load_scales(scale + 3, srow, column, k, stride, COLS, True),
+        )
+
+
+@triton.jit
+def _multiply(
+    acc, sums, word, y, s, z, FOLD: tl.constexpr, COLS: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Adds the product of a tile's words [BR, P] and inputs y, four of [P, BT], to acc; to sums that of ones and y."""
+    DTYPE: tl.constexpr = y[0].dtype
+    PER: tl.constexpr = 4 if COLS == 0 or COLS >= 4 * FOLD else COLS // FOLD  # quarters that share a scale
+    ones = tl.full([acc.shape[0], FOLD], 1.0, tl.float32).to(DTYPE)
+    part, part_sums = acc, sums
+    for i in tl.static_range(4):
+        if COLS > 0 and i % PER == 0:
+            part = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
+            part_sums = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
+        w = quarter(word, z[i // PER], i, DTYPE, HAS_ZERO, SUMS, ASM)
+        part = tl.dot(w, y[i], part, input_precision="ieee")
+        if SUMS:
+            part_sums = tl.dot(ones, y[i], part_sums, input_precision="ieee")
+        if COLS > 0 and (i + 1) % PER == 0:
+            acc = scaled(part, part_sums, s[i // PER], _taken(z[i // PER], HAS_ZERO, DTYPE), acc, SUMS)
+    if COLS > 0:
+        return acc, sums
+    else:
+        return part, part_sums
+
+
+@triton.jit
+def _bias(DTYPE: tl.constexpr):
+    """What codes of DTYPE's operand are more by, for SUMS."""
+    if tl.float16 == DTYPE:
+        return BIAS_FP16
+    else:
+        return BIAS_BF16
+
+
+@triton.jit
+def _taken(z, HAS_ZERO: tl.constexpr, DTYPE: tl.constexpr):
+    """What sums of inputs take off, for SUMS: the bias and zero points."""
+    if HAS_ZERO:
+        return z + _bias(DTYPE)
+    else:
+        return _bias(DTYPE) + MIDDLE
+
+
+def _two_codes(place: int, less: str, dtype: str) -> str:
+    """PTX: nibble `place` of two 16-bit words, as two floats plus a bias, that less 8, or plus an operand.
+
+    The nibbles become the last bits of floats that equal the bias.
+    """
+    bias, one, middle = {
+        "bf16": ("0x43004300", "0x3f803f80", "0xc308c308"), "fp16": ("0x64006400", "0x3c003c00", "0xe408e408")
+    }[dtype]  # fmt: skip
+    moved = f"shr.u32 t, $1, {4 * place}; lop3.b32 t, t" if place else "lop3.b32 t, $1"
+    code = f".reg .b32 t, o, m; {moved}, 0x000f000f, {bias}, 0xEA; "
+    if less == "bias":
+        return f"{{ {code}mov.b32 $0, t; }}"
+    code += f"mov.b32 o, {one}; " + (f"mov.b32 m, {middle}; " if less == "middle" else "mov.b32 m, $2; ")
+    return f"{{ {code}fma.rn.{'f16' if dtype == 'fp16' else dtype}x2 $0, t, o, m; }}"
+
+
+# By place, of fp16 behind those of bf16.
+BIASED, CENTRED, SHIFTED = (
+    tl.constexpr(tuple(_two_codes(place, less, dtype) for dtype in ("bf16", "fp16") for place in range(4)))
+    for less in ("bias", "middle", "operand")
+)
+
+
+@triton.jit
+def quarter(
+    word, z, PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """[BR, P] of DTYPE, exact: codes PLACE of int16 words less zero points z [BR, 1], or less 8 without; or, for SUMS,
+    plus DTYPE's bias."""
+    if not ASM:
+        value = magic((word.to(tl.int32) >> 4 * PLACE) & 15)
+        return (value + _bias(DTYPE) if SUMS else value - (z if HAS_ZERO else MIDDLE)).to(DTYPE)
+    elif HAS_ZERO and not SUMS:
+        less = -_bias(DTYPE) - z
+        if tl.float16 == DTYPE:
+            half_asm: tl.constexpr = SHIFTED[4 + PLACE]
+            less = less.to(tl.float16)
+            return tl.inline_asm_elementwise(half_asm, "=r,r,r", [word, less], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            asm: tl.constexpr = SHIFTED[PLACE]
+            less = less.to(tl.bfloat16)
+            return tl.inline_asm_elementwise(asm, "=r,r,r", [word, less], dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif tl.float16 == DTYPE:
+        half_plain: tl.constexpr = BIASED[4 + PLACE] if SUMS else CENTRED[4 + PLACE]
+        return tl.inline_asm_elementwise(half_plain, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        plain: tl.constexpr = BIASED[PLACE] if SUMS else CENTRED[PLACE]
+        return tl.inline_asm_elementwise(plain, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def unfold_kernel(
+    q,  # [B, N, K / 4] int16, contiguous: folded codes
+    scale,  # [B, ceil(N / ROWS), ceil(K / COLS)] contiguous, a float type
+    zero,  # as scale, a float type, or None
+    out,  # [B, N, K] contiguous
+    n,
+    k,
+    scale_rows,
+    stride_scale,
+    BLOCK_R: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out = (codes - zero) * scale, in fp32 and rounded once; a program does BR rows of one block of 4 FOLD columns.
+
+    Bytes: the codes, the scales and the result.
+    """
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    cols, row, start = tl.arange(0, FOLD)[None, :], tl.minimum(rows, n - 1), tl.program_id(1) * (4 * FOLD)
+    word = tl.load(q + (matrix * n + row) * tl.multiple_of(k // 4, FOLD) + tl.program_id(1) * FOLD + cols)
+    srow = matrix * scale_rows + scale_row(row, ROWS)
+    out_at = out + (matrix * n + row) * k + start + cols
+    for i in tl.static_range(4):
+        column = start + i * FOLD + tl.zeros([1, 1], tl.int32)
+        s = load_scales(scale, srow, column, k, stride_scale, COLS, True)
+        z = s if zero is None else load_scales(zero, srow, column, k, stride_scale, COLS, True)
+        w = quarter(word, z, i, tl.float32, zero is not None, False, False) * s
+        tl.store(out_at + i * FOLD, w.to(out.dtype.element_ty), mask=rows < n)

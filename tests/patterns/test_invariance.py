@@ -1,0 +1,47 @@
+"""The check behind `deterministic=True`: what it lets through, and what it names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusecomp.config import EngineConfig
+from fusecomp.fusion import FUSE
+from fusecomp.patterns.invariance import BatchInvariance
+from fusecomp.runtime import step
+from fusecomp.runtime.engine import Engine
+from fusecomp.testing.patterns import check_fused, new_context
+from models.registry import FAMILIES, build
+
+CONFIG = EngineConfig(
+    max_model_len=48, max_num_seqs=3, max_num_batched_tokens=32, kv_cache_bytes=2 << 20, fuse="always",
+    compile_cache=False,
+)  # fmt: skip
+
+# Llama 4's router is its own: a choice by a library, which breaks ties as the number of rows has it.
+REFUSED = {"llama4": {"topk", "scatter"}}
+
+
+def refusals(family: str, monkeypatch: pytest.MonkeyPatch, **changes) -> list[str]:
+    """As on a GPU: the fuse stage with the check behind it."""
+    monkeypatch.setattr(step, "FUSE", (*FUSE, BatchInvariance()))
+    report = Engine(build(family, torch.bfloat16), CONFIG.replace(**changes)).report
+    return [miss.reason for miss in report.near_misses if miss.pattern == BatchInvariance.name]
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(n, marks=() if f.core else pytest.mark.slow) for n, f in FAMILIES.items()]
+)
+def test_fused_models_pass(family, monkeypatch):
+    named = {reason.split()[0] for reason in refusals(family, monkeypatch)}
+    assert named == REFUSED.get(family, set())
+
+
+def test_a_product_that_no_pattern_took_is_named(monkeypatch):
+    found = refusals("llama", monkeypatch, disabled_patterns=("linear",))
+    assert found and set(found) == {"mm sums in an order that follows the number of rows"}
+
+
+@pytest.mark.parametrize("example", BatchInvariance().examples(), ids=lambda e: e.name)
+def test_examples(example):
+    check_fused(BatchInvariance(), example, new_context(), torch.float32)
