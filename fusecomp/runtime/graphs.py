@@ -199,6 +199,11 @@ class GraphRunner:
         self._capture_seconds = 0.0  # of the latest capture
         self._launch_seconds = float("inf")  # of the host, for one step without a graph: the least seen
 
+    @property
+    def num_captures(self) -> int:
+        """Graphs that can be replayed."""
+        return len(self._graphs)
+
     # ------------------------------------------------------------------ which shape
 
     def choose(self, step: ScheduledStep) -> Shape | None:
