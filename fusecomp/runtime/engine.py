@@ -6,10 +6,8 @@ One thread owns an engine. Lifecycle: resolve limits -> compile the step -> size
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +42,7 @@ from fusecomp.runtime.outputs import StepOutput, step_outputs
 from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
 from fusecomp.runtime.sampler import greedy
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
+from fusecomp.runtime.stand_in import StandIns
 from fusecomp.runtime.step import CompiledStep
 from fusecomp.runtime.step_batch import MixedShape, StepBatch
 from fusecomp.runtime.swap import open_swap_space
@@ -70,7 +69,6 @@ class Engine:
         begin = time.perf_counter()
         parameter = next(model.parameters())
         self.device = parameter.device
-        self._stand_ins = itertools.count(-2, -1)
         self.vocab_size = memory.vocabulary(model)
         self.config = config = memory.resolve_limits(model, config)
         self._step = CompiledStep(model, config, self.device, parameter.dtype)
@@ -80,6 +78,7 @@ class Engine:
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
         self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
+        self._stand_ins = StandIns(self._step, self._builder, config)
         num_blocks = self._compile_and_size(config)
         self._step.allocate(num_blocks)
         assert config.max_model_len is not None
@@ -285,30 +284,8 @@ class Engine:
             RequestError: requests are being served, a prompt is too short, or the prompts do not fit one step and the
                 KV cache.
         """
-        per_prompt = [self._scheduler.kv.blocks_for(len(p)) for p in prompts]
-        if self.has_unfinished_requests():
-            raise RequestError("requests are being served", where="prompt_logits", remedy="drain the engine first")
-        shortest, config = (2 if decode_last else 1), self.config
-        if not prompts or min(map(len, prompts)) < shortest:
-            raise RequestError("too few tokens", where="prompt_logits", remedy=f"give at least {shortest} a prompt")
-        assert config.max_model_len is not None
-        if (
-            len(prompts) > config.max_num_seqs
-            or max(map(len, prompts)) > config.max_model_len
-            or sum(map(len, prompts)) > config.max_num_batched_tokens
-            or sum(per_prompt) > self._scheduler.kv.num_blocks
-        ):
-            raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")
-        self._scheduler.kv.pool.forget_all()  # the first blocks are written below, whoever's content they keep
-        ends = list(itertools.accumulate(per_prompt))
-        blocks = [list(range(end - n, end)) for n, end in zip(per_prompt, ends, strict=True)]
-        if not decode_last:
-            return self._step(self._stand_in_prefill(prompts, blocks))
-        self._step(self._stand_in_prefill([p[:-1] for p in prompts], blocks))
-        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
-        rows = len(prompts)
-        step = ScheduledStep(seqs, [len(p) - 1 for p in prompts], [1] * rows, [True] * rows, rows, rows, 0)
-        return self._step(self._builder.build(step))
+        self._require_idle("prompt_logits")
+        return self._stand_ins.prompt_logits(self._scheduler.kv, prompts, decode_last=decode_last)
 
     def token_logits(self, prompt: list[int]) -> Tensor:
         """Logits [N, V] after every token of one prompt, computed in chunks of a step; only while no request lives.
@@ -316,20 +293,12 @@ class Engine:
         Raises:
             RequestError: requests are being served, or the prompt is empty or does not fit the context or KV cache.
         """
-        config, blocks = self.config, self._scheduler.kv.blocks_for(len(prompt))
-        assert config.max_model_len is not None
+        self._require_idle("token_logits")
+        return self._stand_ins.token_logits(self._scheduler.kv, prompt)
+
+    def _require_idle(self, where: str) -> None:
         if self.has_unfinished_requests():
-            raise RequestError("requests are being served", where="token_logits", remedy="drain the engine first")
-        if not 0 < len(prompt) <= config.max_model_len or blocks > self.num_kv_blocks:
-            raise RequestError(f"a prompt of {len(prompt)} tokens does not fit", where="token_logits")
-        self._scheduler.kv.pool.forget_all()  # as in `prompt_logits`
-        seq, logits = self._stand_in(0, prompt, []), []
-        for start in range(0, len(prompt), config.max_num_batched_tokens):
-            size = min(config.max_num_batched_tokens, len(prompt) - start)
-            seq.blocks = list(range(self._scheduler.kv.blocks_for(start + size)))  # grown as the scheduler does
-            batch = self._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
-            logits.append(self._step(replace(batch, logit_indices=torch.arange(size, device=self.device))))
-        return torch.cat(logits)
+            raise RequestError("requests are being served", where=where, remedy="drain the engine first")
 
     def rounded_logits(self, prompt: list[int]) -> Tensor | None:
         """Logits [1, N, V] of the original model on a prompt, its keys and values rounded as an FP8 cache does.
@@ -367,7 +336,7 @@ class Engine:
         size = budget.trial_tokens
         prompts, places = [[1] * size.tokens_per_row] * size.rows, [[0] * blocks] * size.rows
         with compile_ahead(self.device):
-            self._step.warm_up(self._stand_in_prefill(prompts, places))
+            self._step.warm_up(self._stand_ins.prefill(prompts, places))
             start = time.perf_counter()
             if compiling_ahead():
                 self._meet_kernels()
@@ -375,7 +344,7 @@ class Engine:
             self.report.seconds["kernels ahead"] = time.perf_counter() - start
         budget.begin()
         start = time.perf_counter()
-        greedy(self._step(self._stand_in_prefill(prompts, places)))
+        greedy(self._step(self._stand_ins.prefill(prompts, places)))
         num_blocks = budget.end()  # which waits for the step
         self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
         return num_blocks
@@ -392,14 +361,14 @@ class Engine:
         for shape in shapes:
             greedy(self._step(self._builder.padding(shape)))
         if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
-            self._step(self._stand_in_prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
+            self._step(self._stand_ins.prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
 
     def _confirm_program(self) -> None:
         """Try a program that no trace of the whole model made here on a prompt; compile anew when it is wrong."""
         trial = self._step.trial()
         if self._step.confirm("" if trial is None else self._difference(*trial)):
             return
-        self._step.warm_up(self._stand_in_prefill([[1]], [[0]]))
+        self._step.warm_up(self._stand_ins.prefill([[1]], [[0]]))
         self._step.confirm("")
 
     def _difference(self, prompt: list[int], expected: Tensor | None) -> str | None:
@@ -420,19 +389,6 @@ class Engine:
             allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, WRONG_PROGRAM)
             return f"{middle:.2g} (relative)" if middle > allowed else ""
         return None
-
-    def _stand_in_prefill(self, prompts: list[list[int]], blocks: list[list[int]]) -> StepBatch:
-        """A batch of whole prompts outside the scheduler, on the given blocks."""
-        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
-        lengths = [len(p) for p in prompts]
-        step = ScheduledStep(seqs, [0] * len(seqs), lengths, [True] * len(seqs), 0, sum(lengths), 0)
-        return self._builder.build(step)
-
-    def _stand_in(self, row: int, tokens: list[int], blocks: list[int]) -> SequenceState:
-        """A sequence outside the scheduler; its admission number, negative and new, never meets a real one."""
-        seq = SequenceState(f"stand-in {row}", tokens, SamplingParams(temperature=0.0))
-        seq.row, seq.admission, seq.blocks = row, next(self._stand_ins), blocks
-        return seq
 
     def _check_packing(self) -> None:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
@@ -466,7 +422,7 @@ class Engine:
         for shape in graphs.wanted():
             self._capture(graphs, shape, Kind())
             if isinstance(shape, int) and graphs.captured(shape, Kind()):
-                graphs.check(self._stand_in_decodes(shape), shape, Kind())
+                graphs.check(self._stand_ins.decodes(shape, self.num_kv_blocks), shape, Kind())
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
         note = self.report.notes.append
@@ -477,15 +433,6 @@ class Engine:
         return mixed_shapes(
             self.config.max_num_seqs, min(self.config.max_num_batched_tokens, self.config.max_model_len)
         )
-
-    def _stand_in_decodes(self, size: int) -> StepBatch:
-        """Rows with two cached tokens and a new one, or only a new one where blocks are too few."""
-        pages = -(-3 // self.config.block_size)
-        tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
-        blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
-        seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
-        step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
-        return self._builder.build(step, size)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():
