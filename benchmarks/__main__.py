@@ -146,6 +146,7 @@ def _graphs(graphs: GraphRunner) -> dict[str, Any]:
         "captures": graphs.num_captures,
         "seconds": round(graphs.captures_seconds, 3),
         "bytes": graphs.num_bytes,
+        "launch_ms": round(graphs.launch_seconds * 1e3, 3),
         "ms": {str(tuple(k) if isinstance(k, tuple) else k): round(v * 1e3, 4) for k, v in graphs.seconds.items()},
     }
 

@@ -7,8 +7,9 @@ same addresses at every step, which is what a captured CUDA graph replays, and a
 
 Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
 parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
-step. A step gathers its lines into pinned staging buffers and copies those that changed. There are two staging sets,
-each with an event: one is filled while the copies from the other may still be in flight.
+step. A step gathers its lines into pinned staging buffers. What changes at every step of decodes one kernel reads from
+there (`lowerings/feed.py`); the rest is copied when it changed. There are two staging sets, each with an event: one is
+filled while the other may still be read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ _BUFFERS = {
     "seeds": torch.int64,
     "rows": torch.int64,
     "continues": torch.int64,
+    "moved_at": torch.int32,
+    "moved_to": torch.int32,
 }
+_STAGED_ONLY = ("continues", "moved_at", "moved_to")
 _SAMPLING = ("temperature", "top_k", "top_p", "seeds")
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
 
@@ -103,7 +107,9 @@ class BatchBuilder:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
         shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S * P,)}
         self._device = {
-            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device) for name, shape in shapes.items()
+            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device)
+            for name, shape in shapes.items()
+            if name not in _STAGED_ONLY
         }
         # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
         self._packed_tables = self._device["block_tables"]
@@ -115,7 +121,7 @@ class BatchBuilder:
         # In a decode-only step row s owns token s, whatever the bucket.
         self._identity = torch.arange(S, dtype=torch.int64, device=self.device)
         self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
-        self._in_order = list(range(S))
+        self._order = np.arange(S)
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
 
         self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
@@ -137,12 +143,13 @@ class BatchBuilder:
         self._padded_rows = -1
         self._placement = (0, 0)  # rows before a gap in the block tables, and where those after it begin
         self._all_needs, self._most_logprobs = 0, -1
+        self._moved = 0  # entries of block tables that the step in the making brings
 
     def build(
         self,
         step: ScheduledStep,
         pad_to: int | MixedShape | None = None,
-        continues: tuple[torch.Tensor, list[int]] | None = None,
+        continues: tuple[torch.Tensor, Sequence[int]] | None = None,
     ) -> StepBatch:
         """Fill the batch of `step`.
 
@@ -150,7 +157,7 @@ class BatchBuilder:
             step: from `Scheduler.schedule`, before the matching `update`.
             pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
             continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and for each
-                decode the row of it that it continues from, or `KNOWN`.
+                decode the row of it that it continues from, or `KNOWN`; a `range` says each its own.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
@@ -173,7 +180,8 @@ class BatchBuilder:
         staging.wait()
 
         max_seq_len = int(ends.max())
-        rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging)
+        self._moved = 0
+        rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging, step.decode_only)
         seq_lens = staging.arrays["seq_lens"]
         seq_lens[:nd] = ends[:nd]
         seq_lens[nd : nd + gap] = 0
@@ -208,10 +216,13 @@ class BatchBuilder:
                 staging.arrays["logit_indices"][n:S] = 0
             self._copy(staging, "cu_q_lens", S + 1)
             self._copy(staging, "logit_indices", S)
-        self._copy(staging, "seq_lens", S)
-        self._copy(staging, "tokens", 3 * T)
-        if sampled is not None and sampled_rows:
-            self._continue_from(sampled, sampled_rows, staging)
+        if step.decode_only:
+            self._feed(staging, S, sampled, sampled_rows or ())
+        else:
+            self._copy(staging, "seq_lens", S)
+            self._copy(staging, "tokens", 3 * T)
+            if sampled is not None and sampled_rows:
+                self._continue_from(sampled, sampled_rows, staging)
         staging.record()
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
@@ -225,15 +236,43 @@ class BatchBuilder:
         """Tokens of the longest sequence that a block table holds, which a captured launch must serve."""
         return self.max_blocks_per_seq * self.block_size
 
-    def _continue_from(self, sampled: torch.Tensor, rows: list[int], staging: _Staging) -> None:
+    def _feed(self, staging: _Staging, size: int, sampled: torch.Tensor | None, rows: Sequence[int]) -> None:
+        """Bring a step of `size` decodes to the device, and the entries of block tables that `_refresh` moved."""
+        device, staged, count, moved = self._device, staging.tensors, len(rows), self._moved
+        if self.device.type != "cuda":
+            self._copy(staging, "seq_lens", size)
+            self._copy(staging, "tokens", 3 * size)
+            if moved:
+                device["block_tables"].view(-1)[staged["moved_at"][:moved]] = staged["moved_to"][:moved]
+            if sampled is not None and rows:
+                self._continue_from(sampled, rows, staging)
+            return
+        from fusecomp.lowerings.feed import launch_feed
+
+        if rows:
+            staging.arrays["continues"][:count] = self._order[:count] if isinstance(rows, range) else rows
+        launch_feed(
+            staged["tokens"],
+            staged["seq_lens"],
+            (staged["moved_at"], staged["moved_to"]),
+            staged["continues"],
+            sampled,
+            device["tokens"],
+            device["seq_lens"],
+            device["block_tables"],
+            size,
+            count,
+            moved,
+        )
+
+    def _continue_from(self, sampled: torch.Tensor, rows: Sequence[int], staging: _Staging) -> None:
         """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
         count, tokens = len(rows), self._device["tokens"]
-        if rows == self._in_order[:count]:
+        if isinstance(rows, range):
             torch.clamp(sampled[:count], min=0, out=tokens[:count])
             return
         staging.arrays["continues"][:count] = rows
-        self._copy(staging, "continues", count)
-        at = self._device["continues"][:count]
+        at = staging.tensors["continues"][:count].to(self.device, non_blocking=True)
         taken = sampled[at.clamp(min=0)].clamp_(min=0)
         tokens[:count] = torch.where(at < 0, tokens[:count], taken) if KNOWN in rows else taken
 
@@ -276,8 +315,11 @@ class BatchBuilder:
         padded: int,
         placement: tuple[int, int],
         staging: _Staging,
+        decode_only: bool,
     ) -> np.ndarray:
         """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
+
+        Where the rows are those of the step before and all decode, the places of new blocks are noted for `_feed`.
 
         Args:
             placement: rows before the gap in the block tables, and where those after it begin.
@@ -297,6 +339,8 @@ class BatchBuilder:
         n = len(seqs)
         # With the rows of the last step, only those whose block count moved need a look.
         stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
+        same_places = same_rows and decode_only and placement == self._placement
+        places = list[int]()
         for i in stale:
             seq = seqs[i]
             row, count = seq.row, num_blocks[i]
@@ -307,6 +351,28 @@ class BatchBuilder:
                 assert count <= self.max_blocks_per_seq, f"{seq.request_id!r} holds {count} blocks"
                 self._table[row, known:count] = seq.blocks[known:]
                 self._row_blocks[row] = count
+                if same_places:
+                    places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
+        if same_places and len(places) <= self.max_rows:
+            self._note_moves(places, rows, staging)
+        else:
+            self._copy_tables(rows, max_seq_len, placement, staging)
+        self._num_blocks, self._placement = num_blocks, placement
+        if not same_rows or padded != self._padded_rows:
+            self._gather_sampling(rows, padded, staging)
+            self._admissions = admissions
+        return rows
+
+    def _note_moves(self, places: list[int], rows: np.ndarray, staging: _Staging) -> None:
+        """Say what `_feed` is to write to the block tables: what the table of each row holds there."""
+        self._moved = count = len(places)
+        at = np.array(places, np.int64)
+        staging.arrays["moved_at"][:count] = at
+        lines, columns = np.divmod(at, self.max_blocks_per_seq)
+        staging.arrays["moved_to"][:count] = self._table[rows[lines], columns]
+
+    def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: _Staging) -> None:
+        n = len(rows)
         width = -(-max_seq_len // self.block_size)
         staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._table[rows, :width]
         packed = staging.tensors["block_tables"][: n * width]
@@ -318,11 +384,6 @@ class BatchBuilder:
             self._device["block_tables"][:before, :width].copy_(packed[:before])
         if before < n:
             self._device["block_tables"][after : after + n - before, :width].copy_(packed[before:])
-        self._num_blocks, self._placement = num_blocks, placement
-        if not same_rows or padded != self._padded_rows:
-            self._gather_sampling(rows, padded, staging)
-            self._admissions = admissions
-        return rows
 
     def _enter(self, seq: SequenceState) -> None:
         """Start a row's line in the tables for a newly admitted sequence."""
@@ -382,7 +443,7 @@ class BatchBuilder:
         latest[1].copy_(latest[2], non_blocking=True)
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
-        views = {name: buffer[:S] for name, buffer in self._device.items() if name != "continues"}
+        views = {name: buffer[:S] for name, buffer in self._device.items()}
         views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
         views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
         return views

@@ -7,7 +7,7 @@ One thread owns an engine. Lifecycle: resolve limits -> compile the step -> size
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ class Engine:
         self._note_fallbacks()
         return outputs
 
-    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, list[int]] | None = None) -> Flight:
+    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, Sequence[int]] | None = None) -> Flight:
         """Queue a step's device work; nothing is waited for."""
         wanted = prompt_tokens(step)
         shape = self._graphs.choose(step) if self._graphs and wanted is None else None
@@ -351,6 +351,8 @@ class Engine:
 
     def _meet_kernels(self) -> None:
         """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps."""
+        from fusecomp.lowerings.feed import launch_deliver
+
         config, checked = self.config, DECODED[0]
         sizes = {min(len(checked), config.max_num_seqs)}
         mixed: list[MixedShape] = []
@@ -359,7 +361,9 @@ class Engine:
             mixed = shapes_to_meet(self._mixed_shapes(), config.max_num_batched_tokens)
         shapes: list[Shape] = [*sorted(sizes, reverse=True), *mixed]
         for shape in shapes:
-            greedy(self._step(self._builder.padding(shape)))
+            tokens = greedy(self._step(self._builder.padding(shape)))
+        self._stand_ins.decodes(1, 1)  # what feeds a step of decodes
+        launch_deliver(tokens, tokens)
         if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
             self._step(self._stand_ins.prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
 

@@ -72,12 +72,13 @@ def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[MixedShape]:
 
 def shapes_to_meet(shapes: Sequence[MixedShape], max_tokens: int) -> list[MixedShape]:
     """Mixed steps that together want the kernels of all, also of those without a graph: every number of tokens once,
-    and powers of two beyond; every number of decodes once."""
+    and powers of two beyond; every small number of decodes, and those of `SIZES`."""
     if not shapes:
         return []
     most, rows = max(shape.tokens for shape in shapes), max(shape.decodes for shape in shapes)
     longer = (MixedShape(t, rows, FEW_PREFILLS) for t in (2048, 4096) if most < t < max_tokens)
-    decodes = (MixedShape(most, size, FEW_PREFILLS) for size in SIZES if size <= rows)
+    few = sorted({*range(1, 17), *SIZES})  # launches of few rows differ from one to the next
+    decodes = (MixedShape(most, size, FEW_PREFILLS) for size in few if size <= rows)
     return list(dict.fromkeys([*{shape.tokens: shape for shape in shapes}.values(), *longer, *decodes]))
 
 
@@ -104,6 +105,10 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        # A pool that lost its last graph cannot be captured into again, and the first capture may fail.
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._keeper, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device="cuda")
 
     def record(self, run: Callable[[], Sampled]) -> tuple[Callable[[], object], Sampled]:
         torch.cuda.synchronize()
@@ -200,6 +205,11 @@ class GraphRunner:
         self._launch_seconds = float("inf")  # of the host, for one step without a graph: the least seen
 
     @property
+    def launch_seconds(self) -> float:
+        """What launching a step without a graph takes the host, at least."""
+        return self._launch_seconds
+
+    @property
     def num_captures(self) -> int:
         """Graphs that can be replayed."""
         return len(self._graphs)
@@ -241,10 +251,14 @@ class GraphRunner:
 
     def _hides_launches(self, shape: MixedShape) -> bool:
         """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile."""
-        known = (
-            s for size, s in self.seconds.items() if (size if isinstance(size, int) else size.tokens) <= shape.tokens
+        return any(
+            self._hidden(size)
+            for size in self.seconds
+            if (size if isinstance(size, int) else size.tokens) <= shape.tokens
         )
-        return max(known, default=0.0) * HIDDEN > self._launch_seconds
+
+    def _hidden(self, shape: Shape) -> bool:
+        return self.seconds[shape] * HIDDEN > self._launch_seconds
 
     # ------------------------------------------------------------------ captures
 
@@ -289,7 +303,8 @@ class GraphRunner:
             self._unchecked.add(shape)
         self.seconds.setdefault(shape, seconds)
         self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
-        self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape))
+        # One that hides launches itself, of which the shape before gave no hint, is better left unpadded.
+        self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape) and not self._hidden(size))
         self.num_bytes += max(0, self._recorder.used_bytes() - before)
         if kind.tables:  # graphs of an earlier version read tables that were replaced; a capture has waited for them
             for key in [key for key in self._graphs if key[1].tables not in (0, kind.tables)]:

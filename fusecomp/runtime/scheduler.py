@@ -161,12 +161,13 @@ class Scheduler:
 
         The caller runs the step and calls `update` before it schedules again.
         """
-        return self._compose(self._running)
+        return self._compose()
 
-    def _compose(self, running: list[SequenceState], *, ahead: bool = False) -> ScheduledStep | None:
-        """The next step of the sequences `running`, in rank order, and of waiting ones.
+    def _compose(self, *, ahead: bool = False) -> ScheduledStep | None:
+        """The next step of running sequences and of waiting ones.
 
-        With `ahead` nobody is preempted: None where somebody would be, and before any is admitted.
+        With `ahead` those that reach their length with the token to come have no part in it, and nobody is preempted:
+        None where somebody would be, and before any is admitted.
         """
         seqs: list[SequenceState] = []
         starts: list[int] = []
@@ -175,11 +176,13 @@ class Scheduler:
         decode, at = seqs.append, starts.append  # once: the loop below runs for every decode
         # Preemption pops from the tail of the list under iteration, behind or at the current sequence: that ends the
         # loop early, as it should. What was scheduled stays.
-        for seq in running:
-            start = seq.num_computed_tokens
-            if start + 1 != len(seq.token_ids) or start == 0:
+        for seq in self._running:
+            start, known = seq.num_computed_tokens, len(seq.token_ids)
+            if start + 1 != known or start == 0:
                 prefills.append(seq)
                 continue
+            if known == seq.max_total_tokens:
+                continue  # only `ahead`
             while start >= seq.num_slots and not self._grow(seq, start):
                 if ahead:
                     return None
@@ -242,7 +245,7 @@ class Scheduler:
             seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted, *self.swap.take_moves()
         )
 
-    def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, list[int]] | None:
+    def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, Sequence[int]] | None:
         """The step after `step`, which is launched, before the tokens that `step` samples are known.
 
         It is what `schedule` gives if no row of `step` turns out to stop; one that does is computed in vain. Rows that
@@ -250,17 +253,17 @@ class Scheduler:
         preempted, or nothing is left to do.
 
         Returns: the step, and for each of its decodes the row of `step` whose sampled token it continues from, or
-            `KNOWN` for the last token of a prompt that was cut before it.
+            `KNOWN` for the last token of a prompt that was cut before it; a `range` if that is each decode's own row.
         """
         if self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             return None
         self._move_on(step)
-        following = self._compose([s for s in self._running if len(s.token_ids) < s.max_total_tokens], ahead=True)
+        following = self._compose(ahead=True)
         if following is None:
             return None
         decodes = following.seqs[: following.num_decodes]
         if decodes == step.seqs and all(step.samples):  # nearly always, and quickly found
-            return following, list(range(len(decodes)))
+            return following, range(len(decodes))
         row_of = {seq: row for row, (seq, draws) in enumerate(zip(step.seqs, step.samples, strict=True)) if draws}
         return following, [row_of.get(seq, KNOWN) for seq in decodes]
 

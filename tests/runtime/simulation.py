@@ -47,7 +47,7 @@ class PagedModel:
         self.cache: dict[int, tuple[int, int]] = {}  # slot -> token, hash of all tokens up to it
         self.host: dict[int, list[tuple[int, int] | None]] = {}  # host block -> what its slots hold
 
-    def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], list[int]] | None = None) -> list[int]:
+    def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], Sequence[int]] | None = None) -> list[int]:
         """Run `step`; one that was scheduled ahead takes its tokens from those sampled before, as the engine does."""
         self.move(step)
         written: set[int] = set()

@@ -308,3 +308,22 @@ def test_kernels_of_every_size_are_met_at_the_start():
     assert {s.tokens for s in met} == {s.tokens for s in shapes} | {2048, 4096}
     assert {s.decodes for s in met} >= {s.decodes for s in shapes} and all(s.decodes <= s.tokens for s in met)
     assert shapes_to_meet([], 8192) == []
+
+
+@pytest.mark.parametrize("head_dim, kv_heads, group", [(64, 8, 4), (128, 8, 4), (128, 4, 8), (128, 8, 2), (256, 4, 2)])
+def test_no_number_of_decodes_wants_a_kernel_that_was_not_met(head_dim, kv_heads, group):
+    """What the decode kernel is specialized on, for every number of decodes beside a prefill."""
+    from fusecomp.lowerings.paged_attention import heuristics
+
+    def variant(rows: int) -> tuple:
+        config = heuristics.decode_config(
+            heuristics.SM90, head_dim=head_dim, itemsize=2, num_kv_heads=kv_heads, page_size=16, num_rows=rows,
+            capacity=2112, group=group,
+        )  # fmt: skip
+        tiles, early = config.min_tiles(), heuristics.launches_early(rows * kv_heads)
+        splits = heuristics.next_power_of_2(config.num_splits)
+        launch = config.block_n, config.num_warps, config.num_stages, splits
+        return *launch, early, tiles == 1, tiles % 16 == 0
+
+    met = {variant(shape.decodes) for shape in shapes_to_meet(mixed_shapes(256, 8192), 8192)}
+    assert {rows: variant(rows) for rows in range(1, 257) if variant(rows) not in met} == {}
