@@ -243,7 +243,8 @@ class BatchBuilder:
             self._copy(staging, "seq_lens", size)
             self._copy(staging, "tokens", 3 * size)
             if moved:
-                device["block_tables"].view(-1)[staged["moved_at"][:moved]] = staged["moved_to"][:moved]
+                tables = device["block_tables"].numpy().reshape(-1)
+                tables[staging.arrays["moved_at"][:moved]] = staging.arrays["moved_to"][:moved]
             if sampled is not None and rows:
                 self._continue_from(sampled, rows, staging)
             return

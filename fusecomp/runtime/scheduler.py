@@ -274,11 +274,10 @@ class Scheduler:
         assert self._launched is None, "two steps are in flight"
         self._launched = step
         running = Status.RUNNING
-        if step.decode_only:  # the same, quicker
+        if step.decode_only and step.seqs == self._running:  # the same, quicker
             for seq in step.seqs:
-                if seq.status is running:
-                    seq.num_computed_tokens += 1
-                    seq.token_ids.append(UNKNOWN_TOKEN)
+                seq.num_computed_tokens += 1
+                seq.token_ids.append(UNKNOWN_TOKEN)
             return
         for seq, size, draws in zip(step.seqs, step.num_new_tokens, step.samples, strict=True):
             if seq.status is running:  # not aborted, nor ended by the token before this one
