@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
-from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.kv_cache import fill_random
 from fusecomp.quant.online.record import describe as describe_quantization
@@ -26,30 +24,18 @@ from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
-from fusecomp.runtime.graphs import (
-    CudaRecorder,
-    GraphRunner,
-    Recorder,
-    Shape,
-    bucket_sizes,
-    mixed_shapes,
-    shapes_to_meet,
-)
+from fusecomp.runtime.graphs import CudaRecorder, GraphRunner, Recorder, Shape, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
-from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
-from fusecomp.runtime.sampler import greedy
+from fusecomp.runtime.packing import MOST_BLOCKS, check_invariance, check_packing
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
 from fusecomp.runtime.stand_in import StandIns
+from fusecomp.runtime.start_up import compile_and_size, confirm_program, limit_to_proof, mixed_shapes_of
 from fusecomp.runtime.step import CompiledStep
-from fusecomp.runtime.step_batch import MixedShape, StepBatch
+from fusecomp.runtime.step_batch import StepBatch
 from fusecomp.runtime.swap import open_swap_space
-
-# Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
-# SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
-WRONG_PROGRAM = 0.02
 
 
 class Engine:
@@ -73,13 +59,13 @@ class Engine:
         self.config = config = memory.resolve_limits(model, config)
         self._step = CompiledStep(model, config, self.device, parameter.dtype)
         self.report: FusionReport = self._step.report
-        self.config = config = self._limit_to_proof(config)
+        self.config = config = limit_to_proof(self._step, config)
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
         self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
         self._stand_ins = StandIns(self._step, self._builder, config)
-        num_blocks = self._compile_and_size(config)
+        num_blocks, prefill_rate = compile_and_size(self._step, self._builder, self._stand_ins, config)
         self._step.allocate(num_blocks)
         assert config.max_model_len is not None
         longest = num_blocks * config.block_size + 1  # the last token is never cached
@@ -91,7 +77,7 @@ class Engine:
         limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
         self._host_blocks, swap = None, None
         if config.swap_bytes:
-            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, self._prefill_rate)
+            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, prefill_rate)
             self._host_blocks, swap, note = opened
             self.report.notes.append(note)
         self._scheduler = Scheduler(*limits, kv, swap)
@@ -103,7 +89,7 @@ class Engine:
         self._launch_seconds = 0.0
         self._runway = Runway(self._builder.max_rows, self.device)
         self._latest: tuple[StepBatch, Shape | None] | None = None
-        self._confirm_program()
+        confirm_program(self._step, self._stand_ins, self.prompt_logits)
         self._step.seal()
         self._check_packing()
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -309,13 +295,6 @@ class Engine:
 
     # ------------------------------------------------------------------ start-up
 
-    def _limit_to_proof(self, config: EngineConfig) -> EngineConfig:
-        assert config.max_model_len is not None
-        if config.max_model_len <= self._step.proven_length:
-            return config
-        self.report.notes.append(f"max_model_len limited to {self._step.proven_length}: inline masks are proven to it")
-        return config.replace(max_model_len=self._step.proven_length)
-
     def _new_builder(self, config: EngineConfig) -> BatchBuilder:
         assert config.max_model_len is not None
         return BatchBuilder(
@@ -327,72 +306,6 @@ class Engine:
             config.seed,
             self._tables.enter,
         )
-
-    def _compile_and_size(self, config: EngineConfig) -> int:
-        """Compile on a first batch, the largest prefill on a GPU so that its memory is known; returns KV blocks."""
-        blocks = -(-config.max_model_len // config.block_size)  # type: ignore[operator]
-        budget = memory.KVBudget(self.device, config, self._step.block_bytes, blocks)
-        self._step.allocate(budget.trial_blocks)
-        size = budget.trial_tokens
-        prompts, places = [[1] * size.tokens_per_row] * size.rows, [[0] * blocks] * size.rows
-        with compile_ahead(self.device):
-            self._step.warm_up(self._stand_ins.prefill(prompts, places))
-            start = time.perf_counter()
-            if compiling_ahead():
-                self._meet_kernels()
-        if self.device.type == "cuda":
-            self.report.seconds["kernels ahead"] = time.perf_counter() - start
-        budget.begin()
-        start = time.perf_counter()
-        greedy(self._step(self._stand_ins.prefill(prompts, places)))
-        num_blocks = budget.end()  # which waits for the step
-        self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
-        return num_blocks
-
-    def _meet_kernels(self) -> None:
-        """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps."""
-        from fusecomp.lowerings.feed import launch_deliver
-
-        config, checked = self.config, DECODED[0]
-        sizes = {min(len(checked), config.max_num_seqs)}
-        mixed: list[MixedShape] = []
-        if not config.enforce_eager:
-            sizes |= {*bucket_sizes(config.max_num_seqs)}
-            mixed = shapes_to_meet(self._mixed_shapes(), config.max_num_batched_tokens)
-        shapes: list[Shape] = [*sorted(sizes, reverse=True), *mixed]
-        for shape in shapes:
-            tokens = greedy(self._step(self._builder.padding(shape)))
-        self._stand_ins.decodes(1, 1)  # what feeds a step of decodes
-        launch_deliver(tokens, tokens)
-        if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
-            self._step(self._stand_ins.prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
-
-    def _confirm_program(self) -> None:
-        """Try a program that no trace of the whole model made here on a prompt; compile anew when it is wrong."""
-        trial = self._step.trial()
-        if self._step.confirm("" if trial is None else self._difference(*trial)):
-            return
-        self._step.warm_up(self._stand_ins.prefill([[1]], [[0]]))
-        self._step.confirm("")
-
-    def _difference(self, prompt: list[int], expected: Tensor | None) -> str | None:
-        """How the logits after each token of `prompt` differ from those expected by more than rounding; empty if not.
-
-        None when there is nothing to compare. The row in the middle is judged: nearly tied routing scores may spoil
-        one, a wrong program spoils all.
-        """
-        if expected is None:
-            return None
-        for first in range(1, len(prompt) + 1):  # as many prompts as fit one step
-            try:
-                actual = self.prompt_logits([prompt[:end] for end in range(first, len(prompt) + 1)])
-            except RequestError:
-                continue
-            errors = sorted(row_errors(actual, expected[first - 1 :]))
-            middle = errors[len(errors) // 2] if errors else 0.0
-            allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, WRONG_PROGRAM)
-            return f"{middle:.2g} (relative)" if middle > allowed else ""
-        return None
 
     def _check_packing(self) -> None:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
@@ -430,12 +343,8 @@ class Engine:
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
         note = self.report.notes.append
-        return GraphRunner(self._step, self._forward, bucket_sizes(largest), self._mixed_shapes(), note, recorder)
-
-    def _mixed_shapes(self) -> list[MixedShape]:
-        assert self.config.max_model_len is not None
-        return mixed_shapes(
-            self.config.max_num_seqs, min(self.config.max_num_batched_tokens, self.config.max_model_len)
+        return GraphRunner(
+            self._step, self._forward, bucket_sizes(largest), mixed_shapes_of(self.config), note, recorder
         )
 
     def _note_fallbacks(self) -> None:
