@@ -31,7 +31,7 @@ from benchmarks.linear_chain import EPS, MODELS, Chain, Kind, Model
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
+from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config, serves_halves, serves_words
 from fusecomp.lowerings.quant.lowering import run_quant
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import NormSpec
@@ -49,6 +49,11 @@ SCHEMES = {
     "nf4": (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
 }
 LAYERS = 4
+# Rows, columns and warps of the one-token kernel that reads words: 256 columns a warp, or twice that.
+WORD_TILES = (
+    (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (2, 4096, 4), (4, 4096, 4),
+    (4, 512, 2), (8, 512, 2), (4, 1024, 2), (8, 1024, 2), (8, 256, 1), (4, 512, 1), (4, 2048, 8), (8, 2048, 8),
+)  # fmt: skip
 SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
 Weight = tuple[Tensor, Tensor, Tensor | None]
 
@@ -140,20 +145,37 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         columns = 2048 if shape.bits == 4 else 1024
         for rows, block_k, warps in ((4, columns, 4), (8, columns, 4), (8, columns // 2, 2), (8, 2 * columns, 4)):
             yield QuantConfig("vector", 1, max(rows, shape.groups), block_k, warps)
-    small = [(64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (128, 128, 8, 4), (128, 128, 4, 4)]
-    large = [(64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 3)]
-    for rows, block_k, warps, stages in small if tokens <= 32 else large:
+        for rows, block_k, warps in WORD_TILES if serves_words(shape) else ():
+            if shape.k % block_k == 0:
+                yield QuantConfig("words", 1, rows, block_k, warps)
+        if serves_words(shape):
+            return
+    for rows, block_k, warps, stages, *choices in BYTES[block_t]:
         if shape.cols and shape.cols % block_k:
             continue
-        kind = Kind(shape.n, shape.k, None, groups=shape.groups)
-        for splits, early in itertools.product(split_counts(kind, rows, block_k), (True, False)):
-            if early is False or tokens <= 16:
-                yield QuantConfig("tile", block_t, rows, block_k, warps, stages, splits, early)
+        counts = split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, block_k)
+        for splits, early, halves in itertools.product(counts, *choices):
+            if not halves or serves_halves(shape):
+                tokens_of_program = 16 if halves else block_t
+                yield QuantConfig("tile", tokens_of_program, rows, block_k, warps, stages, splits, early, halves=halves)
 
 
-# By tokens of a program: rows of a tile, warps, stages, and what to try of `early` and `sums`. At 128 tokens registers
-# spill.
 YES, NO, BOTH = (True,), (False,), (True, False)
+# By tokens of a program, of 8-bit codes: rows and columns of a tile, warps, stages, choices of `early` and `halves`.
+BYTES = {
+    8: [
+        (64, 128, 4, 4, YES, NO), (64, 256, 4, 3, BOTH, NO), (64, 256, 4, 4, YES, NO), (128, 256, 8, 3, YES, NO),
+        (128, 128, 8, 4, BOTH, NO), (32, 256, 2, 4, YES, NO), (64, 512, 4, 2, YES, NO), (64, 512, 8, 2, YES, NO),
+    ],
+    16: [
+        (64, 128, 4, 4, YES, BOTH), (64, 256, 4, 3, NO, NO), (64, 256, 4, 3, BOTH, YES), (128, 128, 8, 4, BOTH, YES),
+        (128, 256, 8, 3, BOTH, YES), (64, 512, 8, 2, YES, YES),
+    ],
+    32: [(64, 256, 4, 3, NO, YES), (128, 128, 8, 4, NO, BOTH), (128, 256, 8, 3, NO, YES)],
+    64: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
+    128: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
+}  # fmt: skip
+# The same for folded codes: rows, warps, stages, `early`, `sums`. At 128 tokens registers spill.
 FOLDED = {
     8: [(64, 4, 4, YES, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 8, 4, YES, NO)],
     16: [(64, 2, 4, BOTH, YES), (128, 8, 4, YES, NO), (64, 4, 4, NO, NO)],
@@ -217,7 +239,8 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{' sums' if c.sums else ''}"
+    extra = " halves" * c.halves + " sums" * c.sums
+    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{extra}"
 
 
 def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig], ceiling: float) -> tuple[Any, list]:
@@ -237,11 +260,27 @@ def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig]
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.early, c.sums), (s, c))
-    shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:5]
+        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.sums, c.halves), (s, c))
+    shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
     return results[0][1], results
+
+
+def tune_together(
+    chain: QuantChain, tokens: int, configs: dict[str, Any], timed: dict[str, list]
+) -> dict[str, QuantConfig]:
+    """`configs` with what is faster in the whole chain than alone, of the four best of each kind of layer."""
+    x = chain.random(tokens, chain.model.hidden)
+    best = seconds_of(chain.ours(x, configs, True, head=False), 15)
+    for name, results in timed.items():
+        for _, config in results[1:4]:
+            trial = {**configs, name: config}
+            seconds = seconds_of(chain.ours(x, trial, True, head=False), 15)
+            if seconds < 0.997 * best:
+                print(f"  together, {name}: {best * 1e6:.1f} to {seconds * 1e6:.1f} us by {brief(config)}", flush=True)
+                best, configs = seconds, trial
+    return configs
 
 
 def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float, out: Path | None) -> list[dict]:
@@ -256,21 +295,23 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
     for scheme in schemes:
         chain = QuantChain(model, LAYERS, scheme)
         for t in tokens:
-            configs = chain.configs(t)
+            configs, timed = chain.configs(t), {}
             for name in kinds:
                 pool = [c for c in pools[scheme, name, t] if job(scheme, name, t, c) not in failed]
-                best, results = tune_kind(chain, name, t, pool, ceiling)
-                configs[name] = best
+                configs[name], timed[name] = tune_kind(chain, name, t, pool, ceiling)
+            configs = tune_together(chain, t, configs, timed)
+            for name in kinds:
                 try:
-                    ratio = chain.check(name, t, best, True)
+                    ratio = chain.check(name, t, configs[name], True)
                 except AssertionError as error:
                     print(f"CHECK FAILED {error}", flush=True)
                     ratio = math.nan
                 kind = model.kinds[name]
+                config = {k: v for k, v in asdict(configs[name]).items() if k != "source"}
                 entries.append(
                     {"scheme": scheme, "rows": kind.n * kind.groups, "k": kind.k, "groups": kind.groups, "tokens": t,
-                     "config": {k: v for k, v in asdict(best).items() if k != "source"}, "error": round(ratio, 3),
-                     "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in results]}
+                     "config": config, "us": next(round(s * 1e6, 2) for s, c in timed[name] if c == configs[name]),
+                     "error": round(ratio, 3), "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in timed[name]]}
                 )  # fmt: skip
             for count in (1, t) if t == 8 and chain.spec.fold else (t,):  # one token takes the launch of eight
                 run = chain.ours(chain.random(count, model.hidden), configs, True, head=False)
@@ -292,20 +333,19 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
     return entries
 
 
-def peers(tokens: list[int], ceiling: float) -> list[dict]:
-    """The same layers in bf16, ours and cuBLAS."""
+def peers(tokens: list[int], ceiling: float, library: bool) -> list[dict]:
+    """The same layers in bf16, ours and, if `library`, cuBLAS."""
     chain, rows = Chain(MODELS["llama-8b"], LAYERS), []
     for t in tokens:
         x = chain.random(t, chain.model.hidden)
-        cells = {}
-        for label, run in (
-            ("ours", chain.ours(x, default_configs(chain.model, t), True, head=False)), ("cuBLAS", chain.peer(x, False))
-        ):  # fmt: skip
-            cells[label] = seconds_of(run, 15)
+        runs = {"ours": chain.ours(x, default_configs(chain.model, t), True, head=False)}
+        if library:
+            runs["cuBLAS"] = chain.peer(x, False)
+        cells = {label: seconds_of(run, 15) for label, run in runs.items()}
         rows.append({"tokens": t, **{k: round(v * 1e3, 4) for k, v in cells.items()}})
-        ours, cublas = cells["ours"], cells["cuBLAS"]
-        share = chain.bytes(False) / ours / ceiling
-        print(f"bf16 {t} tokens: chain {ours * 1e3:.4f} ms {share:.1%}; cuBLAS {cublas * 1e3:.4f} ms", flush=True)
+        share = chain.bytes(False) / cells["ours"] / ceiling
+        text = ", ".join(f"{label} {seconds * 1e3:.4f} ms" for label, seconds in cells.items())
+        print(f"bf16 {t} tokens: chain of {text}; ours {share:.1%}", flush=True)
     return rows
 
 
@@ -345,15 +385,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,64")
     parser.add_argument("--kinds", default="qkv,o,gate_up,down")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--peers", action="store_true", help="also time the same layers in bf16")
+    parser.add_argument("--peers", action="store_true", help="also time the same layers in bf16, ours and cuBLAS")
+    parser.add_argument("--bf16", action="store_true", help="also time ours in bf16")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
     args = parser.parse_args()
     schemes, tokens = args.schemes.split(","), [int(t) for t in args.tokens.split(",")]
     ceiling = read_bandwidth(torch.device("cuda"))
     result: dict = {"gpu": torch.cuda.get_device_name(), "read_TB_s": round(ceiling / 1e12, 3)}
     print(result, flush=True)
-    if args.peers:
-        result["bf16"] = peers(tokens, ceiling)
+    if args.peers or args.bf16:
+        result["bf16"] = peers(tokens, ceiling, args.peers)
     if args.tune:
         result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out)
     else:

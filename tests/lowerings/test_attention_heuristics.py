@@ -75,28 +75,31 @@ def test_entries_of_an_fp8_cache_serve_no_other(monkeypatch):
     assert "head_dim=256" in other.source and other.source.endswith("(nearest)")
 
 
-def test_an_entry_with_a_group_serves_that_shape_alone():
-    """It was measured on 64 rows of 4 kv heads, on another GPU than its table; all others are chosen as without it."""
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "group", "config"), [(64, 4, 8, (32, 1, 4, 256)), (32, 8, 4, (32, 1, 8, 512))]
+)
+def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, config):
+    """It was measured on so many rows and kv heads, on another GPU than its table; others are chosen as without it."""
     tuned = [e for e in heuristics.load_table(SM90.table)["decode"] if "group" in e]
     h100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms)
-    (entry,) = tuned
-    assert entry["kv_itemsize"] == 1 and entry["pairs"] == 64 * 4 and entry["group"] == 8
+    (entry,) = [e for e in tuned if e["group"] == group]
+    assert entry["kv_itemsize"] == 1 and entry["pairs"] == rows * kv_heads
 
-    def choose(target, kv_heads=4, rows=64, group=8, **more):
-        shape = {**SHAPE, "num_kv_heads": kv_heads, **more}
-        return decode_config(target, **shape, num_rows=rows, capacity=4096, group=group, quantized=True)
+    def choose(target, **change):
+        wanted = {"num_kv_heads": kv_heads, "num_rows": rows, "group": group, **change}
+        return decode_config(target, **{**SHAPE, **wanted}, capacity=4096, quantized=True)
 
     found = choose(h100)
     assert found.source.startswith("NVIDIA H100") and found.source.endswith("(exact)")
-    assert (found.block_n, found.num_warps, found.num_splits, found.min_split) == (32, 1, 4, 256)
+    assert (found.block_n, found.num_warps, found.num_splits, found.min_split) == config
     assert choose(SM90) == replace(found, source=found.source.replace("exact", "nearest"))
     for change in (
-        {"kv_heads": 8, "rows": 32, "group": 4}, {"group": 4}, {"rows": 63}, {"rows": 1}, {"page_size": 32},
+        {"group": 16}, {"group": 1}, {"num_rows": rows - 1}, {"num_rows": 1}, {"num_rows": 2 * rows}, {"page_size": 32},
         {"head_dim": 64}, {"itemsize": 4},
     ):  # fmt: skip
         assert "H100" not in choose(h100, **change).source
     assert all("H100" not in choose(target).source for target in TARGETS if target.arch != SM90.arch)
-    plain = decode_config(h100, **{**SHAPE, "num_kv_heads": 4}, num_rows=64, capacity=4096, group=8)
+    plain = decode_config(h100, **{**SHAPE, "num_kv_heads": kv_heads}, num_rows=rows, capacity=4096, group=group)
     assert "H100" not in plain.source
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import folded, heuristics
+from fusecomp.lowerings.quant import folded, heuristics, quant_aot
 from fusecomp.lowerings.quant.heuristics import (
     MAX_SPLITS,
     TILE_LIMIT,
@@ -26,9 +26,10 @@ from fusecomp.lowerings.quant.heuristics import (
     load_table,
     quant_config,
     reads_words,
+    serves_words,
     unit,
 )
-from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal
+from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal, run_quant
 from fusecomp.lowerings.quant.quant_aot import LAYOUTS, specialization
 from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import NormSpec
@@ -57,7 +58,7 @@ def test_every_shape_has_a_configuration(target):
         for (kind, bits), cols in itertools.product(KINDS, (0, 16, 32, 48, 128, 160)):
             shape = QuantShape(n, k, groups, dtype, kind, bits, 1, cols, False)
             config = quant_config(target, shape, tokens)
-            assert config.kernel != "vector" or tokens == 1
+            assert config.kernel not in ("vector", "words") or tokens == 1
             assert (config.kernel == "dequantize") == (tokens > TILE_LIMIT[bits])
             if config.kernel == "tile":
                 assert cols == 0 or cols % config.block_k == 0 or config.block_k % cols == 0
@@ -172,6 +173,53 @@ def test_assembly_means_what_the_codes_do(low, high, dtype, zero):
         assert (floats + less).tolist() == [float(code - zero) for code in wanted]
 
 
+@pytest.mark.parametrize("kind", [INT, FP8])
+@pytest.mark.parametrize("config", [QuantConfig("words", 1, 8, 1024), QuantConfig("words", 1, 4, 2048)], ids=str)
+def test_words_and_inputs_meet_where_they_are_loaded(monkeypatch, kind, config):
+    """Threads exchange nothing as long as there are weights to read: codes and inputs have one layout."""
+    monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
+    spec = specialization(SM90, (kind, 8, 1, 0, False, 0), 2, 1, "bfloat16", 2)
+    resources, compiled = compile_one(spec, "sm_90")
+    loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    assert loop.count("tt.load") == 3 and "convert_layout" not in loop and "tt.reduce" not in loop
+    assert resources.spills == 0
+    ptx = compiled.asm["ptx"]
+    assert 0 < ptx.index("ld.global") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_halves_of_16_tokens_share_a_conversion(monkeypatch, rows):
+    """Each code is converted once, for two products of 8 tokens, which take it from the registers it is in."""
+    config = QuantConfig("tile", 16, rows, 256, rows // 16, 3, halves=True)
+    monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
+    spec = specialization(SM90, (FP8, 8, 1, 0, False, 0), 2, 16, "bfloat16", 2)
+    resources, compiled = compile_one(spec, "sm_90")
+    ptx, codes = compiled.asm["ptx"], rows * 256 // (32 * config.num_warps)  # of a thread
+    assert resources.spills == 0 and "wgmma" not in ptx
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") == codes // 2
+    assert ptx.count("mma.sync.aligned.m16n8k16") == 2 * codes // 8
+
+
+def test_halves_are_of_whole_rows_of_bytes(monkeypatch):
+    entry = {"kind": FP8, "bits": 8, "rows": 64, "k": 1024, "groups": 1, "tokens": 16}
+    entry["config"] = {k: v for k, v in asdict(QuantConfig("tile", 16, 64, 256, halves=True)).items() if k != "source"}
+    monkeypatch.setattr(heuristics, "load_table", lambda _: {"gpu": "", "quant": [entry]})
+    shape = QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, 0, False)
+    target = replace(H100, name="Some GPU")
+    assert quant_config(target, shape, 16).halves and quant_config(target, replace(shape, kind=INT, rows=0), 16).halves
+    for change in ({"cols": 128}, {"zero": True, "kind": INT}):
+        assert not quant_config(target, replace(shape, **change), 16).halves
+        assert quant_config(target, replace(shape, **change), 16).block_t == 16
+
+
+def test_words_serve_whole_rows_of_bytes():
+    shape = QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, 0, False)
+    assert serves_words(shape) and serves_words(replace(shape, kind=INT, rows=0))
+    for change in ({"cols": 128}, {"zero": True}, {"dtype": "float32"}, {"k": 1022}, {"bits": 4, "kind": INT}):
+        assert not serves_words(replace(shape, **change))
+        assert quant_config(H100, replace(shape, **change), 1).kernel != "words"
+
+
 def test_columns_of_a_tile_keep_to_those_of_a_scale():
     assert [fitting_columns(128, cols) for cols in (0, 32, 128, 48, 96, 256)] == [128, 128, 128, 16, 32, 128]
 
@@ -256,3 +304,23 @@ def test_gpu(spec, zero):
         unfused = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
         error, allowed = ((value.float() - exact).norm() for value in (found, unfused))
         assert error <= 1.5 * allowed, (n, k, tokens, float(error), float(allowed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [INT, FP8])
+def test_gpu_every_code_of_a_word(kind, dtype):
+    """Each row has one code in one column, whose input alone is not zero."""
+    spec, i = WeightSpec(kind, 8, 1, 0, dtype), torch.arange(256, device="cuda")
+    codes = torch.zeros(256, 1024, dtype=torch.uint8, device="cuda")
+    codes[i, i % 8] = i.to(torch.uint8)
+    q, scale = codes.view(spec.codes_dtype), torch.ones(256, 1, device="cuda")
+    numbers = ~q.float().isnan().any(1)
+    for at in range(8):
+        x = torch.zeros(1, 1024, dtype=spec.torch_dtype, device="cuda")
+        x[0, at] = -2.0
+        out = torch.full((1, 256), float("nan"), dtype=spec.torch_dtype, device="cuda")
+        config, program = QuantConfig("words", 1, 4, 1024), Program(1, (), (), dtype)
+        run_quant(config, x, q, scale, None, None, [], program, spec, out, True)
+        exact = torch.where(i % 8 == at, -2.0 * q.float()[i, i % 8], 0.0)
+        assert torch.equal(out[0].float()[numbers], exact[numbers]) and out[0, ~numbers].isnan().all()

@@ -21,7 +21,7 @@ from fusecomp.ops.quant_linear import QuantShape
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
-VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "tile", "folded", "dequantize"
+VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 MAX_SPLITS = 16
@@ -33,14 +33,15 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, "tile" for more, "folded" for folded codes, "dequantize" for a 16-bit weight and
-            `linear`'s own choice.
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes;
+            "dequantize" for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
+        halves: tile: tokens are multiplied by a tile in two halves.
     """
 
     kernel: str
@@ -52,6 +53,7 @@ class QuantConfig:
     splits: int = 1
     early: bool = True
     sums: bool = False
+    halves: bool = False
     source: str = "no table"
 
 
@@ -113,16 +115,20 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
-    if distance(entry) and config.kernel != VECTOR:
+    if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR):
         config = replace(config, splits=scaled_splits(config, entry["rows"], target, wanted["rows"], shape.k))
     return config
 
 
 def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
-    if config.kernel == VECTOR:
+    if config.kernel == WORD_VECTOR and not serves_words(shape):
+        config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
+    if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
+    if config.halves and not serves_halves(shape):
+        config = replace(config, halves=False)
     config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
     if not folded and shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
@@ -157,13 +163,24 @@ def unit(shape: QuantShape) -> int:
     return wanted if shape.cols % wanted == 0 else LEAST_COLUMNS
 
 
+def serves_words(shape: QuantShape) -> bool:
+    """Whether the kernel of one token that reads words of four codes takes a shape."""
+    return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
+
+
+def serves_halves(shape: QuantShape) -> bool:
+    """Whether the tile kernel multiplies 16 tokens of a shape in halves."""
+    return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32"
+
+
 def reads_words(config: QuantConfig, shape: QuantShape) -> bool:
     """Whether codes are read as words, so that a thread's codes become its part of the product's operand.
 
     That is fp8 whose products share scales along a tile, where the operand comes from registers.
     """
     shared = shape.cols == 0 or shape.cols % config.block_k == 0
-    return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and config.block_t >= 16
+    wide = config.block_t >= 16 and not config.halves
+    return shared and shape.kind == FP8 and shape.k % 4 == 0 and config.block_k % 64 == 0 and wide
 
 
 def reason(shape: QuantShape) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
@@ -23,9 +24,18 @@ from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, SKINNY_LIMIT, VECTOR, QuantConfig, quant_config
+from fusecomp.lowerings.quant.heuristics import (
+    DEQUANTIZE,
+    FOLDED,
+    SKINNY_LIMIT,
+    VECTOR,
+    WORD_VECTOR,
+    QuantConfig,
+    quant_config,
+)
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
+from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec, fits_fold
@@ -111,6 +121,12 @@ def _asm(codes: Tensor, shape: QuantShape) -> bool:
     return codes.is_cuda and target_of(codes).backend == "cuda" and shape.dtype != "float32"
 
 
+def _quads(x: Tensor) -> Tensor:
+    """One token, or a norm's weight, [K] as words of four 16-bit numbers."""
+    x = x.reshape(-1)
+    return (x if x.storage_offset() % 4 == 0 else x.clone()).view(torch.int64)
+
+
 def launch_quant_linear(
     x: Tensor,
     q: Tensor,
@@ -192,6 +208,14 @@ def run_quant(
         )  # fmt: skip
         return
     common |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0, **layout}
+    if config.kernel == WORD_VECTOR:
+        launch(
+            word_vector_kernel, (blocks,),
+            _quads(x), codes.view(torch.int32), scale, out, None if norm_weight is None else _quads(norm_weight), args,
+            strides, n, k, eps, columns, DTYPE=getattr(tl, shape.dtype),
+            **{name: value for name, value in common.items() if name not in ("OFFSET", "COLS")},
+        )  # fmt: skip
+        return
     if config.kernel == VECTOR:
         launch(
             quant_vector_kernel, (blocks,),
@@ -204,7 +228,7 @@ def run_quant(
         quant_tile_kernel, (teams * splits,),
         x, codes, scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
-        EARLY=config.early, EXACT_NORM=exact_norm, **words, **common,
+        EARLY=config.early, HALVES=config.halves, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
 
 

@@ -6,15 +6,18 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import triton.language as tl
+
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
-from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, quant_config
+from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, WORD_VECTOR, quant_config
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
+from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.quant import FP4, FP8, INT, NF4
 from fusecomp.ops.quant_linear import QuantShape
 
@@ -105,7 +108,12 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         pointers["norm_weight"] = short
     else:
         constants["norm_weight"] = None
-    if config.kernel == VECTOR:
+    if config.kernel == WORD_VECTOR:
+        pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
+        constants["DTYPE"] = getattr(tl, dtype)
+        for name in ("zero", "OFFSET", "COLS"):
+            del constants[name]
+    elif config.kernel == VECTOR:
         constants["UNIT"] = heuristics.unit(shape)
     else:
         constants |= {
@@ -115,6 +123,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         if fold:
             constants["SUMS"] = config.sums
         else:
+            constants["HALVES"] = config.halves
             words = constants["WORDS"] = heuristics.reads_words(config, shape)
             pointers["q"] = "i32" if words else pointers["q"]
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
@@ -124,7 +133,9 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         else:
             constants |= dict.fromkeys(scratch)
     name = f"quant-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
-    kernels = {VECTOR: quant_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel}
+    kernels = {
+        VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
+    }  # fmt: skip
     kernel = kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 

@@ -62,6 +62,7 @@ def quant_tile_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
+    HALVES: tl.constexpr,  # BT is 16, in two products of 8; COLS is 0 and there are no zero points
     KIND: tl.constexpr,
     WORDS: tl.constexpr,  # fp8 is read as words
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
@@ -82,8 +83,9 @@ def quant_tile_kernel(
     Bytes: G * N * K * bits / 8 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from
     the L2 per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
 
-    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 67%, 64%, 52%
-    and 35% of it at 8, 16, 32 and 64 tokens.
+    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): fp8 77%, 72%, 52%
+    and 35% of it at 8, 16, 32 and 64 tokens. HALVES takes fewer registers: at 16 tokens the compiler else chooses an
+    instruction that wants a whole converted tile in them.
     """
     PACK: tl.constexpr = 2 if KIND >= 3 else 4 if WORDS else 1  # codes of an element of q
     BLOCK_N: tl.constexpr = BLOCK_R // G
@@ -99,8 +101,8 @@ def quant_tile_kernel(
     tile_at = q + rows * (k // PACK) + places
     x_at = x + t * stride_x + cols[:, None]
 
-    acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_T // 2 if HALVES else BLOCK_T], tl.float32)
+    sums = acc if HALVES else tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
     factor = tl.full([1, BLOCK_T], 1.0, tl.float32)
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
@@ -131,7 +133,9 @@ def quant_tile_kernel(
                 g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
                 if COLS > 0:
                     s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
-            acc, sums = _multiply(acc, sums, code, y, s_now, z_now, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
+            acc, sums = _multiply(
+                acc, sums, code, y, s_now, z_now, zero is not None, HALVES, KIND, WORDS, ASM, OFFSET, COLS
+            )
     else:
         if USE_PDL:
             _prefetch(q + rows * (k // PACK), start // PACK, k // PACK, BLOCK_K // PACK)
@@ -148,8 +152,10 @@ def quant_tile_kernel(
                 s, z = _scales(scale, zero, srow, start, k, stride_scale, BLOCK_R, BLOCK_K, COLS, EVEN_K)
             squares = add_squares(squares, v, SUM_SQUARES)
             y = normalize(v, g, factor, NORM)
-            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, KIND, WORDS, ASM, OFFSET, COLS)
-    if COLS == 0:
+            acc, sums = _multiply(acc, sums, code, y, s, z, zero is not None, HALVES, KIND, WORDS, ASM, OFFSET, COLS)
+    if HALVES:
+        acc = tl.reshape(tl.permute(tl.join(acc, sums), [0, 2, 1]), [BLOCK_R, BLOCK_T]) * s
+    elif COLS == 0:
         acc = scaled(acc, sums, s, z, acc * 0.0, zero is not None)
 
     finish_tile(
@@ -167,6 +173,7 @@ def _multiply(
     s,
     z,
     HAS_ZERO: tl.constexpr,
+    HALVES: tl.constexpr,
     KIND: tl.constexpr,
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -189,7 +196,12 @@ def _multiply(
             y = tl.reshape(word_order(tl.reshape(y, [BLOCK_K // 64, 64, BLOCK_T])), [BLOCK_K, BLOCK_T])
         else:
             w = unscaled(code, y.dtype, KIND, ASM, OFFSET)
-        if COLS == 0:
+        if HALVES:
+            y = tl.permute(tl.reshape(y, [BLOCK_K, 2, BLOCK_T // 2]), [0, 2, 1])
+            low, high = tl.split(y)
+            acc = tl.dot(w, low, acc, input_precision="ieee")
+            sums = tl.dot(w, high, sums, input_precision="ieee")
+        elif COLS == 0:
             acc = tl.dot(w, y, acc, input_precision="ieee")
             if HAS_ZERO:
                 sums = tl.dot(tl.full([BLOCK_R, BLOCK_K], 1.0, tl.float32).to(y.dtype), y, sums, input_precision="ieee")

@@ -133,6 +133,27 @@ def test_one_token(layer, block_r, block_k):
     run(layer, QuantConfig("vector", 1, block_r, block_k))
 
 
+@st.composite
+def byte_layers(draw, counts):
+    """8-bit codes with a scale a row or one for all, rows of a multiple of four columns, and 16-bit inputs."""
+    x, weight, norm_weight, operands, program, spec = draw(
+        layers(counts).filter(lambda layer: layer[-1].bits == 8 and layer[-1].cols == 0 and layer[1][2] is None)
+    )
+    k = x.shape[1] // 4 * 4 or 4
+    dtype = draw(st.sampled_from(["float16", "bfloat16"]))
+    spec, program = replace(spec, dtype=dtype), replace(program, dtype=dtype)
+    q, scale, _ = random_weight((weight[0].shape[0], k), spec, torch.float32, seed=draw(st.integers(0, 9)))
+    x = torch.randn(x.shape[0], k + 9, dtype=spec.torch_dtype)[:, draw(st.sampled_from([0, 1, 4])) :][:, :k] * 3
+    norm_weight = None if norm_weight is None else torch.randn(k).to(spec.torch_dtype)
+    return x, (q, scale, None), norm_weight, [o.to(spec.torch_dtype) for o in operands], program, spec
+
+
+@settings(SETTINGS, max_examples=15)
+@given(byte_layers(st.just(1)), st.sampled_from([2, 8]), st.sampled_from([32, 64, 256]))
+def test_one_token_by_words(layer, block_r, block_k):
+    run(layer, QuantConfig("words", 1, block_r, block_k))
+
+
 @settings(SETTINGS, max_examples=20)
 @given(
     layers(st.integers(1, 40)), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
@@ -140,6 +161,15 @@ def test_one_token(layer, block_r, block_k):
 )  # fmt: skip
 def test_tokens(layer, block_t, block_r, block_k, splits, early):
     run(layer, QuantConfig("tile", block_t, block_r, block_k, splits=splits, early=early))
+
+
+@settings(SETTINGS, max_examples=15)
+@given(
+    byte_layers(st.integers(1, 40)), st.sampled_from([16, 64]), st.sampled_from([16, 64, 128]), st.integers(1, 4),
+    st.booleans(),
+)  # fmt: skip
+def test_tokens_in_halves(layer, block_r, block_k, splits, early):
+    run(layer, QuantConfig("tile", 16, block_r, block_k, splits=splits, early=early, halves=True))
 
 
 @settings(SETTINGS, max_examples=60)
@@ -183,6 +213,27 @@ def test_every_code(kind):
     found, exact = launch_dequantize(q, scale, None, spec), dequantize_reference(q, scale, None, spec.to_text())
     assert torch.equal(found.nan_to_num(7777.0), exact.nan_to_num(7777.0))
     assert int(found.isnan().sum()) == (2 if kind == FP8 else 0)
+
+
+@pytest.mark.parametrize("kind", [INT, FP8])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_code_of_a_word(kind, dtype):
+    """Each row has one code in one column, whose input alone is not zero."""
+    spec = WeightSpec(kind, 8, 1, 0, dtype)
+    column = torch.arange(256) % 8
+    codes = torch.zeros(256, 8, dtype=torch.uint8)
+    codes[torch.arange(256), column] = torch.arange(256, dtype=torch.uint8)
+    for at in range(8):
+        x, out = torch.zeros(1, 8, dtype=spec.torch_dtype), torch.empty(1, 256, dtype=spec.torch_dtype)
+        x[0, at] = -2.0
+        q, scale = codes.view(spec.codes_dtype), torch.ones(256, 1)
+        run_quant(
+            QuantConfig("words", 1, 2, 32), x, q, scale, None, None, [], Program(1, (), (), dtype), spec, out, False
+        )
+        exact = torch.where(column == at, -2.0 * q.float()[torch.arange(256), column], 0.0)
+        numbers = ~q.float().isnan().any(1)
+        assert torch.equal(out[0].float()[numbers], exact[numbers])
+        assert out[0, ~numbers].isnan().all()  # NaN times zero is none either
 
 
 def test_every_exponent():
