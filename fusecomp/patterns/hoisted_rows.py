@@ -94,10 +94,8 @@ class HoistedRows(Pattern):
         with graph.inserting_before(node):
             for old in candidate.region:
                 for source in old.all_input_nodes:
-                    dim = token_dim(fake_value(source), tokens)
-                    if source not in chosen and dim is not None:
-                        arguments = row_arguments(node, dim)
-                        chosen[source] = functional.call(graph, node.target, (source, *arguments), node)
+                    if source not in chosen and token_dim(fake_value(source), tokens) is not None:
+                        chosen[source] = _rows_of(source, node, tokens)
                 for source in old.all_input_nodes:
                     if isinstance(value := fake_value(source), torch.SymInt) and size_key(value) == tokens:
                         chosen[source] = _size(chosen, tokens)
@@ -145,6 +143,9 @@ def _region(node: Node, tokens: Any) -> list[Node]:
     # Whoever is read by others is computed for all tokens anyway, and so is what it reads.
     while others := {n for n in members if any(u is not node and u not in members and _reads(u) for u in n.users)}:
         members -= others
+    # A reshape of what is read stays where it is: rows are chosen from [T, K].
+    while first := {n for n in members if is_call(n, *RESHAPES) and n.args[0] not in members}:
+        members -= first
     return members_in_order(members)
 
 
@@ -225,6 +226,25 @@ def _keep_sizes(candidate: HoistedRowsCandidate) -> None:
     for size in [u for n in candidate.region for u in n.users if is_call(u, aten.sym_size.int)]:
         if size_key(fake_value(size)) == candidate.tokens:
             size.args = (leaf, dim)
+
+
+def _rows_of(source: Node, node: Node, tokens: Any) -> Node:
+    """The choice that `node` makes, made from the token tensor `source`, inserted at the current point.
+
+    It is made from [T, K]: of a result of four or five dims, Inductor of torch 2.11 asks whether it is in channels-last
+    order, which nobody knows as long as S is unknown.
+    """
+    value, dim = fake_value(source), token_dim(fake_value(source), tokens)
+    assert dim is not None
+    if value.dim() == 2 or _outer(value, dim) != 1:
+        return functional.call(source.graph, node.target, (source, *row_arguments(node, dim)), node)
+    width = math.prod(value.shape[dim + 1 :])
+    flat = functional.call(
+        source.graph, aten.reshape.default, (source, [functional.size_node(source, dim), width]), source
+    )
+    rows = functional.call(source.graph, node.target, (flat, *row_arguments(node)), node)
+    sizes = [*value.shape[:dim], functional.size_node(rows, 0), *value.shape[dim + 1 :]]
+    return functional.call(source.graph, aten.reshape.default, (rows, sizes), source)
 
 
 def _size(chosen: dict[Node, Any], tokens: Any) -> Any:
