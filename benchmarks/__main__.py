@@ -24,6 +24,7 @@ from benchmarks.session import Options, Result, Session, progress, versions
 from benchmarks.shapes import SHAPES, ShapeError
 from fusecomp.config import DTYPES, FUSE_MODES, KV_CACHE_DTYPES, QUANTIZE_SCHEMES
 from fusecomp.errors import FusecompError, VerificationError
+from fusecomp.runtime.graphs import GraphRunner
 
 STARTUP = "startup"
 
@@ -139,6 +140,17 @@ def _try(name: str, figures: dict[str, Any], measure: Callable[[], Result]) -> N
     print(outcome.text, end="\n\n", flush=True)
 
 
+def _graphs(graphs: GraphRunner) -> dict[str, Any]:
+    """What was captured, what it took, and the device time of each shape."""
+    return {
+        "captures": graphs.num_captures,
+        "seconds": round(graphs.captures_seconds, 3),
+        "bytes": graphs.num_bytes,
+        "launch_ms": round(graphs.launch_seconds * 1e3, 3),
+        "ms": {str(tuple(k) if isinstance(k, tuple) else k): round(v * 1e3, 4) for k, v in graphs.seconds.items()},
+    }
+
+
 def _account(session: Session) -> dict[str, Any]:
     engine, report = session.engine, session.engine.report
     return {
@@ -152,6 +164,7 @@ def _account(session: Session) -> dict[str, Any]:
             "max_num_batched_tokens": engine.config.max_num_batched_tokens,
             "kv_blocks": engine.num_kv_blocks,
             "cuda_graphs": report.cuda_graphs,
+            "graphs": None if engine.graphs is None else _graphs(engine.graphs),
             "matches": report.counts(),
             "fallbacks": report.fallbacks,
             "recompiles": report.recompiles,

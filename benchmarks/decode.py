@@ -30,6 +30,7 @@ class DecodeRun:
     def __init__(self, session: Session, batch: int) -> None:
         self.session, self.engine, self.batch = session, session.engine, batch
         o = session.options
+        self.engine.capture_graphs([batch])
         prompts = session.prompts([o.context] * batch, batch)
         budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)

@@ -1,7 +1,8 @@
 """Host time of one decode step outside the model: schedule, build, update. `python -m benchmarks.host`
 
 Prints microseconds (median, 99th percentile) per number of rows; the last line is JSON. On CUDA the copies are only
-issued, as in an engine, and the device is drained between steps, outside the timed part.
+issued, as in an engine, and the device is drained between steps, outside the timed part. Steps are scheduled ahead, as
+an engine on a GPU does; with `--no-ahead`, when the tokens before are known.
 
 With `--texts`, every row's text is followed token by token, for stop texts that never come, in the detokenizer's
 thread ("thread") or in the loop ("inline"). Then "texts" is what the loop spends on it, and "late" how much later than
@@ -76,6 +77,7 @@ def measure(
     block_size: int = 16,
     texts: str = "none",
     wait: float = 0.0,
+    ahead: bool = True,
 ) -> dict[str, tuple[float, float]]:
     """Median and 99th percentile, in us, of each phase over `steps` decode steps of `rows` sequences; `wait` in s.
 
@@ -91,16 +93,22 @@ def measure(
         # Staggered lengths: block boundaries are met by some rows at every step, as in service.
         scheduler.add(SequenceState(str(i), [i] * (context - i % block_size), params))
     times: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "all")}
-    sampled = [7] * rows
+    sampled, on_device = [7] * rows, torch.full((rows,), 7, device=device)
+    before = None
     while len(times["build"]) < steps:
         t0 = time.perf_counter()
-        step = scheduler.schedule()
+        found = None if before is None else scheduler.schedule_ahead(before)
+        step, continues = (scheduler.schedule(), None) if found is None else (found[0], (on_device, found[1]))
         t1 = time.perf_counter()
         assert step is not None
         full = step.decode_only and len(step.seqs) == rows
-        builder.build(step, pad_to=rows if full else None)
+        builder.build(step, rows if full else None, continues)
         t2 = time.perf_counter()
-        scheduler.update(step, sampled, frozenset({2}))
+        if before is not None:
+            scheduler.update(before, sampled, frozenset({2}))
+        if not ahead:
+            scheduler.update(step, sampled, frozenset({2}))
+        before = step if ahead else None
         t3 = time.perf_counter()
         following.advance()
         t4 = time.perf_counter()
@@ -124,6 +132,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--texts", choices=("none", "thread", "inline"), default="none")
     parser.add_argument("--wait", type=float, default=0.0, metavar="MS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -143,10 +152,16 @@ def main() -> None:
             block_size=args.block_size,
             texts=args.texts,
             wait=args.wait / 1e3,
+            ahead=args.ahead,
         )
         print(f"{rows:>6}" + "".join(f"{f'{times[p][0]:.1f} ({times[p][1]:.1f})':>22}" for p in columns))
         result[str(rows)] = {phase: round(times[phase][0], 1) for phase in columns}
-    options = {"device": args.device, "prefix_caching": args.prefix_caching, "block_size": args.block_size}
+    options = {
+        "device": args.device,
+        "prefix_caching": args.prefix_caching,
+        "block_size": args.block_size,
+        "ahead": args.ahead,
+    }
     print(json.dumps({"benchmark": "host", **options, "texts": args.texts, "median_us": result}))
 
 

@@ -15,6 +15,7 @@ import torch
 # Gaps that are longer lie between steps, or where a kernel waited for its launch; shorter ones between two kernels of
 # a graph.
 LONG_GAP_US = 3.0
+LISTED_GAPS, NAME_LENGTH = 12, 60
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Idle:
         long_gaps: the gaps longer than `LONG_GAP_US`, together.
         longest: the longest gap.
         kernels: how many.
+        pairs: (kernel before, kernel after) -> how many gaps there are between them, and their sum.
     """
 
     wall: float
@@ -34,6 +36,7 @@ class Idle:
     long_gaps: float
     longest: float
     kernels: int
+    pairs: dict[tuple[str, str], tuple[int, float]]
 
     @property
     def share(self) -> float:
@@ -49,25 +52,37 @@ class Idle:
             "idle_us_per_step": round((self.wall - self.busy) / steps, 1),
             "kernels_per_step": round(self.kernels / steps, 1),
             "steps": steps,
+            "gaps": [
+                {"before": before, "after": after, "per_step": round(n / steps, 2), "us_per_step": round(us / steps, 2)}
+                for (before, after), (n, us) in self.largest_gaps(LISTED_GAPS)
+            ],
         }
 
+    def largest_gaps(self, count: int) -> list[tuple[tuple[str, str], tuple[int, float]]]:
+        """The pairs between which most time passes."""
+        return sorted(self.pairs.items(), key=lambda item: -item[1][1])[:count]
+
     @classmethod
-    def of(cls, intervals: Iterable[tuple[float, float]]) -> Idle:
-        """Of (start, end) of every kernel, in any order."""
+    def of(cls, intervals: Iterable[tuple[float, float, str]]) -> Idle:
+        """Of (start, end, name) of every kernel, in any order."""
         ordered = sorted(intervals)
         if not ordered:
             raise ValueError("the profile holds no kernel")
-        begin, until = ordered[0]
+        begin, until, last = ordered[0]
         idle = long_gaps = longest = 0.0
-        for start, end in ordered:
+        pairs: dict[tuple[str, str], tuple[int, float]] = {}
+        for start, end, name in ordered:
             gap = start - until
             if gap > 0:
                 idle += gap
                 longest = max(longest, gap)
                 long_gaps += gap if gap > LONG_GAP_US else 0.0
-            until = max(until, end)
+                count, total = pairs.get((last, name), (0, 0.0))
+                pairs[last, name] = count + 1, total + gap
+            if end > until:
+                until, last = end, name
         wall = until - begin
-        return cls(wall, wall - idle, long_gaps, longest, len(ordered))
+        return cls(wall, wall - idle, long_gaps, longest, len(ordered), pairs)
 
 
 def profile_idle(run: Callable[[], Any], calls: int) -> Idle:
@@ -80,7 +95,7 @@ def profile_idle(run: Callable[[], Any], calls: int) -> Idle:
             run()
         torch.cuda.synchronize()
     return Idle.of(
-        (e.time_range.start, e.time_range.end)
+        (e.time_range.start, e.time_range.end, e.name[:NAME_LENGTH])
         for e in trace.events()
         if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))
     )

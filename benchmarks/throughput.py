@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.idle import Idle, profile_idle
 from benchmarks.session import Result, Session, kernel_table, progress, table
-from benchmarks.timing import Samples, kernel_times
+from benchmarks.timing import Samples, compiled_kernels, kernel_times
 
 PREFILL_REPEATS = 7
 PROFILED_STEPS, PROFILED_AT = 8, (8, 200, 600)  # offline: steps profiled together, and the first ones of each window
@@ -34,15 +34,16 @@ def _drain(session: Session) -> tuple[float, int, int]:
 
 
 def _profiled(session: Session) -> dict[str, Any] | None:
-    """Drain the engine, profiling short runs of steps: the share of their time in which no kernel ran."""
+    """Serve until the last of short runs of steps that are profiled: the share of their time without a kernel."""
     engine, found, at = session.engine, list[tuple[int, Idle]](), 0
-    while engine.has_unfinished_requests():
+    while engine.has_unfinished_requests() and len(found) < len(PROFILED_AT):
         if at in PROFILED_AT:
             found.append((at, profile_idle(engine.step, PROFILED_STEPS)))
             at += PROFILED_STEPS
         else:
             engine.step()
             at += 1
+    session.clear()
     wall = sum(idle.wall for _, idle in found)
     if not found:
         return None
@@ -50,6 +51,11 @@ def _profiled(session: Session) -> dict[str, Any] | None:
         "share": 1 - sum(idle.busy for _, idle in found) / wall,
         "windows": [{"step": step, **idle.to_dict(PROFILED_STEPS)} for step, idle in found],
     }
+
+
+def _captures(session: Session) -> int:
+    graphs = session.engine.graphs
+    return 0 if graphs is None else graphs.num_captures
 
 
 def prefill(session: Session) -> Result:
@@ -99,9 +105,10 @@ def offline(session: Session) -> Result:
     for turn in range(o.repeat):
         progress(f"offline, {o.requests} requests")
         prompts = session.prompts([n for n, _ in pairs], 2000 + turn)
-        before = engine.metrics
+        before, captures = engine.metrics, _captures(session)
         session.add(f"offline {turn}", prompts, [n for _, n in pairs])
-        wall, steps, advanced = _drain(session)
+        with compiled_kernels() as compiled:
+            wall, steps, advanced = _drain(session)
         after = engine.metrics
         made = after.generation_tokens - before.generation_tokens
         expected = sum(n for _, n in pairs)
@@ -118,6 +125,8 @@ def offline(session: Session) -> Result:
                 "host_share": (after.host_seconds - before.host_seconds) / wall,
                 "preemptions": after.preemptions - before.preemptions,
                 "computed_tokens": after.computed_tokens - before.computed_tokens,
+                "captures": _captures(session) - captures,
+                "kernels_compiled": sorted(compiled),
             }
         )
     idle = None
@@ -132,11 +141,13 @@ def offline(session: Session) -> Result:
         "kv_blocks": engine.num_kv_blocks,
         **middle,
         "walls_s": [r["wall_s"] for r in runs],
+        "runs": runs,
         "idle": idle,
     }
-    headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted", "idle"]
+    headers = ["requests", "wall s", "output tok/s", "total tok/s", "steps", "running", "host", "preempted"]
+    headers += ["captures", "compiled", "idle"]
     line: list[Any] = [o.requests, middle["wall_s"], middle["output_tokens_per_s"], middle["total_tokens_per_s"]]
     line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
-    line += [idle and f"{idle['share']:.2%}"]
+    line += [middle["captures"], len(middle["kernels_compiled"]), idle and f"{idle['share']:.2%}"]
     title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
     return Result(figures, f"{title}\n{table(headers, [line])}")

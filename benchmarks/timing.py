@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,20 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[list[str]]:
+    """Names of the Triton kernels that are compiled, or taken from the cache on disk, meanwhile."""
+    import triton
+
+    names: list[str] = []
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
+    try:
+        yield names
+    finally:
+        triton.knobs.compilation.listener = before
 
 
 def time_replays(run: Callable[[], Any], replays: int = 15) -> float:

@@ -25,6 +25,7 @@ from fusecomp.patterns.base import PassContext, Pattern, own_graph
 from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.experts_linear import ExpertsLinear
 from fusecomp.patterns.experts_residual import ExpertsResidual
+from fusecomp.patterns.hoisted_rows import HoistedRows
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.quant import QuantExperts, QuantLinear
@@ -53,6 +54,7 @@ FUSE: tuple[Pattern, ...] = (
     ExpertsLinear(),
     ScaledLinear(),  # after the weights: both sides are codes by then
     NormQuantize(),
+    HoistedRows(),  # last: over whatever the last layer has become
 )
 
 

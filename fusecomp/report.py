@@ -54,6 +54,8 @@ class FusionReport:
         graph_breaks, recompiles: of capture, and of serving after warm-up.
         ops_before, ops_after: op counts of the captured graph around the passes.
         cost_bytes, cost_flops: symbolic cost of the canonical ops in T, S, ctx.
+        cuda_graphs: decode batches with a graph so far; others are padded to the next one.
+        mixed_cuda_graphs: shapes of steps with prefills that have one.
         fallbacks: "op: reason" -> times an eager reference ran where a kernel was expected.
         lowerings: operation -> which kernel runs it for how many tokens, and where that choice comes from.
         program: whether the compiled step was loaded from the store or compiled, and why.
@@ -74,6 +76,7 @@ class FusionReport:
     cost_bytes: str = ""
     cost_flops: str = ""
     cuda_graphs: list[int] = field(default_factory=list)
+    mixed_cuda_graphs: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     program: str = ""
@@ -112,7 +115,8 @@ class FusionReport:
         if self.cost_bytes:
             lines.append(f"  canonical ops move {self.cost_bytes} bytes and do {self.cost_flops} FLOPs a step")
         if self.cuda_graphs:
-            lines.append(f"  CUDA graphs for batches {', '.join(map(str, self.cuda_graphs))}")
+            mixed = f", and {self.mixed_cuda_graphs} for steps with prefills" if self.mixed_cuda_graphs else ""
+            lines.append(f"  CUDA graphs for batches {', '.join(map(str, self.cuda_graphs))}{mixed}")
         for receipt in self.receipts:
             verdict = "passed" if receipt.passed else "FAILED"
             lines.append(

@@ -101,7 +101,7 @@ _NEXT_FUSED = {"experts_linear": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}
 _SHARED_FUSED = {**_ROUTED_FUSED, "linear": 5}
 _LATENT_FUSED = {**_ROUTED_FUSED, "linear": 7, "norm": 4}
-_HEAD_FUSED = {"linear": 1, "selected_rows": 1, "norm": 1}
+_HEAD_FUSED = {"linear": 1, "selected_rows": 1, "norm": 1, "hoisted_rows": 1}
 # The rotary table, where Inductor has not made a multiplication of it before the fuse stage sees it.
 _TABLE_FUSED = {} if decomposes_outer_products() else {"outer_product": 1}
 _SMALL = {

@@ -190,7 +190,9 @@ def test_touched_experts_are_counted_on_the_last_tokens() -> None:
 
 def test_idle_time_is_what_no_kernel_covers() -> None:
     """Overlapping, nested, touching and separate kernels, in any order."""
-    idle = Idle.of([(20.0, 30.0), (0.0, 10.0), (8.0, 12.0), (9.0, 11.0), (12.0, 13.0), (15.0, 16.0)])
+    kernels = [(20.0, 30.0), (0.0, 10.0), (8.0, 12.0), (9.0, 11.0), (12.0, 13.0), (15.0, 16.0)]
+    idle = Idle.of((start, end, "abcdef"[i]) for i, (start, end) in enumerate(kernels))
+    assert idle.largest_gaps(2) == [(("f", "a"), (1, 4.0)), (("e", "f"), (1, 2.0))]
     assert (idle.wall, idle.busy, idle.long_gaps, idle.longest, idle.kernels) == (30.0, 24.0, 4.0, 4.0, 6)
     assert idle.share == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no kernel"):

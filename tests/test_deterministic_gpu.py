@@ -16,6 +16,7 @@ import torch
 
 from fusecomp.config import EngineConfig
 from fusecomp.errors import UnsupportedModelError
+from fusecomp.quant.online.transform import quantize_model
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.loading import load_model
@@ -154,8 +155,10 @@ def test_attention_rows(head_dim, group, window, quantized):
 
 def test_what_has_no_kernel_is_refused():
     config = EngineConfig(max_model_len=64, max_num_seqs=2, kv_cache_bytes=4 << 20, deterministic=True)
+    codes = build("llama", torch.bfloat16).cuda()
+    quantize_model(codes, "int8", text=[])
     with pytest.raises(UnsupportedModelError, match="quant_linear"):
-        Engine(build("llama", torch.bfloat16).cuda(), config.replace(quantize="int8", calibration=()))
+        Engine(codes, config)
     with pytest.raises(UnsupportedModelError, match="mm sums in an order"):
         Engine(build("llama", torch.bfloat16).cuda(), config.replace(disabled_patterns=("linear",)))
     with pytest.raises(UnsupportedModelError, match="enforce_eager"):

@@ -18,8 +18,10 @@ import transformers
 
 from fusecomp.config import EngineConfig
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.graphs import bucket_sizes
+from fusecomp.runtime.step_batch import MixedShape
 
 BLOCK_SIZES = [1, 16, 32, 64]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -95,7 +97,8 @@ def check_clean(engine: Engine) -> None:
     assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
     assert report.fallbacks == {}
     if engine.device.type == "cuda":
-        assert report.cuda_graphs == bucket_sizes(min(5, engine.num_kv_blocks))
+        largest = min(5, engine.num_kv_blocks)
+        assert {1, largest} <= set(report.cuda_graphs) <= set(bucket_sizes(largest))
 
 
 @variants(
@@ -283,13 +286,67 @@ def test_strict(name):
 def test_graphs_change_no_token(name, dtype):
     """CUDA graphs against the compiled step without them.
 
-    In low precision only batches that fill their bucket: a padded GEMM may round otherwise, and bf16 logits tie.
+    In low precision only decodes, in batches that fill their bucket: a padded GEMM may round otherwise, and bf16 logits
+    tie.
     """
     graphs, plain = (make_engine(name, "cuda", dtype, 64) for _ in range(2))
     plain._graphs = None
+    if dtype != torch.float32:
+        graphs._graphs.mixed = []
     for rows in range(1, 6) if dtype == torch.float32 else graphs.report.cuda_graphs:
         requests = [(p, GREEDY) for p in prompts()[:rows]]
         assert serve(graphs, requests) == serve(plain, requests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_steps_with_prefills_run_in_graphs(name, kv_cache_dtype):
+    """Chunks of prompts beside decodes, in captured shapes: the tokens of an engine without graphs."""
+    long = [(prompts()[i % len(prompts())] * 2)[:90] for i in range(24)]
+    requests = [(p, GREEDY.replace(max_tokens=5 + i % 7)) for i, p in enumerate(long)]
+    options = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_dtype": kv_cache_dtype}
+    graphs, plain = (make_engine(name, "cuda", torch.float32, 64, **options) for _ in range(2))
+    plain._graphs = None
+    shapes = set()
+    replay = graphs._graphs.replay
+    graphs._graphs.replay = lambda shape, kind: (shapes.add(shape), replay(shape, kind))[1]
+    assert [serve(graphs, requests) for _ in range(2)] == [serve(plain, requests) for _ in range(2)]
+    assert len({shape for shape in shapes if isinstance(shape, MixedShape)}) >= 2
+    assert graphs.report.mixed_cuda_graphs >= 2 and not graphs._graphs.full
+    assert graphs.metrics.prefix_cache_hits > 0
+
+
+@pytest.mark.gpu
+def test_captures_that_find_no_memory():
+    """A limit below what the next graph needs: what is captured serves on, the report says so, no token changes."""
+    engine = make_engine("llama", "cuda", torch.float32)
+    requests = [(p, GREEDY) for p in prompts()]
+    expected = serve(engine, requests)
+    engine._graphs._graphs.clear()
+    engine._graphs.seconds.clear()
+    engine._graphs.sizes = []
+    engine._capture(engine._graphs, 5, Kind())
+    assert not engine._graphs.full
+    run = engine._graphs._run
+    held = []
+
+    def hungry(batch, kind):
+        """A step that needs 64 MiB more than there is, while it is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            held.append(torch.empty(64 << 20, dtype=torch.uint8, device="cuda"))
+        return run(batch, kind)
+
+    engine._graphs._run = hungry
+    used = torch.cuda.memory_reserved() + (32 << 20)
+    torch.cuda.set_per_process_memory_fraction(used / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        engine.capture_graphs([4])
+        assert engine._graphs.full and engine.report.cuda_graphs == [5] and not held
+        assert "there is no memory for that of 4" in engine.report.notes[-1] and "5 stay" in engine.report.notes[-1]
+        assert serve(engine, requests) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu

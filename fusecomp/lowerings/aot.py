@@ -321,6 +321,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each once."""
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
+    from fusecomp.lowerings.feed_aot import specializations as feed_specializations
     from fusecomp.lowerings.invariant_aot import invariant_specializations
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
     from fusecomp.lowerings.linear.large_aot import specializations as large_specializations
@@ -334,7 +335,10 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     attention = (spec for case in CASES[full] for spec in specializations(case, target))
     linear = itertools.chain(large_specializations(target), skinny_specializations(target, full=full))
     others = itertools.chain(
-        epilogue_specializations(target), greedy_specializations(target), route_specializations(target)
+        epilogue_specializations(target),
+        greedy_specializations(target),
+        route_specializations(target),
+        feed_specializations(),
     )
     experts = experts_specializations(target, full=full)
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))

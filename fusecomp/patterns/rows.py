@@ -59,7 +59,7 @@ class SelectedRows(Pattern):
                 yield SelectedRowsCandidate(node, norm)
 
     def guard(self, candidate: SelectedRowsCandidate, context: PassContext) -> str | None:
-        chosen = _row_arguments(candidate.node)
+        chosen = row_arguments(candidate.node)
         if isinstance(chosen, str):
             return chosen
         if reader := _other_reader(candidate.norm.node, candidate.node):
@@ -68,7 +68,7 @@ class SelectedRows(Pattern):
 
     def emit(self, candidate: SelectedRowsCandidate, gm: GraphModule, context: PassContext) -> str:
         node, norm, graph = candidate.node, candidate.norm, gm.graph
-        found, arguments = identify(norm), _row_arguments(node)
+        found, arguments = identify(norm), row_arguments(node)
         assert found is not None and not isinstance(arguments, str)
         spec, weight, bias = found
         with graph.inserting_before(node):
@@ -88,16 +88,16 @@ class SelectedRows(Pattern):
         return selected_rows_examples()
 
 
-def _row_arguments(node: Node) -> tuple | str:
-    """What follows the tensor in a call that makes the same choice from [T, K], or why it cannot be made there."""
+def row_arguments(node: Node, at: int = 0) -> tuple | str:
+    """What follows the tensor in a call that makes the same choice along dim `at`, or why there is no such call."""
     shape, given = fake_value(node.args[0]).shape, node.args[1:]
     if is_call(node, aten.index.Tensor):
         indices: Any = given[0]
         dims = [dim for dim, index in enumerate(indices) if index is not None]
-        arguments: tuple = ([indices[dims[0]]],)
+        arguments: tuple = ([*[None] * at, indices[dims[0]]],)
     else:
         dim: Any = given[0] if given else 0
-        dims, arguments = [dim % len(shape)], (0, *given[1:])
+        dims, arguments = [dim % len(shape)], (at, *given[1:])
     others = [size_key(size) for dim, size in enumerate(shape[:-1]) if dim not in dims]
     if node.kwargs or len(dims) != 1 or dims[0] == len(shape) - 1 or others != [1] * (len(shape) - 2):
         return "it does not choose whole rows of tokens"

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusecomp.runtime.batch import StepBatch
+from fusecomp.runtime.step_batch import StepBatch
 
 
 def each_token_alone(run: Callable[[StepBatch], Tensor], batch: StepBatch, num_logits: int) -> Tensor:

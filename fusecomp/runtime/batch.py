@@ -7,92 +7,20 @@ same addresses at every step, which is what a captured CUDA graph replays, and a
 
 Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
 parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
-step. A step gathers its lines into pinned staging buffers and copies those that changed. There are two staging sets,
-each with an event: one is filled while the copies from the other may still be in flight.
+step. A step gathers its lines into pinned staging buffers. What changes at every step of decodes one kernel reads from
+there (`lowerings/feed.py`); the rest is copied when it changed. There are two staging sets, each with an event: one is
+filled while the other may still be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fusecomp.request import SamplingParams
-from fusecomp.runtime.scheduler import ScheduledStep, SequenceState
-
-
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """Tensors of one step. All on the device except `host_meta`.
-
-    Attributes:
-        tokens: [3, T] int64, contiguous: ids, positions, KV slots.
-        logit_indices: [S] int64.
-        cu_q_lens: [S + 1] int32.
-        seq_lens: [S] int32.
-        block_tables: [S, P] int32; entries that are never read hold stale but valid block ids.
-        host_meta: [4] int32 on the CPU: num_decodes, max_q_len, max_seq_len, num_rows. Padding rows count as decodes.
-        temperature: [S] float32; 0 is greedy, also in padding rows.
-        top_k: [S] int32; 0 keeps all.
-        top_p: [S] float32; 1 keeps all.
-        seeds: [S] int64.
-        rows: [S] int64, the line of each row in tables of running sequences; `max_num_seqs` for padding.
-        num_rows: n, rows of the step that are not padding.
-        needs: what the rows need of the sampler together, of the flags below.
-        logprobs: most log-probabilities that a row asks for; -1 when none asks.
-    """
-
-    tokens: torch.Tensor
-    logit_indices: torch.Tensor
-    cu_q_lens: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    host_meta: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    seeds: torch.Tensor
-    rows: torch.Tensor
-    num_rows: int
-    needs: int
-    logprobs: int
-
-    @property
-    def all_greedy(self) -> bool:
-        """Every row takes the arg-max."""
-        return not self.needs & DRAWN
-
-    @property
-    def filtered(self) -> bool:
-        """Some row that is not greedy has a top-k or top-p."""
-        return bool(self.needs & FILTERED)
-
-    @property
-    def typical(self) -> bool:
-        """Some row that is not greedy has a typical-p."""
-        return bool(self.needs & TYPICAL)
-
-    @property
-    def adjusted(self) -> bool:
-        """Some row has a bias, bans or penalties."""
-        return bool(self.needs & ADJUSTED)
-
-
-# What a row may need of the sampler.
-DRAWN, FILTERED, TYPICAL, ADJUSTED = 1, 2, 4, 8
-
-
-def needs_of(params: SamplingParams) -> int:
-    """The flags of one request."""
-    needs = 0
-    if not params.greedy:
-        needs |= DRAWN | (FILTERED if params.top_k > 0 or params.top_p < 1 else 0)
-        needs |= TYPICAL if params.typical_p < 1 else 0
-    banned = params.bad_words or params.min_tokens or params.allowed_token_ids is not None
-    return needs | (ADJUSTED if params.penalised or params.logit_bias or banned else 0)
-
+from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
+from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch, needs_of
 
 # Parameters beyond these mean what these mean: a uniform draw, and all tokens.
 _FLOAT32_MAX, _INT32_MAX = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
@@ -109,7 +37,10 @@ _BUFFERS = {
     "seeds": torch.int64,
     "rows": torch.int64,
     "continues": torch.int64,
+    "moved_at": torch.int32,
+    "moved_to": torch.int32,
 }
+_STAGED_ONLY = ("continues", "moved_at", "moved_to")
 _SAMPLING = ("temperature", "top_k", "top_p", "seeds")
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
 
@@ -143,7 +74,8 @@ class BatchBuilder:
     """Turns steps of one `Scheduler` into `StepBatch`es.
 
     Args:
-        max_num_seqs: most rows, and the bound of `SequenceState.row`; the largest decode bucket.
+        max_num_seqs: most rows, and the bound of `SequenceState.row`; the largest decode bucket. A `MixedShape` may
+            have `MOST_PREFILLS` more.
         max_num_batched_tokens: most tokens in a step.
         max_blocks_per_seq: P.
         block_size: B.
@@ -163,6 +95,7 @@ class BatchBuilder:
         on_enter: Callable[[SequenceState], None] | None = None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
+        self.max_rows = max_num_seqs + MOST_PREFILLS
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_blocks_per_seq = max_blocks_per_seq
         self.block_size = block_size
@@ -170,11 +103,13 @@ class BatchBuilder:
         self._seed = seed
         self._on_enter = on_enter
 
-        S, T, P = max_num_seqs, max_num_batched_tokens, max_blocks_per_seq
+        S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
         shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S * P,)}
         self._device = {
-            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device) for name, shape in shapes.items()
+            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device)
+            for name, shape in shapes.items()
+            if name not in _STAGED_ONLY
         }
         # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
         self._packed_tables = self._device["block_tables"]
@@ -186,9 +121,13 @@ class BatchBuilder:
         # In a decode-only step row s owns token s, whatever the bucket.
         self._identity = torch.arange(S, dtype=torch.int64, device=self.device)
         self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
+        self._order = np.arange(S)
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
 
+        self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
+
         # Tables with one line per running sequence.
+        S = max_num_seqs
         self._table = np.zeros((S, P), np.int32)
         self._table_flat = self._table.reshape(-1)
         self._row_admission = [-1] * S
@@ -202,26 +141,38 @@ class BatchBuilder:
         self._num_blocks: list[int] = []
         self._rows = np.zeros(0, np.int64)
         self._padded_rows = -1
+        self._placement = (0, 0)  # rows before a gap in the block tables, and where those after it begin
         self._all_needs, self._most_logprobs = 0, -1
+        self._moved = 0  # entries of block tables that the step in the making brings
 
     def build(
-        self, step: ScheduledStep, pad_to: int | None = None, continues: tuple[torch.Tensor, list[int]] | None = None
+        self,
+        step: ScheduledStep,
+        pad_to: int | MixedShape | None = None,
+        continues: tuple[torch.Tensor, Sequence[int]] | None = None,
     ) -> StepBatch:
         """Fill the batch of `step`.
 
         Args:
             step: from `Scheduler.schedule`, before the matching `update`.
-            pad_to: rows of the decode bucket; only for a step that is all decodes.
-            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and the row
-                of it that each row continues from.
+            pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
+            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and for each
+                decode the row of it that it continues from, or `KNOWN`; a `range` says each its own.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
         seqs = step.seqs
-        n = len(seqs)
-        assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
-        assert step.num_tokens <= self.max_num_batched_tokens, step.num_tokens
-        S = pad_to or n
+        n, nd = len(seqs), step.num_decodes
+        shape = pad_to if isinstance(pad_to, MixedShape) else None
+        if shape is not None:
+            assert shape.holds(step.num_tokens, nd, n - nd) and not step.decode_only, (shape, step.num_tokens, n, nd)
+            S, T, gap = shape.rows, shape.tokens, shape.decodes - nd
+        else:
+            assert not isinstance(pad_to, MixedShape)
+            assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
+            S, gap = pad_to or n, 0
+            T = S if step.decode_only else step.num_tokens
+        assert self.max_num_batched_tokens >= T, T
         starts = np.array(step.starts, np.int64)
         ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
         self._turn ^= 1
@@ -229,17 +180,18 @@ class BatchBuilder:
         staging.wait()
 
         max_seq_len = int(ends.max())
-        rows = self._refresh(seqs, max_seq_len, S, staging)
+        self._moved = 0
+        rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging, step.decode_only)
         seq_lens = staging.arrays["seq_lens"]
-        seq_lens[:n] = ends
-        seq_lens[n:S] = 0
-        self._copy(staging, "seq_lens", S)
+        seq_lens[:nd] = ends[:nd]
+        seq_lens[nd : nd + gap] = 0
+        seq_lens[nd + gap : n + gap] = ends[nd:]
+        seq_lens[n + gap : S] = 0
 
-        T = S if step.decode_only else step.num_tokens
         tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
-        nd = step.num_decodes
-        if continues is None:
-            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs if step.decode_only else seqs[:nd])]
+        sampled, sampled_rows = (None, None) if continues is None else continues
+        if sampled_rows is None or KNOWN in sampled_rows:
+            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs[:nd] if nd < n else seqs)]
         tokens[1, :nd] = starts[:nd]
         tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
@@ -250,51 +202,128 @@ class BatchBuilder:
             self._fill_prefills(step, tokens)
             max_q_len = max(step.num_new_tokens)
             cu_q_lens = staging.arrays["cu_q_lens"]
-            np.cumsum(step.num_new_tokens, out=cu_q_lens[1 : n + 1])
-            staging.arrays["logit_indices"][:n] = cu_q_lens[1 : n + 1] - 1
-            self._copy(staging, "cu_q_lens", n + 1)
-            self._copy(staging, "logit_indices", n)
-        self._copy(staging, "tokens", 3 * T)
-        if continues is not None:
-            self._continue_from(*continues, staging)
+            ends_of_rows = np.cumsum(step.num_new_tokens)
+            cu_q_lens[1 : nd + 1] = ends_of_rows[:nd]
+            cu_q_lens[nd + 1 : nd + gap + 1] = nd
+            cu_q_lens[nd + gap + 1 : n + gap + 1] = ends_of_rows[nd:]
+            staging.arrays["logit_indices"][:n] = ends_of_rows - 1
+            if shape is not None:
+                used = step.num_tokens
+                tokens[:2, used:] = 0
+                tokens[2, used:] = -1
+                seq_lens[n + gap] = T - used
+                cu_q_lens[n + gap + 1 : S + 1] = T
+                staging.arrays["logit_indices"][n:S] = 0
+            self._copy(staging, "cu_q_lens", S + 1)
+            self._copy(staging, "logit_indices", S)
+        if step.decode_only:
+            self._feed(staging, S, sampled, sampled_rows or ())
+        else:
+            self._copy(staging, "seq_lens", S)
+            self._copy(staging, "tokens", 3 * T)
+            if sampled is not None and sampled_rows:
+                self._continue_from(sampled, sampled_rows, staging)
         staging.record()
+        if shape is not None:
+            self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
+            return self._batch(self._mixed_view_of(shape), n)
         self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, max_seq_len, S)
         views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
         return self._batch(views, n)
 
-    def _continue_from(self, sampled: torch.Tensor, rows: list[int], staging: _Staging) -> None:
-        """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
-        count = len(rows)
-        if rows[-1] != count - 1:  # rows are ascending: some are missing in between
-            staging.arrays["continues"][:count] = rows
-            self._copy(staging, "continues", count)
-            sampled = sampled[self._device["continues"][:count]]
-        torch.clamp(sampled[:count], min=0, out=self._device["tokens"][:count])
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a block table holds, which a captured launch must serve."""
+        return self.max_blocks_per_seq * self.block_size
 
-    def padding(self, rows: int) -> StepBatch:
-        """A decode bucket of `rows` padding rows, safe to run for warm-up and capture: it writes no KV slot.
+    def _feed(self, staging: _Staging, size: int, sampled: torch.Tensor | None, rows: Sequence[int]) -> None:
+        """Bring a step of `size` decodes to the device, and the entries of block tables that `_refresh` moved."""
+        device, staged, count, moved = self._device, staging.tensors, len(rows), self._moved
+        if self.device.type != "cuda":
+            self._copy(staging, "seq_lens", size)
+            self._copy(staging, "tokens", 3 * size)
+            if moved:
+                tables = device["block_tables"].numpy().reshape(-1)
+                tables[staging.arrays["moved_at"][:moved]] = staging.arrays["moved_to"][:moved]
+            if sampled is not None and rows:
+                self._continue_from(sampled, rows, staging)
+            return
+        from fusecomp.lowerings.feed import launch_feed
+
+        if rows:
+            staging.arrays["continues"][:count] = self._order[:count] if isinstance(rows, range) else rows
+        launch_feed(
+            staged["tokens"],
+            staged["seq_lens"],
+            (staged["moved_at"], staged["moved_to"]),
+            staged["continues"],
+            sampled,
+            device["tokens"],
+            device["seq_lens"],
+            device["block_tables"],
+            size,
+            count,
+            moved,
+        )
+
+    def _continue_from(self, sampled: torch.Tensor, rows: Sequence[int], staging: _Staging) -> None:
+        """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
+        count, tokens = len(rows), self._device["tokens"]
+        if isinstance(rows, range):
+            torch.clamp(sampled[:count], min=0, out=tokens[:count])
+            return
+        staging.arrays["continues"][:count] = rows
+        at = staging.tensors["continues"][:count].to(self.device, non_blocking=True)
+        taken = sampled[at.clamp(min=0)].clamp_(min=0)
+        tokens[:count] = torch.where(at < 0, tokens[:count], taken) if KNOWN in rows else taken
+
+    def padding(self, shape: int | MixedShape) -> StepBatch:
+        """A batch of nothing but padding, of so many decode rows or of a mixed shape, safe to run for warm-up and
+        capture: it writes no KV slot.
 
         Its `host_meta` announces the longest possible sequence, so what is sized by it serves every later step.
         """
-        assert 1 <= rows <= self.max_num_seqs, rows
+        mixed = isinstance(shape, MixedShape)
+        rows, T, decodes = (shape.rows, shape.tokens, shape.decodes) if isinstance(shape, MixedShape) else (shape,) * 3
+        assert 1 <= rows <= self.max_rows and self.max_num_batched_tokens >= T, shape
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()
-        tokens = staging.arrays["tokens"][: 3 * rows].reshape(3, rows)
+        tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
         tokens[:2] = 0
         tokens[2] = -1
         staging.arrays["seq_lens"][:rows] = 0
-        self._copy(staging, "tokens", 3 * rows)
+        if mixed:
+            staging.arrays["seq_lens"][decodes] = T
+            staging.arrays["cu_q_lens"][: decodes + 1] = 0
+            staging.arrays["cu_q_lens"][decodes + 1 : rows + 1] = T
+            staging.arrays["logit_indices"][:rows] = 0
+            self._copy(staging, "cu_q_lens", rows + 1)
+            self._copy(staging, "logit_indices", rows)
+        self._copy(staging, "tokens", 3 * T)
         self._copy(staging, "seq_lens", rows)
         self._gather_sampling(np.zeros(0, np.int64), rows, staging)
         staging.record()
         # The device rows no longer belong to any sequence.
         self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
-        self._host_meta_np[:] = (rows, 1, self.max_blocks_per_seq * self.block_size, rows)
-        return self._batch(self._decode_view(rows), 0)
+        self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
+        return self._batch(self._mixed_view_of(shape) if isinstance(shape, MixedShape) else self._decode_view(rows), 0)
 
-    def _refresh(self, seqs: Sequence[SequenceState], max_seq_len: int, padded: int, staging: _Staging) -> np.ndarray:
+    def _refresh(
+        self,
+        seqs: Sequence[SequenceState],
+        max_seq_len: int,
+        padded: int,
+        placement: tuple[int, int],
+        staging: _Staging,
+        decode_only: bool,
+    ) -> np.ndarray:
         """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
+
+        Where the rows are those of the step before and all decode, the places of new blocks are noted for `_feed`.
+
+        Args:
+            placement: rows before the gap in the block tables, and where those after it begin.
 
         Returns: the row of each sequence.
         """
@@ -304,13 +333,15 @@ class BatchBuilder:
         if not same_rows:
             self._rows = np.array([seq.row for seq in seqs], np.int64)
         rows = self._rows
-        if same_rows and num_blocks == self._num_blocks:
+        if same_rows and num_blocks == self._num_blocks and placement == self._placement:
             if padded != self._padded_rows:
                 self._gather_sampling(rows, padded, staging)
             return rows
         n = len(seqs)
         # With the rows of the last step, only those whose block count moved need a look.
         stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
+        same_places = same_rows and decode_only and placement == self._placement
+        places = list[int]()
         for i in stale:
             seq = seqs[i]
             row, count = seq.row, num_blocks[i]
@@ -321,17 +352,39 @@ class BatchBuilder:
                 assert count <= self.max_blocks_per_seq, f"{seq.request_id!r} holds {count} blocks"
                 self._table[row, known:count] = seq.blocks[known:]
                 self._row_blocks[row] = count
+                if same_places:
+                    places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
+        if same_places and len(places) <= self.max_rows:
+            self._note_moves(places, rows, staging)
+        else:
+            self._copy_tables(rows, max_seq_len, placement, staging)
+        self._num_blocks, self._placement = num_blocks, placement
+        if not same_rows or padded != self._padded_rows:
+            self._gather_sampling(rows, padded, staging)
+            self._admissions = admissions
+        return rows
+
+    def _note_moves(self, places: list[int], rows: np.ndarray, staging: _Staging) -> None:
+        """Say what `_feed` is to write to the block tables: what the table of each row holds there."""
+        self._moved = count = len(places)
+        at = np.array(places, np.int64)
+        staging.arrays["moved_at"][:count] = at
+        lines, columns = np.divmod(at, self.max_blocks_per_seq)
+        staging.arrays["moved_to"][:count] = self._table[rows[lines], columns]
+
+    def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: _Staging) -> None:
+        n = len(rows)
         width = -(-max_seq_len // self.block_size)
         staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._table[rows, :width]
         packed = staging.tensors["block_tables"][: n * width]
         if self.device.type != "cpu":
             packed = self._packed_tables[: n * width].copy_(packed, non_blocking=True)
-        self._device["block_tables"][:n, :width].copy_(packed.view(n, width))
-        self._num_blocks = num_blocks
-        if not same_rows or padded != self._padded_rows:
-            self._gather_sampling(rows, padded, staging)
-            self._admissions = admissions
-        return rows
+        packed = packed.view(n, width)
+        before, after = placement
+        if before:
+            self._device["block_tables"][:before, :width].copy_(packed[:before])
+        if before < n:
+            self._device["block_tables"][after : after + n - before, :width].copy_(packed[before:])
 
     def _enter(self, seq: SequenceState) -> None:
         """Start a row's line in the tables for a newly admitted sequence."""
@@ -391,9 +444,15 @@ class BatchBuilder:
         latest[1].copy_(latest[2], non_blocking=True)
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
-        views = {name: buffer[:S] for name, buffer in self._device.items() if name != "continues"}
+        views = {name: buffer[:S] for name, buffer in self._device.items()}
         views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
         views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
+        return views
+
+    def _mixed_view_of(self, shape: MixedShape) -> dict[str, torch.Tensor]:
+        views = self._mixed_views.get(shape)
+        if views is None:
+            views = self._mixed_views[shape] = self._mixed_view(shape.rows, shape.tokens)
         return views
 
     def _decode_view(self, S: int) -> dict[str, torch.Tensor]:

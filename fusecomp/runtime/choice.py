@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fusecomp._compat import distinct_sizes
 from fusecomp.runtime.adjust import MIN_P, TYPICAL_P, RowTables, adjust
-from fusecomp.runtime.batch import StepBatch
 from fusecomp.runtime.logprobs import exact_score, pack, score, width_for
 from fusecomp.runtime.sampler import greedy, sample
+from fusecomp.runtime.step_batch import StepBatch
 
 GREEDY, PLAIN, FILTERED, TYPICAL = "greedy", "plain", "filtered", "typical"
 

@@ -6,16 +6,13 @@ One thread owns an engine. Lifecycle: resolve limits -> compile the step -> size
 
 from __future__ import annotations
 
-import itertools
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fusecomp.config import EngineConfig
 from fusecomp.errors import FallbackError, RequestError
-from fusecomp.lowerings.launch import compile_ahead, compiling_ahead
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.kv_cache import fill_random
 from fusecomp.quant.online.record import describe as describe_quantization
@@ -23,24 +20,22 @@ from fusecomp.report import FusionReport
 from fusecomp.request import RequestMetrics, SamplingParams
 from fusecomp.runtime import memory
 from fusecomp.runtime.adjust import RowTables
-from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
-from fusecomp.runtime.graphs import GraphRunner, bucket_sizes
+from fusecomp.runtime.graphs import CudaRecorder, GraphRunner, Recorder, Shape, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
-from fusecomp.runtime.packing import DECODED, MOST_BLOCKS, OTHER_SHAPES, check_invariance, check_packing, row_errors
-from fusecomp.runtime.sampler import greedy
+from fusecomp.runtime.packing import MOST_BLOCKS, check_invariance, check_packing
 from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, Status
+from fusecomp.runtime.stand_in import StandIns
+from fusecomp.runtime.start_up import compile_and_size, confirm_program, limit_to_proof, mixed_shapes_of
 from fusecomp.runtime.step import CompiledStep
+from fusecomp.runtime.step_batch import StepBatch
 from fusecomp.runtime.swap import open_swap_space
-
-# Relative error of logits above which a program is another model's, whatever the dtype. It leaves room for what stock
-# SDPA leaves out: without Gemma 2's softcap of scores, logits differ by 0.7%.
-WRONG_PROGRAM = 0.02
 
 
 class Engine:
@@ -60,17 +55,17 @@ class Engine:
         begin = time.perf_counter()
         parameter = next(model.parameters())
         self.device = parameter.device
-        self._stand_ins = itertools.count(-2, -1)
         self.vocab_size = memory.vocabulary(model)
         self.config = config = memory.resolve_limits(model, config)
         self._step = CompiledStep(model, config, self.device, parameter.dtype)
         self.report: FusionReport = self._step.report
-        self.config = config = self._limit_to_proof(config)
+        self.config = config = limit_to_proof(self._step, config)
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
         self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
         self._builder = self._new_builder(config)
-        num_blocks = self._compile_and_size(config)
+        self._stand_ins = StandIns(self._step, self._builder, config)
+        num_blocks, prefill_rate = compile_and_size(self._step, self._builder, self._stand_ins, config)
         self._step.allocate(num_blocks)
         assert config.max_model_len is not None
         longest = num_blocks * config.block_size + 1  # the last token is never cached
@@ -82,7 +77,7 @@ class Engine:
         limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
         self._host_blocks, swap = None, None
         if config.swap_bytes:
-            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, self._prefill_rate)
+            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, prefill_rate)
             self._host_blocks, swap, note = opened
             self.report.notes.append(note)
         self._scheduler = Scheduler(*limits, kv, swap)
@@ -92,9 +87,9 @@ class Engine:
         self.overlap = self.device.type == "cuda"
         self._flight: Flight | None = None
         self._launch_seconds = 0.0
-        self._runway = Runway(config.max_num_seqs, self.device)
-        self._latest: tuple[StepBatch, int | None] | None = None
-        self._confirm_program()
+        self._runway = Runway(self._builder.max_rows, self.device)
+        self._latest: tuple[StepBatch, Shape | None] | None = None
+        confirm_program(self._step, self._stand_ins, self.prompt_logits)
         self._step.seal()
         self._check_packing()
         if self.device.type == "cuda" and not config.enforce_eager:
@@ -198,37 +193,61 @@ class Engine:
         self._note_fallbacks()
         return outputs
 
-    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, list[int]] | None = None) -> Flight:
+    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, Sequence[int]] | None = None) -> Flight:
         """Queue a step's device work; nothing is waited for."""
-        bucket = self._graphs.bucket(len(step.seqs)) if self._graphs and step.decode_only else None
-        batch = self._builder.build(step, bucket, continues)
-        self._latest = batch, bucket
+        wanted = prompt_tokens(step)
+        shape = self._graphs.choose(step) if self._graphs and wanted is None else None
+        batch = self._builder.build(step, shape, continues)
+        kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
+        if self._graphs is not None and shape is not None:
+            if self._graphs.is_due(shape, kind):
+                self._capture(self._graphs, shape, kind)
+                batch = self._builder.build(step, shape, continues)
+            if self._graphs.captured(shape, kind):
+                self._graphs.check(batch, shape, kind)
         if step.swap_out or step.swap_in:
             assert self._host_blocks is not None
             self._host_blocks.move(step.swap_out, step.swap_in)
-        if (wanted := prompt_tokens(step)) is None:
-            flight = self._runway.launch(step, self._run(batch, bucket))
+        self._latest = batch, shape
+        if wanted is None:
+            flight = self._runway.launch(step, self._run(batch, shape))
         else:
             logits, scores = with_prompt(self._step, batch, wanted, self._choice.pack)
-            flight = self._runway.launch(step, self._choice(logits, batch, self._choice.kind(batch)), wanted, scores)
+            flight = self._runway.launch(step, self._choice(logits, batch, kind), wanted, scores)
         self._launch_seconds += time.perf_counter() - start
         return flight
 
-    def _run(self, batch: StepBatch, bucket: int | None) -> Sampled:
+    def _run(self, batch: StepBatch, shape: Shape | None) -> Sampled:
         kind = self._choice.kind(batch)
-        if bucket is None or self._graphs is None:
+        if shape is None or self._graphs is None or not self._graphs.captured(shape, kind):
             return self._forward(batch, kind)
-        if not self._graphs.captured(bucket, kind):
-            # Other variants than greedy are captured when first needed; they too must serve the longest context.
-            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
-            self._graphs.capture(batch, kind)
-        return self._graphs.replay(bucket, kind)
+        return self._graphs.replay(shape, kind)
+
+    def _capture(self, graphs: GraphRunner, shape: Shape, kind: Kind) -> None:
+        """Try to capture a graph; the batch has to be built again afterwards."""
+        graphs.capture(self._builder.padding(shape), shape, kind)
+        self.report.cuda_graphs = graphs.sizes
+        self.report.mixed_cuda_graphs = len(graphs.mixed)
 
     def _forward(self, batch: StepBatch, kind: Kind) -> Sampled:
         """Logits and sampled ids [S] of a batch; everything on the device, nothing read back."""
         return self._choice(self._step(batch), batch, kind)
+
+    def capture_graphs(self, sizes: Iterable[int]) -> None:
+        """Capture CUDA graphs for decodes of exactly these many rows too, whatever they bring.
+
+        Without graphs, on a CPU or with `enforce_eager`, it does nothing.
+        """
+        if self._graphs is not None:
+            for size in sorted(set(sizes) - set(self._graphs.sizes), reverse=True):
+                self._capture(self._graphs, size, Kind())
+
+    @property
+    def graphs(self) -> GraphRunner | None:
+        """The CUDA graphs; None without any."""
+        return self._graphs
 
     def repeat_step(self) -> Tensor:
         """Queue the latest step's device work once more: same buffers, same KV slots, same values. For measuring.
@@ -251,30 +270,8 @@ class Engine:
             RequestError: requests are being served, a prompt is too short, or the prompts do not fit one step and the
                 KV cache.
         """
-        per_prompt = [self._scheduler.kv.blocks_for(len(p)) for p in prompts]
-        if self.has_unfinished_requests():
-            raise RequestError("requests are being served", where="prompt_logits", remedy="drain the engine first")
-        shortest, config = (2 if decode_last else 1), self.config
-        if not prompts or min(map(len, prompts)) < shortest:
-            raise RequestError("too few tokens", where="prompt_logits", remedy=f"give at least {shortest} a prompt")
-        assert config.max_model_len is not None
-        if (
-            len(prompts) > config.max_num_seqs
-            or max(map(len, prompts)) > config.max_model_len
-            or sum(map(len, prompts)) > config.max_num_batched_tokens
-            or sum(per_prompt) > self._scheduler.kv.num_blocks
-        ):
-            raise RequestError("the prompts do not fit one step", where="prompt_logits", remedy="give fewer or shorter")
-        self._scheduler.kv.pool.forget_all()  # the first blocks are written below, whoever's content they keep
-        ends = list(itertools.accumulate(per_prompt))
-        blocks = [list(range(end - n, end)) for n, end in zip(per_prompt, ends, strict=True)]
-        if not decode_last:
-            return self._step(self._stand_in_prefill(prompts, blocks))
-        self._step(self._stand_in_prefill([p[:-1] for p in prompts], blocks))
-        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
-        rows = len(prompts)
-        step = ScheduledStep(seqs, [len(p) - 1 for p in prompts], [1] * rows, [True] * rows, rows, rows, 0)
-        return self._step(self._builder.build(step))
+        self._require_idle("prompt_logits")
+        return self._stand_ins.prompt_logits(self._scheduler.kv, prompts, decode_last=decode_last)
 
     def token_logits(self, prompt: list[int]) -> Tensor:
         """Logits [N, V] after every token of one prompt, computed in chunks of a step; only while no request lives.
@@ -282,20 +279,12 @@ class Engine:
         Raises:
             RequestError: requests are being served, or the prompt is empty or does not fit the context or KV cache.
         """
-        config, blocks = self.config, self._scheduler.kv.blocks_for(len(prompt))
-        assert config.max_model_len is not None
+        self._require_idle("token_logits")
+        return self._stand_ins.token_logits(self._scheduler.kv, prompt)
+
+    def _require_idle(self, where: str) -> None:
         if self.has_unfinished_requests():
-            raise RequestError("requests are being served", where="token_logits", remedy="drain the engine first")
-        if not 0 < len(prompt) <= config.max_model_len or blocks > self.num_kv_blocks:
-            raise RequestError(f"a prompt of {len(prompt)} tokens does not fit", where="token_logits")
-        self._scheduler.kv.pool.forget_all()  # as in `prompt_logits`
-        seq, logits = self._stand_in(0, prompt, []), []
-        for start in range(0, len(prompt), config.max_num_batched_tokens):
-            size = min(config.max_num_batched_tokens, len(prompt) - start)
-            seq.blocks = list(range(self._scheduler.kv.blocks_for(start + size)))  # grown as the scheduler does
-            batch = self._builder.build(ScheduledStep([seq], [start], [size], [True], 0, size, 0))
-            logits.append(self._step(replace(batch, logit_indices=torch.arange(size, device=self.device))))
-        return torch.cat(logits)
+            raise RequestError("requests are being served", where=where, remedy="drain the engine first")
 
     def rounded_logits(self, prompt: list[int]) -> Tensor | None:
         """Logits [1, N, V] of the original model on a prompt, its keys and values rounded as an FP8 cache does.
@@ -305,13 +294,6 @@ class Engine:
         return self._step.original_rounded(prompt)
 
     # ------------------------------------------------------------------ start-up
-
-    def _limit_to_proof(self, config: EngineConfig) -> EngineConfig:
-        assert config.max_model_len is not None
-        if config.max_model_len <= self._step.proven_length:
-            return config
-        self.report.notes.append(f"max_model_len limited to {self._step.proven_length}: inline masks are proven to it")
-        return config.replace(max_model_len=self._step.proven_length)
 
     def _new_builder(self, config: EngineConfig) -> BatchBuilder:
         assert config.max_model_len is not None
@@ -325,78 +307,6 @@ class Engine:
             self._tables.enter,
         )
 
-    def _compile_and_size(self, config: EngineConfig) -> int:
-        """Compile on a first batch, the largest prefill on a GPU so that its memory is known; returns KV blocks."""
-        blocks = -(-config.max_model_len // config.block_size)  # type: ignore[operator]
-        budget = memory.KVBudget(self.device, config, self._step.block_bytes, blocks)
-        self._step.allocate(budget.trial_blocks)
-        size = budget.trial_tokens
-        prompts, places = [[1] * size.tokens_per_row] * size.rows, [[0] * blocks] * size.rows
-        with compile_ahead(self.device):
-            self._step.warm_up(self._stand_in_prefill(prompts, places))
-            start = time.perf_counter()
-            if compiling_ahead():
-                self._meet_kernels()
-        if self.device.type == "cuda":
-            self.report.seconds["kernels ahead"] = time.perf_counter() - start
-        budget.begin()
-        start = time.perf_counter()
-        greedy(self._step(self._stand_in_prefill(prompts, places)))
-        num_blocks = budget.end()  # which waits for the step
-        self._prefill_rate = size.rows * size.tokens_per_row / (time.perf_counter() - start)
-        return num_blocks
-
-    def _meet_kernels(self) -> None:
-        """Under `compile_ahead`, go through the shapes that start-up runs: every graph, and the checks' tiny steps."""
-        config, checked = self.config, DECODED[0]
-        sizes = {min(len(checked), config.max_num_seqs)}
-        if not config.enforce_eager:
-            sizes |= {*bucket_sizes(config.max_num_seqs)}
-        for rows in sorted(sizes, reverse=True):
-            greedy(self._step(self._builder.padding(rows)))
-        if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
-            self._step(self._stand_in_prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
-
-    def _confirm_program(self) -> None:
-        """Try a program that no trace of the whole model made here on a prompt; compile anew when it is wrong."""
-        trial = self._step.trial()
-        if self._step.confirm("" if trial is None else self._difference(*trial)):
-            return
-        self._step.warm_up(self._stand_in_prefill([[1]], [[0]]))
-        self._step.confirm("")
-
-    def _difference(self, prompt: list[int], expected: Tensor | None) -> str | None:
-        """How the logits after each token of `prompt` differ from those expected by more than rounding; empty if not.
-
-        None when there is nothing to compare. The row in the middle is judged: nearly tied routing scores may spoil
-        one, a wrong program spoils all.
-        """
-        if expected is None:
-            return None
-        for first in range(1, len(prompt) + 1):  # as many prompts as fit one step
-            try:
-                actual = self.prompt_logits([prompt[:end] for end in range(first, len(prompt) + 1)])
-            except RequestError:
-                continue
-            errors = sorted(row_errors(actual, expected[first - 1 :]))
-            middle = errors[len(errors) // 2] if errors else 0.0
-            allowed = max(OTHER_SHAPES[0] * torch.finfo(expected.dtype).eps, WRONG_PROGRAM)
-            return f"{middle:.2g} (relative)" if middle > allowed else ""
-        return None
-
-    def _stand_in_prefill(self, prompts: list[list[int]], blocks: list[list[int]]) -> StepBatch:
-        """A batch of whole prompts outside the scheduler, on the given blocks."""
-        seqs = [self._stand_in(row, p, b) for row, (p, b) in enumerate(zip(prompts, blocks, strict=True))]
-        lengths = [len(p) for p in prompts]
-        step = ScheduledStep(seqs, [0] * len(seqs), lengths, [True] * len(seqs), 0, sum(lengths), 0)
-        return self._builder.build(step)
-
-    def _stand_in(self, row: int, tokens: list[int], blocks: list[int]) -> SequenceState:
-        """A sequence outside the scheduler; its admission number, negative and new, never meets a real one."""
-        seq = SequenceState(f"stand-in {row}", tokens, SamplingParams(temperature=0.0))
-        seq.row, seq.admission, seq.blocks = row, next(self._stand_ins), blocks
-        return seq
-
     def _check_packing(self) -> None:
         """Refuse a model that mixes packed sequences; leaves the KV cache as it was."""
         start = time.perf_counter()
@@ -409,37 +319,33 @@ class Engine:
         self.report.seconds["packing check"] = time.perf_counter() - start
 
     def _capture_graphs(self, largest: int) -> None:
-        """Capture and check the greedy graph of every bucket, largest first.
-
-        The step whose logits the check takes also is the one that must run before its capture.
-        """
+        """Capture the greedy graphs, and check those of decodes; others are checked when they first run."""
         start = time.perf_counter()
-        self._graphs = GraphRunner(self._forward, bucket_sizes(largest))
+        self._graphs = self._new_graphs(largest, CudaRecorder())
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
         used = largest * -(-3 // self.config.block_size)
         for cache, layout in zip(self._step.kv_caches, self._step.kv_layouts, strict=True):
             fill_random(cache[:used], layout.head_dim)
-        for size in reversed(self._graphs.sizes):
-            # Two cached tokens and a new one per row, or only a new one where blocks are too few.
-            pages = -(-3 // self.config.block_size)
-            tokens, pages = ([1, 2, 3], pages) if size * pages <= self.num_kv_blocks else ([1], 1)
-            blocks = [list(range(row * pages, (row + 1) * pages)) for row in range(size)]
-            seqs = [self._stand_in(row, tokens, blocks[row]) for row in range(size)]
-            step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
-            batch = self._builder.build(step, size)
-            batch.host_meta[2] = self._builder.max_blocks_per_seq * self._builder.block_size
-            logits = self._step(batch)
-            greedy(logits)
-            self._graphs.capture(batch, Kind(), ran=True)
-            self._graphs.check(batch, Kind(), logits)
+        self._capture_wanted(self._graphs)
         for cache in self._step.kv_caches:
             cache[:used].zero_()
-        self.report.cuda_graphs = list(self._graphs.sizes)
         from fusecomp.lowerings.device import target_of
 
         counts = [*self.report.cuda_graphs, self.config.max_num_batched_tokens]
         explain_lowerings(self.report, target_of(self._step.kv_caches[0]), counts)
         self.report.seconds["graphs"] = time.perf_counter() - start
+
+    def _capture_wanted(self, graphs: GraphRunner) -> None:
+        for shape in graphs.wanted():
+            self._capture(graphs, shape, Kind())
+            if isinstance(shape, int) and graphs.captured(shape, Kind()):
+                graphs.check(self._stand_ins.decodes(shape, self.num_kv_blocks), shape, Kind())
+
+    def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
+        note = self.report.notes.append
+        return GraphRunner(
+            self._step, self._forward, bucket_sizes(largest), mixed_shapes_of(self.config), note, recorder
+        )
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

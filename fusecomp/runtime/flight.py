@@ -66,7 +66,12 @@ class Runway:
         self._turn ^= 1
         tokens = sampled.tokens
         host = self._buffers[self._turn][: tokens.shape[0]]
-        host.copy_(tokens, non_blocking=True)
+        if self._cuda:
+            from fusecomp.lowerings.feed import launch_deliver
+
+            launch_deliver(tokens, host)
+        else:
+            host.copy_(tokens)
         scores, prompt_scores = self._to_host(sampled.scores), self._to_host(prompt_scores)
         arrived = None
         if self._cuda:

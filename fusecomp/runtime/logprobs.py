@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fusecomp.request import Logprob
-from fusecomp.runtime.batch import StepBatch
 from fusecomp.runtime.scheduler import ScheduledStep
+from fusecomp.runtime.step_batch import StepBatch
 
 # K is one of these, so that CUDA graphs are few; the last is `request.MAX_LOGPROBS`.
 WIDTHS = (1, 8, 32, 128)

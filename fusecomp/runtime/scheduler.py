@@ -45,10 +45,11 @@ from operator import attrgetter
 from fusecomp.errors import CapacityError, RequestError
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.prefix import PrefixSharing
-from fusecomp.runtime.sequence import INVALID_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
+from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
 from fusecomp.runtime.swap_space import SwapSpace
 
 _RANK = attrgetter("rank")
+KNOWN = -1
 __all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
 
@@ -85,6 +86,7 @@ class Scheduler:
         self._free_rows = list(reversed(range(max_num_seqs)))
         self._num_arrivals = 0
         self._num_admissions = 0
+        self._launched: ScheduledStep | None = None  # in flight, its rows moved on by `_move_on`
         self.prefix = PrefixSharing(kv)
 
     @property
@@ -159,6 +161,14 @@ class Scheduler:
 
         The caller runs the step and calls `update` before it schedules again.
         """
+        return self._compose()
+
+    def _compose(self, *, ahead: bool = False) -> ScheduledStep | None:
+        """The next step of running sequences and of waiting ones.
+
+        With `ahead` those that reach their length with the token to come have no part in it, and nobody is preempted:
+        None where somebody would be, and before any is admitted.
+        """
         seqs: list[SequenceState] = []
         starts: list[int] = []
         prefills: list[SequenceState] = []
@@ -167,18 +177,25 @@ class Scheduler:
         # Preemption pops from the tail of the list under iteration, behind or at the current sequence: that ends the
         # loop early, as it should. What was scheduled stays.
         for seq in self._running:
-            start = seq.num_computed_tokens
-            if start + 1 != len(seq.token_ids) or start == 0:
+            start, known = seq.num_computed_tokens, len(seq.token_ids)
+            if start + 1 != known or start == 0:
                 prefills.append(seq)
                 continue
+            if known == seq.max_total_tokens:
+                continue  # only `ahead`
             while start >= seq.num_slots and not self._grow(seq, start):
+                if ahead:
+                    return None
                 num_preempted += 1
                 if self._preempt_last() is seq:
                     break
             else:
                 decode(seq)
                 at(start)
-        if self._running and (prefills or self._waiting):
+        if ahead:
+            if prefills and self._room(prefills[0]) == 0:
+                return None
+        elif self._running and (prefills or self._waiting):
             for victim in self._make_way(prefills):
                 num_preempted += 1
                 if seqs and seqs[-1] is victim:  # both lists are in rank order
@@ -221,37 +238,52 @@ class Scheduler:
                 break  # the tokens or the blocks are used up, and no other may take the blocks that it will need
 
         if not seqs:
-            assert not self._live, "live sequences but nothing to schedule"
+            assert ahead or not self._live, "live sequences but nothing to schedule"
             return None
         num_tokens = self.max_num_batched_tokens - budget
         return ScheduledStep(
             seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted, *self.swap.take_moves()
         )
 
-    def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, list[int]] | None:
-        """The step after `step`, before the tokens that `step` samples are known: every row of it decodes once more.
+    def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, Sequence[int]] | None:
+        """The step after `step`, which is launched, before the tokens that `step` samples are known.
 
-        Only for the plain case, in which `schedule` would do the same once it knew them. None when some row of `step`
-        does not sample, a running sequence is not in it, a waiting one could be admitted, blocks run out, or nothing
-        is left because every row reaches its length. A row that turns out to stop at `step` is computed in vain.
+        It is what `schedule` gives if no row of `step` turns out to stop; one that does is computed in vain. Rows that
+        reach their length end, and what they hold is free from the step after. None when a sequence would have to be
+        preempted, or nothing is left to do.
 
-        Returns: the step, and for each of its rows the row of `step` whose sampled token it continues from.
+        Returns: the step, and for each of its decodes the row of `step` whose sampled token it continues from, or
+            `KNOWN` for the last token of a prompt that was cut before it; a `range` if that is each decode's own row.
         """
-        if not all(step.samples) or (self._waiting and self._may_change()):
+        if self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             return None
-        alive = [i for i, seq in enumerate(step.seqs) if seq.status is Status.RUNNING]
-        if len(alive) != len(self._running):
+        self._move_on(step)
+        following = self._compose(ahead=True)
+        if following is None:
             return None
-        rows = [i for i in alive if len(step.seqs[i].token_ids) + 1 < step.seqs[i].max_total_tokens]
-        seqs = [step.seqs[i] for i in rows]
-        starts = [len(seq.token_ids) for seq in seqs]
-        for seq, start in zip(seqs, starts, strict=True):
-            if start >= seq.num_slots and not self._grow(seq, start):
-                return None
-        count = len(rows)
-        if count == 0:
-            return None
-        return ScheduledStep(seqs, starts, [1] * count, [True] * count, count, count, 0), rows
+        decodes = following.seqs[: following.num_decodes]
+        if decodes == step.seqs and all(step.samples):  # nearly always, and quickly found
+            return following, range(len(decodes))
+        row_of = {seq: row for row, (seq, draws) in enumerate(zip(step.seqs, step.samples, strict=True)) if draws}
+        return following, [row_of.get(seq, KNOWN) for seq in decodes]
+
+    def _move_on(self, step: ScheduledStep) -> None:
+        """Account for a launched step but for its tokens, which are yet to come: `UNKNOWN_TOKEN` stands for each."""
+        if self._launched is step:
+            return
+        assert self._launched is None, "two steps are in flight"
+        self._launched = step
+        running = Status.RUNNING
+        if step.decode_only and step.seqs == self._running:  # the same, quicker
+            for seq in step.seqs:
+                seq.num_computed_tokens += 1
+                seq.token_ids.append(UNKNOWN_TOKEN)
+            return
+        for seq, size, draws in zip(step.seqs, step.num_new_tokens, step.samples, strict=True):
+            if seq.status is running:  # not aborted, nor ended by the token before this one
+                seq.num_computed_tokens += size
+                if draws:
+                    seq.token_ids.append(UNKNOWN_TOKEN)
 
     def update(
         self, step: ScheduledStep, sampled_token_ids: Sequence[int], eos_ids: Container[int]
@@ -259,7 +291,7 @@ class Scheduler:
         """Account for a step that ran.
 
         Args:
-            step: what the latest `schedule` returned.
+            step: what the latest `schedule` returned, or the `schedule_ahead` before the latest.
             sampled_token_ids: one id a row (more, for padding rows, are ignored); read only for rows that sample.
                 `INVALID_TOKEN` ends the row's sequence with "error".
             eos_ids: the model's end-of-sequence ids.
@@ -267,23 +299,21 @@ class Scheduler:
         Returns: the sequences that got a token or ended, in row order. An end or stop token is part of the output.
         """
         assert len(sampled_token_ids) >= len(step.seqs), (len(sampled_token_ids), len(step.seqs))
+        self._move_on(step)
+        self._launched = None
         advanced = []
         num_finished = 0
         running = Status.RUNNING
-        for seq, size, draws, token in zip(
-            step.seqs, step.num_new_tokens, step.samples, sampled_token_ids, strict=False
-        ):
-            if seq.status is not running:
-                continue  # aborted while the step ran, or ended by the token before this one
-            seq.num_computed_tokens += size
-            if not draws:
+        for seq, draws, token in zip(step.seqs, step.samples, sampled_token_ids, strict=False):
+            if not draws or seq.status is not running:
                 continue
             advanced.append(seq)
             params = seq.params
             if token < 0:
+                del seq.token_ids[-1]
                 reason = "error"
             else:
-                seq.token_ids.append(token)
+                seq.token_ids[-1] = token
                 if token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos):
                     reason = "stop"
                 elif len(seq.token_ids) >= seq.max_total_tokens:
@@ -297,7 +327,7 @@ class Scheduler:
             self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
         # A decode's block is named when the next one is needed, the blocks of all that ended were when it did.
         for seq in step.seqs[step.num_decodes :]:
-            if seq.status is Status.RUNNING:
+            if seq.status is running:
                 self.prefix.name(seq, seq.num_computed_tokens)
         return advanced
 
@@ -339,13 +369,6 @@ class Scheduler:
         if before is not None and seq.priority >= before.priority:
             return None
         return found if self._fits(seq, found[1]) else None
-
-    def _may_change(self) -> bool:
-        """Whether a waiting sequence could be admitted, or make others wait, once the step in flight has run."""
-        if self._running and self._waiting[0].priority < self._running[-1].priority:
-            return True
-        # Blocks in the making: the step in flight may be what a waiting sequence waits for.
-        return bool(self._free_rows) and (bool(self.prefix.makers) or self._next_admissible(0, before=None) is not None)
 
     def _missing_blocks(self, seq: SequenceState, cached: Sequence[int]) -> int:
         """Free blocks that a waiting sequence needs for all its known tokens."""

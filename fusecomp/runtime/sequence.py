@@ -11,6 +11,8 @@ from fusecomp.request import RequestMetrics, SamplingParams
 
 # The sampler's answer for a row whose logits are not finite.
 INVALID_TOKEN = -1
+# Stands in `token_ids` for the token that a step in flight samples.
+UNKNOWN_TOKEN = -2
 
 
 class Status(enum.Enum):

@@ -39,10 +39,10 @@ from fusecomp.patterns.invariance import BatchInvariance
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
 from fusecomp.runtime.alone import each_token_alone
-from fusecomp.runtime.batch import StepBatch
 from fusecomp.runtime.depth import Outline, extend, extend_report, outline, reads_layer_index, shortened
 from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
 from fusecomp.runtime.program_cache import ProgramCache, restore, snapshot
+from fusecomp.runtime.step_batch import StepBatch
 
 # Masks written inline in a model are evaluated as [T, T] matrices: this bounds T, and with it max_model_len.
 INLINE_PROOF_LENGTH = 4096

@@ -116,6 +116,38 @@ def make_step(
     )
 
 
+def padded(step: Step, decodes: int, prefills: int, tokens: int) -> Step:
+    """The step in the layout of a `MixedShape` with so many more rows and tokens; the cache is the same tensor."""
+    nd, T = int(step.host_meta[0]), step.q.shape[0]
+    rows = len(step.seq_lens) - nd + prefills + nd + decodes
+
+    def more(x: Tensor, value: int) -> Tensor:
+        """`x` [S, ...] with the padding's rows in place."""
+        out = x.new_full((rows, *x.shape[1:]), value)
+        out[:nd], out[nd + decodes : len(x) + decodes] = x[:nd], x[nd:]
+        return out
+
+    seq_lens = more(step.seq_lens, 0)
+    seq_lens[len(step.seq_lens) + decodes] = tokens
+    ends = more(step.cu_q_lens[1:], T + tokens)
+    ends[nd : nd + decodes] = nd
+    kv = torch.cat([step.k, step.v], 1)
+    kv = torch.cat([kv, torch.randn_like(kv[:1]).expand(tokens, -1, -1)])
+    heads = step.q.transpose(0, 1)
+    return Step(
+        q=torch.cat([heads, torch.randn_like(heads[:, :1]).expand(-1, tokens, -1)], 1).transpose(0, 1),
+        k=kv[:, : step.k.shape[1]],
+        v=kv[:, step.k.shape[1] :],
+        kv_cache=step.kv_cache,
+        slots=torch.cat([step.slots, step.slots.new_full((tokens,), -1)]),
+        cu_q_lens=torch.cat([ends.new_zeros(1), ends]),
+        seq_lens=seq_lens,
+        block_tables=more(step.block_tables, 0),
+        host_meta=torch.tensor([nd + decodes, T + tokens, int(step.host_meta[2]) + 999, rows], dtype=torch.int32),
+        page_size=step.page_size,
+    )
+
+
 @dataclass
 class RopeInputs:
     """What `rope_attention` takes beside a step: tables of arbitrary numbers, norm weights, and the rule."""

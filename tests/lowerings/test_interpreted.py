@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         ("check_rope.py", "not mixed"),
         ("check_epilogue.py", ""),
         ("check_greedy.py", ""),
+        ("check_feed.py", ""),
         ("check_route.py", ""),
     ],
 )

@@ -130,10 +130,12 @@ class TestOnAGPU:
         take_fallbacks()
         found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)
         assert take_fallbacks() == {}
+        # In fp32 the order of sums is all there is: one chain of the products of both matmuls (see `linear_cases`).
+        chain = torch.finfo(dtype).eps * ((200 + 72) / 24) ** 0.5 if dtype == torch.float32 else 0.0
         for actual, plain, wanted in zip(found, unfused, exact, strict=True):
             if wanted.numel():
                 allowed = max(relative_rms(plain, wanted), torch.finfo(dtype).eps / 4)
-                assert relative_rms(actual, wanted) <= CONTRACT * allowed
+                assert relative_rms(actual, wanted) <= CONTRACT * allowed + chain
 
     @pytest.mark.parametrize("tokens", [1, 2, 9])
     def test_with_the_linear_that_follows(self, tokens):

@@ -8,6 +8,7 @@ import torch
 from fusecomp.config import EngineConfig
 from fusecomp.fusion import FUSE
 from fusecomp.patterns.invariance import BatchInvariance
+from fusecomp.quant.online.transform import quantize_model
 from fusecomp.runtime import step
 from fusecomp.runtime.engine import Engine
 from fusecomp.testing.patterns import check_fused, new_context
@@ -22,10 +23,13 @@ CONFIG = EngineConfig(
 REFUSED = {"llama4": {"topk", "scatter"}}
 
 
-def refusals(family: str, monkeypatch: pytest.MonkeyPatch, **changes) -> list[str]:
+def refusals(family: str, monkeypatch: pytest.MonkeyPatch, scheme: str = "", **changes) -> list[str]:
     """As on a GPU: the fuse stage with the check behind it."""
     monkeypatch.setattr(step, "FUSE", (*FUSE, BatchInvariance()))
-    report = Engine(build(family, torch.bfloat16), CONFIG.replace(**changes)).report
+    model = build(family, torch.bfloat16)
+    if scheme:
+        quantize_model(model, scheme, text=[])
+    report = Engine(model, CONFIG.replace(**changes)).report
     return [miss.reason for miss in report.near_misses if miss.pattern == BatchInvariance.name]
 
 
@@ -40,6 +44,12 @@ def test_fused_models_pass(family, monkeypatch):
 def test_a_product_that_no_pattern_took_is_named(monkeypatch):
     found = refusals("llama", monkeypatch, disabled_patterns=("linear",))
     assert found and set(found) == {"mm sums in an order that follows the number of rows"}
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
+def test_products_of_codes_are_named(scheme, monkeypatch):
+    found = refusals("llama", monkeypatch, scheme)
+    assert set(found) & {"quant_linear has no batch-invariant kernel"}
 
 
 @pytest.mark.parametrize("example", BatchInvariance().examples(), ids=lambda e: e.name)

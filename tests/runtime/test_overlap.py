@@ -8,7 +8,10 @@ import transformers
 
 from fusecomp.config import EngineConfig
 from fusecomp.request import SamplingParams
+from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.scheduler import KNOWN, Scheduler, SequenceState
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,25 @@ def test_a_flight_that_nobody_waits_for_is_dropped(model):
     engine.add_request("a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=1))
     tokens = [out for _ in range(3) for out in engine.step()]
     assert [t.new_token_ids for t in tokens] == [first[0].new_token_ids] and tokens[0].finish_reason == "length"
+
+
+def test_a_prompt_cut_before_its_last_token_goes_on_among_decodes():
+    """Its row's token is known, and by priority it comes before rows whose tokens are not."""
+    scheduler = Scheduler(4, 8, 64, KVCacheManager(32, 4))
+    builder = BatchBuilder(4, 8, 16, 4, "cpu")
+    params = SamplingParams(max_tokens=9)
+    scheduler.add(SequenceState("low", [1, 2], params, priority=1))
+    scheduler.update(scheduler.schedule(), [3], ())
+    scheduler.add(SequenceState("high", [11, 12, 13, 14, 15, 16, 17, 18], params))
+    step = scheduler.schedule()
+    assert [(e.seq.request_id, e.num_new_tokens, e.samples) for e in step.entries] == [
+        ("low", 1, True),
+        ("high", 7, False),
+    ]
+    following, continues = scheduler.schedule_ahead(step)
+    assert [seq.request_id for seq in following.seqs] == ["high", "low"] and continues == [KNOWN, 0]
+    batch = builder.build(following, None, (torch.tensor([77, 88]), continues))
+    assert batch.tokens[:2].tolist() == [[18, 77], [7, 3]]
+    scheduler.update(step, [77, 88], ())
+    scheduler.update(following, [99, 5], ())
+    assert [seq.output_ids for seq in following.seqs] == [[99], [3, 77, 5]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillC
 from fusecomp.ops.kv_cache import KVLayout, fill_random
 from tests.lowerings import reference
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
-from tests.lowerings.steps import Step, check_attention, make_step
+from tests.lowerings.steps import Step, check_attention, make_step, padded
 
 SETTINGS = settings(
     deadline=None,
@@ -99,6 +99,25 @@ def cases(draw, decode: bool, prefill: bool):
 def test_decode(case):
     rows, shape, options = case
     run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
+
+
+@settings(SETTINGS, max_examples=8)
+@given(
+    case=cases(decode=True, prefill=True),
+    small=st.booleans(),
+    spare=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 20)),
+)
+def test_a_mixed_step_padded_for_a_graph(case, small, spare):
+    """Decode rows without a token overwrite no prefill's result; padding tokens are a prompt of their own."""
+    rows, shape, options = case
+    step = make_step(rows, **shape)
+    wider = padded(step, *spare)
+    mode = (shape["head_dim"] ** -0.5, options["window"], options["softcap"], options["sinks"])
+    with small_tiles(16, 16, False) if small else nullcontext():
+        lowering.launch_cache_write(wider.k, wider.v, wider.kv_cache, wider.slots)
+        out = lowering.launch_paged_attention(*wider.attention_inputs(), *mode)
+    assert out.isfinite().all()
+    check_attention(step, out[: len(step.q)], *mode)
 
 
 @settings(SETTINGS, max_examples=12)
