@@ -239,18 +239,19 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
 
 
 def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
-    yield from _routing(target, shape, config.block_t)
-    dtype = shape.dtype
-    tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
+    dtype, extra = shape.dtype, _extra(config, shape)
+    yield from _routing(target, shape, config.block_t, extra)
+    tile = {"BLOCK_T": config.block_t, "EXTRA": extra, "GROUP_T": config.group_t, "SWAP": config.swap}
     weight = _layout(target, shape)[0]
     pointers, none = _bias({"plan": "i32", "hidden": dtype, **weight}, shape)
-    described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
+    groups = 2 if shape.gating == 1 else 1
+    described, more = _described(config.up, shape, weight["weight"], groups, shape.hidden, extra)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
-    described, more = _described(config.down, shape, weight["weight"], 1, shape.width)
+    described, more = _described(config.down, shape, weight["weight"], 1, shape.width, extra)
     yield Specialization(
         f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
@@ -266,14 +267,20 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     )  # fmt: skip
 
 
-def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specialization]:
+def _extra(config: ExpertsConfig, shape: Shape) -> int:
+    """The extra rows of a tile, as `launch.run_grouped` decides."""
+    both = ((config.up, shape.hidden), (config.down, shape.width))
+    return config.extra if all(_described(t, shape, "", 1, columns)[0] for t, columns in both) else 0
+
+
+def _routing(target: Target, shape: Shape, block_t: int, extra: int) -> Iterator[Specialization]:
     rows, sizes = shape.tokens * shape.top_k, {"num_rows": "i32", "capacity": "i32"}
     common = {"E": shape.experts, "BINS": routing_bins(shape.experts)}
     if rows <= SINGLE_LAUNCH_ROWS:
         _, block, warps = routing_block(rows, shape.experts)
         yield Specialization(
             f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"}, sizes,
-            {**common, "BLOCK_T": block_t, "BLOCK": block, "USE_PDL": target.has_pdl}, warps, num_stages=3,
+            {**common, "BLOCK_T": block_t, "EXTRA": extra, "BLOCK": block, "USE_PDL": target.has_pdl}, warps, num_stages=3,
         )  # fmt: skip
         return
     common["CHUNK"] = CHUNK
@@ -283,7 +290,7 @@ def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specializat
     )  # fmt: skip
     yield Specialization(
         f"experts-place-{shape}", place_kernel, {"index": "i64", "counts": "i32", "plan": "i32"}, sizes,
-        {**common, "BLOCK_T": block_t, "STEP": place_step(common["BINS"])}, num_warps=8, num_stages=3,
+        {**common, "BLOCK_T": block_t, "EXTRA": extra, "STEP": place_step(common["BINS"])}, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -293,14 +300,17 @@ def _bias(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[
 
 
 def _described(
-    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int
+    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int, extra: int = 0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(pointers, constants) of the descriptor of a weight of elements `kind`, as `launch.weight_tiles` decides."""
+    """(pointers, constants) of descriptors of the weight of elements `kind`, as `launch` decides."""
     bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
     if not tiles.use_tma or shape.transposed or columns * bits // 8 % 16:
-        return {}, {"w_tiles": None, "USE_TMA": False}
+        return {}, {"w_tiles": None, "w_halves": None, "USE_TMA": False}
     block = [groups, tiles.block_n // groups, tiles.block_d * bits // 8 if bits < 8 else tiles.block_d]
-    return {"w_tiles": f"tensordesc<{kind}{block}>"}, {"USE_TMA": True}
+    tiles_type, half = f"tensordesc<{kind}{block}>", [1, tiles.block_n // 2, tiles.block_d]
+    if extra:
+        return {"w_tiles": tiles_type, "w_halves": f"tensordesc<{kind}{half}>"}, {"USE_TMA": True}
+    return {"w_tiles": tiles_type}, {"w_halves": None, "USE_TMA": True}
 
 
 def _blocks(tiles: Tiles) -> dict[str, int]:
