@@ -147,9 +147,7 @@ def _finish_up(
 
 
 @triton.jit
-def _store_hidden(
-    y, hidden, place, live, block, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, SWAP: tl.constexpr
-):
+def _store_hidden(y, hidden, place, live, block, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, SWAP: tl.constexpr):
     """Stores of hidden rows at `place`."""
     feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
     at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)

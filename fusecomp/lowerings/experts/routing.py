@@ -219,9 +219,7 @@ def routing_bins(experts: int) -> int:
     return max(32, next_power_of_2(experts))
 
 
-def launch_routing(
-    index: Tensor, experts: int, block_t: int, use_pdl: bool, extra: int = 0
-) -> tuple[Tensor, int]:
+def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool, extra: int = 0) -> tuple[Tensor, int]:
     """(plan, capacity) of top_k_index [T, K] contiguous; `extra` rows beyond `block_t` are 0, or at most as many."""
     num_rows = index.numel()
     capacity = tile_capacity(num_rows, experts, block_t)

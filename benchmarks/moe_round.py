@@ -1,0 +1,179 @@
+"""Experts of many tokens, variants in turns (a round's script, not kept)."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.moe import CONTRACT, DTYPE, SHAPES, Case, expert_loop, make_layers
+from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
+from fusecomp.lowerings.launch import compile_ahead
+
+SHAPE = SHAPES["qwen3-30b-a3b"]
+REPLAYS = 11
+BIG = Tiles(256, 64, 8, 4, 1, True)
+MID = Tiles(128, 64, 4, 3, 2, True)
+
+
+def variants(tokens: int) -> dict[str, ExpertsConfig]:
+    base = SHAPE.config(device_target(0), tokens, "")
+    found = {"base": replace(base, extra=0)}
+    big = ExpertsConfig("grouped", BIG, BIG, 128, False, 16)
+    if tokens >= 4096:
+        for extra in (16, 32, 64):
+            found[f"x{extra}"] = replace(big, extra=extra)
+        for group in (4, 8, 32):
+            found[f"x32 g{group}"] = replace(big, extra=32, group_t=group)
+        free = replace(BIG, per_sm=0)
+        found["free"] = replace(big, up=free, down=free)
+        found["x32 free"] = replace(big, up=free, down=free, extra=32)
+        three = replace(BIG, num_stages=3)
+        found["x32 s3"] = replace(big, up=three, down=three, extra=32)
+        found["x32 dmid"] = replace(big, down=MID, extra=32)
+    elif tokens == 2048:
+        for extra in (16, 32, 64):
+            found[f"x{extra}"] = replace(big, extra=extra, group_t=2)
+            found[f"x{extra} dmid"] = replace(big, extra=extra, group_t=2, down=MID)
+        for group in (1, 4, 16):
+            found[f"x32 g{group}"] = replace(big, extra=32, group_t=group)
+        free = replace(BIG, per_sm=0)
+        found["x32 free"] = replace(big, up=free, down=free, extra=32, group_t=2)
+    else:
+        four, two = Tiles(256, 64, 4, 4, 1, True), Tiles(128, 64, 4, 4, 2, True)
+        three = Tiles(128, 64, 4, 3, 3, True)
+        for name, tiles in (("256w8", BIG), ("256w4", four), ("128w4", two), ("128w4s3p3", three)):
+            for extra in (16, 32):
+                found[f"t64 {name} x{extra}"] = ExpertsConfig("grouped", tiles, tiles, 64, False, 1, extra)
+        free = replace(two, per_sm=0)
+        found["t64 128w4 free x16"] = ExpertsConfig("grouped", free, free, 64, False, 1, 16)
+        found["t64 128w4 x0"] = ExpertsConfig("grouped", two, two, 64, False, 2)
+    return found
+
+
+def skewed(case: Case) -> None:
+    """Experts of unlike popularity: lognormal."""
+    popular = torch.randn(case.launches, 1, SHAPE.experts, device="cuda") * 0.7
+    noise = -torch.log(-torch.log(torch.rand(case.launches, case.tokens, SHAPE.experts, device="cuda")))
+    case.index = (popular + noise).topk(SHAPE.top_k, dim=-1)[1]
+
+
+def check(case: Case, config: ExpertsConfig, expected: torch.Tensor, exact: list, plain: list) -> str:
+    """Replays against an ordered launch, all rows against the base, first and last rows against fp32."""
+    ordered = case.run(config, 0, False)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found = case.run(config)
+    for _ in range(5):
+        found.fill_(float("nan"))
+        graph.replay()
+        if not torch.equal(found, ordered):
+            return "REPLAYS DIFFER"
+    for some, a, b in zip(parts(case), exact, plain, strict=True):
+        error, allowed = ((y.float() - a).norm().item() for y in (found[some], b))
+        if not error <= CONTRACT * allowed:
+            return f"ERROR {error:.3g} {allowed:.3g}"
+    far = ((found - expected).float().norm() / expected.float().norm()).item()
+    if not far < 0.01:
+        return f"FAR {far:.3g}"
+    return f"{(found == expected).float().mean().item():.4f} equal"
+
+
+def parts(case: Case) -> list[slice]:
+    n = min(256, case.tokens // 2)
+    return [slice(0, n), slice(case.tokens - n, case.tokens)]
+
+
+def measure(case: Case, name: str, result: dict) -> None:
+    configs = variants(case.tokens)
+    with compile_ahead(torch.device("cuda")):
+        for config in configs.values():
+            case.run(config)
+    exact, plain = [], []
+    for some in parts(case):
+        args = case.x[0, some], case.index[0, some], case.weights[0, some], case.layers[0]
+        exact.append(expert_loop(*args, torch.float32))
+        plain.append(expert_loop(*args, DTYPE))
+    expected = case.run(configs["base"]).clone()
+    checks, graphs = {}, {}
+    for label, config in configs.items():
+        try:
+            checks[label] = check(case, config, expected, exact, plain)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(case.launches):
+                    case.run(config, i)
+            graph.replay()
+            graphs[label] = graph
+        except Exception as error:  # the others are still worth their time
+            checks[label] = f"{type(error).__name__} {str(error)[:80]}"
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {label: [] for label in graphs}
+    for _ in range(REPLAYS):
+        for label, graph in graphs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times[label].append(start.elapsed_time(stop) * 1e3 / case.launches)
+    base = times["base"]
+    print(f"--- {name} {case.tokens} tokens, base {statistics.median(base):.1f} us", flush=True)
+    text = []
+    for label, values in times.items():
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        note = "" if checks[label].endswith("equal") else " " + checks[label]
+        text.append(f"{label}={statistics.median(values):.1f} ({ratio:.3f}){note}")
+        result[f"{name} {case.tokens} {label}"] = [round(statistics.median(values), 2), round(ratio, 4), checks[label]]
+    for i in range(0, len(text), 6):
+        print("  ".join(text[i : i + 6])[:200], flush=True)
+    print({checks[k] for k in checks}, flush=True)
+
+
+def kernels(case: Case, config: ExpertsConfig, label: str, result: dict) -> None:
+    """Time of each kernel, launched in order without dependence."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for i in range(case.launches):
+        case.run(config, i, False)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for i in range(case.launches):
+            case.run(config, i, False)
+        torch.cuda.synchronize()
+    text = {e.key.split("(")[0][:20]: round(e.device_time_total / e.count, 1) for e in found.key_averages()}
+    text = {k: v for k, v in text.items() if "kernel" in k}
+    result[f"kernels {case.tokens} {label}"] = text
+    print(f"kernels {case.tokens} {label}: {text}", flush=True)
+
+
+def main() -> None:
+    start, result = time.time(), {}
+    print(torch.cuda.get_device_name(), measure_ceilings(torch.device("cuda")).to_dict(), flush=True)
+    layers = make_layers(SHAPE)
+    for tokens in (8192, 4096, 2048, 1024):
+        case = Case(SHAPE, layers, tokens)
+        case.launches = {8192: 4, 4096: 6, 2048: 6, 1024: 9}[tokens]
+        measure(case, "spread", result)
+        if time.time() - start < 110:
+            skewed(case)
+            measure(case, "skew", result)
+        if tokens in (8192, 2048):
+            with_extra = {k: c for k, c in variants(tokens).items() if k in ("base", "x32", "x64", "x32 dmid")}
+            case = Case(SHAPE, layers, tokens)
+            for label, config in with_extra.items():
+                kernels(case, config, label, result)
+        print(f"{time.time() - start:.0f} s", flush=True)
+    (Path(os.environ["OUT"]) / "tail-round.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
