@@ -143,16 +143,21 @@ def run_grouped(
     layer: Experts,
     residual: Tensor | None,
     use_pdl: bool,
+    planned: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles."""
+    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles.
+
+    Args:
+        planned: what `launch_routing` would return without extra rows, where it was made before.
+    """
     (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
     up_weight, up_scale, up_zero, up_layout = kernel_weight(layer.up, layer.up_codes)
     down_weight, down_scale, down_zero, down_layout = kernel_weight(layer.down, layer.down_codes)
     up_groups = 2 if layer.gating == 1 else 1
     up_tiles = weight_tiles(up_weight, config.up, up_groups, hidden_size, layer.transposed)
     down_tiles = weight_tiles(down_weight, config.down, 1, width, layer.transposed)
-    extra = config.extra if up_tiles is not None and down_tiles is not None else 0
-    plan, capacity = launch_routing(index, experts, config.block_t, use_pdl, extra)
+    extra = config.extra if up_tiles is not None and down_tiles is not None and planned is None else 0
+    plan, capacity = planned or launch_routing(index, experts, config.block_t, use_pdl, extra)
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     sms = target_of(x).num_sms
