@@ -13,9 +13,12 @@ import torch
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.moe import CONTRACT, DTYPE, SHAPES, Case, expert_loop, make_layers
+from benchmarks.moe_tail import Tail
 from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.experts import routed
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.launch import compile_ahead
+from fusecomp.lowerings.registration import register
 
 SHAPE = SHAPES["qwen3-30b-a3b"]
 REPLAYS = 11
@@ -155,15 +158,56 @@ def kernels(case: Case, config: ExpertsConfig, label: str, result: dict) -> None
     print(f"kernels {case.tokens} {label}: {text}", flush=True)
 
 
+def decode(result: dict) -> None:
+    """A chain of layers at few tokens: choice and plan in one launch or two, in turns."""
+    register()
+    tail = Tail("qwen3-30b-a3b")
+    for tokens in (8, 16):
+        graphs, inputs = {}, tail.inputs(tokens)
+        for label, most in (("two", 0), ("one", 16)):
+            routed.MAX_PLANNED = most
+            with compile_ahead(torch.device("cuda")):
+                tail.run(*inputs)
+            try:
+                error = tail.check(tokens)
+            except SystemExit as failure:
+                print(f"decode {tokens} {label}: {failure}", flush=True)
+                continue
+            out = tail.run(*inputs)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = tail.run(*inputs)
+            graphs[label] = (graph, [], out, kept, error)
+        for _ in range(31):
+            for graph, times, *_ in graphs.values():
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                graph.replay()
+                stop.record()
+                stop.synchronize()
+                times.append(start.elapsed_time(stop) * 1e3 / len(tail.layers))
+        same = len(graphs) == 2 and all(map(torch.equal, graphs["two"][2], graphs["one"][2]))
+        found = {k: (round(statistics.median(t), 2), round(e, 2)) for k, (_, t, _, _, e) in graphs.items()}
+        result[f"decode {tokens}"] = found
+        print(f"decode {tokens} us a layer, error: {found}, equal {same}", flush=True)
+    routed.MAX_PLANNED = 16
+
+
 def main() -> None:
     start, result = time.time(), {}
     print(torch.cuda.get_device_name(), measure_ceilings(torch.device("cuda")).to_dict(), flush=True)
+    try:
+        decode(result)
+    except Exception as error:  # prefill is the main matter
+        print(f"decode: {type(error).__name__} {str(error)[:300]}", flush=True)
+    print(f"{time.time() - start:.0f} s", flush=True)
     layers = make_layers(SHAPE)
     for tokens in (8192, 4096, 2048, 1024):
         case = Case(SHAPE, layers, tokens)
         case.launches = {8192: 4, 4096: 6, 2048: 6, 1024: 9}[tokens]
         measure(case, "spread", result)
-        if time.time() - start < 110:
+        if time.time() - start < 105:
             skewed(case)
             measure(case, "skew", result)
         if tokens in (8192, 2048):

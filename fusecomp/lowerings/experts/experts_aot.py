@@ -22,6 +22,8 @@ from fusecomp.lowerings.experts.heuristics import (
     load_table,
     routed_config,
 )
+from fusecomp.lowerings.experts.planned import MAX_TOKENS as MAX_PLANNED
+from fusecomp.lowerings.experts.planned import plan_constants, plan_kernel, plan_warps
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routed import logits_warps
@@ -39,6 +41,7 @@ from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kern
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces
 from fusecomp.lowerings.route.pieces import constants as route_constants
+from fusecomp.lowerings.route.router import router_config
 from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SUM, TOP2, RouteSpec
@@ -141,6 +144,8 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
         yield from specializations(target, shape)
     for shape, spec, normed in ROUTED:
         yield from routed_specializations(target, shape, spec, normed)
+        for tokens in (2, 8, MAX_PLANNED):
+            yield _planned(target, replace(shape, tokens=tokens), spec)
 
 
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
@@ -235,6 +240,20 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
         {**choice, "WEIGHT_DTYPE": number, "KP": next_power_of_2(shape.top_k), "N": shape.hidden, "D": shape.width,
          "BLOCK_N": config.down.block_n, "BLOCK_D": config.down.block_d, **none},
         config.down.num_warps, num_stages=3,
+    )  # fmt: skip
+
+
+def _planned(target: Target, shape: Shape, spec: RouteSpec) -> Specialization:
+    number = {"bf16": tl.bfloat16, "fp16": tl.float16}[shape.dtype]
+    splits = router_config(shape.tokens, shape.experts, shape.hidden, shape.itemsize, target.num_sms).splits
+    block_t = next_power_of_2(max(8, shape.tokens // 2))
+    return Specialization(
+        f"experts-plan-{shape}", plan_kernel,
+        {"parts": "fp32", "bias": "fp32", "ids": "i64", "weights": shape.dtype, "plan": "i32"},
+        {"num_tokens": "i32", "capacity": "i32"},
+        {**plan_constants(spec, shape.experts, splits, shape.tokens, block_t), "added": None, "DTYPE": number,
+         "USE_PDL": target.has_pdl},
+        plan_warps(shape.tokens, shape.experts), num_stages=3,
     )  # fmt: skip
 
 

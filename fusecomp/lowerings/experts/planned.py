@@ -59,7 +59,10 @@ def plan_kernel(
         gdc_wait()
     token = tl.arange(0, BLOCK_B)
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
-    at = parts + token[:, None, None] * E + e
+    at = token[:, None, None] * E + e
+    if E // G % 4 == 0 and E % 4 == 0:  # four to a thread: then a token is a warp's, and its choice meets no barrier
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 4]), [1, 1, 4])
+    at = parts + at
     mask = (token < num_tokens)[:, None, None] & (e < E)
     z = tl.load(at, mask=mask, other=0.0)
     for i in tl.static_range(1, SPLITS):
@@ -116,7 +119,7 @@ def launch_plan(
     launch(
         plan_kernel, (1,),
         parts, added, bias, ids, weights, plan, tokens, capacity, DTYPE=triton_dtype(logits), USE_PDL=use_pdl,
-        **plan_constants(spec, experts, splits, tokens, block_t), num_warps=plan_warps(tokens), **options,
+        **plan_constants(spec, experts, splits, tokens, block_t), num_warps=plan_warps(tokens, experts), **options,
     )  # fmt: skip
     return ids, weights, (plan, capacity)
 
@@ -127,6 +130,6 @@ def plan_constants(spec: RouteSpec, experts: int, splits: int, tokens: int, bloc
     return {**constants(spec, experts), "SPLITS": splits, "BLOCK_B": block_b, "BLOCK_T": block_t}
 
 
-def plan_warps(tokens: int) -> int:
-    """One for each token, so that its choice meets no barrier."""
-    return max(4, next_power_of_2(tokens))
+def plan_warps(tokens: int, experts: int) -> int:
+    """One for each token, so that its choice meets no barrier, if each thread then has few experts."""
+    return max(4 if experts <= 256 else 8, next_power_of_2(tokens))
