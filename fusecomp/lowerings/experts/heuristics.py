@@ -208,8 +208,9 @@ def _fit(config: ExpertsConfig, target: Target, itemsize: int, top_k: int) -> Ex
     """The same within a target's registers and shared memory, and without TMA where there is none."""
     if config.method == "vector":
         return replace(config, down=fit_registers(config.down, next_power_of_2(top_k)))
-    up, down = (fit_tiles(t, config.block_t + config.extra, target, itemsize) for t in (config.up, config.down))
-    return replace(config, up=up, down=down, extra=config.extra if up.use_tma and down.use_tma else 0)
+    extra = config.extra if target.has_tma and config.up.use_tma and config.down.use_tma else 0
+    up, down = (fit_tiles(t, config.block_t + extra, target, itemsize) for t in (config.up, config.down))
+    return replace(config, up=up, down=down, extra=extra)
 
 
 def fit_registers(tiles: Tiles, lanes: int) -> Tiles:
