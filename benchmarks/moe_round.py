@@ -33,31 +33,21 @@ def variants(tokens: int) -> dict[str, ExpertsConfig]:
     if tokens >= 4096:
         for extra in (16, 32, 64):
             found[f"x{extra}"] = replace(big, extra=extra)
-        for group in (4, 8, 32):
+        for group in (4, 8):
             found[f"x32 g{group}"] = replace(big, extra=32, group_t=group)
-        free = replace(BIG, per_sm=0)
-        found["free"] = replace(big, up=free, down=free)
-        found["x32 free"] = replace(big, up=free, down=free, extra=32)
-        three = replace(BIG, num_stages=3)
-        found["x32 s3"] = replace(big, up=three, down=three, extra=32)
-        found["x32 dmid"] = replace(big, down=MID, extra=32)
+        found["x16 g8"] = replace(big, extra=16, group_t=8)
     elif tokens == 2048:
+        found["x0 big"] = replace(big, group_t=2)
         for extra in (16, 32, 64):
-            found[f"x{extra}"] = replace(big, extra=extra, group_t=2)
-            found[f"x{extra} dmid"] = replace(big, extra=extra, group_t=2, down=MID)
-        for group in (1, 4, 16):
-            found[f"x32 g{group}"] = replace(big, extra=32, group_t=group)
-        free = replace(BIG, per_sm=0)
-        found["x32 free"] = replace(big, up=free, down=free, extra=32, group_t=2)
+            found[f"x{extra} g2"] = replace(big, extra=extra, group_t=2)
+        found["x32 g2 dmid"] = replace(big, extra=32, group_t=2, down=MID)
+        found["x16 g2 dmid"] = replace(big, extra=16, group_t=2, down=MID)
+        found["x32 g1"] = replace(big, extra=32, group_t=1)
+        found["x32 g4"] = replace(big, extra=32, group_t=4)
     else:
-        four, two = Tiles(256, 64, 4, 4, 1, True), Tiles(128, 64, 4, 4, 2, True)
-        three = Tiles(128, 64, 4, 3, 3, True)
-        for name, tiles in (("256w8", BIG), ("256w4", four), ("128w4", two), ("128w4s3p3", three)):
-            for extra in (16, 32):
-                found[f"t64 {name} x{extra}"] = ExpertsConfig("grouped", tiles, tiles, 64, False, 1, extra)
-        free = replace(two, per_sm=0)
-        found["t64 128w4 free x16"] = ExpertsConfig("grouped", free, free, 64, False, 1, 16)
-        found["t64 128w4 x0"] = ExpertsConfig("grouped", two, two, 64, False, 2)
+        two = Tiles(128, 64, 4, 4, 2, True)
+        found["t64 128w4 x16"] = ExpertsConfig("grouped", two, two, 64, False, 1, 16)
+        found["t64 128w4 x32"] = ExpertsConfig("grouped", two, two, 64, False, 1, 32)
     return found
 
 
@@ -211,7 +201,9 @@ def main() -> None:
             skewed(case)
             measure(case, "skew", result)
         if tokens in (8192, 2048):
-            with_extra = {k: c for k, c in variants(tokens).items() if k in ("base", "x32", "x64", "x32 dmid")}
+            with_extra = {
+                k: c for k, c in variants(tokens).items() if k in ("base", "x16", "x32", "x32 g2", "x32 g2 dmid")
+            }
             case = Case(SHAPE, layers, tokens)
             for label, config in with_extra.items():
                 kernels(case, config, label, result)

@@ -65,14 +65,29 @@ def up_kernel(
     BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     num_tiles = tl.load(plan)
-    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    next_expert, next_first, next_row, next_wide = _tile(plan, tile, capacity, BLOCK_T, EXTRA)
-    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
-        expert, first, row, wide = next_expert, next_first, next_row, next_wide
-        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row, next_wide = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
-        if EXTRA and wide:
+    end = num_tiles * BLOCKS
+    next_tile, next_block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    if EXTRA:
+        num_wide = tl.load(plan + 1)
+        narrow, wide, end = _turns(num_tiles, num_wide, BLOCKS)
+        narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
+        next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
+            plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
+        )
+    next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
+    for item in range(tl.program_id(0), end, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
+        if EXTRA:
+            tile, block, is_wide = next_tile, next_block, next_is_wide
+            next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
+                plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
+            )
+        else:
+            tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            is_wide = False
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
+        if EXTRA and is_wide:
             more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
             _up_wide(
                 x, w_halves, bias, hidden, expert, first, row, more, block, stride_x, K, N, D, GATING, ACT, ALPHA,
@@ -188,19 +203,34 @@ def down_kernel(
         gdc_launch_dependents()
     # The plan was complete before the up projection let this launch begin.
     num_tiles = tl.load(plan, cache_modifier=".cg")
-    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    next_expert, next_first, next_row, next_wide = _tile(plan, tile, capacity, BLOCK_T, EXTRA)
+    end = num_tiles * BLOCKS
+    next_tile, next_block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    if EXTRA:
+        num_wide = tl.load(plan + 1, cache_modifier=".cg")
+        narrow, wide, end = _turns(num_tiles, num_wide, BLOCKS)
+        narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
+        next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
+            plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
+        )
+    next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
     if USE_PDL:
-        if tile < num_tiles:
-            _prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+        if next_tile < num_tiles:
+            _prefetch(weight, next_expert, next_block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         gdc_wait()
-    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
-        expert, first, row, wide = next_expert, next_first, next_row, next_wide
-        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row, next_wide = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
+    for item in range(tl.program_id(0), end, tl.num_programs(0)):
+        expert, first, row = next_expert, next_first, next_row
+        if EXTRA:
+            tile, block, is_wide = next_tile, next_block, next_is_wide
+            next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
+                plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
+            )
+        else:
+            tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            is_wide = False
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
         place = first + tl.arange(0, BLOCK_T)
-        if EXTRA and wide:
+        if EXTRA and is_wide:
             more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
             _down_wide(
                 hidden, w_halves, bias, parts, expert, first, row, more, block, N, D, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
@@ -259,20 +289,56 @@ def _place(item, num_tiles, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
 
 
 @triton.jit
+def _turns(num_tiles, num_wide, BLOCKS: tl.constexpr):
+    """A program's first narrow and first wide item, and the end of a range of as many turns as it has of both.
+
+    Who has one more of the former is the last to have one more of the latter.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    narrow, wide = program, programs - 1 - program
+    turns = tl.cdiv(tl.maximum((num_tiles - num_wide) * BLOCKS - narrow, 0), programs)
+    turns += tl.cdiv(tl.maximum(num_wide * BLOCKS - wide, 0), programs)
+    return narrow, wide, program + turns * programs
+
+
+@triton.jit
+def _choose(plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
+    """(tile, block, whether it is wide) of the next turn, then the items after it and their keys."""
+    is_wide = wide_key < narrow_key
+    tile, block = _place(narrow, num_tiles - num_wide, BLOCKS, GROUP_T)
+    tile = tl.where(is_wide, wide // BLOCKS, num_wide + tile)
+    block = tl.where(is_wide, wide % BLOCKS, block)
+    narrow += tl.where(is_wide, 0, tl.num_programs(0))
+    wide += tl.where(is_wide, tl.num_programs(0), 0)
+    narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
+    return tile, block, is_wide, narrow, wide, narrow_key, wide_key
+
+
+@triton.jit
+def _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
+    """The experts of a narrow and of a wide item, above all experts where there is none."""
+    NONE: tl.constexpr = 2**31 - 1
+    num_narrow = num_tiles - num_wide
+    tile, _ = _place(narrow, num_narrow, BLOCKS, GROUP_T)
+    at = plan + 4
+    narrow_key = tl.load(
+        at + 2 * (num_wide + tile), mask=narrow < num_narrow * BLOCKS, other=NONE, cache_modifier=".cg"
+    )
+    wide_key = tl.load(at + 2 * (wide // BLOCKS), mask=wide < num_wide * BLOCKS, other=NONE, cache_modifier=".cg")
+    return narrow_key, wide_key
+
+
+@triton.jit
 def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
-    """(expert, first place, rows [BT], whether there are more) of a tile; of the last there is room for behind it.
+    """(expert, first place, rows [BT]) of a tile; of the last one there is room for if `tile` lies behind it.
 
     Past the L1, as the down projection reads the plan before it waits.
     """
     tile = tl.minimum(tile, capacity - 1)
     at = plan + 4 + 2 * tile
-    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + EXTRA)
+    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + EXTRA) + tl.arange(0, BLOCK_T)
     expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
-    row = tl.load(row_at + tl.arange(0, BLOCK_T), cache_modifier=".cg")
-    if EXTRA:
-        return expert, first, row, tl.load(row_at + BLOCK_T, cache_modifier=".cg") >= 0
-    else:
-        return expert, first, row, expert < 0
+    return expert, first, tl.load(row_at, cache_modifier=".cg")
 
 
 @triton.jit

@@ -6,12 +6,12 @@ places them.
 Legend: T tokens, K experts per token, E experts, R = T * K routed rows (row r is expert r % K of token r / K), BT rows
 of a tile, EXTRA rows that an expert's last tile may have beyond.
 
-A plan is one int32 buffer: [0] the number of tiles, [1:4] unused; then for each of `capacity` tiles (expert, first
-place), and for each its BT + EXTRA rows, -1 past its last. Rows are sorted by expert, equal experts in the order of
+A plan is one int32 buffer: [0] the number of tiles, [1] of those with extra rows, where there may be any, [2:4] unused; then for each of `capacity` tiles (expert, first
+place), and for each its BT rows and room for EXTRA, -1 past an expert's last. Rows are sorted by expert, equal experts in the order of
 their rows, sentinels left out; a place is an index into the sorted rows. Tiles are padded here alone: what the matmuls
 compute lies densely, at the places. All that a tile needs is found from its number: its loads wait for no other.
 
-Tiles with extra rows, which take longer, come first: in turn, every program gets as many of them, within one.
+Tiles with extra rows, which take longer, come first, so that they can be told from the others and dealt out evenly.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def routing_kernel(
     tile, wide = tl.sum(tl.where(this, tile_of, 0), 0), tl.sum(tl.where(this, wide_of, 0), 0)
     if expert == 0:
         tl.store(plan, tl.sum(tiles_of, 0))
+        if EXTRA:
+            tl.store(plan + 1, tl.sum((wide_of >= 0).to(tl.int32), 0))
     _describe(plan, expert, mine, before, tiles, tile, wide, capacity, BLOCK_T, EXTRA, BINS)
     if mine > 0:
         place = plan + 4 + capacity * 2
@@ -112,17 +114,20 @@ def place_kernel(
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins, some = tl.arange(0, BINS), tl.arange(0, STEP)
-    total = tl.zeros([BINS], tl.int32)
-    earlier = tl.zeros([BINS], tl.int32)
+    all_found = tl.zeros([STEP, BINS], tl.int32)  # summed over its first dimension once: threads meet there
+    before_found = tl.zeros([STEP, BINS], tl.int32)
     for start in range(0, chunks, STEP):
         c = start + some
         found = tl.load(counts + c[:, None] * BINS + bins[None, :], mask=(c < chunks)[:, None], other=0)
-        total += tl.sum(found, 0)
-        earlier += tl.sum(tl.where((c < chunk)[:, None], found, 0), 0)
+        all_found += found
+        before_found += tl.where((c < chunk)[:, None], found, 0)
+    total, earlier = tl.sum(all_found, 0), tl.sum(before_found, 0)
     tiles_of, tile_of, wide_of = _tiles(total, BLOCK_T, EXTRA)
     before = tl.cumsum(total, 0) - total
     if chunk == 0:
         tl.store(plan, tl.sum(tiles_of, 0))
+        if EXTRA:
+            tl.store(plan + 1, tl.sum((wide_of >= 0).to(tl.int32), 0))
     for expert in range(chunk, E, chunks):
         this = bins == expert
         mine, first = tl.sum(tl.where(this, total, 0), 0), tl.sum(tl.where(this, before, 0), 0)
@@ -185,8 +190,6 @@ def _describe(
         number = tile + each
         if EXTRA:
             number = tl.where((each == tiles - 1) & (wide >= 0), wide, number)
-            # Of a tile that is not the last, the first is enough: who meets it reads no further.
-            tl.store(row_at + number * HEIGHT + BLOCK_T, tl.full([BINS], -1, tl.int32), mask=each < tiles - 1)
         at = plan + 4 + number * 2
         tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=each < tiles)
         tl.store(at + 1, first + each * BLOCK_T, mask=each < tiles)
@@ -246,4 +249,4 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool, ext
 
 def place_step(bins: int) -> int:
     """Chunks that `place_kernel` reads at once, by the registers that their counts take."""
-    return max(4, min(16, 4096 // bins))
+    return max(4, min(64, 8192 // bins))

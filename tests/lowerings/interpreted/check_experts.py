@@ -101,9 +101,10 @@ def test_plan(data, T, E, block_t):
     tiles = wide + plain
     assert plan[0] == len(tiles) <= capacity
     assert plan[HEADER : HEADER + TILE * len(tiles)].view(-1, TILE).tolist() == [[e, first] for e, first, _ in tiles]
+    assert extra == 0 or plan[1] == len(wide)
     found = plan[HEADER + TILE * capacity :].view(capacity, block_t + extra)
     for number, (_, _, rows) in enumerate(tiles):
-        end = block_t + extra if number < len(wide) else min(block_t + 1, block_t + extra)
+        end = block_t + extra if number < len(wide) else block_t
         assert found[number, :end].tolist() == rows + [-1] * (end - len(rows))
 
 
