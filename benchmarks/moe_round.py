@@ -35,18 +35,21 @@ def variants(tokens: int) -> dict[str, ExpertsConfig]:
             found[f"x{extra}"] = replace(big, extra=extra)
         for group in (4, 8):
             found[f"x32 g{group}"] = replace(big, extra=32, group_t=group)
-        found["x16 g8"] = replace(big, extra=16, group_t=8)
+        found["s64"] = replace(big, extra=-64)
+        found["s64 g8"] = replace(big, extra=-64, group_t=8)
     elif tokens == 2048:
         found["x0 big"] = replace(big, group_t=2)
         for extra in (16, 32, 64):
             found[f"x{extra} g2"] = replace(big, extra=extra, group_t=2)
         found["x32 g2 dmid"] = replace(big, extra=32, group_t=2, down=MID)
         found["x16 g2 dmid"] = replace(big, extra=16, group_t=2, down=MID)
-        found["x32 g1"] = replace(big, extra=32, group_t=1)
+        found["s64 g2"] = replace(big, extra=-64, group_t=2)
+        found["s64 g2 dmid"] = replace(big, extra=-64, group_t=2, down=MID)
         found["x32 g4"] = replace(big, extra=32, group_t=4)
     else:
         two = Tiles(128, 64, 4, 4, 2, True)
-        found["t64 128w4 x16"] = ExpertsConfig("grouped", two, two, 64, False, 1, 16)
+        found["s64 g1"] = replace(big, extra=-64, group_t=1)
+        found["s64 base"] = replace(found["base"], extra=-64)
         found["t64 128w4 x32"] = ExpertsConfig("grouped", two, two, 64, False, 1, 32)
     return found
 
@@ -128,7 +131,6 @@ def measure(case: Case, name: str, result: dict) -> None:
         result[f"{name} {case.tokens} {label}"] = [round(statistics.median(values), 2), round(ratio, 4), checks[label]]
     for i in range(0, len(text), 6):
         print("  ".join(text[i : i + 6])[:200], flush=True)
-    print({checks[k] for k in checks}, flush=True)
 
 
 def kernels(case: Case, config: ExpertsConfig, label: str, result: dict) -> None:
@@ -146,6 +148,18 @@ def kernels(case: Case, config: ExpertsConfig, label: str, result: dict) -> None
     text = {k: v for k, v in text.items() if "kernel" in k}
     result[f"kernels {case.tokens} {label}"] = text
     print(f"kernels {case.tokens} {label}: {text}", flush=True)
+
+
+def costs(layers: list, result: dict) -> None:
+    """Kernels where each expert has as many rows: 512, then 528."""
+    for tokens in (8192, 8448):
+        case = Case(SHAPE, layers, tokens)
+        case.launches = 4
+        even = torch.arange(tokens * SHAPE.top_k, device="cuda") % SHAPE.experts
+        case.index = even.view(1, tokens, SHAPE.top_k).repeat(case.launches, 1, 1)
+        for label, config in variants(8192).items():
+            if label in (("base", "x32") if tokens == 8192 else ("base", "x16", "x32", "x64", "s64")):
+                kernels(case, config, f"even {label}", result)
 
 
 def decode(result: dict) -> None:
@@ -208,6 +222,7 @@ def main() -> None:
             for label, config in with_extra.items():
                 kernels(case, config, label, result)
         print(f"{time.time() - start:.0f} s", flush=True)
+    costs(layers, result)
     (Path(os.environ["OUT"]) / "tail-round.json").write_text(json.dumps(result))
 
 

@@ -88,11 +88,17 @@ def up_kernel(
             is_wide = False
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
         if EXTRA and is_wide:
-            more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-            _up_wide(
-                x, w_halves, bias, hidden, expert, first, row, more, block, stride_x, K, N, D, GATING, ACT, ALPHA,
-                LIMIT, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+            if EXTRA < 0:
+                _up_short(
+                    x, plan, weight, w_tiles, bias, hidden, tile, capacity, expert, first, block, stride_x, K, N, D,
+                    GATING, ACT, ALPHA, LIMIT, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+                )  # fmt: skip
+            else:
+                more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
+                _up_wide(
+                    x, w_halves, bias, hidden, expert, first, row, more, block, stride_x, K, N, D, GATING, ACT, ALPHA,
+                    LIMIT, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
         else:
             live = row >= 0
             x_rows = x + (row // K).to(tl.int64) * stride_x
@@ -229,13 +235,19 @@ def down_kernel(
             next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
             is_wide = False
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
-        place = first + tl.arange(0, BLOCK_T)
         if EXTRA and is_wide:
-            more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-            _down_wide(
-                hidden, w_halves, bias, parts, expert, first, row, more, block, N, D, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+            if EXTRA < 0:
+                _down_short(
+                    hidden, plan, weight, w_tiles, bias, parts, tile, capacity, expert, first, block, N, D, BLOCK_T,
+                    EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+                )  # fmt: skip
+            else:
+                more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
+                _down_wide(
+                    hidden, w_halves, bias, parts, expert, first, row, more, block, N, D, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
         else:
+            place = first + tl.arange(0, BLOCK_T)
             rows = hidden + place.to(tl.int64) * D
             if KIND >= 0:
                 acc = multiply_codes(
@@ -336,9 +348,49 @@ def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
     """
     tile = tl.minimum(tile, capacity - 1)
     at = plan + 4 + 2 * tile
-    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + EXTRA) + tl.arange(0, BLOCK_T)
+    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + (EXTRA if EXTRA > 0 else 0)) + tl.arange(0, BLOCK_T)
     expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
     return expert, first, tl.load(row_at, cache_modifier=".cg")
+
+
+@triton.jit
+def _up_short(
+    x, plan, weight, w_tiles, bias, hidden, tile, capacity, expert, first, block, stride_x, K: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, GATING: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of `up_kernel` of fewer rows."""
+    row = _short_rows(plan, tile, capacity, BLOCK_T, EXTRA)
+    acc = _multiply(
+        x + (row // K).to(tl.int64) * stride_x, row >= 0, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
+        N, D, GATING, BLOCK_T + EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+    )  # fmt: skip
+    place = first + tl.arange(0, BLOCK_T + EXTRA)
+    _finish_up(acc, bias, hidden, expert, block, place, row >= 0, N, GATING, ACT, ALPHA, LIMIT, BLOCK_N, SWAP)
+
+
+@triton.jit
+def _down_short(
+    hidden, plan, weight, w_tiles, bias, parts, tile, capacity, expert, first, block, N: tl.constexpr, D: tl.constexpr,
+    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of `down_kernel` of fewer rows."""
+    row = _short_rows(plan, tile, capacity, BLOCK_T, EXTRA)
+    place = first + tl.arange(0, BLOCK_T + EXTRA)
+    acc = _multiply(
+        hidden + place.to(tl.int64) * D, row >= 0, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D,
+        0, BLOCK_T + EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+    )  # fmt: skip
+    _finish_down(acc, bias, parts, expert, block, row, N, BLOCK_N, SWAP)
+
+
+@triton.jit
+def _short_rows(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
+    """The rows of a short tile, [BT + EXTRA]."""
+    row_at = plan + 4 + 2 * capacity + tile * BLOCK_T
+    return tl.load(row_at + tl.arange(0, BLOCK_T + EXTRA), cache_modifier=".cg")
 
 
 @triton.jit

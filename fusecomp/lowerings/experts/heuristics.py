@@ -209,7 +209,7 @@ def _fit(config: ExpertsConfig, target: Target, itemsize: int, top_k: int) -> Ex
     if config.method == "vector":
         return replace(config, down=fit_registers(config.down, next_power_of_2(top_k)))
     extra = config.extra if target.has_tma and config.up.use_tma and config.down.use_tma else 0
-    up, down = (fit_tiles(t, config.block_t + extra, target, itemsize) for t in (config.up, config.down))
+    up, down = (fit_tiles(t, config.block_t + max(extra, 0), target, itemsize) for t in (config.up, config.down))
     return replace(config, up=up, down=down, extra=extra)
 
 

@@ -170,13 +170,13 @@ def run_grouped(
 
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
-        x, plan, up_weight, up_tiles, half_tiles(up_tiles, up_groups) if extra else None, up_scale, up_zero,
+        x, plan, up_weight, up_tiles, half_tiles(up_tiles, up_groups) if extra > 0 else None, up_scale, up_zero,
         layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size, USE_TMA=up_tiles is not None,
         **layer.act_constants(), **up_layout, **_constants(config.up), **common,
     )  # fmt: skip
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
-        hidden, plan, down_weight, down_tiles, half_tiles(down_tiles, 1) if extra else None, down_scale, down_zero,
+        hidden, plan, down_weight, down_tiles, half_tiles(down_tiles, 1) if extra > 0 else None, down_scale, down_zero,
         layer.down_bias, parts, capacity, N=hidden_size, D=width, USE_TMA=down_tiles is not None, **down_layout,
         **_constants(config.down), **common,
     )  # fmt: skip

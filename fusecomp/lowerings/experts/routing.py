@@ -153,9 +153,13 @@ def place_kernel(
 @triton.jit
 def _tiles(counts, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
     """(number of tiles, first of them but for the one with extra rows, the latter or -1) of each expert, of its rows."""
-    tiles = tl.cdiv(tl.maximum(counts - EXTRA, tl.minimum(counts, 1)), BLOCK_T)
+    MORE: tl.constexpr = EXTRA if EXTRA > 0 else 0
+    tiles = tl.cdiv(tl.maximum(counts - MORE, tl.minimum(counts, 1)), BLOCK_T)
     if EXTRA:
-        wide = (counts > tiles * BLOCK_T).to(tl.int32)
+        if EXTRA > 0:
+            wide = (counts > tiles * BLOCK_T).to(tl.int32)
+        else:
+            wide = ((counts > 0) & (counts <= tiles * BLOCK_T + EXTRA)).to(tl.int32)
         plain = tiles - wide
         return (
             tiles,
@@ -172,7 +176,7 @@ def _slot(nth, tiles, tile, wide, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
     if EXTRA:
         each = tl.minimum(nth // BLOCK_T, tiles - 1)
         number = tl.where((each == tiles - 1) & (wide >= 0), wide, tile + each)
-        return number * (BLOCK_T + EXTRA) + nth - each * BLOCK_T
+        return number * (BLOCK_T + (EXTRA if EXTRA > 0 else 0)) + nth - each * BLOCK_T
     else:
         return tile * BLOCK_T + nth
 
@@ -183,7 +187,7 @@ def _describe(
     BINS: tl.constexpr,
 ):  # fmt: skip
     """The headers of an expert's tiles, and -1 behind the last row of each."""
-    HEIGHT: tl.constexpr = BLOCK_T + EXTRA
+    HEIGHT: tl.constexpr = BLOCK_T + (EXTRA if EXTRA > 0 else 0)
     row_at = plan + 4 + capacity * 2
     for start in range(0, tiles, BINS):
         each = start + tl.arange(0, BINS)
@@ -226,7 +230,7 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool, ext
     """(plan, capacity) of top_k_index [T, K] contiguous; `extra` rows beyond `block_t` are 0, or at most as many."""
     num_rows = index.numel()
     capacity = tile_capacity(num_rows, experts, block_t)
-    plan = torch.empty(HEADER + (TILE + block_t + extra) * capacity, dtype=torch.int32, device=index.device)
+    plan = torch.empty(HEADER + (TILE + block_t + max(extra, 0)) * capacity, dtype=torch.int32, device=index.device)
     if num_rows > SINGLE_LAUNCH_ROWS:
         bins, chunks = routing_bins(experts), triton.cdiv(num_rows, CHUNK)
         counts = torch.empty((chunks, bins), dtype=torch.int32, device=index.device)

@@ -137,7 +137,7 @@ def test_grouped(layer, config):
 
 
 @settings(SETTINGS, max_examples=40)
-@given(layers(st.integers(1, 40), st.just(False)), st.sampled_from([(8, 4), (8, 8), (4, 2)]), st.sampled_from([0, 1]))
+@given(layers(st.integers(1, 40), st.just(False)), st.sampled_from([(8, 4), (8, 8), (4, 2), (8, -4), (4, -2)]), st.sampled_from([0, 1]))
 def test_extra_rows(layer, heights, per_sm):
     tiles = replace(BY_TMA.up, per_sm=per_sm)
     run(layer, replace(BY_TMA, up=tiles, down=tiles, block_t=heights[0], extra=heights[1], group_t=2))
