@@ -22,8 +22,6 @@ from fusecomp.lowerings.experts.heuristics import (
     load_table,
     routed_config,
 )
-from fusecomp.lowerings.experts.planned import MAX_TOKENS as MAX_PLANNED
-from fusecomp.lowerings.experts.planned import plan_constants, plan_kernel, plan_warps
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routed import logits_warps
@@ -41,7 +39,6 @@ from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kern
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces
 from fusecomp.lowerings.route.pieces import constants as route_constants
-from fusecomp.lowerings.route.router import router_config
 from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from fusecomp.ops.router import SIGMOID, SOFTMAX, SUM, TOP2, RouteSpec
@@ -144,8 +141,6 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
         yield from specializations(target, shape)
     for shape, spec, normed in ROUTED:
         yield from routed_specializations(target, shape, spec, normed)
-        for tokens in (2, 8, MAX_PLANNED):
-            yield _planned(target, replace(shape, tokens=tokens), spec)
 
 
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
@@ -243,34 +238,19 @@ def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed
     )  # fmt: skip
 
 
-def _planned(target: Target, shape: Shape, spec: RouteSpec) -> Specialization:
-    number = {"bf16": tl.bfloat16, "fp16": tl.float16}[shape.dtype]
-    splits = router_config(shape.tokens, shape.experts, shape.hidden, shape.itemsize, target.num_sms).splits
-    block_t = next_power_of_2(max(8, shape.tokens // 2))
-    return Specialization(
-        f"experts-plan-{shape}", plan_kernel,
-        {"parts": "fp32", "bias": "fp32", "ids": "i64", "weights": shape.dtype, "plan": "i32"},
-        {"num_tokens": "i32", "capacity": "i32"},
-        {**plan_constants(spec, shape.experts, splits, shape.tokens, block_t), "added": None, "DTYPE": number,
-         "USE_PDL": target.has_pdl},
-        plan_warps(shape.tokens, shape.experts), num_stages=3,
-    )  # fmt: skip
-
-
 def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
-    dtype, extra = shape.dtype, _extra(config, shape)
-    yield from _routing(target, shape, config.block_t, extra)
-    tile = {"BLOCK_T": config.block_t, "EXTRA": extra, "GROUP_T": config.group_t, "SWAP": config.swap}
+    yield from _routing(target, shape, config.block_t)
+    dtype = shape.dtype
+    tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
     weight = _layout(target, shape)[0]
     pointers, none = _bias({"plan": "i32", "hidden": dtype, **weight}, shape)
-    groups = 2 if shape.gating == 1 else 1
-    described, more = _described(config.up, shape, weight["weight"], groups, shape.hidden, extra)
+    described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
-    described, more = _described(config.down, shape, weight["weight"], 1, shape.width, extra)
+    described, more = _described(config.down, shape, weight["weight"], 1, shape.width)
     yield Specialization(
         f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
@@ -286,20 +266,14 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     )  # fmt: skip
 
 
-def _extra(config: ExpertsConfig, shape: Shape) -> int:
-    """The extra rows of a tile, as `launch.run_grouped` decides."""
-    both = ((config.up, shape.hidden), (config.down, shape.width))
-    return config.extra if all(_described(t, shape, "", 1, columns)[0] for t, columns in both) else 0
-
-
-def _routing(target: Target, shape: Shape, block_t: int, extra: int) -> Iterator[Specialization]:
+def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specialization]:
     rows, sizes = shape.tokens * shape.top_k, {"num_rows": "i32", "capacity": "i32"}
     common = {"E": shape.experts, "BINS": routing_bins(shape.experts)}
     if rows <= SINGLE_LAUNCH_ROWS:
         _, block, warps = routing_block(rows, shape.experts)
         yield Specialization(
             f"experts-routing-{shape}", routing_kernel, {"index": "i64", "plan": "i32"}, sizes,
-            {**common, "BLOCK_T": block_t, "EXTRA": extra, "BLOCK": block, "USE_PDL": target.has_pdl}, warps, num_stages=3,
+            {**common, "BLOCK_T": block_t, "BLOCK": block, "USE_PDL": target.has_pdl}, warps, num_stages=3,
         )  # fmt: skip
         return
     common["CHUNK"] = CHUNK
@@ -309,7 +283,7 @@ def _routing(target: Target, shape: Shape, block_t: int, extra: int) -> Iterator
     )  # fmt: skip
     yield Specialization(
         f"experts-place-{shape}", place_kernel, {"index": "i64", "counts": "i32", "plan": "i32"}, sizes,
-        {**common, "BLOCK_T": block_t, "EXTRA": extra, "STEP": place_step(common["BINS"])}, num_warps=8, num_stages=3,
+        {**common, "BLOCK_T": block_t, "STEP": place_step(common["BINS"])}, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -319,17 +293,14 @@ def _bias(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[
 
 
 def _described(
-    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int, extra: int = 0
+    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(pointers, constants) of descriptors of the weight of elements `kind`, as `launch` decides."""
+    """(pointers, constants) of the descriptor of a weight of elements `kind`, as `launch.weight_tiles` decides."""
     bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
     if not tiles.use_tma or shape.transposed or columns * bits // 8 % 16:
-        return {}, {"w_tiles": None, "w_halves": None, "USE_TMA": False}
+        return {}, {"w_tiles": None, "USE_TMA": False}
     block = [groups, tiles.block_n // groups, tiles.block_d * bits // 8 if bits < 8 else tiles.block_d]
-    tiles_type, half = f"tensordesc<{kind}{block}>", [1, tiles.block_n // 2, tiles.block_d]
-    if extra:
-        return {"w_tiles": tiles_type, "w_halves": f"tensordesc<{kind}{half}>"}, {"USE_TMA": True}
-    return {"w_tiles": tiles_type}, {"w_halves": None, "USE_TMA": True}
+    return {"w_tiles": f"tensordesc<{kind}{block}>"}, {"USE_TMA": True}
 
 
 def _blocks(tiles: Tiles) -> dict[str, int]:

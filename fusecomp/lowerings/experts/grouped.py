@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.experts.pieces import activated, gated, weight_rows
+from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import multiply_codes
 
 
@@ -28,7 +28,6 @@ def up_kernel(
     plan,
     weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C] or bytes of two
     w_tiles,  # descriptor of the weight, or None
-    w_halves,  # the same in blocks [1, BN / 2, BD], for tiles with extra rows, or None
     scale,  # of codes, contiguous, or None
     zero,  # as scale, or None
     bias,  # [E, N] contiguous, or None
@@ -43,7 +42,6 @@ def up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
@@ -65,114 +63,30 @@ def up_kernel(
     BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     num_tiles = tl.load(plan)
-    end = num_tiles * BLOCKS
-    next_tile, next_block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    if EXTRA:
-        num_wide = tl.load(plan + 1)
-        narrow, wide, end = _turns(num_tiles, num_wide, BLOCKS)
-        narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
-        next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
-            plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
-        )
-    next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
-    for item in range(tl.program_id(0), end, tl.num_programs(0)):
+    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
         expert, first, row = next_expert, next_first, next_row
-        if EXTRA:
-            tile, block, is_wide = next_tile, next_block, next_is_wide
-            next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
-                plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
-            )
+        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        live = row >= 0
+        place = first + tl.arange(0, BLOCK_T)
+        if KIND >= 0:
+            acc = multiply_codes(
+                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
+                BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
+            )  # fmt: skip
         else:
-            tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-            is_wide = False
-        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
-        if EXTRA and is_wide:
-            if EXTRA < 0:
-                _up_short(
-                    x, plan, weight, w_tiles, bias, hidden, tile, capacity, expert, first, block, stride_x, K, N, D,
-                    GATING, ACT, ALPHA, LIMIT, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            else:
-                more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-                _up_wide(
-                    x, w_halves, bias, hidden, expert, first, row, more, block, stride_x, K, N, D, GATING, ACT, ALPHA,
-                    LIMIT, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-        else:
-            live = row >= 0
-            x_rows = x + (row // K).to(tl.int64) * stride_x
-            if KIND >= 0:
-                acc = multiply_codes(
-                    x_rows, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D,
-                    SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
-                )  # fmt: skip
-            else:
-                acc = _multiply(
-                    x_rows, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T,
-                    BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            place = first + tl.arange(0, BLOCK_T)
-            _finish_up(acc, bias, hidden, expert, block, place, live, N, GATING, ACT, ALPHA, LIMIT, BLOCK_N, SWAP)
-
-
-@triton.jit
-def _up_wide(
-    x, w_halves, bias, hidden, expert, first, row, extra_row, block, stride_x, K: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, GATING: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A tile of `up_kernel` with extra rows."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    live, place = row >= 0, first + tl.arange(0, BLOCK_T)
-    extra_live, extra_place = extra_row >= 0, first + BLOCK_T + tl.arange(0, EXTRA)
-    x_rows, extra_rows = x + (row // K).to(tl.int64) * stride_x, x + (extra_row // K).to(tl.int64) * stride_x
-    if GATING == 1:
-        FEATURES: tl.constexpr = N // 2
-        gate, up, extra_gate, extra_up = _multiply_wide(
-            x_rows, live, extra_rows, extra_live, w_halves, expert * 2, expert * 2 + 1, block * HALF, block * HALF, D,
-            BLOCK_T, EXTRA, HALF, BLOCK_D,
-        )  # fmt: skip
-        if bias is not None:
-            feature = tl.minimum(block * HALF + tl.arange(0, HALF), FEATURES - 1)
-            at = bias + expert.to(tl.int64) * N + feature
-            gate_bias, up_bias = tl.load(at).to(tl.float32), tl.load(at + FEATURES).to(tl.float32)
-            gate, up = gate + gate_bias[None, :], up + up_bias[None, :]
-            extra_gate, extra_up = extra_gate + gate_bias[:, None], extra_up + up_bias[:, None]
-        y = gated(gate, up, ACT, ALPHA, LIMIT)
-        _store_hidden(y, hidden, place, live, block, FEATURES, HALF, False)
-        y = gated(extra_gate, extra_up, ACT, ALPHA, LIMIT)
-        _store_hidden(y, hidden, extra_place, extra_live, block, FEATURES, HALF, True)
-    else:
-        one, two, extra_one, extra_two = _multiply_wide(
-            x_rows, live, extra_rows, extra_live, w_halves, expert, expert, block * BLOCK_N, block * BLOCK_N + HALF, D,
-            BLOCK_T, EXTRA, HALF, BLOCK_D,
-        )  # fmt: skip
-        b = 2 * block
-        _finish_up(one, bias, hidden, expert, b, place, live, N, GATING, ACT, ALPHA, LIMIT, HALF, False)
-        _finish_up(two, bias, hidden, expert, b + 1, place, live, N, GATING, ACT, ALPHA, LIMIT, HALF, False)
-        place, live = extra_place, extra_live
-        _finish_up(extra_one, bias, hidden, expert, b, place, live, N, GATING, ACT, ALPHA, LIMIT, HALF, True)
-        _finish_up(extra_two, bias, hidden, expert, b + 1, place, live, N, GATING, ACT, ALPHA, LIMIT, HALF, True)
-
-
-@triton.jit
-def _finish_up(
-    acc, bias, hidden, expert, block, place, live, N: tl.constexpr, GATING: tl.constexpr, ACT: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
-):  # fmt: skip
-    """Bias, activation and stores of products with rows at `place`."""
-    acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
-    y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
-    _store_hidden(y, hidden, place, live, block, N // 2 if GATING else N, BLOCK_N // 2 if GATING else BLOCK_N, SWAP)
-
-
-@triton.jit
-def _store_hidden(y, hidden, place, live, block, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, SWAP: tl.constexpr):
-    """Stores of hidden rows at `place`."""
-    feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
-    at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
-    tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
+            acc = _multiply(
+                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block,
+                (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+            )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
+        y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
+        feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
+        at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
+        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -181,7 +95,6 @@ def down_kernel(
     plan,
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F] or bytes of two
     w_tiles,  # descriptor of the weight, or None
-    w_halves,  # as in `up_kernel`
     scale,  # of codes, contiguous, or None
     zero,  # as scale, or None
     bias,  # [E, C] contiguous, or None
@@ -190,7 +103,6 @@ def down_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
@@ -209,84 +121,33 @@ def down_kernel(
         gdc_launch_dependents()
     # The plan was complete before the up projection let this launch begin.
     num_tiles = tl.load(plan, cache_modifier=".cg")
-    end = num_tiles * BLOCKS
-    next_tile, next_block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
-    if EXTRA:
-        num_wide = tl.load(plan + 1, cache_modifier=".cg")
-        narrow, wide, end = _turns(num_tiles, num_wide, BLOCKS)
-        narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
-        next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
-            plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
-        )
-    next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
+    tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
+    next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     if USE_PDL:
-        if next_tile < num_tiles:
-            _prefetch(weight, next_expert, next_block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+        if tile < num_tiles:
+            _prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         gdc_wait()
-    for item in range(tl.program_id(0), end, tl.num_programs(0)):
+    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
         expert, first, row = next_expert, next_first, next_row
-        if EXTRA:
-            tile, block, is_wide = next_tile, next_block, next_is_wide
-            next_tile, next_block, next_is_wide, narrow, wide, narrow_key, wide_key = _choose(
-                plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS, GROUP_T
-            )
+        tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        live = row >= 0
+        place = first + tl.arange(0, BLOCK_T)
+        if KIND >= 0:
+            acc = multiply_codes(
+                hidden + place.to(tl.int64) * D, live, weight, w_tiles, scale, zero, expert, block, N, D, 0,
+                BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
+            )  # fmt: skip
         else:
-            tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-            is_wide = False
-        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T, EXTRA)
-        if EXTRA and is_wide:
-            if EXTRA < 0:
-                _down_short(
-                    hidden, plan, weight, w_tiles, bias, parts, tile, capacity, expert, first, block, N, D, BLOCK_T,
-                    EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            else:
-                more = _extra_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-                _down_wide(
-                    hidden, w_halves, bias, parts, expert, first, row, more, block, N, D, BLOCK_T, EXTRA, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-        else:
-            place = first + tl.arange(0, BLOCK_T)
-            rows = hidden + place.to(tl.int64) * D
-            if KIND >= 0:
-                acc = multiply_codes(
-                    rows, row >= 0, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D,
-                    SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
-                )  # fmt: skip
-            else:
-                acc = _multiply(
-                    rows, row >= 0, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T,
-                    BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-                )  # fmt: skip
-            _finish_down(acc, bias, parts, expert, block, row, N, BLOCK_N, SWAP)
-
-
-@triton.jit
-def _down_wide(
-    hidden, w_halves, bias, parts, expert, first, row, extra_row, block, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A tile of `down_kernel` with extra rows."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    place, extra_place = first + tl.arange(0, BLOCK_T), first + BLOCK_T + tl.arange(0, EXTRA)
-    one, two, extra_one, extra_two = _multiply_wide(
-        hidden + place.to(tl.int64) * D, row >= 0, hidden + extra_place.to(tl.int64) * D, extra_row >= 0, w_halves,
-        expert, expert, block * BLOCK_N, block * BLOCK_N + HALF, D, BLOCK_T, EXTRA, HALF, BLOCK_D,
-    )  # fmt: skip
-    _finish_down(one, bias, parts, expert, 2 * block, row, N, HALF, False)
-    _finish_down(two, bias, parts, expert, 2 * block + 1, row, N, HALF, False)
-    _finish_down(extra_one, bias, parts, expert, 2 * block, extra_row, N, HALF, True)
-    _finish_down(extra_two, bias, parts, expert, 2 * block + 1, extra_row, N, HALF, True)
-
-
-@triton.jit
-def _finish_down(acc, bias, parts, expert, block, row, N: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    """Bias and stores of products that belong to rows `row`."""
-    acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
-    feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at, mask = _spread(row.to(tl.int64) * N, feature, row >= 0, feature < N, SWAP)
-    tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
+            acc = _multiply(
+                hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block,
+                (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+            )  # fmt: skip
+        acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
+        feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
+        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -301,103 +162,16 @@ def _place(item, num_tiles, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def _turns(num_tiles, num_wide, BLOCKS: tl.constexpr):
-    """A program's first narrow and first wide item, and the end of a range of as many turns as it has of both.
-
-    Who has one more of the former is the last to have one more of the latter.
-    """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    narrow, wide = program, programs - 1 - program
-    turns = tl.cdiv(tl.maximum((num_tiles - num_wide) * BLOCKS - narrow, 0), programs)
-    turns += tl.cdiv(tl.maximum(num_wide * BLOCKS - wide, 0), programs)
-    return narrow, wide, program + turns * programs
-
-
-@triton.jit
-def _choose(plan, narrow, wide, narrow_key, wide_key, num_tiles, num_wide, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
-    """(tile, block, whether it is wide) of the next turn, then the items after it and their keys."""
-    is_wide = wide_key < narrow_key
-    tile, block = _place(narrow, num_tiles - num_wide, BLOCKS, GROUP_T)
-    tile = tl.where(is_wide, wide // BLOCKS, num_wide + tile)
-    block = tl.where(is_wide, wide % BLOCKS, block)
-    narrow += tl.where(is_wide, 0, tl.num_programs(0))
-    wide += tl.where(is_wide, tl.num_programs(0), 0)
-    narrow_key, wide_key = _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS, GROUP_T)
-    return tile, block, is_wide, narrow, wide, narrow_key, wide_key
-
-
-@triton.jit
-def _keys(plan, narrow, wide, num_tiles, num_wide, BLOCKS: tl.constexpr, GROUP_T: tl.constexpr):
-    """The experts of a narrow and of a wide item, above all experts where there is none."""
-    NONE: tl.constexpr = 2**31 - 1
-    num_narrow = num_tiles - num_wide
-    tile, _ = _place(narrow, num_narrow, BLOCKS, GROUP_T)
-    at = plan + 4
-    narrow_key = tl.load(
-        at + 2 * (num_wide + tile), mask=narrow < num_narrow * BLOCKS, other=NONE, cache_modifier=".cg"
-    )
-    wide_key = tl.load(at + 2 * (wide // BLOCKS), mask=wide < num_wide * BLOCKS, other=NONE, cache_modifier=".cg")
-    return narrow_key, wide_key
-
-
-@triton.jit
-def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
+def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
     """(expert, first place, rows [BT]) of a tile; of the last one there is room for if `tile` lies behind it.
 
     Past the L1, as the down projection reads the plan before it waits.
     """
     tile = tl.minimum(tile, capacity - 1)
     at = plan + 4 + 2 * tile
-    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + (EXTRA if EXTRA > 0 else 0)) + tl.arange(0, BLOCK_T)
+    row_at = plan + 4 + 2 * capacity + tile * BLOCK_T + tl.arange(0, BLOCK_T)
     expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
     return expert, first, tl.load(row_at, cache_modifier=".cg")
-
-
-@triton.jit
-def _up_short(
-    x, plan, weight, w_tiles, bias, hidden, tile, capacity, expert, first, block, stride_x, K: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, GATING: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SWAP: tl.constexpr, TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """A tile of `up_kernel` of fewer rows."""
-    row = _short_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-    acc = _multiply(
-        x + (row // K).to(tl.int64) * stride_x, row >= 0, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D,
-        N, D, GATING, BLOCK_T + EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-    )  # fmt: skip
-    place = first + tl.arange(0, BLOCK_T + EXTRA)
-    _finish_up(acc, bias, hidden, expert, block, place, row >= 0, N, GATING, ACT, ALPHA, LIMIT, BLOCK_N, SWAP)
-
-
-@triton.jit
-def _down_short(
-    hidden, plan, weight, w_tiles, bias, parts, tile, capacity, expert, first, block, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """A tile of `down_kernel` of fewer rows."""
-    row = _short_rows(plan, tile, capacity, BLOCK_T, EXTRA)
-    place = first + tl.arange(0, BLOCK_T + EXTRA)
-    acc = _multiply(
-        hidden + place.to(tl.int64) * D, row >= 0, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D,
-        0, BLOCK_T + EXTRA, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
-    )  # fmt: skip
-    _finish_down(acc, bias, parts, expert, block, row, N, BLOCK_N, SWAP)
-
-
-@triton.jit
-def _short_rows(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
-    """The rows of a short tile, [BT + EXTRA]."""
-    row_at = plan + 4 + 2 * capacity + tile * BLOCK_T
-    return tl.load(row_at + tl.arange(0, BLOCK_T + EXTRA), cache_modifier=".cg")
-
-
-@triton.jit
-def _extra_rows(plan, tile, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
-    """The rows of a tile beyond BT, [EXTRA]."""
-    row_at = plan + 4 + 2 * capacity + tile * (BLOCK_T + EXTRA) + BLOCK_T
-    return tl.load(row_at + tl.arange(0, EXTRA), cache_modifier=".cg")
 
 
 @triton.jit
@@ -475,38 +249,6 @@ def _multiply(
         else:
             acc = tl.dot(tokens, w.T, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def _multiply_wide(
-    x_rows, live, extra_rows, extra_live, w_halves, expert_one, expert_two, row_one, row_two, D: tl.constexpr,
-    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """fp32 products of the rows at x_rows [BT] with both halves of a weight tile, then of those at extra_rows [EXTRA].
-
-    The former [BT, BN / 2]; the latter, few, on the narrow side of the matrix units: [BN / 2, EXTRA]. A half is what
-    TMA leaves in shared memory as either side of them can take it.
-    """
-    cols = tl.arange(0, BLOCK_D)
-    x_at, extra_at = x_rows[:, None] + cols[None, :], extra_rows[:, None] + cols[None, :]
-    one, two = tl.zeros([BLOCK_T, HALF], tl.float32), tl.zeros([BLOCK_T, HALF], tl.float32)
-    extra_one, extra_two = tl.zeros([HALF, EXTRA], tl.float32), tl.zeros([HALF, EXTRA], tl.float32)
-    for step in range((D + BLOCK_D - 1) // BLOCK_D):
-        d = step * BLOCK_D
-        if D % BLOCK_D == 0:
-            tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
-            more = tl.load(extra_at + d, mask=extra_live[:, None], other=0.0)
-        else:
-            inside = (d + cols < D)[None, :]
-            tokens = tl.load(x_at + d, mask=live[:, None] & inside, other=0.0)
-            more = tl.load(extra_at + d, mask=extra_live[:, None] & inside, other=0.0)
-        w_one = w_halves.load([expert_one, row_one, d]).reshape(HALF, BLOCK_D)
-        w_two = w_halves.load([expert_two, row_two, d]).reshape(HALF, BLOCK_D)
-        one = tl.dot(tokens, w_one.T, one, input_precision="ieee")
-        two = tl.dot(tokens, w_two.T, two, input_precision="ieee")
-        extra_one = tl.dot(w_one, more.T, extra_one, input_precision="ieee")
-        extra_two = tl.dot(w_two, more.T, extra_two, input_precision="ieee")
-    return one, two, extra_one, extra_two
 
 
 @triton.jit

@@ -52,8 +52,6 @@ class ExpertsConfig:
         block_t: grouped: tokens of a tile.
         swap: grouped: weights on the wide side of the matrix units, for narrow tiles of tokens.
         group_t: grouped: tiles of tokens that share a weight tile before the next one.
-        extra: grouped: tokens that the last tile of an expert may have beyond `block_t`, instead of a tile of their own;
-            for weights that TMA reads, and without `swap`.
     """
 
     method: str
@@ -62,7 +60,6 @@ class ExpertsConfig:
     block_t: int = 1
     swap: bool = False
     group_t: int = 1
-    extra: int = 0
     source: str = field(default="", compare=False)
 
     @classmethod
@@ -139,7 +136,7 @@ def invariant_experts_config(
     rows = tokens * top_k / experts
     block_t = 16 if rows <= 16 else 32 if rows <= 64 else 128
     tiles = Tiles(64, 128 if target.smem_bytes >= 128 * 1024 else 64, 4, 4)
-    config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source=source)
+    config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source)
     fitted = _fit(config, target, itemsize, top_k)
     assert fitted.up.block_d == fitted.down.block_d == tiles.block_d, "stages alone must make room"
     return fitted
@@ -187,7 +184,7 @@ def _transposed(config: ExpertsConfig) -> ExpertsConfig:
     up, down = (
         replace(t, num_stages=min(t.num_stages, 3 if t.use_tma else 6), use_tma=False) for t in (config.up, config.down)
     )
-    return replace(config, block_t=max(16, config.block_t), up=up, down=down, extra=0)
+    return replace(config, block_t=max(16, config.block_t), up=up, down=down)
 
 
 def _rows_per_expert(shape: dict[str, Any]) -> float:
@@ -208,9 +205,11 @@ def _fit(config: ExpertsConfig, target: Target, itemsize: int, top_k: int) -> Ex
     """The same within a target's registers and shared memory, and without TMA where there is none."""
     if config.method == "vector":
         return replace(config, down=fit_registers(config.down, next_power_of_2(top_k)))
-    extra = config.extra if target.has_tma and config.up.use_tma and config.down.use_tma else 0
-    up, down = (fit_tiles(t, config.block_t + max(extra, 0), target, itemsize) for t in (config.up, config.down))
-    return replace(config, up=up, down=down, extra=extra)
+    return replace(
+        config,
+        up=fit_tiles(config.up, config.block_t, target, itemsize),
+        down=fit_tiles(config.down, config.block_t, target, itemsize),
+    )
 
 
 def fit_registers(tiles: Tiles, lanes: int) -> Tiles:

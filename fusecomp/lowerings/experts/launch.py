@@ -143,42 +143,34 @@ def run_grouped(
     layer: Experts,
     residual: Tensor | None,
     use_pdl: bool,
-    planned: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles.
-
-    Args:
-        planned: what `launch_routing` would return without extra rows, where it was made before.
-    """
+    """`run_experts` by the matrix units: every touched expert is read once per `group_t` of its tiles."""
     (tokens, top_k), (experts, rows, hidden_size, width) = index.shape, layer.sizes
-    up_weight, up_scale, up_zero, up_layout = kernel_weight(layer.up, layer.up_codes)
-    down_weight, down_scale, down_zero, down_layout = kernel_weight(layer.down, layer.down_codes)
-    up_groups = 2 if layer.gating == 1 else 1
-    up_tiles = weight_tiles(up_weight, config.up, up_groups, hidden_size, layer.transposed)
-    down_tiles = weight_tiles(down_weight, config.down, 1, width, layer.transposed)
-    extra = config.extra if up_tiles is not None and down_tiles is not None and planned is None else 0
-    plan, capacity = planned or launch_routing(index, experts, config.block_t, use_pdl, extra)
+    plan, capacity = launch_routing(index, experts, config.block_t, use_pdl)
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     sms = target_of(x).num_sms
     common = {
-        "BLOCK_T": config.block_t, "EXTRA": extra, "GROUP_T": config.group_t, "SWAP": config.swap,
-        "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl, **rounding_options(),
+        "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap, "TRANSPOSED": layer.transposed,
+        "USE_PDL": use_pdl, **rounding_options(),
     }  # fmt: skip
     if use_pdl:
         common["launch_pdl"] = True
 
+    weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
+    w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
-        x, plan, up_weight, up_tiles, half_tiles(up_tiles, up_groups) if extra > 0 else None, up_scale, up_zero,
-        layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows, D=hidden_size, USE_TMA=up_tiles is not None,
-        **layer.act_constants(), **up_layout, **_constants(config.up), **common,
+        x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
+        D=hidden_size, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout, **_constants(config.up),
+        **common,
     )  # fmt: skip
+    weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
+    w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
-        hidden, plan, down_weight, down_tiles, half_tiles(down_tiles, 1) if extra > 0 else None, down_scale, down_zero,
-        layer.down_bias, parts, capacity, N=hidden_size, D=width, USE_TMA=down_tiles is not None, **down_layout,
-        **_constants(config.down), **common,
+        hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
+        USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
@@ -194,12 +186,6 @@ def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transp
     strides = [shape[1] * shape[2], shape[2], 1]
     block_d = tiles.block_d * weight.shape[2] // columns
     return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, block_d])
-
-
-def half_tiles(w_tiles: TensorDescriptor, groups: int) -> TensorDescriptor:
-    """The same weight in blocks [1, BN / 2, BD]: two of either one group's neighbours, or both groups."""
-    _, rows, columns = w_tiles.block_shape
-    return replace(w_tiles, block_shape=[1, rows if groups == 2 else rows // 2, columns])
 
 
 def _programs(tiles: Tiles, items: int, sms: int) -> int:

@@ -71,15 +71,9 @@ def activated(
         return activate(acc, ACT)
     else:
         gate, up = split_gate(acc, GATING, SWAP)
-        return gated(gate, up, ACT, ALPHA, LIMIT)
-
-
-@triton.jit
-def gated(gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The hidden tile of the fp32 halves of a gated up projection."""
-    if ACT == "gpt_oss":
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        return (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
-    else:
-        return activate(gate, ACT) * up
+        if ACT == "gpt_oss":
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+            return (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
+        else:
+            return activate(gate, ACT) * up

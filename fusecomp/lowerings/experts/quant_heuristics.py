@@ -135,7 +135,7 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
     if config.method == "vector":
         lanes = 2 if shape.kind == NF4 else 1  # its values are chosen by many comparisons
         tiles = [fit_registers(tiles[0], lanes), fit_registers(tiles[1], lanes * next_power_of_2(shape.top_k))]
-    return replace(config, up=tiles[0], down=tiles[1], extra=0)
+    return replace(config, up=tiles[0], down=tiles[1])
 
 
 def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[int]) -> list[str]:

@@ -1,6 +1,4 @@
-"""CUDA implementation of `routed_experts`: three launches for very few tokens, choice and plan in one for a few more.
-
-Else the launches of `router` and `experts`.
+"""CUDA implementation of `routed_experts`: three launches for very few tokens, else those of `router` and `experts`.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -15,19 +13,15 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
-from fusecomp.lowerings.experts.heuristics import ExpertsConfig, experts_config, routed_config
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
 from fusecomp.lowerings.experts.later import asked_bytes
-from fusecomp.lowerings.experts.launch import Experts, run_grouped
+from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
-from fusecomp.lowerings.experts.planned import MAX_TOKENS as MAX_PLANNED
-from fusecomp.lowerings.experts.planned import launch_plan
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.route.kernel import triton_dtype
 from fusecomp.lowerings.route.lowering import supports as supports_router
 from fusecomp.lowerings.route.pieces import constants
-from fusecomp.lowerings.route.router import launch_router_parts
-from fusecomp.lowerings.route.router import supports_router as supports_splits
 from fusecomp.ops.experts import Activation
 from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.router import RouteSpec
@@ -86,12 +80,11 @@ def launch_routed_experts(
     wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
     gate = Router(router, router_bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
+    config = chosen_config(x, gate, layer) if len(x) else None
+    if config is None:
+        return None
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    if len(x) and (config := chosen_config(x, gate, layer)):
-        return run_chosen(config, x, gate, layer, residual, uses_pdl(x), later)
-    if config := planned_config(x, gate, layer):
-        return run_planned(config, x, gate, layer, residual, uses_pdl(x))
-    return None
+    return run_chosen(config, x, gate, layer, residual, uses_pdl(x), later)
 
 
 def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
@@ -165,36 +158,6 @@ def run_chosen(
         num_warps=down.num_warps, **choice, **options,
     )  # fmt: skip
     return y if norm else x.new_empty(0), out
-
-
-def planned_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
-    """How `run_planned` runs this call; None if it does not."""
-    experts, _, hidden, width = layer.sizes
-    if (
-        len(x) > MAX_PLANNED
-        or supports_router(x, router.weight, router.spec)
-        or supports_splits(len(x), router.weight, router.norm, router.norm_bias)
-        or supports_experts(x, layer.up, layer.up_bias, layer.down, layer.down_bias)
-        or router.spec.k > MAX_CHOSEN
-    ):
-        return None
-    config = experts_config(
-        target_of(x), experts=experts, top_k=router.spec.k, hidden=hidden, width=width, tokens=len(x),
-        itemsize=x.element_size(), transposed=layer.transposed,
-    )  # fmt: skip
-    return config if config.method == "grouped" else None
-
-
-def run_planned(
-    config: ExpertsConfig, x: Tensor, router: Router, layer: Experts, residual: Tensor | None, use_pdl: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, residual + experts of y) as `run_chosen`, by the grouped matmuls; choice and plan are one launch."""
-    norm = router.norm
-    y, parts = launch_router_parts(x, router.weight, router.norm_weight, norm, use_pdl)
-    ids, weights, planned = launch_plan(
-        parts, router.logits, router.bias, router.route_bias, router.spec, config.block_t, use_pdl
-    )
-    return y, run_grouped(config, y if norm else x, ids, weights, layer, residual, use_pdl, planned)
 
 
 def logits_warps(columns: int) -> int:

@@ -4,14 +4,12 @@ Few rows: one launch, in which every program counts for itself. Many: one launch
 places them.
 
 Legend: T tokens, K experts per token, E experts, R = T * K routed rows (row r is expert r % K of token r / K), BT rows
-of a tile, EXTRA rows that an expert's last tile may have beyond.
+of a tile.
 
-A plan is one int32 buffer: [0] the number of tiles, [1] of those with extra rows, where there may be any, [2:4] unused; then for each of `capacity` tiles (expert, first
-place), and for each its BT rows and room for EXTRA, -1 past an expert's last. Rows are sorted by expert, equal experts in the order of
+A plan is one int32 buffer: [0] the number of tiles, [1:4] unused; then for each of `capacity` tiles (expert, first
+place), and for each its BT rows, -1 past the expert's last. Rows are sorted by expert, equal experts in the order of
 their rows, sentinels left out; a place is an index into the sorted rows. Tiles are padded here alone: what the matmuls
 compute lies densely, at the places. All that a tile needs is found from its number: its loads wait for no other.
-
-Tiles with extra rows, which take longer, come first, so that they can be told from the others and dealt out evenly.
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ def routing_kernel(
     capacity,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EXTRA: tl.constexpr,
     BINS: tl.constexpr,  # a power of two, at least E
     BLOCK: tl.constexpr,  # rows read at once
     USE_PDL: tl.constexpr,
@@ -58,25 +55,20 @@ def routing_kernel(
     for start in range(0, num_rows, BLOCK):
         ids = _experts(index, start + lanes, num_rows, E)
         counts += tl.histogram(ids, BINS, mask=ids < E)
-    tiles_of, tile_of, wide_of = _tiles(counts, BLOCK_T, EXTRA)
-    this = bins == expert
+    tiles_of = tl.cdiv(counts, BLOCK_T)
     before = tl.sum(tl.where(bins < expert, counts, 0), 0)
-    mine, tiles = tl.sum(tl.where(this, counts, 0), 0), tl.sum(tl.where(this, tiles_of, 0), 0)
-    tile, wide = tl.sum(tl.where(this, tile_of, 0), 0), tl.sum(tl.where(this, wide_of, 0), 0)
+    tile = tl.sum(tl.where(bins < expert, tiles_of, 0), 0)
+    mine = tl.sum(tl.where(bins == expert, counts, 0), 0)
     if expert == 0:
         tl.store(plan, tl.sum(tiles_of, 0))
-        if EXTRA:
-            tl.store(plan + 1, tl.sum((wide_of >= 0).to(tl.int32), 0))
-    _describe(plan, expert, mine, before, tiles, tile, wide, capacity, BLOCK_T, EXTRA, BINS)
+    _describe(plan, expert, mine, before, tile, capacity, BLOCK_T, BINS)
     if mine > 0:
-        place = plan + 4 + capacity * 2
-        seen = 0
+        place = plan + 4 + capacity * 2 + tile * BLOCK_T
         for start in range(0, num_rows, BLOCK):
             rows = start + lanes
             hit = (_experts(index, rows, num_rows, E) == expert).to(tl.int32)
-            at = _slot(seen + tl.cumsum(hit, 0) - 1, tiles, tile, wide, BLOCK_T, EXTRA)
-            tl.store(place + at, rows, mask=hit != 0)
-            seen += tl.sum(hit, 0)
+            tl.store(place + tl.cumsum(hit, 0) - 1, rows, mask=hit != 0)
+            place += tl.sum(hit, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -103,7 +95,6 @@ def place_kernel(
     capacity,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EXTRA: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,  # chunks whose counts are read at once
@@ -114,94 +105,45 @@ def place_kernel(
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins, some = tl.arange(0, BINS), tl.arange(0, STEP)
-    all_found = tl.zeros([STEP, BINS], tl.int32)  # summed over its first dimension once: threads meet there
-    before_found = tl.zeros([STEP, BINS], tl.int32)
+    total = tl.zeros([BINS], tl.int32)
+    earlier = tl.zeros([BINS], tl.int32)
     for start in range(0, chunks, STEP):
         c = start + some
         found = tl.load(counts + c[:, None] * BINS + bins[None, :], mask=(c < chunks)[:, None], other=0)
-        all_found += found
-        before_found += tl.where((c < chunk)[:, None], found, 0)
-    total, earlier = tl.sum(all_found, 0), tl.sum(before_found, 0)
-    tiles_of, tile_of, wide_of = _tiles(total, BLOCK_T, EXTRA)
+        total += tl.sum(found, 0)
+        earlier += tl.sum(tl.where((c < chunk)[:, None], found, 0), 0)
+    tiles_of = tl.cdiv(total, BLOCK_T)
+    tile = tl.cumsum(tiles_of, 0) - tiles_of
     before = tl.cumsum(total, 0) - total
     if chunk == 0:
         tl.store(plan, tl.sum(tiles_of, 0))
-        if EXTRA:
-            tl.store(plan + 1, tl.sum((wide_of >= 0).to(tl.int32), 0))
     for expert in range(chunk, E, chunks):
         this = bins == expert
         mine, first = tl.sum(tl.where(this, total, 0), 0), tl.sum(tl.where(this, before, 0), 0)
-        tiles, tile = tl.sum(tl.where(this, tiles_of, 0), 0), tl.sum(tl.where(this, tile_of, 0), 0)
-        wide = tl.sum(tl.where(this, wide_of, 0), 0)
-        _describe(plan, expert, mine, first, tiles, tile, wide, capacity, BLOCK_T, EXTRA, BINS)
+        _describe(plan, expert, mine, first, tl.sum(tl.where(this, tile, 0), 0), capacity, BLOCK_T, BINS)
 
     lanes = tl.arange(0, CHUNK)
     ids = _experts(index, chunk * CHUNK + lanes, num_rows, E)
     ordered = tl.sort(ids * CHUNK + lanes)
     ids, row = ordered // CHUNK, chunk * CHUNK + ordered % CHUNK
     here = tl.load(counts + chunk * BINS + bins)
-    each = tl.minimum(ids, E - 1)
-    if EXTRA:
-        nth = tl.gather(earlier - (tl.cumsum(here, 0) - here), each, 0) + lanes
-        tiles, tile, wide = tl.gather(tiles_of, each, 0), tl.gather(tile_of, each, 0), tl.gather(wide_of, each, 0)
-        at = _slot(nth, tiles, tile, wide, BLOCK_T, EXTRA)
-    else:
-        at = tl.gather(tile_of * BLOCK_T + earlier - (tl.cumsum(here, 0) - here), each, 0) + lanes
+    begin = tile * BLOCK_T + earlier - (tl.cumsum(here, 0) - here)
+    at = tl.gather(begin, tl.minimum(ids, E - 1), 0) + lanes
     tl.store(plan + 4 + capacity * 2 + at, row, mask=ids < E)
 
 
 @triton.jit
-def _tiles(counts, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
-    """(number of tiles, first of them but for the one with extra rows, the latter or -1) of each expert, of its rows."""
-    MORE: tl.constexpr = EXTRA if EXTRA > 0 else 0
-    tiles = tl.cdiv(tl.maximum(counts - MORE, tl.minimum(counts, 1)), BLOCK_T)
-    if EXTRA:
-        if EXTRA > 0:
-            wide = (counts > tiles * BLOCK_T).to(tl.int32)
-        else:
-            wide = ((counts > 0) & (counts <= tiles * BLOCK_T + EXTRA)).to(tl.int32)
-        plain = tiles - wide
-        return (
-            tiles,
-            tl.sum(wide, 0) + tl.cumsum(plain, 0) - plain,
-            tl.where(wide != 0, tl.cumsum(wide, 0) - wide, -1),
-        )
-    else:
-        return tiles, tl.cumsum(tiles, 0) - tiles, tl.full(counts.shape, -1, tl.int32)
-
-
-@triton.jit
-def _slot(nth, tiles, tile, wide, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr):
-    """Where among the tiles' rows the nth row of an expert is, of what `_tiles` says of it."""
-    if EXTRA:
-        each = tl.minimum(nth // BLOCK_T, tiles - 1)
-        number = tl.where((each == tiles - 1) & (wide >= 0), wide, tile + each)
-        return number * (BLOCK_T + (EXTRA if EXTRA > 0 else 0)) + nth - each * BLOCK_T
-    else:
-        return tile * BLOCK_T + nth
-
-
-@triton.jit
-def _describe(
-    plan, expert, rows, first, tiles, tile, wide, capacity, BLOCK_T: tl.constexpr, EXTRA: tl.constexpr,
-    BINS: tl.constexpr,
-):  # fmt: skip
-    """The headers of an expert's tiles, and -1 behind the last row of each."""
-    HEIGHT: tl.constexpr = BLOCK_T + (EXTRA if EXTRA > 0 else 0)
-    row_at = plan + 4 + capacity * 2
+def _describe(plan, expert, rows, first, tile, capacity, BLOCK_T: tl.constexpr, BINS: tl.constexpr):
+    """The headers of an expert's tiles, from `tile` on, and -1 behind its last row."""
+    tiles = tl.cdiv(rows, BLOCK_T)
     for start in range(0, tiles, BINS):
         each = start + tl.arange(0, BINS)
-        number = tile + each
-        if EXTRA:
-            number = tl.where((each == tiles - 1) & (wide >= 0), wide, number)
-        at = plan + 4 + number * 2
+        at = plan + 4 + (tile + each) * 2
         tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=each < tiles)
         tl.store(at + 1, first + each * BLOCK_T, mask=each < tiles)
-    padding = tl.arange(0, 2 * BLOCK_T if EXTRA else BLOCK_T) + rows - tl.maximum(tiles - 1, 0) * BLOCK_T
-    last = tl.where(wide >= 0, wide, tile + tiles - 1)
-    tl.store(
-        row_at + last * HEIGHT + padding, tl.full(padding.shape, -1, tl.int32), mask=(padding < HEIGHT) & (tiles > 0)
-    )
+    padding = rows + tl.arange(0, BLOCK_T)
+    at = plan + 4 + capacity * 2 + tile * BLOCK_T + padding
+    tl.store(at, tl.full([BLOCK_T], -1, tl.int32), mask=padding < tiles * BLOCK_T)
 
 
 @triton.jit
@@ -226,11 +168,11 @@ def routing_bins(experts: int) -> int:
     return max(32, next_power_of_2(experts))
 
 
-def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool, extra: int = 0) -> tuple[Tensor, int]:
-    """(plan, capacity) of top_k_index [T, K] contiguous; `extra` rows beyond `block_t` are 0, or at most as many."""
+def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> tuple[Tensor, int]:
+    """(plan, capacity) of top_k_index [T, K] contiguous."""
     num_rows = index.numel()
     capacity = tile_capacity(num_rows, experts, block_t)
-    plan = torch.empty(HEADER + (TILE + block_t + max(extra, 0)) * capacity, dtype=torch.int32, device=index.device)
+    plan = torch.empty(HEADER + (TILE + block_t) * capacity, dtype=torch.int32, device=index.device)
     if num_rows > SINGLE_LAUNCH_ROWS:
         bins, chunks = routing_bins(experts), triton.cdiv(num_rows, CHUNK)
         counts = torch.empty((chunks, bins), dtype=torch.int32, device=index.device)
@@ -238,19 +180,19 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool, ext
         launch(count_kernel, (chunks,), index, counts, num_rows, **common)
         launch(
             place_kernel, (chunks,),
-            index, counts, plan, num_rows, capacity, BLOCK_T=block_t, EXTRA=extra, STEP=place_step(bins), **common,
+            index, counts, plan, num_rows, capacity, BLOCK_T=block_t, STEP=place_step(bins), **common,
         )  # fmt: skip
         return plan, capacity
     bins, block, warps = routing_block(num_rows, experts)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
         routing_kernel, (experts,),
-        index, plan, num_rows, capacity, E=experts, BLOCK_T=block_t, EXTRA=extra, BINS=bins, BLOCK=block,
-        USE_PDL=use_pdl, num_warps=warps, **options,
+        index, plan, num_rows, capacity, E=experts, BLOCK_T=block_t, BINS=bins, BLOCK=block, USE_PDL=use_pdl,
+        num_warps=warps, **options,
     )  # fmt: skip
     return plan, capacity
 
 
 def place_step(bins: int) -> int:
     """Chunks that `place_kernel` reads at once, by the registers that their counts take."""
-    return max(4, min(64, 8192 // bins))
+    return max(4, min(16, 4096 // bins))

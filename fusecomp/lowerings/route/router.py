@@ -153,14 +153,6 @@ def launch_router(
     use_pdl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm."""
-    y, parts = launch_router_parts(x, weight, norm_weight, norm, use_pdl)
-    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
-
-
-def launch_router_parts(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm: NormSpec | None, use_pdl: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, parts of the logits [splits, T, E] fp32), as `launch_router`."""
     (tokens, hidden), experts = x.shape, len(weight)
     config = router_config(tokens, experts, hidden, x.element_size(), target_of(x).num_sms)
     y = torch.empty((tokens, hidden) if norm else (0,), dtype=x.dtype, device=x.device)
@@ -174,7 +166,7 @@ def launch_router_parts(
             PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
             num_stages=NUM_STAGES, **options,
         )  # fmt: skip
-    return y, parts
+    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
 
 
 def router_constants(config: RouterConfig, experts: int, hidden: int) -> dict[str, int]:

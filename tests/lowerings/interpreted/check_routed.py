@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusecomp.lowerings import registration
-from fusecomp.lowerings.experts import lowering, routed
+from fusecomp.lowerings.experts import routed
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.ops.experts_linear import experts_linear_reference
@@ -35,27 +35,6 @@ def test_is_the_reference(name, tokens, hidden, block_n, monkeypatch):
     found, expected = launch_routed_experts(wide[:, :hidden], *args), routed_experts_reference(x, *args)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
-
-
-GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 4, swap=True)
-
-
-@pytest.mark.parametrize("tokens", [2, 5, 16])
-@pytest.mark.parametrize("name", MIXTURES)
-def test_choice_and_plan_in_one(name, tokens, monkeypatch):
-    """The result of both halves, bit for bit, and the reference's."""
-    for module in (routed, lowering):
-        monkeypatch.setattr(module, "experts_config", lambda *_, **__: GROUPED)
-    x, *args = make_mixture(name, tokens, C=72)
-    wide = torch.full((tokens, 77), float("nan"))
-    wide[:, :72] = x
-    found = launch_routed_experts(wide[:, :72], *args)
-    for actual, wanted in zip(found, routed_experts_reference(x, *args), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(routed, "MAX_PLANNED", 0)
-    assert launch_routed_experts(wide[:, :72], *args) is None
-    for actual, wanted in zip(found, registration._routed_experts(wide[:, :72], *args), strict=True):
-        assert torch.equal(actual, wanted)
 
 
 def test_with_the_linear_that_follows(monkeypatch):
