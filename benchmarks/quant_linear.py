@@ -27,12 +27,23 @@ from torch import Tensor
 
 from benchmarks.ceilings import read_bandwidth
 from benchmarks.linear import check_race, default_configs, split_counts
+from benchmarks.linear import job as dense_job
+from benchmarks.linear import prepare as dense_prepare
 from benchmarks.linear_chain import EPS, MODELS, Chain, Kind, Model
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config, serves_halves, serves_words
-from fusecomp.lowerings.quant.lowering import run_quant
+from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
+from fusecomp.lowerings.linear.skinny import split_steps
+from fusecomp.lowerings.quant.heuristics import (
+    DEQUANTIZE,
+    QuantConfig,
+    norm_limit,
+    quant_config,
+    serves_halves,
+    serves_words,
+)
+from fusecomp.lowerings.quant.lowering import launch_dequantize, run_quant
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
@@ -121,7 +132,12 @@ class QuantChain(Chain):
         kind = self.model.kinds[name]
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
-        run_quant(config, x, *self.weights[name][i], norm, operands, program_of(kind), self.spec, out, pdl)
+        program = program_of(kind)
+        if kind.norm and len(x) > norm_limit(self.spec.fold):  # as `launch_quant_linear`
+            x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
+        if config.kernel == DEQUANTIZE:
+            return launch_linear(x, launch_dequantize(*self.weights[name][i], self.spec), None, None, operands, program)
+        run_quant(config, x, *self.weights[name][i], norm, operands, program, self.spec, out, pdl)
         return out
 
     def configs(self, tokens: int) -> dict[str, Any]:
@@ -175,22 +191,37 @@ BYTES = {
     64: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
     128: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
 }  # fmt: skip
-# The same for folded codes: rows, warps, stages, `early`, `sums`. At 128 tokens registers spill.
+# Of folded codes, by tokens of a program: rows of a tile, warps, stages, programs to a multiprocessor, `early`, `sums`.
 FOLDED = {
-    8: [(64, 4, 4, YES, YES), (64, 4, 8, YES, YES), (128, 4, 4, BOTH, YES), (128, 8, 4, YES, NO)],
-    16: [(64, 2, 4, BOTH, YES), (128, 8, 4, YES, NO), (64, 4, 4, NO, NO)],
-    32: [(64, 4, 4, BOTH, NO), (128, 8, 4, NO, NO)],
-    64: [(64, 4, 2, NO, NO), (128, 8, 3, NO, NO)],
-}
+    8: [(64, 4, 4, (2, 3, 4), True, True), (64, 4, 4, (2, 3, 4), False, True)],
+    16: [(64, 4, 4, (2, 3, 4), False, False), (64, 4, 3, (2, 4), False, False), (128, 8, 4, (2,), False, False)],
+    32: [(64, 4, 4, (2, 3), False, False), (64, 4, 3, (2, 3), False, False), (128, 8, 4, (1, 2), False, False)],
+    64: [(128, 8, 4, (1, 3), False, False), (64, 4, 3, (2, 3), False, False)],
+    128: [],
+}  # fmt: skip
+# Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
+PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
 
 def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
-    """As `candidates`, of folded codes, with the two largest numbers of splits: small layers wait rather than read."""
-    block_t = min(64, max(8, triton.next_power_of_2(tokens)))
-    for rows, warps, stages, *choices in FOLDED[block_t]:
-        counts = [*split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, 4 * shape.fold)]
-        for splits, early, sums in itertools.product(counts[-2:], *choices):
-            yield QuantConfig("folded", block_t, rows, 4 * shape.fold, warps, stages, splits, early, sums)
+    """As `candidates`, of folded codes."""
+    block_t, fold = min(128, max(8, triton.next_power_of_2(tokens))), 4 * shape.fold
+    steps, seen = shape.k // fold, {}
+    for size in (64, 128) if block_t == 128 else (block_t,):
+        for rows, warps, stages, loads, early, sums in FOLDED[size]:
+            blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / size)
+            for load in loads:
+                splits = split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1]
+                seen[QuantConfig("folded", size, rows, fold, warps, stages, splits, early, sums)] = None
+    for rows, parts, stages in PARTS if block_t == 8 else ():
+        blocks = math.ceil(shape.n * shape.groups / rows)
+        for splits, early in itertools.product((1, 2), (False, True)):
+            # Programs of half of a multiprocessor's 64 warps at most, and none that splits what fills it.
+            if (splits == 1 or blocks * parts < 132 * 16) and not (early and rows == 64):
+                found = split_steps(math.ceil(steps / parts), splits)[1]
+                config = QuantConfig("folded", block_t, rows, fold, parts, stages, found, early, True, parts=parts)
+                seen[config] = None
+    yield from seen
 
 
 Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, configuration
@@ -209,8 +240,11 @@ def _prepare(job: Job) -> str:
     try:
         x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
         weight = make_weight(kind.groups * n, kind.k, spec, zero)
-        operands = [out] if kind.epilogue is RESIDUAL else []
-        run_quant(config, x, *weight, x[0] if kind.norm else None, operands, program_of(kind), spec, out, True)
+        operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
+        norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
+        program = program if norm is not None else replace(program, norm=None)
+        if config.kernel != DEQUANTIZE:
+            run_quant(config, x, *weight, norm, operands, program, spec, out, True)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__} {str(error)[-300:]}"
@@ -239,8 +273,8 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
-    extra = " halves" * c.halves + " sums" * c.sums
-    return f"{tile} w{c.num_warps} st{c.num_stages} e{c.early:d}{extra}"
+    flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
+    return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
 
 
 def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig], ceiling: float) -> tuple[Any, list]:
@@ -260,27 +294,33 @@ def tune_kind(chain: QuantChain, name: str, tokens: int, pool: list[QuantConfig]
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.sums, c.halves), (s, c))
+        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.parts > 1, c.early, c.halves), (s, c))
     shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
     return results[0][1], results
 
 
-def tune_together(
-    chain: QuantChain, tokens: int, configs: dict[str, Any], timed: dict[str, list]
-) -> dict[str, QuantConfig]:
-    """`configs` with what is faster in the whole chain than alone, of the four best of each kind of layer."""
+def refine(chain: QuantChain, tokens: int, configs: dict[str, Any], found: dict[str, list]) -> float:
+    """Sets configs to what makes the whole chain fastest, kind by kind, of the best alone and of each sort of launch.
+
+    Returns its seconds. Alone, a small layer's weights stay in the L2, and a launch follows one of its own size.
+    """
     x = chain.random(tokens, chain.model.hidden)
-    best = seconds_of(chain.ours(x, configs, True, head=False), 15)
-    for name, results in timed.items():
-        for _, config in results[1:4]:
-            trial = {**configs, name: config}
-            seconds = seconds_of(chain.ours(x, trial, True, head=False), 15)
-            if seconds < 0.997 * best:
-                print(f"  together, {name}: {best * 1e6:.1f} to {seconds * 1e6:.1f} us by {brief(config)}", flush=True)
-                best, configs = seconds, trial
-    return configs
+
+    def seconds(changes: dict[str, Any]) -> float:
+        return seconds_of(chain.ours(x, configs | changes, True, head=False), 11)
+
+    best = seconds({})
+    for name, results in found.items():
+        sorts: dict = {}
+        for _, c in results:
+            sorts.setdefault((c.parts > 1, c.early, c.halves), c)
+        for config in dict.fromkeys([*(c for _, c in results[:4]), *sorts.values()]):
+            if config != configs[name] and (took := seconds({name: config})) < best:
+                best, configs[name] = took, config
+    print(f"{tokens:3} chain of " + "; ".join(f"{name} {brief(configs[name])}" for name in found), flush=True)
+    return seconds_of(chain.ours(x, configs, True, head=False), 21)
 
 
 def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float, out: Path | None) -> list[dict]:
@@ -295,33 +335,32 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
     for scheme in schemes:
         chain = QuantChain(model, LAYERS, scheme)
         for t in tokens:
-            configs, timed = chain.configs(t), {}
+            configs = chain.configs(t)
+            found = {}
             for name in kinds:
                 pool = [c for c in pools[scheme, name, t] if job(scheme, name, t, c) not in failed]
-                configs[name], timed[name] = tune_kind(chain, name, t, pool, ceiling)
-            configs = tune_together(chain, t, configs, timed)
+                configs[name], found[name] = tune_kind(chain, name, t, pool, ceiling)
+            seconds = refine(chain, t, configs, found)
             for name in kinds:
+                best, results, kind = configs[name], found[name], model.kinds[name]
                 try:
                     ratio = chain.check(name, t, configs[name], True)
                 except AssertionError as error:
                     print(f"CHECK FAILED {error}", flush=True)
                     ratio = math.nan
-                kind = model.kinds[name]
-                config = {k: v for k, v in asdict(configs[name]).items() if k != "source"}
                 entries.append(
                     {"scheme": scheme, "rows": kind.n * kind.groups, "k": kind.k, "groups": kind.groups, "tokens": t,
-                     "config": config, "us": next(round(s * 1e6, 2) for s, c in timed[name] if c == configs[name]),
-                     "error": round(ratio, 3), "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in timed[name]]}
+                     "config": {k: v for k, v in asdict(best).items() if k != "source"}, "error": round(ratio, 3),
+                     "us": round(1e6 * min(s for s, c in results if c == best), 2),
+                     "tried": [f"{s * 1e6:.2f} {brief(c)}" for s, c in results]}
                 )  # fmt: skip
-            for count in (1, t) if t == 8 and chain.spec.fold else (t,):  # one token takes the launch of eight
-                run = chain.ours(chain.random(count, model.hidden), configs, True, head=False)
-                seconds, size = seconds_of(run, 21), chain.bytes(head=False)
-                whole = seconds * model.layers / LAYERS + chain.weight_bytes("lm_head") / ceiling
-                print(
-                    f"{scheme} {count}: chain {seconds * 1e3:.4f} ms {size / seconds / ceiling:.1%}; "
-                    f"32 layers and head {whole * 1e3:.3f}",
-                    flush=True,
-                )
+            size = chain.bytes(head=False)
+            whole = seconds * model.layers / LAYERS + chain.weight_bytes("lm_head") / ceiling
+            print(
+                f"{scheme} {t}: chain {seconds * 1e3:.4f} ms {size / seconds / ceiling:.1%}; "
+                f"32 layers and head {whole * 1e3:.3f}",
+                flush=True,
+            )
             try:
                 check_race(chain, t, configs)
             except AssertionError as error:
@@ -336,6 +375,8 @@ def tune(schemes: list[str], tokens: list[int], kinds: list[str], ceiling: float
 def peers(tokens: list[int], ceiling: float, library: bool) -> list[dict]:
     """The same layers in bf16, ours and, if `library`, cuBLAS."""
     chain, rows = Chain(MODELS["llama-8b"], LAYERS), []
+    chosen = [(t, name, c) for t in tokens for name, c in default_configs(chain.model, t).items() if name != "lm_head"]
+    dense_prepare([dense_job(name, chain.model.kinds[name], t, config) for t, name, config in chosen])
     for t in tokens:
         x = chain.random(t, chain.model.hidden)
         runs = {"ours": chain.ours(x, default_configs(chain.model, t), True, head=False)}
@@ -399,6 +440,8 @@ def main() -> None:
         result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out)
     else:
         result["rows"] = measure(schemes, tokens, ceiling)
+    if args.peers:
+        result["bf16"] = peers(tokens, ceiling)
     if args.out:
         args.out.write_text(json.dumps(result))
     print(json.dumps({k: v for k, v in result.items() if k != "tuned"}))

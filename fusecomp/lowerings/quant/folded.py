@@ -17,13 +17,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.linear.skinny_pieces import load_norm, rms_scale, weight_rows
 from fusecomp.lowerings.linear.skinny_tile import (
     finish_tile,
-    load_tokens,
     normalize,
     spread,
     sum_squares_of,
     tile_place,
 )
-from fusecomp.lowerings.quant.pieces import load_scales, magic, scale_row, scaled
+from fusecomp.lowerings.quant.pieces import load_scales, magic, raw_scales, scale_numbers, scale_row, scaled
 from fusecomp.ops.quant import INT4_OFFSET
 
 MIDDLE = tl.constexpr(float(INT4_OFFSET))
@@ -74,10 +73,9 @@ def folded_kernel(
     Bytes: G * N * K / 2 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from the L2
     per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
 
-    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains): 59%, 57%, 47% and
-    18% of it at 1, 8, 16 and 64 tokens; 70% and 55% alone over 58.7 MB at 8 and 16. Small layers wait rather than read.
-    Inputs through the pipeline (not EARLY) took 1.5 and 2.4 times as long at 8 and 16 tokens over 58.7 MB, tiles being
-    equal; why is not known.
+    Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains, norms included):
+    58%, 53%, 48%, 34% and 21% of it at 8, 16, 32, 64 and 128 tokens; 68%, 65% and 57% alone over 58.7 MB at 8, 16 and
+    32. Small layers wait rather than read.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
     BLOCK_K: tl.constexpr = 4 * FOLD
@@ -87,10 +85,13 @@ def folded_kernel(
     t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
     live = t < num_tokens
     rows = weight_rows(first, n, BLOCK_R, G)[:, None]
-    srow = scale_row(rows, ROWS)
+    srow, column = scale_row(rows, ROWS), tl.zeros([1, 1], tl.int32)
     cols = tl.arange(0, FOLD)
-    tile_at = q + rows * tl.multiple_of(k // 4, FOLD) + cols[None, :]
-    x_at = x + t * stride_x + cols[:, None]
+    tile_row = q + rows * tl.multiple_of(k // 4, FOLD)
+    tile_at = tile_row + cols[None, :]
+    # Inputs past T are the last token's; their sums are not stored.
+    token = tl.minimum(t_block * BLOCK_T + tl.arange(0, BLOCK_T), num_tokens - 1).to(tl.int64)[None, :]
+    x_at = x + token * stride_x + cols[:, None]
 
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
@@ -99,46 +100,46 @@ def folded_kernel(
     SUM_SQUARES: tl.constexpr = NORM > 0 and not EXACT_NORM
     if USE_PDL:
         gdc_launch_dependents()
-    s, z = _scales(scale, zero, srow, lo * BLOCK_K, k, stride_scale, FOLD, COLS)
+    s, z = tile_scales(scale, zero, srow, column + lo * BLOCK_K, k, stride_scale, FOLD, COLS)
+    g = norms(norm_weight, spread(lo * BLOCK_K + cols, BLOCK_T), k, FOLD, NORM)
+    if USE_PDL:
+        prefetch_small(
+            scale, zero, norm_weight, srow, lo * BLOCK_K, tl.minimum(hi * BLOCK_K, k), stride_scale, COLS, NORM
+        )
     if EARLY:
-        v = _quarters(x_at, live & (num_tokens < 0), k, FOLD)  # nothing, in the layout of the inputs' loads
-        g = _norms(norm_weight, lo * BLOCK_K + cols, k, FOLD, BLOCK_T, NORM)
-        for tile in range(lo, hi):
-            # The pipeline asks for the codes of its first stages before the loop, hence the wait is within: it and
-            # all loads of inputs stand in branches, which the pipeline leaves in their place.
-            start = tile * BLOCK_K
-            word = tl.load(tile_at + tile * FOLD, eviction_policy="evict_first")
-            if tile == lo:
-                if USE_PDL:
-                    gdc_wait()
-                if EXACT_NORM:
-                    factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, FOLD), k, eps)[None, :]
-                v = _quarters(x_at + start, live, k, FOLD)
-            y, squares = _operands(v, g, factor, squares, NORM, SUM_SQUARES)
-            s_now, z_now = s, z
-            if tile + 1 < hi:
-                v = _quarters(x_at + start + BLOCK_K, live, k, FOLD)
-                g = _norms(norm_weight, start + BLOCK_K + cols, k, FOLD, BLOCK_T, NORM)
-                if COLS > 0:
-                    s, z = _scales(scale, zero, srow, start + BLOCK_K, k, stride_scale, FOLD, COLS)
-            acc, sums = _multiply(acc, sums, word, y, s_now, z_now, FOLD, COLS, zero is not None, SUMS, ASM)
+        v = quarters(x_at, (num_tokens < 0) & (token >= 0), FOLD, True)  # nothing, in the layout of the inputs' loads
     else:
         if USE_PDL:
             gdc_wait()
         if EXACT_NORM:
-            factor = rms_scale(sum_squares_of(x_at, cols, live, k, BLOCK_T, FOLD), k, eps)[None, :]
-        for tile in range(lo, hi):
-            start = tile * BLOCK_K
-            word = tl.load(tile_at + tile * FOLD, eviction_policy="evict_first")
-            v = _quarters(x_at + start, live, k, FOLD)
-            g = _norms(norm_weight, start + cols, k, FOLD, BLOCK_T, NORM)
-            y, squares = _operands(v, g, factor, squares, NORM, SUM_SQUARES)
-            s_now, z_now = s, z
-            if COLS > 0 and tile + 1 < hi:
-                s, z = _scales(scale, zero, srow, start + BLOCK_K, k, stride_scale, FOLD, COLS)
-            acc, sums = _multiply(acc, sums, word, y, s_now, z_now, FOLD, COLS, zero is not None, SUMS, ASM)
+            factor = rms_scale(sum_squares_of(x_at, cols, token >= 0, k, BLOCK_T, FOLD), k, eps)[None, :]
+    for tile in range(lo, hi):
+        # The pipeline asks for what it loads in its first stages before the loop. What comes after the wait of EARLY,
+        # and the norm's weight, of which it would store BT copies, stand in branches, which it leaves in their place.
+        start = tile * BLOCK_K
+        after = tl.minimum(tile + 1, hi - 1) * BLOCK_K
+        word = tl.load(tile_at + tile * FOLD, eviction_policy="evict_first")
+        s_now, z_now = s, z
+        if COLS > 0:
+            s, z = tile_scales(scale, zero, srow, column + after, k, stride_scale, FOLD, COLS)
+        if EARLY:
+            if tile == lo:
+                if USE_PDL:
+                    gdc_wait()
+                if EXACT_NORM:
+                    factor = rms_scale(sum_squares_of(x_at, cols, token >= 0, k, BLOCK_T, FOLD), k, eps)[None, :]
+                v = quarters(x_at + start, True, FOLD, False)
+        else:
+            v = quarters(x_at + start, True, FOLD, False)
+        y, squares = operands(v, g, factor, squares, NORM, SUM_SQUARES)
+        if tile + 1 < hi:
+            if EARLY:
+                v = quarters(x_at + after, True, FOLD, False)
+            g = norms(norm_weight, spread(after + cols, BLOCK_T), k, FOLD, NORM)
+        acc, sums = multiply(acc, sums, word, y, s_now, z_now, FOLD, COLS, zero is not None, SUMS, ASM)
     if COLS == 0:
-        acc = scaled(acc, sums, s[0], _taken(z[0], zero is not None, x.dtype.element_ty), acc * 0.0, SUMS)
+        less = less_of(z[0], zero is not None, x.dtype.element_ty)
+        acc = scaled(acc, sums, scale_numbers(s[0]), less, acc * 0.0, SUMS)
 
     finish_tile(
         acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
@@ -147,20 +148,56 @@ def folded_kernel(
 
 
 @triton.jit
-def _quarters(at, live, k, FOLD: tl.constexpr):
-    """Inputs [P, BT] of each quarter of a tile, whose first is at `at`."""
+def prefetch_small(scale, zero, norm_weight, srow, start, stop, stride, COLS: tl.constexpr, NORM: tl.constexpr):
+    """Ask the L2 for scales, zero points and the norm's weight of columns [start, stop), up to a limit of each.
+
+    Loops load them a step ahead, less than what memory takes; programs in step would all wait for the same ones.
+    """
+    if COLS > 0:
+        first = srow * stride + start // COLS
+        last = (stop - 1) // COLS - start // COLS
+        _prefetch(scale + first + tl.minimum(_sectors(scale, 8), last))
+        if zero is not None:
+            _prefetch(zero + first + tl.minimum(_sectors(zero, 8), last))
+    if NORM >= 2:
+        _prefetch(norm_weight + tl.minimum(start + _sectors(norm_weight, 256), stop - 1))
+
+
+@triton.jit
+def _sectors(at, COUNT: tl.constexpr):
+    """Where the first 32-byte sectors begin, in elements."""
+    return tl.arange(0, COUNT) * (256 // at.dtype.element_ty.primitive_bitwidth)
+
+
+@triton.jit
+def _prefetch(at):
+    """Ask the L2 for the sectors at `at`."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def quarters(at, mask, FOLD: tl.constexpr, MASKED: tl.constexpr):
+    """Inputs [..., P, BT] of each quarter of a tile, whose first is at `at`."""
     return (
-        load_tokens(at, 0, live, k, True),
-        load_tokens(at + FOLD, 0, live, k, True),
-        load_tokens(at + 2 * FOLD, 0, live, k, True),
-        load_tokens(at + 3 * FOLD, 0, live, k, True),
+        load_quarter(at, mask, MASKED),
+        load_quarter(at + FOLD, mask, MASKED),
+        load_quarter(at + 2 * FOLD, mask, MASKED),
+        load_quarter(at + 3 * FOLD, mask, MASKED),
     )
 
 
 @triton.jit
-def _norms(norm_weight, cols, k, FOLD: tl.constexpr, BLOCK_T: tl.constexpr, NORM: tl.constexpr):
-    """The norm's weight for each of `_quarters`."""
-    cols = spread(cols, BLOCK_T)
+def load_quarter(at, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        return tl.load(at, eviction_policy="evict_last")
+
+
+@triton.jit
+def norms(norm_weight, cols, k, FOLD: tl.constexpr, NORM: tl.constexpr):
+    """The norm's weight for each of `quarters`, of columns [..., P, BT]."""
     return (
         load_norm(norm_weight, cols, k, True, NORM),
         load_norm(norm_weight, cols + FOLD, k, True, NORM),
@@ -170,7 +207,7 @@ def _norms(norm_weight, cols, k, FOLD: tl.constexpr, BLOCK_T: tl.constexpr, NORM
 
 
 @triton.jit
-def _operands(v, g, factor, squares, NORM: tl.constexpr, SUM_SQUARES: tl.constexpr):
+def operands(v, g, factor, squares, NORM: tl.constexpr, SUM_SQUARES: tl.constexpr):
     """(normed inputs of each quarter, sums of squares)."""
     if SUM_SQUARES:  # of all quarters in one place each: a thread's own
         for i in tl.static_range(4):
@@ -183,51 +220,51 @@ def _operands(v, g, factor, squares, NORM: tl.constexpr, SUM_SQUARES: tl.constex
 
 
 @triton.jit
-def _scales(scale, zero, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
-    """(scales, zeros) [BR, 1] of a tile, a tuple for the groups of its columns; without zeros, scales twice."""
-    s = _groups(scale, srow, start, k, stride, FOLD, COLS)
-    return s, s if zero is None else _groups(zero, srow, start, k, stride, FOLD, COLS)
+def tile_scales(scale, zero, srow, column, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
+    """Stored (scales, zeros) [..., BR, 1] of a tile from `column` on, tuples by groups; without zeros, scales twice."""
+    s = _groups(scale, srow, column, k, stride, FOLD, COLS)
+    return s, s if zero is None else _groups(zero, srow, column, k, stride, FOLD, COLS)
 
 
 @triton.jit
-def _groups(scale, srow, start, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
-    column = start + tl.zeros([1, 1], tl.int32)
+def _groups(scale, srow, column, k, stride, FOLD: tl.constexpr, COLS: tl.constexpr):
     if COLS == 0 or COLS >= 4 * FOLD:
-        return (load_scales(scale, srow, column, k, stride, COLS, True),)
+        return (raw_scales(scale, srow, column, k, stride, COLS, True),)
     elif COLS == 2 * FOLD:  # one address, from which neighbours have constant distances
         return (
-            load_scales(scale, srow, column, k, stride, COLS, True),
-            load_scales(scale + 1, srow, column, k, stride, COLS, True),
+            raw_scales(scale, srow, column, k, stride, COLS, True),
+            raw_scales(scale + 1, srow, column, k, stride, COLS, True),
         )
     else:
         return (
-            load_scales(scale, srow, column, k, stride, COLS, True),
-            load_scales(scale + 1, srow, column, k, stride, COLS, True),
-            load_scales(scale + 2, srow, column, k, stride, COLS, True),
-            load_scales(scale + 3, srow, column, k, stride, COLS, True),
+            raw_scales(scale, srow, column, k, stride, COLS, True),
+            raw_scales(scale + 1, srow, column, k, stride, COLS, True),
+            raw_scales(scale + 2, srow, column, k, stride, COLS, True),
+            raw_scales(scale + 3, srow, column, k, stride, COLS, True),
         )
 
 
 @triton.jit
-def _multiply(
+def multiply(
     acc, sums, word, y, s, z, FOLD: tl.constexpr, COLS: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the product of a tile's words [BR, P] and inputs y, four of [P, BT], to acc; to sums that of ones and y."""
+    """Adds products of a tile's words [..., BR, P] and inputs y, four [..., P, BT], to acc; to sums those of ones."""
     DTYPE: tl.constexpr = y[0].dtype
     PER: tl.constexpr = 4 if COLS == 0 or COLS >= 4 * FOLD else COLS // FOLD  # quarters that share a scale
-    ones = tl.full([acc.shape[0], FOLD], 1.0, tl.float32).to(DTYPE)
+    ones = tl.full(word.shape, 1.0, tl.float32).to(DTYPE)
     part, part_sums = acc, sums
     for i in tl.static_range(4):
         if COLS > 0 and i % PER == 0:
-            part = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
-            part_sums = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
+            part = tl.zeros(acc.shape, tl.float32)
+            part_sums = tl.zeros(acc.shape, tl.float32)
         w = quarter(word, z[i // PER], i, DTYPE, HAS_ZERO, SUMS, ASM)
         part = tl.dot(w, y[i], part, input_precision="ieee")
         if SUMS:
             part_sums = tl.dot(ones, y[i], part_sums, input_precision="ieee")
         if COLS > 0 and (i + 1) % PER == 0:
-            acc = scaled(part, part_sums, s[i // PER], _taken(z[i // PER], HAS_ZERO, DTYPE), acc, SUMS)
+            less = less_of(z[i // PER], HAS_ZERO, DTYPE)
+            acc = scaled(part, part_sums, scale_numbers(s[i // PER]), less, acc, SUMS)
     if COLS > 0:
         return acc, sums
     else:
@@ -244,10 +281,10 @@ def _bias(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _taken(z, HAS_ZERO: tl.constexpr, DTYPE: tl.constexpr):
+def less_of(z, HAS_ZERO: tl.constexpr, DTYPE: tl.constexpr):
     """What sums of inputs take off, for SUMS: the bias and zero points."""
     if HAS_ZERO:
-        return z + _bias(DTYPE)
+        return scale_numbers(z) + _bias(DTYPE)
     else:
         return _bias(DTYPE) + MIDDLE
 
@@ -283,9 +320,9 @@ def quarter(
     plus DTYPE's bias."""
     if not ASM:
         value = magic((word.to(tl.int32) >> 4 * PLACE) & 15)
-        return (value + _bias(DTYPE) if SUMS else value - (z if HAS_ZERO else MIDDLE)).to(DTYPE)
+        return (value + _bias(DTYPE) if SUMS else value - (scale_numbers(z) if HAS_ZERO else MIDDLE)).to(DTYPE)
     elif HAS_ZERO and not SUMS:
-        less = -_bias(DTYPE) - z
+        less = -_bias(DTYPE) - scale_numbers(z)
         if tl.float16 == DTYPE:
             half_asm: tl.constexpr = SHIFTED[4 + PLACE]
             less = less.to(tl.float16)
@@ -330,6 +367,6 @@ def unfold_kernel(
     for i in tl.static_range(4):
         column = start + i * FOLD + tl.zeros([1, 1], tl.int32)
         s = load_scales(scale, srow, column, k, stride_scale, COLS, True)
-        z = s if zero is None else load_scales(zero, srow, column, k, stride_scale, COLS, True)
+        z = s if zero is None else raw_scales(zero, srow, column, k, stride_scale, COLS, True)
         w = quarter(word, z, i, tl.float32, zero is not None, False, False) * s
         tl.store(out_at + i * FOLD, w.to(out.dtype.element_ty), mask=rows < n)

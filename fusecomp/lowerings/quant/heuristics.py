@@ -22,8 +22,10 @@ TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
 VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
-SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside
+SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
+FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
+FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 MAX_SPLITS = 16
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
@@ -42,6 +44,7 @@ class QuantConfig:
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
+        parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
     """
 
     kernel: str
@@ -54,6 +57,7 @@ class QuantConfig:
     early: bool = True
     sums: bool = False
     halves: bool = False
+    parts: int = 1
     source: str = "no table"
 
 
@@ -67,9 +71,10 @@ def load_table(name: str) -> dict[str, Any]:
 @cache
 def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Configuration for a shape that `reason` accepts."""
-    if tokens > TILE_LIMIT[shape.bits]:
+    tuned = (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda"
+    if tokens > (FOLDED_LIMIT if tuned and shape.fold else TILE_LIMIT[shape.bits]):
         return QuantConfig(DEQUANTIZE)
-    if (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda":
+    if tuned:
         return _fit(_tuned(target, shape, tokens), target, shape)
     if shape.fold:
         return _untuned_folded(target, shape, tokens)
@@ -116,7 +121,8 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
     if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR):
-        config = replace(config, splits=scaled_splits(config, entry["rows"], target, wanted["rows"], shape.k))
+        step = replace(config, block_k=config.block_k * config.parts)
+        config = replace(config, splits=scaled_splits(step, entry["rows"], target, wanted["rows"], shape.k))
     return config
 
 
@@ -131,6 +137,10 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
         config = replace(config, halves=False)
     if (shape.kind, shape.bits, shape.dtype) == (INT, 8, "float16") and config.block_r > 64:  # ptxas spills some
         config = replace(config, block_k=min(config.block_k, 128))
+    if config.parts > 1 and shape.fold == 32:  # scales of a warp's columns take registers
+        blocks = math.ceil(shape.n * shape.groups / 64)
+        splits = max(1, min(round(3 * target.num_sms / blocks), shape.k // (4 * shape.fold) // 2, MAX_SPLITS))
+        config = QuantConfig(FOLDED, config.block_t, 64, splits=splits, num_stages=4, source=config.source)
     config = replace(config, block_k=4 * shape.fold if folded else fitting_columns(config.block_k, shape.cols))
     if not folded and shape.cols and shape.cols < config.block_k:  # scales of a tile's columns take registers
         config = replace(config, block_k=min(config.block_k, 128))
@@ -143,7 +153,10 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
         config = replace(config, num_warps=max(config.num_warps, config.block_r // 16))
 
     def need(c: QuantConfig) -> int:
-        # Bytes of a column and token: with the norm inside, its weight is staged beside the inputs.
+        # Bytes of a column and token: with the norm inside, the tile kernel stages its weight beside the inputs.
+        if folded:  # a tile of codes less, and inputs once if threads load them or norm them
+            inputs = 2 * c.block_t * (1 if c.early else c.num_stages - (c.parts > 1 and c.block_t > 8))
+            return ((c.num_stages - 1) * c.block_r // 2 + inputs) * c.block_k * c.parts
         inputs = 4 if c.block_t <= SKINNY_LIMIT and not c.early else 2
         return c.num_stages * (c.block_r * shape.bits // 8 + c.block_t * inputs) * c.block_k
 
@@ -157,6 +170,11 @@ def fitting_columns(block_k: int, cols: int) -> int:
     while cols and cols % block_k and block_k % cols:
         block_k //= 2
     return block_k
+
+
+def norm_limit(fold: int) -> int:
+    """Tokens up to which the norm is computed inside the product's launch."""
+    return FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT
 
 
 def unit(shape: QuantShape) -> int:

@@ -24,15 +24,8 @@ from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
-from fusecomp.lowerings.quant.heuristics import (
-    DEQUANTIZE,
-    FOLDED,
-    SKINNY_LIMIT,
-    VECTOR,
-    WORD_VECTOR,
-    QuantConfig,
-    quant_config,
-)
+from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, VECTOR, WORD_VECTOR, QuantConfig, quant_config
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
@@ -149,7 +142,8 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    if norm is not None and (norm.kind == LAYER or norm_bias is not None or tokens > SKINNY_LIMIT):
+    inside = tokens <= heuristics.norm_limit(spec.fold)
+    if norm is not None and (norm.kind == LAYER or norm_bias is not None or not inside):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None
     out = torch.empty((tokens, shape.n), dtype=program.torch_dtype, device=x.device)
@@ -196,11 +190,14 @@ def run_quant(
     blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
     exact_norm = scheme > 0 and x.dtype == torch.float16
     teams = blocks * cdiv(tokens, config.block_t)
-    per_split, splits = split_steps(cdiv(k, 4 * spec.fold or config.block_k), config.splits)
+    step = 4 * spec.fold * config.parts or config.block_k
+    per_split, splits = split_steps(cdiv(k, step), config.splits)
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     if config.kernel == FOLDED:
+        if config.parts > 1:
+            common |= {"PARTS": config.parts, "EVEN_K": k % step == 0, "ONE": tokens == 1}
         launch(
-            folded_kernel, (teams * splits,),
+            folded_kernel if config.parts == 1 else folded_parts_kernel, (teams * splits,),
             x, q.view(torch.int16), scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
             per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, SPLITS=splits,
             SUMS=config.sums, EARLY=config.early, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,

@@ -186,16 +186,27 @@ def scale_row(row, ROWS: tl.constexpr):
 @triton.jit
 def load_scales(scale, row, column, k, stride, COLS: tl.constexpr, EVEN_K: tl.constexpr):
     """Scales (or zeros) in fp32 [R, C'], of rows [R, 1] of the scale and columns [1, C'] of the weight; 0 past K."""
+    return scale_numbers(raw_scales(scale, row, column, k, stride, COLS, EVEN_K))
+
+
+@triton.jit
+def raw_scales(scale, row, column, k, stride, COLS: tl.constexpr, EVEN_K: tl.constexpr):
+    """As `load_scales`, as they are stored: nothing waits for them yet."""
     place = row * stride + (column // COLS if COLS else column * 0)
     if EVEN_K:
-        found = tl.load(scale + place, eviction_policy="evict_last")
+        return tl.load(scale + place, eviction_policy="evict_last")
     else:
-        found = tl.load(scale + place, mask=(column < k) & (row >= 0), other=0.0, eviction_policy="evict_last")
-    if scale.dtype.element_ty == tl.uint8:  # e8m0: an exponent; 255 is no number, and 2^-127 a denormal
+        return tl.load(scale + place, mask=(column < k) & (row >= 0), other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def scale_numbers(found):
+    """fp32 of stored scales or zeros."""
+    if found.dtype == tl.uint8:  # e8m0: an exponent; 255 is no number, and 2^-127 a denormal
         bits = found.to(tl.int32)
         number = tl.where(bits == 0, 0x400000, bits << 23)
         return tl.where(bits == 255, 0x7FC00000, number).to(tl.float32, bitcast=True)
-    elif scale.dtype.element_ty == tl.int8:  # e4m3fn bytes, which zero points may be
+    elif found.dtype == tl.int8:  # e4m3fn bytes, which zero points may be
         return byte_values(found, 1)
     else:
         return found.to(tl.float32)

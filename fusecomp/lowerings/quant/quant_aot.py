@@ -13,6 +13,7 @@ from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, WORD_VECTOR, quant_config
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
@@ -47,7 +48,9 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (3, 2, 128, "bfloat16", 0),
     (4, 2, 16, "float16", 2),
     (5, 1, 8, "bfloat16", 2),
+    (7, 1, 1, "bfloat16", 2),
     (7, 2, 64, "bfloat16", 0),
+    (7, 1, 128, "bfloat16", 0),
     (8, 1, 16, "float16", 2),
     (9, 1, 1, "bfloat16", 2),
     (9, 1, 32, "bfloat16", 2),
@@ -62,9 +65,11 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     if full:
         for layout in LAYOUTS:
             yield _dequantize(target, layout)
-            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= heuristics.TILE_LIMIT[layout[1]]]
+            tuned = layout[5] and target.backend == "cuda"
+            limit = heuristics.FOLDED_LIMIT if tuned else heuristics.TILE_LIMIT[layout[1]]
+            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= limit]
             for groups, tokens, dtype in itertools.product((1, 2), counts, ("bfloat16", "float16")):
-                for norm in (0, 2, 3) if tokens <= heuristics.SKINNY_LIMIT else (0,):
+                for norm in (0, 2, 3) if tokens <= heuristics.norm_limit(layout[5]) else (0,):
                     yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
                 yield specialization(target, layout, 1, tokens, "float32", 2)
@@ -94,6 +99,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
+    norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
@@ -122,6 +128,9 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         }  # fmt: skip
         if fold:
             constants["SUMS"] = config.sums
+            if config.parts > 1:
+                even = k % (4 * fold * config.parts) == 0
+                constants |= {"PARTS": config.parts, "EVEN_K": even, "ONE": tokens == 1}
         else:
             constants["HALVES"] = config.halves
             words = constants["WORDS"] = heuristics.reads_words(config, shape)
@@ -136,7 +145,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     kernels = {
         VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
     }  # fmt: skip
-    kernel = kernels[config.kernel]
+    kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
 

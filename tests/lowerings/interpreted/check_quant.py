@@ -182,6 +182,19 @@ def test_folded(layer, block_t, block_r, splits, early, sums):
     run(layer, QuantConfig("folded", block_t, block_r, splits=splits, early=early, sums=sums))
 
 
+@settings(SETTINGS, max_examples=60)
+@given(
+    layers(st.sampled_from([1, 1, 2, 7, 9, 20]), folded_specs), st.sampled_from([8, 16]), st.sampled_from([16, 32]),
+    st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([2, 4]),
+)  # fmt: skip
+def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
+    sums &= layer[0].dtype != torch.float32
+    config = QuantConfig(
+        "folded", block_t, block_r, splits=splits, early=early, sums=sums, parts=parts, num_warps=parts
+    )
+    run(layer, config)
+
+
 @settings(SETTINGS, max_examples=15)
 @given(folded_specs(), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([(), (3,)]))
 def test_unfold(spec, n, blocks, zero, leading):
