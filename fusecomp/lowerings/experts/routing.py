@@ -105,13 +105,14 @@ def place_kernel(
     """
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins, some = tl.arange(0, BINS), tl.arange(0, STEP)
-    total = tl.zeros([BINS], tl.int32)
-    earlier = tl.zeros([BINS], tl.int32)
+    all_found = tl.zeros([STEP, BINS], tl.int32)  # summed over its first dimension once: threads meet there
+    before_found = tl.zeros([STEP, BINS], tl.int32)
     for start in range(0, chunks, STEP):
         c = start + some
         found = tl.load(counts + c[:, None] * BINS + bins[None, :], mask=(c < chunks)[:, None], other=0)
-        total += tl.sum(found, 0)
-        earlier += tl.sum(tl.where((c < chunk)[:, None], found, 0), 0)
+        all_found += found
+        before_found += tl.where((c < chunk)[:, None], found, 0)
+    total, earlier = tl.sum(all_found, 0), tl.sum(before_found, 0)
     tiles_of = tl.cdiv(total, BLOCK_T)
     tile = tl.cumsum(tiles_of, 0) - tiles_of
     before = tl.cumsum(total, 0) - total
@@ -195,4 +196,4 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
 
 def place_step(bins: int) -> int:
     """Chunks that `place_kernel` reads at once, by the registers that their counts take."""
-    return max(4, min(16, 4096 // bins))
+    return max(4, min(64, 8192 // bins))
