@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusecomp.lowerings.aot import TUNED
 from fusecomp.lowerings.machine_code import lost_codes
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def check(found: list[dict], target: str) -> None:
         print(f"  {kernel['name']:52} {kernel['spills']:6} spilled, {kernel['registers']} registers")
     assert [k for k in found if k["shared_bytes"] > k["shared_limit"]] == []
     assert [k for k in found if k["lost_codes"]] == []
-    if target == "sm_90":
+    if target == TUNED:
         assert spilled == []
 
 

@@ -60,19 +60,24 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
 def quant_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
     """Kernels of a few layers; if `full`, of every layout at every size of tile, in each dtype."""
     for at, groups, tokens, dtype, norm in SUBSET:
-        yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
+        if tokens <= _token_limit(target, LAYOUTS[at]):
+            yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
             yield _dequantize(target, layout)
-            tuned = layout[5] and target.backend == "cuda"
-            limit = heuristics.FOLDED_LIMIT if tuned else heuristics.TILE_LIMIT[layout[1]]
-            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= limit]
+            counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= _token_limit(target, layout)]
             for groups, tokens, dtype in itertools.product((1, 2), counts, ("bfloat16", "float16")):
                 for norm in (0, 2, 3) if tokens <= heuristics.norm_limit(layout[5]) else (0,):
                     yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
                 yield specialization(target, layout, 1, tokens, "float32", 2)
+
+
+def _token_limit(target: Target, layout: tuple) -> int:
+    """Tokens beyond which the weight is dequantized first."""
+    tuned = layout[5] and target.backend == "cuda"
+    return heuristics.FOLDED_LIMIT if tuned else heuristics.TILE_LIMIT[layout[1]]
 
 
 def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
