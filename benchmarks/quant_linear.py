@@ -141,8 +141,6 @@ def main() -> None:
         result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out, chain_of)
     else:
         result["rows"] = measure(schemes, tokens, ceiling)
-    if args.peers:
-        result["bf16"] = peers(tokens, ceiling)
     if args.out:
         args.out.write_text(json.dumps(result))
     print(json.dumps({k: v for k, v in result.items() if k != "tuned"}))
