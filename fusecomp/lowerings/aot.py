@@ -36,7 +36,7 @@ TARGETS: dict[str, Target] = {
     "gfx942": heuristics.GFX942,
 }
 TUNED = "sm_90"  # where spills count
-MOST_ELSEWHERE = 3  # cases of a kernel that CI compiles for each other target
+MOST, MOST_ELSEWHERE = 10, 3  # cases of a kernel that CI compiles for it, and for each other target
 
 
 @dataclass(frozen=True)
@@ -324,8 +324,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     """Resources of every registered kernel on "sm_80", "sm_90", "sm_100" or "gfx942", each case once.
 
     Args:
-        full: every case; otherwise those of CI, of which targets that were not tuned have the first, the last and one
-            in between of each kernel.
+        full: every case; otherwise those of CI, and of each kernel at most so many, the first and the last among them.
     """
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
     from fusecomp.lowerings.feed_aot import specializations as feed_specializations
@@ -354,10 +353,11 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     by_kernel: dict[Any, list[Specialization]] = {}
     for spec in {repr(replace(spec, name="")): spec for spec in every}.values():
         by_kernel.setdefault(spec.kernel, []).append(spec)
+    most = MOST if target_name == TUNED else MOST_ELSEWHERE
     for cases in by_kernel.values():
         kept = cases
-        if not full and target_name != TUNED and len(cases) > MOST_ELSEWHERE:
-            kept = [cases[i * (len(cases) - 1) // (MOST_ELSEWHERE - 1)] for i in range(MOST_ELSEWHERE)]
+        if not full and len(cases) > most:
+            kept = [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
         for spec in kept:
             yield compile_one(spec, target_name)[0]
 

@@ -127,7 +127,7 @@ def test_choices_are_explained():
     shape = QuantShape(4096, 4096, 1, "bfloat16", FP8, 8, 1, 0, False, TOKEN, 0, 16, "residual")
     lines = explain_choices(SM90, shape, [1, 8, 64, 8192])
     assert [line.split(" tokens: ")[0] for line in lines if "codes by codes" in line] == ["64", "8192"]
-    assert any(line.startswith("1 tokens: quantized vector") for line in lines)
+    assert any(line.startswith("1 tokens: quantized words") for line in lines)
     assert any(line.startswith("8 tokens: quantized tile") for line in lines)
     refused = explain_choices(SM80, shape, [1, 64])
     assert "has no products of fp8" in refused[0] and any(line.startswith("64 tokens: quantized") for line in refused)

@@ -18,7 +18,7 @@ from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts
 from fusecomp.lowerings.quant.heuristics import fitting_columns
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
-from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, naive, routings
+from tests.lowerings.experts_cases import FORMS, GPT_OSS, naive, routings
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
 from tests.lowerings.quant_experts_cases import LAYOUTS, check_quant_contract, make_quant_layer
 
@@ -121,7 +121,8 @@ def test_layouts(layout, config):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     ("form", "routing"),
-    [*((f, "sentinels") for f in FORMS if "transposed" not in FORMS[f]), *(("plain", r) for r in ROUTINGS)],
+    # Routing does not follow what weights are: `check_experts` has every kind of it.
+    [*((f, "sentinels") for f in FORMS if "transposed" not in FORMS[f]), ("plain", "one expert")],
 )
 def test_forms(form, routing, config):
     index = routings(5, 2, 8)[routing]
