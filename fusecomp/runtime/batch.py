@@ -123,7 +123,6 @@ class BatchBuilder:
         self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
         self._order = np.arange(S)
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
-
         self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
 
         # Tables with one line per running sequence.

@@ -49,7 +49,7 @@ from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEnt
 from fusecomp.runtime.swap_space import SwapSpace
 
 _RANK = attrgetter("rank")
-KNOWN = -1
+KNOWN = -1  # in place of a row: the token is on the host already
 __all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
 

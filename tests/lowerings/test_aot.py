@@ -26,17 +26,21 @@ def compile_for(target: str, *options: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(found: list[dict], target: str) -> None:
-    """Prints the kernels that spill (bytes a thread on sm_*, registers on gfx*): see `pytest -rA` or `-s`."""
+def faults_of(found: list[dict], target: str) -> list[dict]:
+    """Kernels that cannot be launched, read codes from a wrong register, or spill where they were tuned.
+
+    Prints all that spill (bytes a thread on sm_*, registers on gfx*): see `pytest -rA` or `-s`.
+    """
     assert found
     spilled = [kernel for kernel in found if kernel["spills"]]
     print(f"{target}: {len(spilled)} of {len(found)} kernels spill")
     for kernel in spilled:
         print(f"  {kernel['name']:52} {kernel['spills']:6} spilled, {kernel['registers']} registers")
-    assert [k for k in found if k["shared_bytes"] > k["shared_limit"]] == []
-    assert [k for k in found if k["lost_codes"]] == []
-    if target == TUNED:
-        assert spilled == []
+    return [
+        k
+        for k in found
+        if k["shared_bytes"] > k["shared_limit"] or k["lost_codes"] or (target == TUNED and k["spills"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,10 +64,10 @@ def test_lost_codes_are_found(before, lost):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_representative_kernels(target):
-    check(compile_for(target), target)
+    assert faults_of(compile_for(target), target) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(target):
-    check(compile_for(target, "--full"), target)
+    assert faults_of(compile_for(target, "--full"), target) == []
