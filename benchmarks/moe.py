@@ -219,7 +219,7 @@ def measure_peers(case: Case) -> dict[str, float]:
         return case.x[i], case.index[i], case.weights[i], case.layers[i % len(case.layers)]
 
     graphed: dict[str, Callable[..., Tensor]] = {"grouped_mm": grouped_mm}
-    if case.tokens * case.shape.top_k * case.shape.expert_bytes <= BATCHED_BYTES:
+    if case.tokens * case.shape.top_k * case.shape.expert_bytes() <= BATCHED_BYTES:
         graphed["batched_mm"] = batched_mm
     found = {}
     for name, peer in graphed.items():
