@@ -164,7 +164,8 @@ class GraphRunner:
     Args:
         logits: `batch -> logits [S, V]`, made only of capturable work on the current stream; its work may be queued
             any number of times for one batch.
-        run: `(batch, kind) -> sampled token ids [S] and their scores`, likewise.
+        run: `(batch, shape, kind) -> sampled token ids [S] and their scores`, likewise: the whole of a step, which in a
+            size of decodes takes its inputs and delivers its tokens itself, if it is given new ones.
         sizes: candidates for decode steps, ascending.
         mixed: candidates for mixed steps, the cheapest first.
         note: called with what the report should say.
@@ -182,7 +183,7 @@ class GraphRunner:
     def __init__(
         self,
         logits: Callable[[StepBatch], Tensor],
-        run: Callable[[StepBatch, Kind], Sampled],
+        run: Callable[[StepBatch, Shape, Kind], Sampled],
         sizes: Sequence[int],
         mixed: Sequence[MixedShape],
         note: Callable[[str], None],
@@ -290,9 +291,9 @@ class GraphRunner:
         begin = time.perf_counter()
         before = self._recorder.used_bytes()
         try:
-            self._run(padding, kind)
+            self._run(padding, shape, kind)
             launched = time.perf_counter()
-            graph = self._recorder.record(lambda: self._run(padding, kind))
+            graph = self._recorder.record(lambda: self._run(padding, shape, kind))
             seconds = self._recorder.seconds(graph[0])
         except torch.OutOfMemoryError as error:
             self._stop(f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})")

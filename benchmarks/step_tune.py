@@ -1,0 +1,251 @@
+"""Which matmul serves each linear of a decode step, by the time of whole steps, attention and sampling included.
+
+    python -m benchmarks.step_tune --shape llama-1b --tokens 64,256 --out DIR/step_tune.json
+
+A launch alone says little here: whether it begins while the one before ends, whether the one behind it may, and what a
+library copies first, show between launches. So an engine captures its step of so many decodes anew for each candidate
+of one linear, and its replays are timed; the best stays while the next linear is tried. Then come the finalists of all,
+in turns. Every winner is checked against fp32 alone, and every step against itself without a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+
+from benchmarks.decode import DecodeRun
+from benchmarks.idle import profile_idle
+from benchmarks.linear_large import MODELS, Case, Layer, check, random_pool
+from benchmarks.session import Options, Session
+from benchmarks.timing import kernel_times, time_calls
+from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.launch import compile_ahead
+from fusecomp.lowerings.linear import large_heuristics, lowering, norm
+from fusecomp.lowerings.linear.large_heuristics import LargeConfig
+from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
+from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.ops.linear import LinearShape
+from fusecomp.runtime.choice import Kind
+from fusecomp.runtime.mailbox import NOWHERE
+
+Config = LargeConfig | SkinnyConfig
+NAMES = ("qkv", "o", "gate_up", "down")
+POOL = 1 << 28  # elements of the weights of a check
+PROFILED = 12
+DEPENDENT_NORMS = (0, 2048, 8192)
+
+
+def candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Config]:
+    """Tiles with splits of K for about one program a multiprocessor, or two of those that leave room for two."""
+    library = ["cublas"] + ["cublas_addmm"] * (layer.kind == "residual")
+    yield from (LargeConfig(method=method) for method in library)
+    rows = 64 if tokens <= 64 else 128
+    stages = 1 if rows == 64 else 0
+    tiles = [
+        LargeConfig(block_t=rows, block_n=128, num_stages=6 + stages),
+        LargeConfig(block_t=rows, block_n=128, num_stages=6 + stages, swap=True),
+        LargeConfig(block_t=rows, block_n=128, num_warps=4, num_stages=3 + stages, per_sm=2),
+        LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=6 + 2 * stages, pieces=1),
+        LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=3 + 2 * stages, pieces=1, per_sm=2),
+    ]
+    for tile in tiles if layer.groups == 1 else ():
+        count, most = _tiles(layer, tokens, tile), num_sms * tile.per_sm
+        found = {1, most // count, most // count // 2} if count <= most else {1}
+        steps = layer.k // tile.block_k
+        for splits in sorted(found):
+            if 0 < splits <= steps // 2 and count * splits >= 0.6 * num_sms:
+                yield LargeConfig(**tile.constants() | {"splits": splits})
+    if layer.groups == 1 and tokens <= 64:
+        for block_k, stages, early in ((64, 4, False), (64, 6, False), (128, 3, False), (64, 4, True)):
+            blocks = math.ceil(layer.n / 128)
+            for splits in sorted({num_sms // blocks, 2 * num_sms // blocks}):
+                if 0 < splits <= min(16, layer.k // block_k // 2):
+                    yield SkinnyConfig("tile", 64, 128, block_k, 8, splits, stages, early=early)
+
+
+def _tiles(layer: Layer, tokens: int, config: LargeConfig) -> int:
+    return math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
+
+
+def key_of(layer: Layer) -> tuple[int, int, int, str]:
+    return layer.n, layer.k, layer.groups, layer.kind
+
+
+@contextmanager
+def chosen(configs: dict[tuple[int, int, int, str], Config]) -> Iterator[None]:
+    """Linears of these shapes run as said, others as ever."""
+    choose, large = lowering.choose, large_heuristics.large_config
+
+    def patched_choose(target: Target, shape: LinearShape, tokens: int) -> Config:
+        return configs.get((shape.n, shape.k, shape.groups, shape.kind)) or choose(target, shape, tokens)
+
+    def patched_large(target: Target, *, n: int, k: int, groups: int, kind: str, **sizes: int) -> LargeConfig:
+        found = configs.get((n, k, groups, kind))
+        return found if isinstance(found, LargeConfig) else large(target, n=n, k=k, groups=groups, kind=kind, **sizes)
+
+    with (
+        mock.patch.object(lowering, "choose", patched_choose),
+        mock.patch.object(large_heuristics, "large_config", patched_large),
+    ):
+        yield
+
+
+def brief(config: Config) -> str:
+    """A configuration in a few letters."""
+    if isinstance(config, SkinnyConfig):
+        early = " early" if config.early else ""
+        return f"tile r{config.block_r} k{config.block_k} s{config.splits} st{config.num_stages}{early}"
+    if config.method != "persistent":
+        return config.method
+    swap, per_sm = " swap" if config.swap else "", f" x{config.per_sm}" if config.per_sm > 1 else ""
+    tile = f"{config.block_t}x{config.block_n}"
+    return f"{tile} s{config.splits} w{config.num_warps} st{config.num_stages}{swap}{per_sm}"
+
+
+@dataclass
+class StepTuner:
+    """One engine's decode step of so many rows."""
+
+    session: Session
+    tokens: int
+    layers: dict[str, Layer]
+    replays: int = 15
+    kept: dict[tuple[int, int, int, str], Config] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run = DecodeRun(self.session, self.tokens)
+        self.target = device_target(0)
+        self.committed = {name: self._committed(layer) for name, layer in self.layers.items()}
+
+    def _committed(self, layer: Layer) -> Config:
+        shape = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
+        return lowering.choose(self.target, shape, self.tokens)
+
+    def compile(self, pools: dict[str, list[Config]]) -> None:
+        """All candidates' kernels, in threads."""
+        engine = self.run.engine
+        with compile_ahead(self.session.device):
+            for i in range(max(map(len, pools.values()))):
+                configs = {key_of(self.layers[name]): pool[i] for name, pool in pools.items() if i < len(pool)}
+                with chosen(configs):
+                    engine._step(engine._builder.padding(self.tokens))
+        torch.cuda.synchronize()
+
+    def seconds(self, configs: dict[tuple[int, int, int, str], Config]) -> float:
+        """Median of a replay of the step; infinite for what the device refuses."""
+        engine, key = self.run.engine, (self.tokens, Kind())
+        assert engine.graphs is not None
+        with chosen(self.kept | configs):
+            engine.graphs._graphs.pop(key, None)
+            try:
+                engine._capture(engine.graphs, *key)
+                self._feed_again()
+                assert engine._latest is not None
+                engine.graphs.check(engine._latest[0], *key)
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{configs}: {error}", flush=True)
+                return math.inf
+            return time_calls(engine.repeat_step, self.session.device, calls=self.replays).median * 1e-3
+
+    def _feed_again(self) -> None:
+        """The inputs of the latest step, which a capture replaced by padding; only the ids may be others."""
+        mailbox = self.run.engine._mailbox
+        mailbox.wait()
+        mailbox.send(0, 0, NOWHERE)
+        self.run.engine._builder.launch_feed(self.tokens)
+
+    def tune(self, pools: dict[str, list[Config]]) -> list[dict[str, Any]]:
+        """For each linear in turn: the time of a step with each candidate, the best first; the best is kept."""
+        rows = []
+        for name, pool in pools.items():
+            key, before = key_of(self.layers[name]), self.committed[name]
+            found = sorted(((self.seconds({key: config}), config) for config in pool), key=lambda pair: pair[0])
+            finals = [before, *(config for _, config in found[:3] if config != before)]
+            times: dict[str, list[float]] = {brief(config): [] for config in finals}
+            for _ in range(3):
+                for config in finals:
+                    times[brief(config)].append(self.seconds({key: config}))
+            medians = {text: statistics.median(values) for text, values in times.items()}
+            best = min(finals, key=lambda config: medians[brief(config)])
+            self.kept[key] = best
+            if isinstance(best, LargeConfig):
+                check(Case(self.layers[name], self.tokens, random_pool(POOL)), best)
+            tried = "; ".join(f"{seconds * 1e6:.0f} {brief(config)}" for seconds, config in found)
+            turns = ", ".join(f"{text} {seconds * 1e6:.1f}" for text, seconds in medians.items())
+            print(f"{self.tokens:4d} {name}: {brief(best)} | {turns} | {tried}"[:300], flush=True)
+            entry = {"n": key[0], "k": key[1], "groups": key[2], "kind": key[3], "tokens": self.tokens}
+            constants = asdict(best) if isinstance(best, SkinnyConfig) else best.constants() | {"method": best.method}
+            entry |= {"config": constants, "step_us": round(medians[brief(best)] * 1e6, 1)}
+            entry |= {"committed": brief(before), "committed_step_us": round(medians[brief(before)] * 1e6, 1)}
+            rows.append(entry | {"turns": turns, "tried": tried})
+        return rows
+
+    def idle(self) -> dict[str, Any]:
+        """Of steps with what is kept."""
+        self.seconds({})
+        with chosen(self.kept):
+            return profile_idle(self.run.step, PROFILED).to_dict(PROFILED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=MODELS, default="llama-1b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", default="64")
+    parser.add_argument("--names", default=",".join(NAMES), help="linears, in the order in which they are tuned")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    tokens, names = [int(t) for t in args.tokens.split(",")], args.names.split(",")
+    options = Options(
+        ("decode",),
+        args.shape,
+        "cuda",
+        layers=args.layers,
+        batches=tuple(tokens),
+        steps=40,
+        max_num_batched_tokens=4096,
+    )
+    session = Session(options)
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "shape": args.shape, **session.ceilings.to_dict()}
+    _ = session.engine
+    layers = {name: layer for name, layer in zip(NAMES, MODELS[args.shape].parts(), strict=True) if name in names}
+    for count in tokens:
+        tuner = StepTuner(session, count, layers)
+        pools = {name: list(candidates(layers[name], count, tuner.target.num_sms)) for name in names}
+        for name, pool in pools.items():
+            if tuner.committed[name] not in pool:
+                pool.insert(0, tuner.committed[name])
+        tuner.compile(pools)
+        before = tuner.seconds({})
+        rows = tuner.tune(pools)
+        idle = tuner.idle()
+        after, kernels = tuner.seconds({}), kernel_times(session.engine.repeat_step)
+        print(f"{args.shape} {count}: {before * 1e3:.4f} -> {after * 1e3:.4f} ms, idle {idle['share']:.2%}", flush=True)
+        for gap in idle["gaps"][:8]:
+            print(f"    {gap['before'][:50]} -> {gap['after'][:50]} {gap['per_step']} {gap['us_per_step']}", flush=True)
+        widths = {}
+        for width in DEPENDENT_NORMS:
+            with mock.patch.object(norm, "MAX_DEPENDENT_K", width):
+                widths[width] = [round(tuner.seconds({}) * 1e3, 4) for _ in range(3)][1:]
+        print(f"    ms by width of norms that move in early: {widths}", flush=True)
+        result[str(count)] = {"before_ms": before * 1e3, "after_ms": after * 1e3, "linears": rows, "idle": idle}
+        result[str(count)] |= {"kernels": kernels, "norms": widths}
+        tuner.run.close()
+        if args.out:  # after every number of tokens, lest a time limit takes all
+            Path(args.out).write_text(json.dumps(result))
+    print(json.dumps({k: v for k, v in result.items() if not isinstance(v, dict)}))
+
+
+if __name__ == "__main__":
+    main()
