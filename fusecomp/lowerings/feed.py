@@ -44,23 +44,23 @@ def feed_kernel(
     A letter is taken once: what runs again finds its inputs where they are, and delivers nothing.
     One program: the bus is asked for everything at once. It lets nothing start before it has ended: what reads ahead of
     its wait (`paged_attention/decode.py`) counts on the step's lengths and block tables.
-    Host memory is read past the caches (.cv) and written through them (.wt): the host waits for `taken` while the
-    graph goes on.
+    Host memory is read past the caches (volatile) and written through them (.wt): the host waits for `taken` while
+    the graph goes on.
     Bytes: 28 a row and 8 an entry from the host, as many written.
     """
-    number = tl.load(header, cache_modifier=".cv")
-    count = tl.load(header + 1, cache_modifier=".cv")
-    moved = tl.load(header + 2, cache_modifier=".cv")
-    to_half = tl.load(header + 3, cache_modifier=".cv")
+    number = tl.load(header, volatile=True)
+    count = tl.load(header + 1, volatile=True)
+    moved = tl.load(header + 2, volatile=True)
+    to_half = tl.load(header + 3, volatile=True)
     fresh = number != tl.load(seen)
     for first in range(0, size, BLOCK):
         at = first + tl.arange(0, BLOCK)
         live = at < size
-        row = tl.load(continues + at, mask=live, other=-1, cache_modifier=".cv")
-        value = tl.load(staged_tokens + at, mask=live, other=0, cache_modifier=".cv")
-        position = tl.load(staged_tokens + size + at, mask=live, other=0, cache_modifier=".cv")
-        slot = tl.load(staged_tokens + 2 * size + at, mask=live, other=0, cache_modifier=".cv")
-        length = tl.load(staged_lens + at, mask=live, other=0, cache_modifier=".cv")
+        row = tl.load(continues + at, mask=live, other=-1, volatile=True)
+        value = tl.load(staged_tokens + at, mask=live, other=0, volatile=True)
+        position = tl.load(staged_tokens + size + at, mask=live, other=0, volatile=True)
+        slot = tl.load(staged_tokens + 2 * size + at, mask=live, other=0, volatile=True)
+        length = tl.load(staged_lens + at, mask=live, other=0, volatile=True)
         live = live & fresh
         goes_on = live & (at < count) & (row >= 0)
         sampled = tl.load(ids + row, mask=goes_on, other=0)
@@ -71,8 +71,8 @@ def feed_kernel(
     for first in range(0, tl.where(fresh, moved, 0), BLOCK):
         at = first + tl.arange(0, BLOCK)
         live = at < moved
-        place = tl.load(moved_at + at, mask=live, other=0, cache_modifier=".cv")
-        block = tl.load(moved_to + at, mask=live, other=0, cache_modifier=".cv")
+        place = tl.load(moved_at + at, mask=live, other=0, volatile=True)
+        block = tl.load(moved_to + at, mask=live, other=0, volatile=True)
         tl.store(tables + place, block, mask=live)
     tl.debug_barrier()  # every thread has read what the host may now overwrite
     tl.store(half, tl.where(fresh, to_half, -1))
