@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.idle import profile_idle
+from benchmarks.idle import WARM_UP_CALLS, profile_idle
 from benchmarks.roofline import touched_experts
 from benchmarks.session import PROFILED_STEPS, Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times, time_calls
@@ -32,7 +32,7 @@ class DecodeRun:
         o = session.options
         self.engine.capture_graphs([batch])
         prompts = session.prompts([o.context] * batch, batch)
-        budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS
+        budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS + WARM_UP_CALLS
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)
         self.tokens = dict(zip(ids, prompts, strict=True))
         for _ in range(o.settle_steps - WARM_UP_STEPS):
@@ -84,7 +84,7 @@ def _measure(session: Session, batch: int) -> dict[str, Any]:
     if o.profile and on_gpu:
         kernels = kernel_times(run.engine.repeat_step)
     run.close()
-    bucket = min((b for b in run.engine.report.cuda_graphs if b >= batch), default=None)
+    bucket = run.engine.graphs.bucket(batch) if run.engine.graphs is not None else None
     figures: dict[str, Any] = {"batch": batch, "bucket": bucket, "context": round(sum(contexts) / len(contexts), 1)}
     figures |= _shares(session, run, figures["context"], steps, replays)
     figures["idle"] = idle

@@ -194,6 +194,6 @@ def test_idle_time_is_what_no_kernel_covers() -> None:
     idle = Idle.of((start, end, "abcdef"[i]) for i, (start, end) in enumerate(kernels))
     assert idle.largest_gaps(2) == [(("f", "a"), (1, 4.0)), (("e", "f"), (1, 2.0))]
     assert (idle.wall, idle.busy, idle.long_gaps, idle.longest, idle.kernels) == (30.0, 24.0, 4.0, 4.0, 6)
-    assert idle.share == pytest.approx(0.2)
+    assert idle.share == pytest.approx(0.2) and idle.longest_at == 16.0
     with pytest.raises(ValueError, match="no kernel"):
         Idle.of([])

@@ -225,9 +225,9 @@ class GraphRunner:
         return next((shape for shape in self.mixed if shape.holds(*sizes)), None)
 
     def bucket(self, rows: int) -> int | None:
-        """The captured size in which `rows` decodes run."""
+        """The captured size in which `rows` decodes run: the fastest that holds them, which may not be the next one."""
         at = bisect_left(self.sizes, rows)
-        return self.sizes[at] if at < len(self.sizes) else None
+        return min(self.sizes[at:], key=lambda size: (self.seconds[size], size), default=None)
 
     def wanted(self) -> Iterator[Shape]:
         """What is to be captured at the start; each is asked for when those before it are captured, or failed."""

@@ -51,7 +51,7 @@ class Mailbox:
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._device, cuda = device, device.type == "cuda"
+        cuda = device.type == "cuda"
 
         def on_host(shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, pin_memory=cuda)
@@ -71,15 +71,17 @@ class Mailbox:
         self._held = False
         self._feed: Callable[..., None] = feed_reference
         self._deliver: Callable[..., None] = deliver_reference
+        self._drain: Callable[[], None] = _nothing
         if cuda:
             from fusecomp.lowerings.feed import launch_deliver, launch_feed
 
             self._feed, self._deliver = launch_feed, launch_deliver
+            self._drain = torch.cuda.synchronize
 
     def wait(self) -> None:
         """Return when the letter sent last was taken: `arrays` may be filled."""
         if self._held:
-            torch.cuda.current_stream(self._device).synchronize()
+            self._drain()
             self._held = False
         number = self._header[NUMBER]
         if self._taken[0] == number:
@@ -87,7 +89,7 @@ class Mailbox:
         limit = time.monotonic() + PATIENCE
         while self._taken[0] != number:
             if time.monotonic() > limit:
-                torch.cuda.synchronize()  # raises what the device failed of
+                self._drain()  # raises what the device failed of
                 if self._taken[0] != number:
                     raise RuntimeError(f"letter {number} to a step was sent, and no step that takes it was launched")
 
@@ -122,7 +124,11 @@ class Mailbox:
 
     def hold(self) -> None:
         """Runs of steps were queued that have no letter; the next letter waits for them."""
-        self._held = self._device.type == "cuda"
+        self._held = True
+
+
+def _nothing() -> None:
+    pass
 
 
 def feed_reference(

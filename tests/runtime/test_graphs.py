@@ -106,6 +106,14 @@ def test_sizes_that_bring_nothing_are_not_captured():
     assert start(runner(Rerun(), bucket_sizes(1))) == [1]
 
 
+def test_rows_run_in_the_fastest_size_that_holds_them():
+    """Kernels of a size may suit it badly: a larger one that was measured to take less serves its rows."""
+    cost = {1: 1e-3, 2: 1.1e-3, 4: 1.5e-3, 8: 1.4e-3}
+    graphs = runner(Rerun(seconds=cost.__getitem__), [1, 2, 4, 8])
+    assert capture(graphs, 8, 4, 2, 1)
+    assert [graphs.bucket(rows) for rows in range(1, 10)] == [1, 2, 8, 8, 8, 8, 8, 8, None]
+
+
 def test_a_variant_is_captured_once_its_launches_have_taken_as_long():
     """10 ms a capture and 2 ms a launch: the sixth step is captured, so captures take no longer than launches did."""
     graphs = runner(Rerun(), [4])
