@@ -5,7 +5,8 @@
 A launch alone says little here: whether it begins while the one before ends, whether the one behind it may, and what a
 library copies first, show between launches. So an engine captures its step of so many decodes anew for each candidate
 of one linear, and its replays are timed; the best stays while the next linear is tried. Then come the finalists of all,
-in turns. Every winner is checked against fp32 alone, and every step against itself without a graph.
+in turns. Every winner is checked: a linear against fp32, a whole step against the committed one, and every step against
+itself without a graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ import triton
 
 from benchmarks.decode import DecodeRun
 from benchmarks.idle import profile_idle
-from benchmarks.linear_large import MODELS, Case, Layer, check, random_pool
+from benchmarks.linear_large import LAYERS, Case, Layer, check, random_pool
 from benchmarks.session import Options, Session
 from benchmarks.timing import kernel_times, time_calls
 from fusecomp.lowerings.device import device_target
@@ -34,13 +35,16 @@ from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import large_heuristics, lowering, norm
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
-from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention import heuristics
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, Target
 from fusecomp.ops.linear import LinearShape
 from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.mailbox import NOWHERE
 
-Config = LargeConfig | SkinnyConfig
+Config = LargeConfig | SkinnyConfig | DecodeConfig
 NAMES = ("qkv", "o", "gate_up", "down")
+ATTENTION = "attention"
+MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
 POOL = 1 << 28  # elements of the weights of a check
 PROFILED = 12
 DEPENDENT_NORMS = (0, 2048, 8192)
@@ -78,14 +82,27 @@ def _tiles(layer: Layer, tokens: int, config: LargeConfig) -> int:
     return math.ceil(tokens / config.block_t) * math.ceil(layer.n / config.block_n)
 
 
-def key_of(layer: Layer) -> tuple[int, int, int, str]:
-    return layer.n, layer.k, layer.groups, layer.kind
+def attention_candidates(committed: DecodeConfig) -> Iterator[DecodeConfig]:
+    """Other tiles, with and without the first one read ahead; the splits, which unequal lengths want, stay."""
+    shapes = [(16, 1, 3), (16, 1, 4), (32, 1, 3), (32, 1, 4), (32, 2, 3), (64, 2, 3), (64, 4, 3)]
+    ahead = [(32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 2), (128, 4, 2), (128, 8, 2)]
+    for block_n, warps, stages in (*shapes, *ahead):
+        tile = {"block_n": block_n, "num_warps": warps, "num_stages": stages, "read_ahead": stages == 2, "source": ""}
+        yield replace(committed, **tile)
+
+
+Key = tuple[int, int, int, str] | str
+
+
+def key_of(layer: Layer | None) -> Key:
+    """What a choice is found by; None is the attention."""
+    return ATTENTION if layer is None else (layer.n, layer.k, layer.groups, layer.kind)
 
 
 @contextmanager
-def chosen(configs: dict[tuple[int, int, int, str], Config]) -> Iterator[None]:
-    """Linears of these shapes run as said, others as ever."""
-    choose, large = lowering.choose, large_heuristics.large_config
+def chosen(configs: dict[Key, Config]) -> Iterator[None]:
+    """Linears of these shapes run as said, and the attention of decodes, others as ever."""
+    choose, large, decode = lowering.choose, large_heuristics.large_config, heuristics.decode_config
 
     def patched_choose(target: Target, shape: LinearShape, tokens: int) -> Config:
         return configs.get((shape.n, shape.k, shape.groups, shape.kind)) or choose(target, shape, tokens)
@@ -94,7 +111,12 @@ def chosen(configs: dict[tuple[int, int, int, str], Config]) -> Iterator[None]:
         found = configs.get((n, k, groups, kind))
         return found if isinstance(found, LargeConfig) else large(target, n=n, k=k, groups=groups, kind=kind, **sizes)
 
+    def patched_decode(target: Target, **sizes: int) -> DecodeConfig:
+        found = configs.get(ATTENTION)
+        return found if isinstance(found, DecodeConfig) else decode(target, **sizes)
+
     with (
+        mock.patch.object(heuristics, "decode_config", patched_decode),
         mock.patch.object(lowering, "choose", patched_choose),
         mock.patch.object(large_heuristics, "large_config", patched_large),
     ):
@@ -103,6 +125,9 @@ def chosen(configs: dict[tuple[int, int, int, str], Config]) -> Iterator[None]:
 
 def brief(config: Config) -> str:
     """A configuration in a few letters."""
+    if isinstance(config, DecodeConfig):
+        splits = f"s{config.num_splits} from {config.min_split}"
+        return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
     if isinstance(config, SkinnyConfig):
         early = " early" if config.early else ""
         return f"tile r{config.block_r} k{config.block_k} s{config.splits} st{config.num_stages}{early}"
@@ -119,18 +144,35 @@ class StepTuner:
 
     session: Session
     tokens: int
-    layers: dict[str, Layer]
+    layers: dict[str, Layer | None]
     replays: int = 15
-    kept: dict[tuple[int, int, int, str], Config] = field(default_factory=dict)
+    kept: dict[Key, Config] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run = DecodeRun(self.session, self.tokens)
         self.target = device_target(0)
         self.committed = {name: self._committed(layer) for name, layer in self.layers.items()}
 
-    def _committed(self, layer: Layer) -> Config:
+    def _committed(self, layer: Layer | None) -> Config:
+        if layer is None:
+            step, builder = self.run.engine._step, self.run.engine._builder
+            config = self.session.model.config
+            return heuristics.decode_config(
+                self.target, head_dim=step.layers[0][2], itemsize=2, num_kv_heads=step.layers[0][1],
+                page_size=step.block_size, num_rows=self.tokens, capacity=builder.longest,
+                group=config.num_attention_heads // step.layers[0][1],
+            )  # fmt: skip
         shape = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
         return lowering.choose(self.target, shape, self.tokens)
+
+    def others(self, name: str) -> Iterator[Config]:
+        """What may be better than what is committed."""
+        layer, committed = self.layers[name], self.committed[name]
+        if layer is None:
+            assert isinstance(committed, DecodeConfig)
+            yield from attention_candidates(committed)
+        else:
+            yield from candidates(layer, self.tokens, self.target.num_sms)
 
     def compile(self, pools: dict[str, list[Config]]) -> None:
         """All candidates' kernels, in threads."""
@@ -142,7 +184,15 @@ class StepTuner:
                     engine._step(engine._builder.padding(self.tokens))
         torch.cuda.synchronize()
 
-    def seconds(self, configs: dict[tuple[int, int, int, str], Config]) -> float:
+    def logits(self, configs: dict[Key, Config]) -> torch.Tensor:
+        """Of the latest step, launched without a graph."""
+        engine = self.run.engine
+        assert engine._latest is not None
+        self._feed_again()
+        with chosen(self.kept | configs):
+            return engine._step(engine._latest[0]).float()
+
+    def seconds(self, configs: dict[Key, Config]) -> float:
         """Median of a replay of the step; infinite for what the device refuses."""
         engine, key = self.run.engine, (self.tokens, Kind())
         assert engine.graphs is not None
@@ -178,14 +228,21 @@ class StepTuner:
                     times[brief(config)].append(self.seconds({key: config}))
             medians = {text: statistics.median(values) for text, values in times.items()}
             best = min(finals, key=lambda config: medians[brief(config)])
+            exact, other = self.logits({key: before}), self.logits({key: best})
+            difference = ((other - exact).norm() / exact.norm()).item()
+            if not difference <= MOST_DIFFERENT:
+                raise SystemExit(f"{name} by {best}: logits differ by {difference}")
             self.kept[key] = best
-            if isinstance(best, LargeConfig):
-                check(Case(self.layers[name], self.tokens, random_pool(POOL)), best)
+            layer = self.layers[name]
+            if layer is not None and isinstance(best, LargeConfig):
+                check(Case(layer, self.tokens, random_pool(POOL)), best)
             tried = "; ".join(f"{seconds * 1e6:.0f} {brief(config)}" for seconds, config in found)
             turns = ", ".join(f"{text} {seconds * 1e6:.1f}" for text, seconds in medians.items())
             print(f"{self.tokens:4d} {name}: {brief(best)} | {turns} | {tried}"[:300], flush=True)
-            entry = {"n": key[0], "k": key[1], "groups": key[2], "kind": key[3], "tokens": self.tokens}
-            constants = asdict(best) if isinstance(best, SkinnyConfig) else best.constants() | {"method": best.method}
+            entry: dict[str, Any] = {"name": name, "tokens": self.tokens, "difference": difference}
+            if layer is not None:
+                entry |= {"n": layer.n, "k": layer.k, "groups": layer.groups, "kind": layer.kind}
+            constants = best.constants() | {"method": best.method} if isinstance(best, LargeConfig) else asdict(best)
             entry |= {"config": constants, "step_us": round(medians[brief(best)] * 1e6, 1)}
             entry |= {"committed": brief(before), "committed_step_us": round(medians[brief(before)] * 1e6, 1)}
             rows.append(entry | {"turns": turns, "tried": tried})
@@ -200,10 +257,13 @@ class StepTuner:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=MODELS, default="llama-1b")
+    parser.add_argument("--shape", choices=LAYERS, default="llama-1b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", default="64")
-    parser.add_argument("--names", default=",".join(NAMES), help="linears, in the order in which they are tuned")
+    parser.add_argument(
+        "--names", default=",".join(NAMES), help="linears, or attention, in the order in which they are tuned"
+    )
+    parser.add_argument("--context", type=int, default=200, help="tokens of a sequence")
     parser.add_argument("--out")
     args = parser.parse_args()
     tokens, names = [int(t) for t in args.tokens.split(",")], args.names.split(",")
@@ -219,13 +279,11 @@ def main() -> None:
     session = Session(options)
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "shape": args.shape, **session.ceilings.to_dict()}
     _ = session.engine
-    layers = {name: layer for name, layer in zip(NAMES, MODELS[args.shape].parts(), strict=True) if name in names}
+    named = dict(zip(NAMES, LAYERS[args.shape], strict=False))
+    layers = {name: None if name == ATTENTION else named[name] for name in names}
     for count in tokens:
         tuner = StepTuner(session, count, layers)
-        pools = {name: list(candidates(layers[name], count, tuner.target.num_sms)) for name in names}
-        for name, pool in pools.items():
-            if tuner.committed[name] not in pool:
-                pool.insert(0, tuner.committed[name])
+        pools = {name: [tuner.committed[name], *tuner.others(name)] for name in names}
         tuner.compile(pools)
         before = tuner.seconds({})
         rows = tuner.tune(pools)
