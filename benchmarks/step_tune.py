@@ -72,10 +72,11 @@ def candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Config]:
                 yield LargeConfig(**tile.constants() | {"splits": splits})
     if layer.groups == 1 and tokens <= 64:
         for block_k, stages, early in ((64, 4, False), (64, 6, False), (128, 3, False), (64, 4, True)):
+            tile = {"block_t": 64, "block_k": block_k, "num_stages": stages, "early": early}
             blocks = math.ceil(layer.n / 128)
             for splits in sorted({num_sms // blocks, 2 * num_sms // blocks}):
                 if 0 < splits <= min(16, layer.k // block_k // 2):
-                    yield SkinnyConfig("tile", 64, 128, block_k, 8, splits, stages, early=early)
+                    yield LargeConfig("tile", **tile, splits=splits)
 
 
 def _tiles(layer: Layer, tokens: int, config: LargeConfig) -> int:
@@ -128,9 +129,10 @@ def brief(config: Config) -> str:
     if isinstance(config, DecodeConfig):
         splits = f"s{config.num_splits} from {config.min_split}"
         return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
-    if isinstance(config, SkinnyConfig):
+    assert isinstance(config, LargeConfig), "up to SKINNY_LIMIT tokens benchmarks.linear tunes"
+    if config.method == "tile":
         early = " early" if config.early else ""
-        return f"tile r{config.block_r} k{config.block_k} s{config.splits} st{config.num_stages}{early}"
+        return f"tile {config.block_n} k{config.block_k} s{config.splits} st{config.num_stages}{early}"
     if config.method != "persistent":
         return config.method
     swap, per_sm = " swap" if config.swap else "", f" x{config.per_sm}" if config.per_sm > 1 else ""
