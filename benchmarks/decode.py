@@ -27,11 +27,12 @@ WARM_UP_STEPS = 3
 class DecodeRun:
     """B sequences in the engine, all of them decoding."""
 
-    def __init__(self, session: Session, batch: int) -> None:
+    def __init__(self, session: Session, batch: int, context: int | None = None) -> None:
         self.session, self.engine, self.batch = session, session.engine, batch
         o = session.options
+        context = context or o.context
         self.engine.capture_graphs([batch])
-        prompts = session.prompts([o.context] * batch, batch)
+        prompts = session.prompts([context] * batch, batch + context)
         budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS + WARM_UP_CALLS
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)
         self.tokens = dict(zip(ids, prompts, strict=True))
@@ -42,7 +43,7 @@ class DecodeRun:
             if state.running == batch and state.computed_tokens - before == batch:
                 break
         else:
-            raise RuntimeError(f"{batch} sequences of {o.context} tokens never all decode: give the KV cache more room")
+            raise RuntimeError(f"{batch} sequences of {context} tokens never all decode: give the KV cache more room")
         for _ in range(WARM_UP_STEPS):
             self.step()
 

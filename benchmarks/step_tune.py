@@ -12,6 +12,7 @@ itself without a graph.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -29,10 +30,10 @@ from benchmarks.decode import DecodeRun
 from benchmarks.idle import profile_idle
 from benchmarks.linear_large import LAYERS, Case, Layer, check, random_pool
 from benchmarks.session import Options, Session
-from benchmarks.timing import kernel_times, time_calls
+from benchmarks.timing import Samples, kernel_times, time_calls
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.launch import compile_ahead
-from fusecomp.lowerings.linear import large_heuristics, lowering, norm
+from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.paged_attention import heuristics
@@ -42,12 +43,11 @@ from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.mailbox import NOWHERE
 
 Config = LargeConfig | SkinnyConfig | DecodeConfig
-NAMES = ("qkv", "o", "gate_up", "down")
+NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 ATTENTION = "attention"
 MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
 POOL = 1 << 28  # elements of the weights of a check
-PROFILED = 12
-DEPENDENT_NORMS = (0, 2048, 8192)
+PROFILED, STEPS = 24, 20
 
 
 def candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Config]:
@@ -63,14 +63,17 @@ def candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Config]:
         LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=6 + 2 * stages, pieces=1),
         LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=3 + 2 * stages, pieces=1, per_sm=2),
     ]
-    for tile in tiles if layer.groups == 1 else ():
+    if layer.groups == 2:  # as many columns of each
+        halves = [replace(tile, block_n=tile.block_n // 2) for tile in tiles if not tile.swap]
+        tiles = [*halves, LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=5 + stages)]
+    for tile in tiles:
         count, most = _tiles(layer, tokens, tile), num_sms * tile.per_sm
-        found = {1, most // count, most // count // 2} if count <= most else {1}
+        found = {1, most // count, most // count // 2} if count <= most and layer.groups == 1 else {1}
         steps = layer.k // tile.block_k
         for splits in sorted(found):
             if 0 < splits <= steps // 2 and count * splits >= 0.6 * num_sms:
                 yield LargeConfig(**tile.constants() | {"splits": splits})
-    if layer.groups == 1 and tokens <= 64:
+    if layer.groups == 1 and tokens <= 64 and layer.n < 65536:
         for block_k, stages, early in ((64, 4, False), (64, 6, False), (128, 3, False), (64, 4, True)):
             tile = {"block_t": 64, "block_k": block_k, "num_stages": stages, "early": early}
             blocks = math.ceil(layer.n / 128)
@@ -146,12 +149,13 @@ class StepTuner:
 
     session: Session
     tokens: int
+    context: int
     layers: dict[str, Layer | None]
     replays: int = 15
     kept: dict[Key, Config] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.run = DecodeRun(self.session, self.tokens)
+        self.run = DecodeRun(self.session, self.tokens, self.context)
         self.target = device_target(0)
         self.committed = {name: self._committed(layer) for name, layer in self.layers.items()}
 
@@ -257,6 +261,10 @@ class StepTuner:
             return profile_idle(self.run.step, PROFILED).to_dict(PROFILED)
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=LAYERS, default="llama-1b")
@@ -265,17 +273,18 @@ def main() -> None:
     parser.add_argument(
         "--names", default=",".join(NAMES), help="linears, or attention, in the order in which they are tuned"
     )
-    parser.add_argument("--context", type=int, default=200, help="tokens of a sequence")
+    parser.add_argument("--context", default="200", help="tokens of a sequence")
     parser.add_argument("--out")
     args = parser.parse_args()
-    tokens, names = [int(t) for t in args.tokens.split(",")], args.names.split(",")
+    tokens, contexts, names = *(_numbers(text) for text in (args.tokens, args.context)), args.names.split(",")
     options = Options(
         ("decode",),
         args.shape,
         "cuda",
         layers=args.layers,
         batches=tuple(tokens),
-        steps=40,
+        context=max(contexts),
+        steps=60,
         max_num_batched_tokens=4096,
     )
     session = Session(options)
@@ -283,24 +292,30 @@ def main() -> None:
     _ = session.engine
     named = dict(zip(NAMES, LAYERS[args.shape], strict=False))
     layers = {name: None if name == ATTENTION else named[name] for name in names}
-    for count in tokens:
-        tuner = StepTuner(session, count, layers)
+    for count, context in itertools.product(tokens, contexts):
+        tuner = StepTuner(session, count, context, layers)
         pools = {name: [tuner.committed[name], *tuner.others(name)] for name in names}
         tuner.compile(pools)
         before = tuner.seconds({})
         rows = tuner.tune(pools)
-        idle = tuner.idle()
+        idle, walls = tuner.idle(), Samples.of([tuner.run.step() for _ in range(STEPS)])
+        print(f"    engine steps {walls.median:.4f} ms", flush=True)
         after, kernels = tuner.seconds({}), kernel_times(session.engine.repeat_step)
-        print(f"{args.shape} {count}: {before * 1e3:.4f} -> {after * 1e3:.4f} ms, idle {idle['share']:.2%}", flush=True)
+        print(
+            f"{args.shape} {count} x {context}: {before * 1e3:.4f} -> {after * 1e3:.4f} ms, idle {idle['share']:.2%}",
+            flush=True,
+        )
         for gap in idle["gaps"][:8]:
             print(f"    {gap['before'][:50]} -> {gap['after'][:50]} {gap['per_step']} {gap['us_per_step']}", flush=True)
-        widths = {}
-        for width in DEPENDENT_NORMS:
-            with mock.patch.object(norm, "MAX_DEPENDENT_K", width):
-                widths[width] = [round(tuner.seconds({}) * 1e3, 4) for _ in range(3)][1:]
-        print(f"    ms by width of norms that move in early: {widths}", flush=True)
-        result[str(count)] = {"before_ms": before * 1e3, "after_ms": after * 1e3, "linears": rows, "idle": idle}
-        result[str(count)] |= {"kernels": kernels, "norms": widths}
+        case = f"{count}x{context}"
+        result[case] = {
+            "before_ms": before * 1e3,
+            "after_ms": after * 1e3,
+            "step_ms": walls.median,
+            "linears": rows,
+            "idle": idle,
+            "kernels": kernels,
+        }
         tuner.run.close()
         if args.out:  # after every number of tokens, lest a time limit takes all
             Path(args.out).write_text(json.dumps(result))

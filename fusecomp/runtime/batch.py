@@ -208,7 +208,7 @@ class BatchBuilder:
         seq_lens[nd + gap : n + gap] = ends[nd:]
         seq_lens[n + gap : S] = 0
 
-        tokens = arrays["tokens"][: 3 * T].reshape(3, T)
+        tokens = arrays["tokens"][:, :T] if step.decode_only else arrays["tokens"][: 3 * T].reshape(3, T)
         if continues is None or KNOWN in continues:
             tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs[:nd] if nd < n else seqs)]
         tokens[1, :nd] = starts[:nd]

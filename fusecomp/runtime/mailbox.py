@@ -28,7 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Rows of a letter's lists, beside `tokens`, which has three times as many.
+# A letter's lists, beside `tokens`, and what their length is a multiple of: the feeding kernel reads whole blocks.
+BLOCK = 256
 LISTS = {"seq_lens": torch.int32, "moved_at": torch.int32, "moved_to": torch.int32, "continues": torch.int64}
 NUMBER, COUNT, MOVED, HALF = range(4)  # of `header`
 NOWHERE = -1
@@ -44,8 +45,8 @@ class Mailbox:
         device: of the steps.
 
     Attributes:
-        arrays: the letter in the making: `tokens` [3 * S] int64 (ids, positions, slots), `seq_lens`, `moved_at`,
-            `moved_to` and `continues` [S].
+        arrays: the letter in the making, of M >= max_rows rows: `tokens` [3, M] int64 (ids, positions, slots),
+            `seq_lens`, `moved_at`, `moved_to` and `continues` [M].
         ids: [max_rows] int64 on the device: what the latest step sampled, valid until the next one's end.
         delivered: [2, max_rows] int64 on the host, pinned.
     """
@@ -59,8 +60,8 @@ class Mailbox:
         def on_device(*values: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        header, taken = on_host((4,)), on_host((1,))
-        letter = {"tokens": on_host((3 * max_rows,))} | {name: on_host((max_rows,), d) for name, d in LISTS.items()}
+        header, taken, rows = on_host((4,)), on_host((1,)), -(-max_rows // BLOCK) * BLOCK
+        letter = {"tokens": on_host((3, rows))} | {name: on_host((rows,), d) for name, d in LISTS.items()}
         self.arrays = {name: tensor.numpy() for name, tensor in letter.items()}
         self.delivered = on_host((2, max_rows))
         self.ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -152,7 +153,7 @@ def feed_reference(
     if number == int(seen):
         half.fill_(NOWHERE)
         return
-    tokens[: 3 * size] = staged_tokens[: 3 * size]
+    tokens[: 3 * size].view(3, size).copy_(staged_tokens[:, :size])
     seq_lens[:size] = staged_lens[:size]
     if moved:
         tables.view(-1)[moved_at[:moved].long()] = moved_to[:moved]

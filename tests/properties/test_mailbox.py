@@ -89,7 +89,8 @@ class Engine:
         size, before = data.draw(st.integers(1, ROWS)), self.latest
         self.mailbox.wait()
         arrays, self.count = self.mailbox.arrays, self.count + 1
-        arrays["tokens"][: 3 * size] = tokens = torch.randint(0, 1000, (3 * size,), generator=draw).tolist()
+        tokens = torch.randint(0, 1000, (3 * size,), generator=draw).tolist()
+        arrays["tokens"][:, :size] = [tokens[:size], tokens[size : 2 * size], tokens[2 * size :]]
         arrays["seq_lens"][:size] = lengths = torch.randint(0, 1000, (size,), generator=draw).tolist()
         count = 0 if before is None else data.draw(st.integers(0, size))
         for row in range(count):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import feed
-from fusecomp.runtime.mailbox import NOWHERE, deliver_reference, feed_reference
+from fusecomp.runtime.mailbox import BLOCK, NOWHERE, deliver_reference, feed_reference
 
 PAGES = 7
 
@@ -20,14 +20,19 @@ PAGES = 7
 )
 def test_feeds_a_step(size, moved, fresh, half, data):
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    rows = size + 140  # as many entries of block tables may have moved
+    rows = -(-(size + 140) // BLOCK) * BLOCK  # as many entries of block tables may have moved
 
     def ints(low, high, count, dtype=torch.int64):
         return torch.randint(low, high, (count,), generator=draw).to(dtype)
 
     moved = min(moved, rows)
     at = torch.randperm(rows * PAGES, generator=draw)[:rows].to(torch.int32)
-    letter = ints(-1, 2**40, 3 * rows), ints(0, 2**30, rows, torch.int32), at, ints(0, 2**30, rows, torch.int32)
+    letter = (
+        ints(-1, 2**40, 3 * rows).view(3, rows),
+        ints(0, 2**30, rows, torch.int32),
+        at,
+        ints(0, 2**30, rows, torch.int32),
+    )
     continues, ids = ints(-1, rows, rows), ints(-1, 2**20, rows)
     seen, count = data.draw(st.integers(0, 2**40)), data.draw(st.integers(0, size))
     header = torch.tensor([seen + fresh, count, moved, half])
