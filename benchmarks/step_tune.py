@@ -35,14 +35,13 @@ from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
-from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, Target
 from fusecomp.ops.linear import LinearShape
 from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.mailbox import NOWHERE
 
-Config = LargeConfig | SkinnyConfig | DecodeConfig
+Config = LargeConfig | DecodeConfig
 NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 ATTENTION = "attention"
 MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
@@ -73,13 +72,6 @@ def candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Config]:
         for splits in sorted(found):
             if 0 < splits <= steps // 2 and count * splits >= 0.6 * num_sms:
                 yield LargeConfig(**tile.constants() | {"splits": splits})
-    if layer.groups == 1 and tokens <= 64 and layer.n < 65536:
-        for block_k, stages, early in ((64, 4, False), (64, 6, False), (128, 3, False), (64, 4, True)):
-            tile = {"block_t": 64, "block_k": block_k, "num_stages": stages, "early": early}
-            blocks = math.ceil(layer.n / 128)
-            for splits in sorted({num_sms // blocks, 2 * num_sms // blocks}):
-                if 0 < splits <= min(16, layer.k // block_k // 2):
-                    yield LargeConfig("tile", **tile, splits=splits)
 
 
 def _tiles(layer: Layer, tokens: int, config: LargeConfig) -> int:
@@ -132,10 +124,6 @@ def brief(config: Config) -> str:
     if isinstance(config, DecodeConfig):
         splits = f"s{config.num_splits} from {config.min_split}"
         return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
-    assert isinstance(config, LargeConfig), "up to SKINNY_LIMIT tokens benchmarks.linear tunes"
-    if config.method == "tile":
-        early = " early" if config.early else ""
-        return f"tile {config.block_n} k{config.block_k} s{config.splits} st{config.num_stages}{early}"
     if config.method != "persistent":
         return config.method
     swap, per_sm = " swap" if config.swap else "", f" x{config.per_sm}" if config.per_sm > 1 else ""
@@ -169,7 +157,9 @@ class StepTuner:
                 group=config.num_attention_heads // step.layers[0][1],
             )  # fmt: skip
         shape = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
-        return lowering.choose(self.target, shape, self.tokens)
+        config = lowering.choose(self.target, shape, self.tokens)
+        assert isinstance(config, LargeConfig), "benchmarks.linear tunes launches of so few tokens"
+        return config
 
     def others(self, name: str) -> Iterator[Config]:
         """What may be better than what is committed."""

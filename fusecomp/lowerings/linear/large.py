@@ -20,8 +20,6 @@ from fusecomp.lowerings.linear.large_heuristics import LargeConfig, tma_reads
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
-from fusecomp.lowerings.linear.skinny import run_skinny
-from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 
 
 def launch_large(
@@ -78,14 +76,8 @@ def run_matmul(
     num_tokens, n = x.shape[0], weight.shape[0] // groups
     if num_tokens == 0:
         return torch.empty((0, n), dtype=out_dtype, device=x.device)
-    aligned = tma_reads(x) and tma_reads(weight)
-    if config.method == "persistent" and (not config.use_tma or aligned):
+    if config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight))):
         return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
-    if config.method == "tile" and aligned:  # asynchronous copies want 16 bytes, as TMA does
-        out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
-        run_skinny(tile_config(config, groups), x, weight, out, None, None, False, epilogue, args, strides, groups,
-                   uses_pdl(x))  # fmt: skip
-        return out
     if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
         return torch.addmm(args[0], x, weight.t())
     # The library rounds to the inputs' dtype unless told otherwise; it can be told on a GPU alone.
@@ -137,14 +129,6 @@ def run_persistent(
     if config.splits > 1:
         launch_pointwise(buffer, out, epilogue, args, strides, groups)
     return out
-
-
-def tile_config(config: LargeConfig, groups: int) -> SkinnyConfig:
-    """Method "tile" as that kernel's configuration."""
-    return SkinnyConfig(
-        "tile", config.block_t, groups * config.block_n, config.block_k, config.num_warps, config.splits,
-        config.num_stages, config.early, config.source,
-    )  # fmt: skip
 
 
 def _weight_tiles(weight: Tensor, n: int, k: int, groups: int, config: LargeConfig) -> TensorDescriptor:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.linear.large import tile_config
 from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block
 from fusecomp.lowerings.linear.norm import MAX_DEPENDENT_K, norm_kernel
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import pointwise_kernel
-from fusecomp.lowerings.linear.skinny_aot import of_config
-from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
 ARGS: dict[int, tuple[str, ...]] = {1: ("bf16",), 2: ()}  # the residual's epilogue has an operand, SwiGLU's none
@@ -31,21 +27,8 @@ def _tiles(target: Target) -> set[tuple[LargeConfig, int]]:
     return found
 
 
-def tile_specializations(target: Target) -> Iterator[Specialization]:
-    """The choices of method "tile", each launch's constants once."""
-    found: dict[SkinnyConfig, Specialization] = {}
-    for entry in large_heuristics.load_table(target.table)["entries"] if target.has_tma else []:
-        shape = {key: entry[key] for key in ("n", "k", "groups", "tokens")}
-        config = large_heuristics.large_config(target, itemsize=2, kind=entry["kind"], **shape)
-        if config.method == "tile":
-            tile = replace(tile_config(config, entry["groups"]), source="")
-            found.setdefault(tile, of_config(target, tile, **shape, dtype="bf16", norm=0))
-    yield from found.values()
-
-
 def specializations(target: Target) -> Iterator[Specialization]:
     """The kernels of one layer's shapes, N=14336 and K=4096, in bf16 with strides of any alignment class."""
-    yield from tile_specializations(target)
     n, k, pdl = 14336, 4096, target.has_tma
     for config, groups in sorted(_tiles(target), key=str):
         args = ARGS[groups]

@@ -22,7 +22,7 @@ from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h200"
 KINDS = ("identity", "residual", "bias", "other")
-METHODS = ("persistent", "tile", "cublas", "cublas_addmm")
+METHODS = ("persistent", "cublas", "cublas_addmm")
 MAX_BLOCK_K = 16384  # columns of a norm's row held at once
 
 
@@ -31,15 +31,14 @@ class LargeConfig:
     """One way to run a large-M matmul: a library call, or the persistent kernel with these constants.
 
     Attributes:
-        method: "persistent"; "tile", the kernel of few tokens, which sums its splits in the same launch; "cublas", with
-            the epilogue as a kernel of its own; "cublas_addmm", with the residual or the bias as its third operand.
+        method: "persistent"; "cublas", with the epilogue as a kernel of its own; "cublas_addmm", with the residual or
+            the bias as its third operand.
         block_t, block_n, block_k: the tile: tokens, features per group, columns of K.
         swap: features on the row side of the MMA; one group only.
-        splits: parts of K, summed by the epilogue's kernel, or by a tile's last program.
+        splits: parts of K, summed by the epilogue's kernel.
         pieces: parts in which a tile is finished.
         group_t: tiles of tokens that share a weight tile before the next one.
         per_sm: programs per multiprocessor.
-        early: of "tile": `SkinnyConfig.early`.
     """
 
     method: str = "persistent"
@@ -54,7 +53,6 @@ class LargeConfig:
     num_stages: int = 3
     per_sm: int = 1
     use_tma: bool = True
-    early: bool = False
     source: str = ""
 
     def constants(self) -> dict[str, Any]:
@@ -126,12 +124,10 @@ def _fit(config: LargeConfig, target: Target, groups: int, itemsize: int) -> Lar
     """More pieces, then fewer stages, until a tile in fp32 fits beside the stages: other epilogues need that much."""
 
     def need(c: LargeConfig) -> int:
-        if c.method == "tile":
-            return c.num_stages * (2 * c.block_t + groups * c.block_n) * c.block_k * itemsize
         stages = c.num_stages * (c.block_t + groups * c.block_n) * c.block_k * itemsize
         return stages + 4 * c.block_t * c.block_n // c.pieces + 1024
 
-    while need(config) > target.smem_bytes and config.pieces < 8 and config.method != "tile":
+    while need(config) > target.smem_bytes and config.pieces < 8:
         config = replace(config, pieces=2 * config.pieces)
     while need(config) > target.smem_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)

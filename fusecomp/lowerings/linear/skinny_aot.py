@@ -7,13 +7,7 @@ from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.linear.skinny_heuristics import (
-    DEFAULT_TABLE,
-    SECTION,
-    SkinnyConfig,
-    load_table,
-    skinny_config,
-)
+from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table, skinny_config
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
@@ -36,13 +30,6 @@ def specialization(target: Target, n: int, k: int, groups: int, tokens: int, dty
     """What a layer launches: gate and up with SwiGLU, all others with a residual, dependent where the GPU can."""
     itemsize = 4 if dtype == "fp32" else 2
     config = skinny_config(target, n=n, k=k, groups=groups, tokens=tokens, itemsize=itemsize)
-    return of_config(target, config, n, k, groups, tokens, dtype, norm)
-
-
-def of_config(
-    target: Target, config: SkinnyConfig, n: int, k: int, groups: int, tokens: int, dtype: str, norm: int
-) -> Specialization:
-    """`specialization` with this configuration."""
     pdl = target.has_pdl
     pointers: dict[str, Any] = {"x": dtype, "weight": dtype, "out": dtype, "args": () if groups == 2 else (dtype,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}

@@ -52,8 +52,7 @@ def matmuls(draw):
         block_t=draw(st.sampled_from([16, 32])), block_n=draw(st.sampled_from([16, 32])), block_k=16,
         swap=EPILOGUES[name][1] == 1 and draw(st.booleans()), splits=draw(st.sampled_from([1, 1, 2, 3])),
         pieces=draw(st.sampled_from([1, 2, 4])), group_t=draw(st.integers(1, 3)),
-        use_tma=draw(st.booleans()), method=draw(st.sampled_from(["persistent", "persistent", "tile"])),
-        early=draw(st.booleans()),
+        use_tma=draw(st.booleans()),
     )  # fmt: skip
     shape = draw(st.integers(1, 70)), draw(st.sampled_from([1, 8, 40, 56, 83])), k
     return name, draw(st.sampled_from(DTYPES)), shape, draw(st.sampled_from([0, 8, 3])), config
@@ -69,7 +68,7 @@ def inputs(name: str, dtype: torch.dtype, shape: tuple[int, int, int], pad: int)
 
 @SETTINGS
 @given(matmuls())
-def test_our_kernels(case):
+def test_persistent(case):
     name, dtype, shape, pad, config = case
     epilogue, groups, _, hint = EPILOGUES[name]
     x, weight, args = inputs(name, dtype, shape, pad)
