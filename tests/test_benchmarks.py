@@ -109,8 +109,8 @@ def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None
 
 
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Engine._run
-    monkeypatch.setattr(Engine, "_run", lambda *args: Sampled((right(*args).tokens + 1) % 512))
+    right = Engine._forward
+    monkeypatch.setattr(Engine, "_forward", lambda *args: Sampled((right(*args).tokens + 1) % 512))
 
 
 @pytest.mark.parametrize("fault", ["prefill", "decode", "tokens"])

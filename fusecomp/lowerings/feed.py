@@ -25,29 +25,30 @@ BLOCK = 256
 def feed_kernel(
     header,  # [4] int64, host: number of the letter, rows that continue, entries of block tables, half
     taken,  # [1] int64, host: number of the letter that was taken last
-    staged_tokens,  # [3, M] int64, host: ids, positions, slots
-    staged_lens,  # [M] int32, host
+    new_ids,  # [M] int32, host; M, rows of the lists, is a multiple of BLOCK
+    slots,  # [M] int64, host
+    lens,  # [M] int32, host
     moved_at,  # [M] int32, host: places in the block tables
     moved_to,  # [M] int32, host: the blocks there
-    continues,  # [M] int64, host: the row of `ids` that a row continues from, or below 0
+    continues,  # [M] int32, host: the row of `ids` that a row continues from, or below 0
     ids,  # int64: sampled by the step before; invalid ones, below 0, become 0
     seen,  # [1] int64: number of the letter that was taken last
     half,  # [1] int64: where this run of the step delivers to; below 0 for nowhere
-    tokens,  # [3 * S] int64
+    tokens,  # [3 * S] int64: ids, positions, slots
     seq_lens,  # [S] int32
     tables,  # [S * P] int32
     size,
-    M: tl.constexpr,  # rows of the lists, a multiple of BLOCK
     BLOCK: tl.constexpr,
 ):
     """tokens and seq_lens of a step of S = `size` decodes, and the entries of the block tables that changed.
 
     A letter is taken once: what runs again finds its inputs where they are, and delivers nothing.
-    One program: the bus is asked for everything at once. Of one warp, without masks: nothing is asked for twice, for
-    host memory is not cached. With the header read word by word in eight warps a launch took 38 us on an H100.
+    One program: the bus is asked for everything at once. Of one warp, in words of 16 bytes: nothing is asked for twice,
+    for host memory is not cached. On an H100 a launch took 38 us with the header read word by word in eight warps, and
+    10 with four times as much of the lists and of wider types.
     It lets nothing start before it has ended: what reads ahead of its wait (`paged_attention/decode.py`) counts on the
     step's lengths and block tables.
-    Bytes: 36 a row of whole blocks and 8 an entry from the host; 28 a row and 4 an entry written.
+    Bytes: 20 a row and 8 an entry from the host; 28 a row and 4 an entry written.
     """
     word = tl.arange(0, 4)
     words = tl.load(header + word)
@@ -56,24 +57,24 @@ def feed_kernel(
     moved = tl.sum(tl.where(word == 2, words, 0), 0)
     to_half = tl.sum(tl.where(word == 3, words, 0), 0)
     fresh = number != tl.load(seen)
+    asked = (size + 31) // 32 * 32  # a multiple, so that the mask does not break words up
     for first in range(0, size, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        row = tl.load(continues + at)
-        value = tl.load(staged_tokens + at)
-        position = tl.load(staged_tokens + M + at)
-        slot = tl.load(staged_tokens + 2 * M + at)
-        length = tl.load(staged_lens + at)
+        row = tl.load(continues + at, mask=at < asked, other=-1)
+        value = tl.load(new_ids + at, mask=at < asked, other=0).to(tl.int64)
+        slot = tl.load(slots + at, mask=at < asked, other=0)
+        length = tl.load(lens + at, mask=at < asked, other=0)
         live = (at < size) & fresh
         goes_on = live & (at < count) & (row >= 0)
         sampled = tl.load(ids + row, mask=goes_on, other=0)
         tl.store(tokens + at, tl.where(goes_on, tl.maximum(sampled, 0), value), mask=live)
-        tl.store(tokens + size + at, position, mask=live)
+        tl.store(tokens + size + at, tl.maximum(length - 1, 0).to(tl.int64), mask=live)
         tl.store(tokens + 2 * size + at, slot, mask=live)
         tl.store(seq_lens + at, length, mask=live)
     for first in range(0, tl.where(fresh, moved, 0), BLOCK):
         at = first + tl.arange(0, BLOCK)
-        place = tl.load(moved_at + at)
-        block = tl.load(moved_to + at)
+        place = tl.load(moved_at + at, mask=at < moved, other=0)
+        block = tl.load(moved_to + at, mask=at < moved, other=0)
         tl.store(tables + place, block, mask=at < moved)
     tl.debug_barrier()  # all was read that the host may now overwrite
     tl.store(half, tl.where(fresh, to_half, -1))
@@ -100,8 +101,9 @@ def deliver_kernel(sampled, half, ids, host, size, stride, BLOCK: tl.constexpr, 
 def launch_feed(
     header: Tensor,
     taken: Tensor,
-    staged_tokens: Tensor,
-    staged_lens: Tensor,
+    new_ids: Tensor,
+    slots: Tensor,
+    lens: Tensor,
     moved_at: Tensor,
     moved_to: Tensor,
     continues: Tensor,
@@ -113,12 +115,12 @@ def launch_feed(
     tables: Tensor,
     size: int,
 ) -> None:
-    """Queue `feed_kernel`, whose arguments these are. The first seven are pinned, their rows a multiple of `BLOCK`."""
-    assert staged_lens.shape[0] % BLOCK == 0
+    """Queue `feed_kernel`, whose arguments these are. The first eight are pinned, the lists whole blocks."""
+    assert lens.shape[0] % BLOCK == 0
     launch(
         feed_kernel, (1,),
-        header, taken, staged_tokens, staged_lens, moved_at, moved_to, continues, ids, seen, half, tokens, seq_lens,
-        tables, size, M=staged_lens.shape[0], BLOCK=BLOCK, num_warps=1,
+        header, taken, new_ids, slots, lens, moved_at, moved_to, continues, ids, seen, half, tokens, seq_lens, tables,
+        size, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
 
 

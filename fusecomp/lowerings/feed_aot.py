@@ -12,10 +12,10 @@ from fusecomp.lowerings.paged_attention.heuristics import Target
 def specializations(target: Target) -> Iterator[Specialization]:
     """Each has one."""
     words = dict.fromkeys(("header", "taken", "ids", "seen", "half"), "i64")
-    lists = {"staged_tokens": "i64", "staged_lens": "i32", "moved_at": "i32", "moved_to": "i32", "continues": "i64"}
+    lists = dict.fromkeys(("new_ids", "lens", "moved_at", "moved_to", "continues"), "i32") | {"slots": "i64"}
     buffers = {"tokens": "i64", "seq_lens": "i32", "tables": "i32"}
-    constants = {"M": 2 * BLOCK, "BLOCK": BLOCK}
-    yield Specialization("feed", feed_kernel, words | lists | buffers, {"size": "i32"}, constants, 1, num_stages=1)
+    pointers = words | lists | buffers
+    yield Specialization("feed", feed_kernel, pointers, {"size": "i32"}, {"BLOCK": BLOCK}, num_warps=1, num_stages=1)
     pointers = dict.fromkeys(("sampled", "half", "ids", "host"), "i64")
     yield Specialization(
         "deliver",

@@ -194,32 +194,30 @@ class BatchBuilder:
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()
-        arrays = staging.arrays
         if step.decode_only:
             self.mailbox.wait()
-            arrays = self.mailbox.arrays
 
         max_seq_len = int(ends.max())
         self._moved = 0
         rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging, step.decode_only)
-        seq_lens = arrays["seq_lens"]
-        seq_lens[:nd] = ends[:nd]
-        seq_lens[nd : nd + gap] = 0
-        seq_lens[nd + gap : n + gap] = ends[nd:]
-        seq_lens[n + gap : S] = 0
-
-        tokens = arrays["tokens"][:, :T] if step.decode_only else arrays["tokens"][: 3 * T].reshape(3, T)
-        if continues is None or KNOWN in continues:
-            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs[:nd] if nd < n else seqs)]
-        tokens[1, :nd] = starts[:nd]
-        tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
-            tokens[:2, n:] = 0
-            tokens[2, n:] = -1
             max_q_len = 1
+            self._write_letter(step, rows, starts, S, continues)
+            if not sealed:
+                self.feed()
         else:
-            self._fill_prefills(step, tokens)
             max_q_len = max(step.num_new_tokens)
+            seq_lens = staging.arrays["seq_lens"]
+            seq_lens[:nd] = ends[:nd]
+            seq_lens[nd : nd + gap] = 0
+            seq_lens[nd + gap : n + gap] = ends[nd:]
+            seq_lens[n + gap : S] = 0
+            tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
+            if continues is None or KNOWN in continues:
+                tokens[0, :nd] = [seq.token_ids[-1] for seq in seqs[:nd]]
+            tokens[1, :nd] = starts[:nd]
+            tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
+            self._fill_prefills(step, tokens)
             cu_q_lens = staging.arrays["cu_q_lens"]
             ends_of_rows = np.cumsum(step.num_new_tokens)
             cu_q_lens[1 : nd + 1] = ends_of_rows[:nd]
@@ -235,14 +233,6 @@ class BatchBuilder:
                 staging.arrays["logit_indices"][n:S] = 0
             self._copy(staging, "cu_q_lens", S + 1)
             self._copy(staging, "logit_indices", S)
-        if step.decode_only:
-            count = len(continues or ())
-            if continues:
-                arrays["continues"][:count] = self._order[:count] if isinstance(continues, range) else continues
-            self._letter = S, count, self._moved
-            if not sealed:
-                self.feed()
-        else:
             self._copy(staging, "seq_lens", S)
             self._copy(staging, "tokens", 3 * T)
             if continues:
@@ -259,6 +249,21 @@ class BatchBuilder:
     def longest(self) -> int:
         """Tokens of the longest sequence that a block table holds, which a captured launch must serve."""
         return self.max_blocks_per_seq * self.block_size
+
+    def _write_letter(
+        self, step: ScheduledStep, rows: np.ndarray, starts: np.ndarray, size: int, continues: Sequence[int] | None
+    ) -> None:
+        """What a step of `size` decodes takes, padding last: a row's position is that before its length, or 0."""
+        letter, n, count = self.mailbox.arrays, len(step.seqs), len(continues or ())
+        if continues is None or KNOWN in continues:
+            letter["ids"][:n] = [seq.token_ids[-1] for seq in step.seqs]
+        if continues:
+            letter["continues"][:count] = self._order[:count] if isinstance(continues, range) else continues
+        letter["seq_lens"][:n] = starts + 1
+        letter["slots"][:n] = self._slots(rows, starts)
+        letter["ids"][n:size] = letter["seq_lens"][n:size] = 0
+        letter["slots"][n:size] = -1
+        self._letter = size, count, self._moved
 
     def send(self, half: int) -> None:
         """Send the sealed letter, if there is one, to a step that is launched next and begins with `launch_feed`."""

@@ -28,9 +28,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A letter's lists, beside `tokens`, and what their length is a multiple of: the feeding kernel reads whole blocks.
+# A letter's lists, and what their length is a multiple of: the feeding kernel reads whole blocks.
 BLOCK = 256
-LISTS = {"seq_lens": torch.int32, "moved_at": torch.int32, "moved_to": torch.int32, "continues": torch.int64}
+LISTS = {
+    "ids": torch.int32,
+    "slots": torch.int64,
+    "seq_lens": torch.int32,
+    "moved_at": torch.int32,
+    "moved_to": torch.int32,
+    "continues": torch.int32,
+}
 NUMBER, COUNT, MOVED, HALF = range(4)  # of `header`
 NOWHERE = -1
 # Seconds for which the host looks whether a letter was taken, before it asks the device what happened.
@@ -45,8 +52,8 @@ class Mailbox:
         device: of the steps.
 
     Attributes:
-        arrays: the letter in the making, of M >= max_rows rows: `tokens` [3, M] int64 (ids, positions, slots),
-            `seq_lens`, `moved_at`, `moved_to` and `continues` [M].
+        arrays: the letter in the making, `LISTS` of at least max_rows: of each row its id, KV slot, length and the row
+            of `ids` that it continues from, below 0 for none; and places in the block tables with their new blocks.
         ids: [max_rows] int64 on the device: what the latest step sampled, valid until the next one's end.
         delivered: [2, max_rows] int64 on the host, pinned.
     """
@@ -61,14 +68,13 @@ class Mailbox:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         header, taken, rows = on_host((4,)), on_host((1,)), -(-max_rows // BLOCK) * BLOCK
-        letter = {"tokens": on_host((3, rows))} | {name: on_host((rows,), d) for name, d in LISTS.items()}
+        letter = {name: on_host((rows,), dtype) for name, dtype in LISTS.items()}
         self.arrays = {name: tensor.numpy() for name, tensor in letter.items()}
         self.delivered = on_host((2, max_rows))
         self.ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._header, self._taken = header.numpy(), taken.numpy()
         self._half, self._halves = on_device(NOWHERE), (on_device(0), on_device(1))
-        lists = letter["tokens"], *(letter[name] for name in LISTS)
-        self._feed_args = (header, taken, *lists, self.ids, on_device(0), self._half)
+        self._feed_args = (header, taken, *letter.values(), self.ids, on_device(0), self._half)
         self._held = False
         self._feed: Callable[..., None] = feed_reference
         self._deliver: Callable[..., None] = deliver_reference
@@ -135,8 +141,9 @@ def _nothing() -> None:
 def feed_reference(
     header: Tensor,
     taken: Tensor,
-    staged_tokens: Tensor,
-    staged_lens: Tensor,
+    new_ids: Tensor,
+    slots: Tensor,
+    lens: Tensor,
     moved_at: Tensor,
     moved_to: Tensor,
     continues: Tensor,
@@ -153,13 +160,15 @@ def feed_reference(
     if number == int(seen):
         half.fill_(NOWHERE)
         return
-    tokens[: 3 * size].view(3, size).copy_(staged_tokens[:, :size])
-    seq_lens[:size] = staged_lens[:size]
     if moved:
         tables.view(-1)[moved_at[:moved].long()] = moved_to[:moved]
+    tokens[:size] = new_ids[:size]
     if count:
-        rows = continues[:count]
+        rows = continues[:count].long()
         tokens[:count] = torch.where(rows < 0, tokens[:count], ids[rows.clamp(min=0)].clamp(min=0))
+    tokens[size : 2 * size] = (lens[:size] - 1).clamp(min=0)
+    tokens[2 * size : 3 * size] = slots[:size]
+    seq_lens[:size] = lens[:size]
     half.fill_(to_half)
     seen.fill_(number)
     taken.fill_(number)

@@ -89,9 +89,11 @@ class Engine:
         size, before = data.draw(st.integers(1, ROWS)), self.latest
         self.mailbox.wait()
         arrays, self.count = self.mailbox.arrays, self.count + 1
-        tokens = torch.randint(0, 1000, (3 * size,), generator=draw).tolist()
-        arrays["tokens"][:, :size] = [tokens[:size], tokens[size : 2 * size], tokens[2 * size :]]
-        arrays["seq_lens"][:size] = lengths = torch.randint(0, 1000, (size,), generator=draw).tolist()
+        names = ("ids", "slots", "seq_lens")
+        ids_, slots, lengths = (torch.randint(0, 1000, (size,), generator=draw).tolist() for _ in names)
+        for name, values in zip(names, (ids_, slots, lengths), strict=True):
+            arrays[name][:size] = values
+        tokens = [*ids_, *(max(length - 1, 0) for length in lengths), *slots]
         count = 0 if before is None else data.draw(st.integers(0, size))
         for row in range(count):
             source = data.draw(st.integers(-1, before.size - 1))

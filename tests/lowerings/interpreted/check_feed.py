@@ -27,13 +27,9 @@ def test_feeds_a_step(size, moved, fresh, half, data):
 
     moved = min(moved, rows)
     at = torch.randperm(rows * PAGES, generator=draw)[:rows].to(torch.int32)
-    letter = (
-        ints(-1, 2**40, 3 * rows).view(3, rows),
-        ints(0, 2**30, rows, torch.int32),
-        at,
-        ints(0, 2**30, rows, torch.int32),
-    )
-    continues, ids = ints(-1, rows, rows), ints(-1, 2**20, rows)
+    lists = ints(0, 2**30, rows, torch.int32), ints(-1, 2**40, rows), ints(0, 2**30, rows, torch.int32)
+    letter = *lists, at, ints(0, 2**30, rows, torch.int32), ints(-1, rows, rows, torch.int32)
+    ids = ints(-1, 2**20, rows)
     seen, count = data.draw(st.integers(0, 2**40)), data.draw(st.integers(0, size))
     header = torch.tensor([seen + fresh, count, moved, half])
 
@@ -43,7 +39,7 @@ def test_feeds_a_step(size, moved, fresh, half, data):
         taken, seen_, half_ = words
         tokens, tables = torch.full((3 * rows,), -7), torch.full((rows, PAGES), -7, dtype=torch.int32)
         lens = torch.full((rows,), -7, dtype=torch.int32)
-        launch(header, taken, *letter, continues, ids, seen_, half_, tokens, lens, tables, size)
+        launch(header, taken, *letter, ids, seen_, half_, tokens, lens, tables, size)
         return [t.tolist() for t in (*words, tokens, lens, tables)]
 
     expected = run(feed_reference)
