@@ -194,6 +194,7 @@ class GraphRunner:
         self._candidates, self._mixed = list(sizes), list(mixed)
         self._budget = budget_bytes
         self.sizes: list[int] = []
+        self._fastest: list[int] = []  # for each size the one in which its rows run
         self.mixed: list[MixedShape] = []
         self.seconds: dict[Shape, float] = {}
         self.num_bytes = 0
@@ -227,7 +228,7 @@ class GraphRunner:
     def bucket(self, rows: int) -> int | None:
         """The captured size in which `rows` decodes run: the fastest that holds them, which may not be the next one."""
         at = bisect_left(self.sizes, rows)
-        return min(self.sizes[at:], key=lambda size: (self.seconds[size], size), default=None)
+        return self._fastest[at] if at < len(self.sizes) else None
 
     def wanted(self) -> Iterator[Shape]:
         """What is to be captured at the start; each is asked for when those before it are captured, or failed."""
@@ -304,6 +305,8 @@ class GraphRunner:
             self._unchecked.add(shape)
         self.seconds.setdefault(shape, seconds)
         self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
+        costs = {size: (self.seconds[size], size) for size in self.sizes}
+        self._fastest = [min(self.sizes[at:], key=costs.__getitem__) for at in range(len(self.sizes))]
         # One that hides launches itself, of which the shape before gave no hint, is better left unpadded.
         self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape) and not self._hidden(size))
         self.num_bytes += max(0, self._recorder.used_bytes() - before)
