@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.idle import profile_idle
+from benchmarks.idle import WARM_UP_CALLS, profile_idle
 from benchmarks.roofline import touched_experts
 from benchmarks.session import PROFILED_STEPS, Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, kernel_times, time_calls
@@ -27,12 +27,13 @@ WARM_UP_STEPS = 3
 class DecodeRun:
     """B sequences in the engine, all of them decoding."""
 
-    def __init__(self, session: Session, batch: int) -> None:
+    def __init__(self, session: Session, batch: int, context: int | None = None) -> None:
         self.session, self.engine, self.batch = session, session.engine, batch
         o = session.options
+        context = context or o.context
         self.engine.capture_graphs([batch])
-        prompts = session.prompts([o.context] * batch, batch)
-        budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS
+        prompts = session.prompts([context] * batch, batch + context)
+        budget = o.repeat * o.steps + o.settle_steps + PROFILED_STEPS + WARM_UP_CALLS
         ids = session.add(f"decode {batch}", prompts, [budget] * batch)
         self.tokens = dict(zip(ids, prompts, strict=True))
         for _ in range(o.settle_steps - WARM_UP_STEPS):
@@ -42,7 +43,7 @@ class DecodeRun:
             if state.running == batch and state.computed_tokens - before == batch:
                 break
         else:
-            raise RuntimeError(f"{batch} sequences of {o.context} tokens never all decode: give the KV cache more room")
+            raise RuntimeError(f"{batch} sequences of {context} tokens never all decode: give the KV cache more room")
         for _ in range(WARM_UP_STEPS):
             self.step()
 
@@ -84,7 +85,7 @@ def _measure(session: Session, batch: int) -> dict[str, Any]:
     if o.profile and on_gpu:
         kernels = kernel_times(run.engine.repeat_step)
     run.close()
-    bucket = min((b for b in run.engine.report.cuda_graphs if b >= batch), default=None)
+    bucket = run.engine.graphs.bucket(batch) if run.engine.graphs is not None else None
     figures: dict[str, Any] = {"batch": batch, "bucket": bucket, "context": round(sum(contexts) / len(contexts), 1)}
     figures |= _shares(session, run, figures["context"], steps, replays)
     figures["idle"] = idle

@@ -17,6 +17,7 @@ import transformers
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.check import CheckResult, check_engine
+from benchmarks.idle import WARM_UP_CALLS
 from benchmarks.roofline import Workload
 from benchmarks.shapes import SHAPES
 from fusecomp.config import EngineConfig
@@ -85,7 +86,8 @@ class Options:
         rows, length = [8], [CHECK_LEN]
         if {"decode", "startup", "patterns"} & set(self.benchmarks):
             rows += self.batches
-            length.append(self.context + self.repeat * self.steps + self.settle_steps + PROFILED_STEPS)
+            steps = self.repeat * self.steps + self.settle_steps + PROFILED_STEPS + WARM_UP_CALLS
+            length.append(self.context + steps)
         if "prefill" in self.benchmarks:
             rows.append(self.prompts)
             length.append(self.prompt_len + 1)

@@ -10,7 +10,7 @@ import random
 import time
 from typing import Any
 
-from benchmarks.idle import Idle, profile_idle
+from benchmarks.idle import WARM_UP_CALLS, Idle, profile_idle
 from benchmarks.session import Result, Session, kernel_table, progress, table
 from benchmarks.timing import Samples, compiled_kernels, kernel_times
 
@@ -39,7 +39,7 @@ def _profiled(session: Session) -> dict[str, Any] | None:
     while engine.has_unfinished_requests() and len(found) < len(PROFILED_AT):
         if at in PROFILED_AT:
             found.append((at, profile_idle(engine.step, PROFILED_STEPS)))
-            at += PROFILED_STEPS
+            at += WARM_UP_CALLS + PROFILED_STEPS
         else:
             engine.step()
             at += 1

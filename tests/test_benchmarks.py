@@ -109,8 +109,8 @@ def wrong_logits(monkeypatch: pytest.MonkeyPatch, *, decodes_only: bool) -> None
 
 
 def wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Engine._run
-    monkeypatch.setattr(Engine, "_run", lambda *args: Sampled((right(*args).tokens + 1) % 512))
+    right = Engine._forward
+    monkeypatch.setattr(Engine, "_forward", lambda *args: Sampled((right(*args).tokens + 1) % 512))
 
 
 @pytest.mark.parametrize("fault", ["prefill", "decode", "tokens"])
@@ -194,6 +194,6 @@ def test_idle_time_is_what_no_kernel_covers() -> None:
     idle = Idle.of((start, end, "abcdef"[i]) for i, (start, end) in enumerate(kernels))
     assert idle.largest_gaps(2) == [(("f", "a"), (1, 4.0)), (("e", "f"), (1, 2.0))]
     assert (idle.wall, idle.busy, idle.long_gaps, idle.longest, idle.kernels) == (30.0, 24.0, 4.0, 4.0, 6)
-    assert idle.share == pytest.approx(0.2)
+    assert idle.share == pytest.approx(0.2) and idle.longest_at == 16.0
     with pytest.raises(ValueError, match="no kernel"):
         Idle.of([])

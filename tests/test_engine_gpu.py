@@ -271,6 +271,24 @@ def test_preempted_requests_come_back_with_the_same_tokens(device, name, block_s
         assert serve(roomy, requests) == tokens and roomy.metrics.preemptions == 0
 
 
+@variants("name", [("llama",)], MODELS)
+def test_steps_that_run_again_change_no_token(device, name):
+    """Three more runs of the latest step after every step, queued and not waited for: none takes the next one's letter,
+    continues from its own tokens, or delivers."""
+    engine = make_engine(name, device, torch.float32)
+    engine.overlap = True
+    step, again = engine.step, []
+
+    def step_and_repeat():
+        outputs = step()
+        again.append([engine.repeat_step() for _ in range(3)])
+        return outputs
+
+    engine.step = step_and_repeat
+    assert serve(engine, [(p, GREEDY) for p in prompts()]) == hf_greedy(name, 32)
+    assert len(again) > 10
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_strict(name):
@@ -331,11 +349,11 @@ def test_captures_that_find_no_memory():
     run = engine._graphs._run
     held = []
 
-    def hungry(batch, kind):
+    def hungry(batch, shape, kind):
         """A step that needs 64 MiB more than there is, while it is captured."""
         if torch.cuda.is_current_stream_capturing():
             held.append(torch.empty(64 << 20, dtype=torch.uint8, device="cuda"))
-        return run(batch, kind)
+        return run(batch, shape, kind)
 
     engine._graphs._run = hungry
     used = torch.cuda.memory_reserved() + (32 << 20)

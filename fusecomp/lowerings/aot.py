@@ -344,7 +344,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         epilogue_specializations(target),
         greedy_specializations(target),
         route_specializations(target),
-        feed_specializations(),
+        feed_specializations(target),
     )
     experts = experts_specializations(target, full=full)
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))

@@ -1,4 +1,4 @@
-"""The kernels between steps for ahead-of-time compilation."""
+"""The kernels that feed a step and deliver its tokens, for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from collections.abc import Iterator
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.feed import BLOCK, deliver_kernel, feed_kernel
+from fusecomp.lowerings.paged_attention.heuristics import Target
 
 
-def specializations() -> Iterator[Specialization]:
+def specializations(target: Target) -> Iterator[Specialization]:
     """Each has one."""
-    lists = {"staged_tokens": "i64", "staged_lens": "i32", "moved_at": "i32", "moved_to": "i32", "continues": "i64"}
-    buffers = {"sampled": "i64", "tokens": "i64", "seq_lens": "i32", "tables": "i32"}
-    sizes = {"size": "i32", "count": "i32", "moved": "i32"}
-    yield Specialization("feed", feed_kernel, lists | buffers, sizes, {"BLOCK": BLOCK}, num_warps=4, num_stages=1)
-    pointers = {"sampled": "i64", "host": "i64"}
+    words = dict.fromkeys(("header", "taken", "ids", "seen", "half"), "i64")
+    lists = dict.fromkeys(("new_ids", "lens", "moved_at", "moved_to", "continues"), "i32") | {"slots": "i64"}
+    buffers = {"tokens": "i64", "seq_lens": "i32", "tables": "i32"}
+    pointers = words | lists | buffers
+    yield Specialization("feed", feed_kernel, pointers, {"size": "i32"}, {"BLOCK": BLOCK}, num_warps=1, num_stages=1)
+    pointers = dict.fromkeys(("sampled", "half", "ids", "host"), "i64")
     yield Specialization(
-        "deliver", deliver_kernel, pointers, {"size": "i32"}, {"BLOCK": BLOCK}, num_warps=4, num_stages=1
+        "deliver",
+        deliver_kernel,
+        pointers,
+        {"size": "i32", "stride": "i32"},
+        {"BLOCK": BLOCK, "USE_PDL": target.has_pdl},
+        num_warps=4,
+        num_stages=1,
     )

@@ -7,9 +7,9 @@ same addresses at every step, which is what a captured CUDA graph replays, and a
 
 Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
 parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
-step. A step gathers its lines into pinned staging buffers. What changes at every step of decodes one kernel reads from
-there (`lowerings/feed.py`); the rest is copied when it changed. There are two staging sets, each with an event: one is
-filled while the other may still be read.
+step. A step gathers its lines into pinned buffers. What changes at every step of decodes is a letter that the step
+itself takes (`mailbox.py`); the rest is copied when it changed, from one of two staging sets, each with an event: one
+is filled while the other may still be read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fusecomp.lowerings.launch import compiling_ahead
+from fusecomp.runtime.mailbox import NOWHERE, Mailbox
 from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch, needs_of
 
@@ -37,10 +39,8 @@ _BUFFERS = {
     "seeds": torch.int64,
     "rows": torch.int64,
     "continues": torch.int64,
-    "moved_at": torch.int32,
-    "moved_to": torch.int32,
 }
-_STAGED_ONLY = ("continues", "moved_at", "moved_to")
+_STAGED_ONLY = ("continues",)
 _SAMPLING = ("temperature", "top_k", "top_p", "seeds")
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
 
@@ -49,11 +49,15 @@ class _Staging:
     """Host buffers of one step in the making, pinned for CUDA, seen by torch and by numpy.
 
     `wait` returns once the copies out of them have ended, `record` marks that all of a step's copies are issued.
+
+    Attributes:
+        used: something was copied since `record`.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._event = torch.cuda.Event() if pinned else None
+        self.used = False
         self.tensors = {
             name: torch.zeros(shape, dtype=_BUFFERS[name], pin_memory=pinned) for name, shape in shapes.items()
         }
@@ -66,8 +70,9 @@ class _Staging:
             self._event.synchronize()
 
     def record(self) -> None:
-        if self._event is not None:
+        if self._event is not None and self.used:
             self._event.record()
+        self.used = False
 
 
 class BatchBuilder:
@@ -82,6 +87,10 @@ class BatchBuilder:
         device: where the batch lives. On CUDA, copies go to the current stream, without a sync.
         seed: engine seed. A request without a seed draws from this and its order of arrival.
         on_enter: called with each newly admitted sequence before the step's copies are issued.
+        mailbox: of the engine; one of its own when None.
+
+    Attributes:
+        mailbox: where steps of decodes find what they are given, and all leave what they sample.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class BatchBuilder:
         device: torch.device | str,
         seed: int = 0,
         on_enter: Callable[[SequenceState], None] | None = None,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_rows = max_num_seqs + MOST_PREFILLS
@@ -102,6 +112,7 @@ class BatchBuilder:
         self.device = torch.device(device)
         self._seed = seed
         self._on_enter = on_enter
+        self.mailbox = mailbox or Mailbox(self.max_rows, self.device)
 
         S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
@@ -143,20 +154,24 @@ class BatchBuilder:
         self._placement = (0, 0)  # rows before a gap in the block tables, and where those after it begin
         self._all_needs, self._most_logprobs = 0, -1
         self._moved = 0  # entries of block tables that the step in the making brings
+        self._letter: tuple[int, int, int] | None = None  # rows, those that continue, moved: written and not sent
 
     def build(
         self,
         step: ScheduledStep,
         pad_to: int | MixedShape | None = None,
-        continues: tuple[torch.Tensor, Sequence[int]] | None = None,
+        continues: Sequence[int] | None = None,
+        *,
+        sealed: bool = False,
     ) -> StepBatch:
         """Fill the batch of `step`.
 
         Args:
             step: from `Scheduler.schedule`, before the matching `update`.
             pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
-            continues: for a step scheduled ahead, the sampled ids [S'] of the step before, on the device, and for each
-                decode the row of it that it continues from, or `KNOWN`; a `range` says each its own.
+            continues: for a step scheduled ahead, for each decode the row of the step before whose id, in the mailbox,
+                it continues from, or `KNOWN`; a `range` says each its own.
+            sealed: of a step of decodes leave what changes at every step to `send` or `feed`, one of which follows.
 
         Returns: the batch; its tensors are overwritten by the next `build` or `padding`.
         """
@@ -174,32 +189,35 @@ class BatchBuilder:
         assert self.max_num_batched_tokens >= T, T
         starts = np.array(step.starts, np.int64)
         ends = starts + 1 if step.decode_only else starts + np.array(step.num_new_tokens, np.int64)
+        if self._letter is not None:  # its entries of block tables never arrived
+            self._forget()
         self._turn ^= 1
         staging = self._staging[self._turn]
         staging.wait()
+        if step.decode_only:
+            self.mailbox.wait()
 
         max_seq_len = int(ends.max())
         self._moved = 0
         rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging, step.decode_only)
-        seq_lens = staging.arrays["seq_lens"]
-        seq_lens[:nd] = ends[:nd]
-        seq_lens[nd : nd + gap] = 0
-        seq_lens[nd + gap : n + gap] = ends[nd:]
-        seq_lens[n + gap : S] = 0
-
-        tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
-        sampled, sampled_rows = (None, None) if continues is None else continues
-        if sampled_rows is None or KNOWN in sampled_rows:
-            tokens[0, :nd] = [seq.token_ids[-1] for seq in (seqs[:nd] if nd < n else seqs)]
-        tokens[1, :nd] = starts[:nd]
-        tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
         if step.decode_only:
-            tokens[:2, n:] = 0
-            tokens[2, n:] = -1
             max_q_len = 1
+            self._write_letter(step, rows, starts, S, continues)
+            if not sealed:
+                self.feed()
         else:
-            self._fill_prefills(step, tokens)
             max_q_len = max(step.num_new_tokens)
+            seq_lens = staging.arrays["seq_lens"]
+            seq_lens[:nd] = ends[:nd]
+            seq_lens[nd : nd + gap] = 0
+            seq_lens[nd + gap : n + gap] = ends[nd:]
+            seq_lens[n + gap : S] = 0
+            tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
+            if continues is None or KNOWN in continues:
+                tokens[0, :nd] = [seq.token_ids[-1] for seq in seqs[:nd]]
+            tokens[1, :nd] = starts[:nd]
+            tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
+            self._fill_prefills(step, tokens)
             cu_q_lens = staging.arrays["cu_q_lens"]
             ends_of_rows = np.cumsum(step.num_new_tokens)
             cu_q_lens[1 : nd + 1] = ends_of_rows[:nd]
@@ -215,13 +233,10 @@ class BatchBuilder:
                 staging.arrays["logit_indices"][n:S] = 0
             self._copy(staging, "cu_q_lens", S + 1)
             self._copy(staging, "logit_indices", S)
-        if step.decode_only:
-            self._feed(staging, S, sampled, sampled_rows or ())
-        else:
             self._copy(staging, "seq_lens", S)
             self._copy(staging, "tokens", 3 * T)
-            if sampled is not None and sampled_rows:
-                self._continue_from(sampled, sampled_rows, staging)
+            if continues:
+                self._continue_from(continues, staging)
         staging.record()
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
@@ -235,46 +250,58 @@ class BatchBuilder:
         """Tokens of the longest sequence that a block table holds, which a captured launch must serve."""
         return self.max_blocks_per_seq * self.block_size
 
-    def _feed(self, staging: _Staging, size: int, sampled: torch.Tensor | None, rows: Sequence[int]) -> None:
-        """Bring a step of `size` decodes to the device, and the entries of block tables that `_refresh` moved."""
-        device, staged, count, moved = self._device, staging.tensors, len(rows), self._moved
-        if self.device.type != "cuda":
-            self._copy(staging, "seq_lens", size)
-            self._copy(staging, "tokens", 3 * size)
-            if moved:
-                tables = device["block_tables"].numpy().reshape(-1)
-                tables[staging.arrays["moved_at"][:moved]] = staging.arrays["moved_to"][:moved]
-            if sampled is not None and rows:
-                self._continue_from(sampled, rows, staging)
-            return
-        from fusecomp.lowerings.feed import launch_feed
+    def _write_letter(
+        self, step: ScheduledStep, rows: np.ndarray, starts: np.ndarray, size: int, continues: Sequence[int] | None
+    ) -> None:
+        """What a step of `size` decodes takes, padding last: a row's position is that before its length, or 0."""
+        letter, n, count = self.mailbox.arrays, len(step.seqs), len(continues or ())
+        if continues is None or KNOWN in continues:
+            letter["ids"][:n] = [seq.token_ids[-1] for seq in step.seqs]
+        if continues:
+            letter["continues"][:count] = self._order[:count] if isinstance(continues, range) else continues
+        letter["seq_lens"][:n] = starts + 1
+        letter["slots"][:n] = self._slots(rows, starts)
+        letter["ids"][n:size] = letter["seq_lens"][n:size] = 0
+        letter["slots"][n:size] = -1
+        self._letter = size, count, self._moved
 
-        if rows:
-            staging.arrays["continues"][:count] = self._order[:count] if isinstance(rows, range) else rows
-        launch_feed(
-            staged["tokens"],
-            staged["seq_lens"],
-            (staged["moved_at"], staged["moved_to"]),
-            staged["continues"],
-            sampled,
-            device["tokens"],
-            device["seq_lens"],
-            device["block_tables"],
-            size,
-            count,
-            moved,
-        )
+    def send(self, half: int) -> None:
+        """Send the sealed letter, if there is one, to a step that is launched next and begins with `launch_feed`."""
+        if self._letter is not None:
+            _, count, moved = self._letter
+            self.mailbox.send(count, moved, half)
+            self._letter = None
 
-    def _continue_from(self, sampled: torch.Tensor, rows: Sequence[int], staging: _Staging) -> None:
+    def feed(self, half: int = NOWHERE) -> None:
+        """Send the sealed letter, if there is one, and bring it to the device."""
+        if self._letter is not None:
+            size = self._letter[0]
+            self.send(half)
+            self.launch_feed(size)
+            if compiling_ahead():
+                self.mailbox.skip()
+
+    def launch_feed(self, size: int) -> None:
+        """Queue what takes the letter to a step of `size` decodes."""
+        device = self._device
+        self.mailbox.feed(device["tokens"], device["seq_lens"], device["block_tables"], size)
+
+    def _continue_from(self, rows: Sequence[int], staging: _Staging) -> None:
         """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
-        count, tokens = len(rows), self._device["tokens"]
+        count, tokens, sampled = len(rows), self._device["tokens"], self.mailbox.ids
         if isinstance(rows, range):
             torch.clamp(sampled[:count], min=0, out=tokens[:count])
             return
         staging.arrays["continues"][:count] = rows
+        staging.used = True
         at = staging.tensors["continues"][:count].to(self.device, non_blocking=True)
         taken = sampled[at.clamp(min=0)].clamp_(min=0)
         tokens[:count] = torch.where(at < 0, tokens[:count], taken) if KNOWN in rows else taken
+
+    def _forget(self) -> None:
+        """The device rows no longer belong to any sequence."""
+        self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
+        self._letter = None
 
     def padding(self, shape: int | MixedShape) -> StepBatch:
         """A batch of nothing but padding, of so many decode rows or of a mixed shape, safe to run for warm-up and
@@ -303,8 +330,7 @@ class BatchBuilder:
         self._copy(staging, "seq_lens", rows)
         self._gather_sampling(np.zeros(0, np.int64), rows, staging)
         staging.record()
-        # The device rows no longer belong to any sequence.
-        self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
+        self._forget()
         self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
         return self._batch(self._mixed_view_of(shape) if isinstance(shape, MixedShape) else self._decode_view(rows), 0)
 
@@ -319,7 +345,7 @@ class BatchBuilder:
     ) -> np.ndarray:
         """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
 
-        Where the rows are those of the step before and all decode, the places of new blocks are noted for `_feed`.
+        Where the rows are those of the step before and all decode, the places of new blocks go into the letter.
 
         Args:
             placement: rows before the gap in the block tables, and where those after it begin.
@@ -354,7 +380,7 @@ class BatchBuilder:
                 if same_places:
                     places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
         if same_places and len(places) <= self.max_rows:
-            self._note_moves(places, rows, staging)
+            self._note_moves(places, rows)
         else:
             self._copy_tables(rows, max_seq_len, placement, staging)
         self._num_blocks, self._placement = num_blocks, placement
@@ -363,17 +389,18 @@ class BatchBuilder:
             self._admissions = admissions
         return rows
 
-    def _note_moves(self, places: list[int], rows: np.ndarray, staging: _Staging) -> None:
-        """Say what `_feed` is to write to the block tables: what the table of each row holds there."""
+    def _note_moves(self, places: list[int], rows: np.ndarray) -> None:
+        """Put into the letter what is to be written to the block tables: what the table of each row holds there."""
         self._moved = count = len(places)
         at = np.array(places, np.int64)
-        staging.arrays["moved_at"][:count] = at
+        self.mailbox.arrays["moved_at"][:count] = at
         lines, columns = np.divmod(at, self.max_blocks_per_seq)
-        staging.arrays["moved_to"][:count] = self._table[rows[lines], columns]
+        self.mailbox.arrays["moved_to"][:count] = self._table[rows[lines], columns]
 
     def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: _Staging) -> None:
         n = len(rows)
         width = -(-max_seq_len // self.block_size)
+        staging.used = True
         staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._table[rows, :width]
         packed = staging.tensors["block_tables"][: n * width]
         if self.device.type != "cpu":
@@ -441,6 +468,7 @@ class BatchBuilder:
         if latest is None or latest[0] != size:
             latest = staging.copies[name] = size, self._device[name][:size], staging.tensors[name][:size]
         latest[1].copy_(latest[2], non_blocking=True)
+        staging.used = True
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
         views = {name: buffer[:S] for name, buffer in self._device.items()}

@@ -118,8 +118,9 @@ class TokenChoice:
 
     def __call__(self, logits: Tensor, batch: StepBatch, kind: Kind) -> Sampled:
         """Draw a token for each row of logits [S, V]; everything on the device."""
-        positions = batch.tokens[1][batch.logit_indices]
         raw = logits
+        if kind.draw != GREEDY or kind.tables:  # else nothing stands between the logits and their arg-max
+            positions = batch.tokens[1][batch.logit_indices]
         if kind.tables:
             logits = self._adjusted(logits, batch, positions)
         if kind.draw == GREEDY:

@@ -27,6 +27,7 @@ from fusecomp.runtime.flight import Flight, Runway
 from fusecomp.runtime.graphs import CudaRecorder, GraphRunner, Recorder, Shape, bucket_sizes
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
+from fusecomp.runtime.mailbox import Mailbox
 from fusecomp.runtime.metrics import Metrics, MetricsSnapshot
 from fusecomp.runtime.outputs import StepOutput, step_outputs
 from fusecomp.runtime.packing import MOST_BLOCKS, check_invariance, check_packing
@@ -34,7 +35,7 @@ from fusecomp.runtime.scheduler import ScheduledStep, Scheduler, SequenceState, 
 from fusecomp.runtime.stand_in import StandIns
 from fusecomp.runtime.start_up import compile_and_size, confirm_program, limit_to_proof, mixed_shapes_of
 from fusecomp.runtime.step import CompiledStep
-from fusecomp.runtime.step_batch import StepBatch
+from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.swap import open_swap_space
 
 
@@ -63,6 +64,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._tables = RowTables(config.max_num_seqs, self.device, eos_token_ids)
         self._choice = TokenChoice(self._tables, self.device, deterministic=config.deterministic)
+        self._mailbox = Mailbox(config.max_num_seqs + MOST_PREFILLS, self.device)
         self._builder = self._new_builder(config)
         self._stand_ins = StandIns(self._step, self._builder, config)
         num_blocks, prefill_rate = compile_and_size(self._step, self._builder, self._stand_ins, config)
@@ -87,7 +89,7 @@ class Engine:
         self.overlap = self.device.type == "cuda"
         self._flight: Flight | None = None
         self._launch_seconds = 0.0
-        self._runway = Runway(self._builder.max_rows, self.device)
+        self._runway = Runway(self._mailbox, self.device)
         self._latest: tuple[StepBatch, Shape | None] | None = None
         confirm_program(self._step, self._stand_ins, self.prompt_logits)
         self._step.seal()
@@ -179,7 +181,7 @@ class Engine:
             flight = self._launch(step)
         if self.overlap and (ahead := self._scheduler.schedule_ahead(flight.step)) is not None:
             step, rows = ahead
-            self._flight = self._launch(step, (flight.tokens, rows))
+            self._flight = self._launch(step, rows)
         launched = time.perf_counter()
         tokens = flight.token_ids()
         arrived = time.perf_counter()
@@ -193,37 +195,56 @@ class Engine:
         self._note_fallbacks()
         return outputs
 
-    def _launch(self, step: ScheduledStep, continues: tuple[Tensor, Sequence[int]] | None = None) -> Flight:
+    def _launch(self, step: ScheduledStep, continues: Sequence[int] | None = None) -> Flight:
         """Queue a step's device work; nothing is waited for."""
         wanted = prompt_tokens(step)
         shape = self._graphs.choose(step) if self._graphs and wanted is None else None
-        batch = self._builder.build(step, shape, continues)
+        batch = self._builder.build(step, shape, continues, sealed=True)
         kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()
-        if self._graphs is not None and shape is not None:
-            if self._graphs.is_due(shape, kind):
-                self._capture(self._graphs, shape, kind)
-                batch = self._builder.build(step, shape, continues)
-            if self._graphs.captured(shape, kind):
-                self._graphs.check(batch, shape, kind)
+        if self._graphs is not None and shape is not None and self._graphs.is_due(shape, kind):
+            self._capture(self._graphs, shape, kind)
+            batch = self._builder.build(step, shape, continues, sealed=True)
         if step.swap_out or step.swap_in:
             assert self._host_blocks is not None
             self._host_blocks.move(step.swap_out, step.swap_in)
         self._latest = batch, shape
+        half = self._runway.half()
         if wanted is None:
-            flight = self._runway.launch(step, self._run(batch, shape))
+            flight = self._runway.flight(step, self._run(batch, shape, half), half)
         else:
             logits, scores = with_prompt(self._step, batch, wanted, self._choice.pack)
-            flight = self._runway.launch(step, self._choice(logits, batch, kind), wanted, scores)
+            sampled = self._choice(logits, batch, kind)
+            self._mailbox.deliver(sampled.tokens, half)
+            flight = self._runway.flight(step, sampled, half, wanted, scores)
+        if self._graphs is not None and shape is not None and self._graphs.captured(shape, kind):
+            self._graphs.check(batch, shape, kind)
         self._launch_seconds += time.perf_counter() - start
         return flight
 
-    def _run(self, batch: StepBatch, shape: Shape | None) -> Sampled:
+    def _run(self, batch: StepBatch, shape: Shape | None, half: int) -> Sampled:
+        """Queue a step of which `build` made the batch, and what delivers its tokens to a half of the mailbox."""
         kind = self._choice.kind(batch)
-        if shape is None or self._graphs is None or not self._graphs.captured(shape, kind):
+        if shape is not None and self._graphs is not None and self._graphs.captured(shape, kind):
+            self._builder.send(half)
+            sampled = self._graphs.replay(shape, kind)
+            if isinstance(shape, MixedShape):
+                self._mailbox.deliver(sampled.tokens, half)
+        else:
+            self._builder.feed(half)
+            sampled = self._forward(batch, kind)
+            self._mailbox.deliver(sampled.tokens, half)
+        return sampled
+
+    def _whole(self, batch: StepBatch, shape: Shape, kind: Kind) -> Sampled:
+        """What a graph holds: of a size of decodes all from taking the letter to delivering tokens; else the work."""
+        if isinstance(shape, MixedShape):
             return self._forward(batch, kind)
-        return self._graphs.replay(shape, kind)
+        self._builder.launch_feed(shape)
+        sampled = self._forward(batch, kind)
+        self._mailbox.deliver(sampled.tokens)
+        return sampled
 
     def _capture(self, graphs: GraphRunner, shape: Shape, kind: Kind) -> None:
         """Try to capture a graph; the batch has to be built again afterwards."""
@@ -259,7 +280,14 @@ class Engine:
         """
         if self._latest is None:
             raise RequestError("no step has run", where="repeat_step", remedy="call step() first")
-        return self._run(*self._latest).tokens
+        batch, shape = self._latest
+        kind = self._choice.kind(batch)
+        if shape is not None and self._graphs is not None and self._graphs.captured(shape, kind):
+            sampled = self._graphs.replay(shape, kind)
+        else:
+            sampled = self._forward(batch, kind)
+        self._mailbox.hold()
+        return sampled.tokens
 
     def prompt_logits(self, prompts: list[list[int]], *, decode_last: bool = False) -> Tensor:
         """Logits [S, V] after each prompt, all packed in one step; only while no request lives.
@@ -305,6 +333,7 @@ class Engine:
             self.device,
             config.seed,
             self._tables.enter,
+            self._mailbox,
         )
 
     def _check_packing(self) -> None:
@@ -343,9 +372,7 @@ class Engine:
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
         note = self.report.notes.append
-        return GraphRunner(
-            self._step, self._forward, bucket_sizes(largest), mixed_shapes_of(self.config), note, recorder
-        )
+        return GraphRunner(self._step, self._whole, bucket_sizes(largest), mixed_shapes_of(self.config), note, recorder)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusecomp.runtime.choice import Sampled
 from fusecomp.runtime.logprobs import PromptTokens
+from fusecomp.runtime.mailbox import Mailbox
 from fusecomp.runtime.scheduler import ScheduledStep
 
 
@@ -19,12 +20,10 @@ class Flight:
 
     Attributes:
         step: what was scheduled.
-        tokens: sampled ids [S] on the device; valid until the next launch's kernels run, in stream order.
         prompt: which prompt tokens it scored.
     """
 
     step: ScheduledStep
-    tokens: Tensor
     prompt: PromptTokens | None
     _host: Tensor
     _scores: Tensor | None
@@ -48,36 +47,33 @@ class Flight:
 
 
 class Runway:
-    """Makes flights: two pinned host buffers, so that one step's ids can be read while the next one's arrive."""
+    """Makes flights. Ids arrive in the halves of the mailbox by turns, so that those before can still be read."""
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._buffers = [torch.empty(max_rows, dtype=torch.int64, pin_memory=self._cuda) for _ in range(2)]
-        self._turn = 0
+    def __init__(self, mailbox: Mailbox, device: torch.device) -> None:
+        self._mailbox, self._cuda = mailbox, device.type == "cuda"
+        self._half = 0
 
-    def launch(
+    def half(self) -> int:
+        """Where the next step's ids are to arrive."""
+        self._half ^= 1
+        return self._half
+
+    def flight(
         self,
         step: ScheduledStep,
         sampled: Sampled,
+        half: int,
         prompt: PromptTokens | None = None,
         prompt_scores: Tensor | None = None,
     ) -> Flight:
-        """Queue the copies of what the step gives to the host, behind its kernels."""
-        self._turn ^= 1
-        tokens = sampled.tokens
-        host = self._buffers[self._turn][: tokens.shape[0]]
-        if self._cuda:
-            from fusecomp.lowerings.feed import launch_deliver
-
-            launch_deliver(tokens, host)
-        else:
-            host.copy_(tokens)
+        """Of a step that was launched and delivers to `half`; queues the copies of what else it gives to the host."""
+        host = self._mailbox.delivered[half, : sampled.tokens.shape[0]]
         scores, prompt_scores = self._to_host(sampled.scores), self._to_host(prompt_scores)
         arrived = None
         if self._cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        return Flight(step, tokens, prompt, host, scores, prompt_scores, arrived)
+        return Flight(step, prompt, host, scores, prompt_scores, arrived)
 
     def _to_host(self, scores: Tensor | None) -> Tensor | None:
         """A copy in memory of its own: log-probabilities are few, and torch keeps freed pinned memory."""

@@ -164,7 +164,8 @@ class GraphRunner:
     Args:
         logits: `batch -> logits [S, V]`, made only of capturable work on the current stream; its work may be queued
             any number of times for one batch.
-        run: `(batch, kind) -> sampled token ids [S] and their scores`, likewise.
+        run: `(batch, shape, kind) -> sampled token ids [S] and their scores`, likewise: the whole of a step, which in a
+            size of decodes takes its inputs and delivers its tokens itself, if it is given new ones.
         sizes: candidates for decode steps, ascending.
         mixed: candidates for mixed steps, the cheapest first.
         note: called with what the report should say.
@@ -182,7 +183,7 @@ class GraphRunner:
     def __init__(
         self,
         logits: Callable[[StepBatch], Tensor],
-        run: Callable[[StepBatch, Kind], Sampled],
+        run: Callable[[StepBatch, Shape, Kind], Sampled],
         sizes: Sequence[int],
         mixed: Sequence[MixedShape],
         note: Callable[[str], None],
@@ -193,6 +194,7 @@ class GraphRunner:
         self._candidates, self._mixed = list(sizes), list(mixed)
         self._budget = budget_bytes
         self.sizes: list[int] = []
+        self._fastest: list[int] = []  # for each size the one in which its rows run
         self.mixed: list[MixedShape] = []
         self.seconds: dict[Shape, float] = {}
         self.num_bytes = 0
@@ -224,9 +226,9 @@ class GraphRunner:
         return next((shape for shape in self.mixed if shape.holds(*sizes)), None)
 
     def bucket(self, rows: int) -> int | None:
-        """The captured size in which `rows` decodes run."""
+        """The captured size in which `rows` decodes run: the fastest that holds them, which may not be the next one."""
         at = bisect_left(self.sizes, rows)
-        return self.sizes[at] if at < len(self.sizes) else None
+        return self._fastest[at] if at < len(self.sizes) else None
 
     def wanted(self) -> Iterator[Shape]:
         """What is to be captured at the start; each is asked for when those before it are captured, or failed."""
@@ -290,9 +292,9 @@ class GraphRunner:
         begin = time.perf_counter()
         before = self._recorder.used_bytes()
         try:
-            self._run(padding, kind)
+            self._run(padding, shape, kind)
             launched = time.perf_counter()
-            graph = self._recorder.record(lambda: self._run(padding, kind))
+            graph = self._recorder.record(lambda: self._run(padding, shape, kind))
             seconds = self._recorder.seconds(graph[0])
         except torch.OutOfMemoryError as error:
             self._stop(f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})")
@@ -303,6 +305,8 @@ class GraphRunner:
             self._unchecked.add(shape)
         self.seconds.setdefault(shape, seconds)
         self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
+        costs = {size: (self.seconds[size], size) for size in self.sizes}
+        self._fastest = [min(self.sizes[at:], key=costs.__getitem__) for at in range(len(self.sizes))]
         # One that hides launches itself, of which the shape before gave no hint, is better left unpadded.
         self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape) and not self._hidden(size))
         self.num_bytes += max(0, self._recorder.used_bytes() - before)

@@ -72,8 +72,6 @@ def compile_and_size(step: CompiledStep, builder: BatchBuilder, stand_ins: Stand
 
 def _meet_kernels(step: CompiledStep, builder: BatchBuilder, stand_ins: StandIns, config: EngineConfig) -> None:
     """Under `compile_ahead`, go through the shapes of graphs and the checks' tiny steps."""
-    from fusecomp.lowerings.feed import launch_deliver
-
     checked = DECODED[0]
     sizes = {min(len(checked), config.max_num_seqs)}
     mixed: list[MixedShape] = []
@@ -84,7 +82,7 @@ def _meet_kernels(step: CompiledStep, builder: BatchBuilder, stand_ins: StandIns
     for shape in shapes:
         tokens = greedy(step(builder.padding(shape)))
     stand_ins.decodes(1, 1)  # what feeds a step of decodes
-    launch_deliver(tokens, tokens)
+    builder.mailbox.deliver(tokens)
     if len(checked) <= config.max_num_seqs and sum(checked) <= config.max_num_batched_tokens:
         step(stand_ins.prefill([[1] * tokens for tokens in checked], [[0]] * len(checked)))
 

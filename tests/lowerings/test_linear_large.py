@@ -60,8 +60,9 @@ def test_measured_shapes_get_their_own_entry():
     for entry in ENTRIES:
         shape = {key: entry[key] for key in ("n", "k", "groups", "tokens", "kind")}
         config = choose(**shape)
-        assert config.source.endswith("(exact)" if "us" in entry else "(exact, not measured)")
-        assert "us" in entry or "note" in entry, "where it was measured"
+        measured = "us" in entry or {"step_us", "step_us_before", "step", "gpu"} <= entry.keys()
+        assert config.source.endswith("(exact)" if measured else "(exact, not measured)")
+        assert measured or "note" in entry, "where it was measured"
         assert config.constants() == LargeConfig(**entry["config"]).constants()
     assert choose(n=4095).source.endswith("(nearest)")
     assert choose(Target("Some GPU", "cuda", 90, SM90.smem_bytes, 100)).source.endswith("(nearest)")

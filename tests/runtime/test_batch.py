@@ -137,6 +137,21 @@ def test_a_bucket_keeps_its_addresses():
         scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
 
 
+def test_a_letter_that_was_never_sent_loses_nothing():
+    """Each step is built once in vain, its new blocks too: what the device then holds is the step's all the same."""
+    scheduler, builder = engine([SamplingParams(max_tokens=30)] * 3)
+    moved = 0
+    for number in range(20):
+        step = scheduler.schedule()
+        builder.build(step, 4 if step.decode_only else None, sealed=True)
+        moved += builder._moved
+        check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
+        if number % 3 == 0:  # so that the step after this one knows what the device holds, and moves blocks
+            check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
+        scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
+    assert moved > 0
+
+
 def test_padding_is_inert():
     builder = BatchBuilder(4, 64, 16, 4, "cpu")
     batch = builder.padding(3)

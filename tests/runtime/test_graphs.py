@@ -64,7 +64,7 @@ def runner(recorder, sizes, mixed=(), notes=None, **options) -> GraphRunner:
     def logits(batch):
         return torch.eye(batch.rows, 8)
 
-    def run(batch, kind):
+    def run(batch, shape, kind):
         return Sampled(logits(batch).argmax(1))
 
     return GraphRunner(logits, run, sizes, mixed, [].append if notes is None else notes.append, recorder, **options)
@@ -104,6 +104,14 @@ def test_sizes_that_bring_nothing_are_not_captured():
     graphs = runner(Rerun(seconds=lambda rows: 3e-3 + 1e-7 * rows), bucket_sizes(256))
     assert start(graphs) == [256, 1]
     assert start(runner(Rerun(), bucket_sizes(1))) == [1]
+
+
+def test_rows_run_in_the_fastest_size_that_holds_them():
+    """Kernels of a size may suit it badly: a larger one that was measured to take less serves its rows."""
+    cost = {1: 1e-3, 2: 1.1e-3, 4: 1.5e-3, 8: 1.4e-3}
+    graphs = runner(Rerun(seconds=cost.__getitem__), [1, 2, 4, 8])
+    assert capture(graphs, 8, 4, 2, 1)
+    assert [graphs.bucket(rows) for rows in range(1, 10)] == [1, 2, 8, 8, 8, 8, 8, 8, None]
 
 
 def test_a_variant_is_captured_once_its_launches_have_taken_as_long():

@@ -150,7 +150,8 @@ def test_a_prompt_cut_before_its_last_token_goes_on_among_decodes():
     ]
     following, continues = scheduler.schedule_ahead(step)
     assert [seq.request_id for seq in following.seqs] == ["high", "low"] and continues == [KNOWN, 0]
-    batch = builder.build(following, None, (torch.tensor([77, 88]), continues))
+    builder.mailbox.ids[:2] = torch.tensor([77, 88])
+    batch = builder.build(following, None, continues)
     assert batch.tokens[:2].tolist() == [[18, 77], [7, 3]]
     scheduler.update(step, [77, 88], ())
     scheduler.update(following, [99, 5], ())

@@ -1,7 +1,8 @@
 """How each large-M matmul of `linear` runs: a measured choice per shape, the nearest entry otherwise.
 
 Everything here is a pure function of shapes and of a `Target`, so a choice made while a CUDA graph is captured holds
-for every replay. An entry with a time ("us") was measured on the table's GPU; the others' notes say where.
+for every replay. An entry with a time ("us") was measured alone on the table's GPU; one with "step_us" by whole decode
+steps of a model, beside what it replaced, on its own "gpu" (benchmarks/step_tune.py); the others' notes say where.
 Legend: T tokens, N output features of one group, K input features, G groups.
 """
 
@@ -101,7 +102,8 @@ def large_config(target: Target, *, n: int, k: int, groups: int, tokens: int, it
     entry = min(table["entries"], key=distance)
     how = "exact" if table["gpu"] == target.name and distance(entry) == 0 else "nearest"
     shape = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "kind", "tokens"))
-    source = f"{table['gpu']} large {shape} ({how}{'' if 'us' in entry else ', not measured'})"
+    measured = "us" in entry or "step_us" in entry
+    source = f"{entry.get('gpu', table['gpu'])} large {shape} ({how}{'' if measured else ', not measured'})"
     config = LargeConfig(**entry["config"], source=source)
     if config.method == "cublas_addmm" and (groups > 1 or kind not in ("residual", "bias")):
         config = replace(config, method="cublas")

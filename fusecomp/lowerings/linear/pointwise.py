@@ -45,8 +45,9 @@ def pointwise_kernel(
     A program does BLOCK_T rows by BLOCK_N columns. Bytes: S G T N of acc, T N of out, and the operands.
     """
     if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        # What follows moves in when the matmul has ended, not while it runs: waiting there, it would slow it down.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     m = (tl.program_id(0) // BLOCKS_N).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = (tl.program_id(0) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)

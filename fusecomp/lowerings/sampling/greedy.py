@@ -17,6 +17,7 @@ from fusecomp.ops.sampling import INVALID_TOKEN
 
 BLOCK = 4096
 MAX_SPLITS = 32
+PER_SM = 8
 
 
 @triton.jit(do_not_specialize=["per_split"])
@@ -83,7 +84,10 @@ def launch_greedy(logits: Tensor) -> Tensor:
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    wanted = max(1, min(MAX_SPLITS, 2 * target_of(logits).num_sms // rows, triton.cdiv(vocab, BLOCK)))
+    # As many programs as the GPU holds at once, for a program has one block in flight; powers of two, so that few
+    # kernels serve every number of rows.
+    most = min(MAX_SPLITS, PER_SM * target_of(logits).num_sms // rows, triton.cdiv(vocab, BLOCK))
+    wanted = 1 << max(0, most.bit_length() - 1)
     per_split = triton.cdiv(triton.cdiv(vocab, wanted), BLOCK) * BLOCK
     splits = triton.cdiv(vocab, per_split)
     partial = rows * splits if splits > 1 else 0

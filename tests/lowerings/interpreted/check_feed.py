@@ -1,45 +1,64 @@
-"""The kernels between steps under Triton's interpreter, against what they are to write, element by element."""
+"""The kernels that feed a step and deliver its tokens under Triton's interpreter, against their eager references."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import feed
+from fusecomp.runtime.mailbox import BLOCK, NOWHERE, deliver_reference, feed_reference
 
 PAGES = 7
 
 
-@settings(deadline=None, max_examples=30)
-@given(size=st.sampled_from([1, 3, 64, 256, 257, 600]), moved=st.sampled_from([0, 1, 5, 300, 700]), data=st.data())
-def test_feeds_a_step(size, moved, data):
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.sampled_from([1, 3, 64, 256, 257, 600]),
+    moved=st.sampled_from([0, 1, 5, 300, 700]),
+    fresh=st.booleans(),
+    half=st.sampled_from([NOWHERE, 0, 1]),
+    data=st.data(),
+)
+def test_feeds_a_step(size, moved, fresh, half, data):
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    rows = size + 40
+    rows = -(-(size + 140) // BLOCK) * BLOCK  # as many entries of block tables may have moved
 
     def ints(low, high, count, dtype=torch.int64):
         return torch.randint(low, high, (count,), generator=draw).to(dtype)
 
-    staged, lens = ints(-1, 2**40, 3 * rows), ints(0, 2**30, rows, torch.int32)
-    at = torch.randperm(rows * PAGES, generator=draw)[: min(moved, rows * PAGES)].to(torch.int32)
-    to, count = ints(0, 2**30, len(at), torch.int32), data.draw(st.integers(0, size))
-    sampled, continues = ints(-1, 2**20, rows), ints(-1, rows, rows)
-    tokens, seq_lens = torch.full((3 * rows,), -7), torch.full((rows,), -7, dtype=torch.int32)
-    tables = torch.full((rows, PAGES), -7, dtype=torch.int32)
-    wanted, wanted_tables = staged[: 3 * size].tolist(), tables.flatten().tolist()
-    for row in range(count):
-        if continues[row] >= 0:
-            wanted[row] = max(int(sampled[continues[row]]), 0)
-    for place, block in zip(at.tolist(), to.tolist(), strict=True):
-        wanted_tables[place] = block
-    given_ids = sampled if count else None
-    feed.launch_feed(staged, lens, (at, to), continues, given_ids, tokens, seq_lens, tables, size, count, len(at))
-    assert tokens.tolist() == wanted + [-7] * (3 * rows - 3 * size)
-    assert seq_lens.tolist() == lens[:size].tolist() + [-7] * (rows - size)
-    assert tables.flatten().tolist() == wanted_tables
+    moved = min(moved, rows)
+    at = torch.randperm(rows * PAGES, generator=draw)[:rows].to(torch.int32)
+    lists = ints(0, 2**30, rows, torch.int32), ints(-1, 2**40, rows), ints(0, 2**30, rows, torch.int32)
+    letter = *lists, at, ints(0, 2**30, rows, torch.int32), ints(-1, rows, rows, torch.int32)
+    ids = ints(-1, 2**20, rows)
+    seen, count = data.draw(st.integers(0, 2**40)), data.draw(st.integers(0, size))
+    header = torch.tensor([seen + fresh, count, moved, half])
+
+    def run(launch):
+        """What was written, one tensor after the other."""
+        words = [torch.tensor([value]) for value in (seen, seen, -7)]  # taken, seen, half
+        taken, seen_, half_ = words
+        tokens, tables = torch.full((3 * rows,), -7), torch.full((rows, PAGES), -7, dtype=torch.int32)
+        lens = torch.full((rows,), -7, dtype=torch.int32)
+        launch(header, taken, *letter, ids, seen_, half_, tokens, lens, tables, size)
+        return [t.tolist() for t in (*words, tokens, lens, tables)]
+
+    expected = run(feed_reference)
+    assert run(feed.launch_feed) == expected
+    assert expected[:3] == [[seen + fresh], [seen + fresh], [half if fresh else NOWHERE]]
+    untouched = [-7] * (3 * (rows - size) if fresh else 3 * rows)
+    assert expected[3][len(expected[3]) - len(untouched) :] == untouched
 
 
-@settings(deadline=None, max_examples=10)
-@given(st.integers(1, 600))
-def test_delivers_ids(size):
-    host = torch.full((size + 3,), -7)
-    feed.launch_deliver(torch.arange(size) - 1, host[:size])
-    assert host.tolist() == [*range(-1, size - 1), -7, -7, -7]
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 600), st.sampled_from([NOWHERE, 0, 1]))
+def test_delivers_ids(size, half):
+    def run(launch):
+        ids, host = torch.full((size + 3,), -7), torch.full((2, size + 3), -7)
+        launch(torch.arange(size) - 1, torch.tensor([half]), ids, host)
+        return ids.tolist(), host.tolist()
+
+    expected = run(deliver_reference)
+    assert run(feed.launch_deliver) == expected
+    there, nothing = [*range(-1, size - 1), -7, -7, -7], [-7] * (size + 3)
+    assert expected[0] == (nothing if half < 0 else there)
+    assert expected[1] == [there if each == half else nothing for each in (0, 1)]
