@@ -90,10 +90,12 @@ def candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[ScaledConfig]
     if tokens <= 64:
         whole = [replace(square, block_t=64, num_warps=4)]
     elif tokens <= 128:
-        whole = [square] if g == 1 else [square, wide]
+        whole = [square, replace(square, swap=True)] if g == 1 else [square, wide]
     elif tokens <= 512:
         whole = [replace(square, swap=True), replace(square, swap=True, block_t=256, num_stages=4, pieces=4)]
-        whole = whole if g == 1 else [wide]
+        whole = whole if g == 1 else [wide, replace(wide, block_t=256, block_n=64)]
+        if tokens <= 192:  # no more than the last 64 of the second tile are empty
+            whole.append(replace(square, block_t=64, num_warps=4, num_stages=3, per_sm=2))
     else:
         tall = replace(wide, block_t=256, block_n=128 // g)
         whole = [wide, tall, replace(wide, group_t=16)]
@@ -103,7 +105,7 @@ def candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[ScaledConfig]
         for splits in (2, 3):
             if g == 1 and tokens <= 256 and 60 <= items * splits <= 132 * config.per_sm:
                 yield replace(config, splits=splits)
-    if tokens >= 128:
+    if tokens > 64:
         yield ScaledConfig(LIBRARY)
 
 
@@ -279,10 +281,9 @@ def main() -> None:
         shape = scaled_shape(layer.n, layer.k, layer.groups, NAME, spec, activation.block, layer.kind)
         return scaled_config(target, shape, tokens)
 
+    jobs = [(*case, committed(*case)) for case in cases]
     if args.tune:
-        jobs = [(*case, config) for case in cases for config in candidates(*case)]
-    else:
-        jobs = [(*case, committed(*case)) for case in cases]
+        jobs += [(*case, config) for case in cases for config in candidates(*case)]
     build_all(jobs)
     result["failed"] = check_rows()
     print("\n".join(result["failed"]) or "codes and scales of rows are those of the reference", flush=True)
@@ -319,6 +320,8 @@ def main() -> None:
                 entries.append(entry | {"scheme": scheme, "layer": str(layer)})
             row: dict[str, Any] = {"scheme": scheme, "tokens": tokens}
             variants = {"us": picked}
+            if args.tune:
+                variants["committed_us"] = [committed(layer, tokens, scheme) for layer in layers]
             if tokens >= 128 and not scheme.endswith("block"):
                 variants["library_us"] = [ScaledConfig(LIBRARY)] * len(layers)
             for name, configs in variants.items():

@@ -58,7 +58,9 @@ def make_weight(rows: int, k: int, spec: WeightSpec, zero: bool) -> Weight:
         q = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) * 50).to(torch.float8_e4m3fn)
     size = spec.scales(rows, k)
     spread = {(INT, 4): 5.0, (INT, 8): 73.0, (FP8, 8): 50.0, (NF4, 4): 0.5, (FP4, 4): 3.0}[spec.kind, spec.bits]
-    scale = ((torch.rand(size, device="cuda") + 0.5) / (spread * k**0.5)).bfloat16()
+    scale = (torch.rand(size, device="cuda") + 0.5) / (spread * k**0.5)
+    if spec.bits == 4 or spec.cols:  # of whole rows of 8 bits they are fp32
+        scale = scale.bfloat16()
     if spec.kind == FP4:
         scale = torch.randint(118, 121, size, dtype=torch.uint8, device="cuda")
     return q, scale, torch.randint(4, 12, size, device="cuda").bfloat16() if zero else None

@@ -50,9 +50,15 @@ def pack(codes: Tensor) -> Tensor:
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
-def folded(codes: Codes) -> Codes:
-    """The same weight as the kernels read it fastest: 4-bit integers are folded where their shape allows it."""
+def prepared(codes: Codes) -> Codes:
+    """The same weight as the kernels read it fastest.
+
+    4-bit integers are folded where their shape allows it. Scales of whole rows of 8-bit codes become fp32, exactly:
+    the library's products of codes take no other, and would have them converted in every step.
+    """
     spec = codes.spec
+    if spec.bits == 8 and (spec.rows, spec.cols) == (1, 0) and codes.scale.dtype in (torch.float16, torch.bfloat16):
+        return replace(codes, scale=codes.scale.float())
     if (spec.kind, spec.bits) != (INT, 4) or spec.fold:
         return codes
     k = spec.shape(codes.q.shape)[-1]

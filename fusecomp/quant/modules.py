@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fusecomp.ops import OPS
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
-from fusecomp.quant.codes import Codes, folded
+from fusecomp.quant.codes import Codes, prepared
 
 NEVER = 1 << 40  # tokens of a step that there is not
 CODES = "_codes"  # suffix of the module that holds the codes of an experts parameter
@@ -152,7 +152,7 @@ class QuantizedLinear(nn.Module):
 
     def fill(self, codes: Codes) -> None:
         """Take over a weight of shape [out_features, in_features]."""
-        self.codes, self.order = QuantizedWeight(folded(codes)), _parameter(codes.order)
+        self.codes, self.order = QuantizedWeight(prepared(codes)), _parameter(codes.order)
         if codes.activation is not None:
             self.input = QuantizedInput(codes.activation, codes.input_scale, codes.spec.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,17 @@ def test_the_table_names_known_configurations():
             config = scaled_config(target, shape, entry["tokens"])
             assert "(exact)" in config.source and config.method == entry["config"]["method"]
             assert ScaledConfig(**entry["config"]) and own_config(target, shape, entry["tokens"]).method != LIBRARY
+
+
+@pytest.mark.parametrize("tokens", (17, 65, 72, 80, 96, 129, 136, 160, 176, 192, 257, 300))
+@pytest.mark.parametrize("n, k, groups, epilogue", ((6144, 4096, 1, "identity"), (14336, 4096, 2, "other")))
+def test_few_tokens_are_served_as_the_next_larger_number(tokens, n, k, groups, epilogue):
+    """A tile that holds almost all of them would read the weights, or wait for them, a second time."""
+    shape = ScaledShape(n, k, groups, FP8, 0, epilogue)
+    found = int(re.search(r"tokens=(\d+)", scaled_config(SM90, shape, tokens).source)[1])
+    entries = scaled_heuristics.load_table(SM90.table)["entries"]
+    tuned = [e["tokens"] for e in entries if e["kind"] == FP8 and not e["block"]]
+    assert found == min(size for size in tuned if size >= tokens)
 
 
 def test_refusals_have_reasons():

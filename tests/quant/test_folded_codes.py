@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecomp.ops.quant import INT, NF4, WeightSpec, dequantize_reference, fold_codes, unfold_codes
+from fusecomp.ops.quant import FP8, INT, NF4, WeightSpec, dequantize_reference, fold_codes, unfold_codes
 from fusecomp.patterns.quant_examples import random_weight
-from fusecomp.quant.codes import Codes, folded
+from fusecomp.quant.codes import Codes, prepared
 from fusecomp.quant.modules import QuantizedLinear
 from fusecomp.quant.online import export
 from fusecomp.runtime.loading import load_model
@@ -58,16 +58,31 @@ def test_layout(leading, fold, blocks, seed):
 def test_fold_follows_the_shape(k, cols, fold):
     spec = WeightSpec(INT, 4, 1, cols, "float32")
     q, scale, zero = random_weight((24, k), spec, torch.float32, zero=True)
-    found = folded(Codes(q, scale, zero, spec))
+    found = prepared(Codes(q, scale, zero, spec))
     assert found.spec.fold == fold and found.q.nbytes == q.nbytes and found.q.is_contiguous()
     weight = dequantize_reference(q, scale, zero, spec.to_text())
     assert torch.equal(dequantize_reference(found.q, scale, zero, found.spec.to_text()), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [FP8, INT])
+def test_scales_of_rows_become_fp32(kind, dtype):
+    """Exactly: what the codes stand for stays. Scales of groups, which no library's product takes, stay too."""
+    spec = WeightSpec(kind, 8, 1, 0, str(dtype).removeprefix("torch."))
+    codes = Codes(*random_weight((24, 256), spec, dtype), spec)
+    found = prepared(codes)
+    assert codes.scale.dtype == dtype and found.scale.dtype == torch.float32 and found.q is codes.q
+    weights = [dequantize_reference(c.q, c.scale, c.zero, spec.to_text()) for c in (codes, found)]
+    assert torch.equal(*weights)
+    grouped = replace(spec, cols=64)
+    other = Codes(*random_weight((24, 256), grouped, dtype), grouped)
+    assert prepared(other) is other
+
+
 def test_others_stay():
     spec = WeightSpec(NF4, 4, 1, 64, "float32")
     codes = Codes(*random_weight((8, 256), spec, torch.float32), spec)
-    assert folded(codes) is codes
+    assert prepared(codes) is codes
     with pytest.raises(ValueError, match="do not fold by 64"):
         WeightSpec(NF4, 4, 1, 64, "float32", 64)
     with pytest.raises(ValueError, match="do not fold by 48"):

@@ -79,7 +79,8 @@ def check_bytes(model, tensors, name):
 def check_weight(held, rows, key, tensors, name):
     q, scale = held.q.detach()[rows], held.scale.detach()[rows]
     spec = WeightSpec.from_text(held.spec)
-    assert torch.equal(tensors[f"{key}.weight_scale"], scale) and scale.dtype == torch.bfloat16
+    written = tensors[f"{key}.weight_scale"]
+    assert torch.equal(written.to(scale.dtype), scale) and written.dtype == torch.bfloat16
     assert f"{key}.weight" in tensors if name != "int4" else f"{key}.weight" not in tensors
     if name != "int4":
         assert torch.equal(tensors[f"{key}.weight"].view(torch.uint8), q.view(torch.uint8))

@@ -84,7 +84,8 @@ def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, An
     """Pointers and constants of codes, scales and zero points."""
     kind, bits, rows, cols, zero, fold = layout
     code = code_kind(kind, bits, target)
-    pointers = {"q": CODES.get(code, "u8"), "scale": "u8" if kind == FP4 else "bf16"}
+    by_row = bits == 8 and (rows, cols) == (1, 0)  # in fp32, as `prepared` leaves them
+    pointers = {"q": CODES.get(code, "u8"), "scale": "u8" if kind == FP4 else "fp32" if by_row else "bf16"}
     constants: dict[str, Any] = {"ROWS": rows, "COLS": cols}
     if fold:
         pointers["q"] = "i16"

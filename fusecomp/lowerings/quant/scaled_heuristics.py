@@ -136,7 +136,9 @@ def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -
 
     def distance(entry: dict[str, Any]) -> float:
         same = (entry["groups"] != shape.groups) * 64 + (entry["epilogue"] != shape.epilogue) * 32
-        # The number of tokens decides the tile, n and k only how tiles fill the card.
+        # The number of tokens decides the tile, n and k only how tiles fill the card. A tile for fewer tokens would
+        # read the weight once more for the last of them.
+        same += 4.0 * (entry["tokens"] < tokens)
         sizes = ((entry["tokens"], tokens, 4.0), (entry["n"] * entry["groups"], shape.n * shape.groups, 1.0))
         return same + sum(w * abs(math.log2(a / b)) for a, b, w in (*sizes, (entry["k"], shape.k, 1.0)))
 

@@ -26,7 +26,7 @@ from fusecomp.ops.quant import FP8, WeightSpec, unfold_codes
 from fusecomp.quant.modules import CODES, QuantizedLinear, QuantizedWeight
 from fusecomp.quant.online.names import Place, places, reverted
 from fusecomp.quant.online.record import record_of
-from fusecomp.quant.online.schemes import SCHEMES
+from fusecomp.quant.online.schemes import SCHEMES, scale_dtype
 
 SHARD_BYTES = 5_000_000_000
 VERSION = "0.20.0"  # of the format's definition that this was written and checked against
@@ -128,7 +128,11 @@ def _parts(weight: QuantizedWeight, place: Place) -> Iterator[tuple[str, Piece]]
         yield "weight_packed", Piece(n * k // 2, lambda: _unfolded(rows(weight.q), spec).contiguous().view(torch.int32))
         yield "weight_shape", Piece(16, lambda: torch.tensor([n, k], dtype=torch.int64))
     scale = rows(weight.scale)
-    yield "weight_scale", Piece(scale.nbytes, lambda: rows(weight.scale))
+    # A linear holds scales in fp32 that were rounded to this dtype before codes were made by them.
+    stored = scale_dtype(spec.torch_dtype, spec.cols > 0)
+    if not torch.equal(scale.to(stored).to(scale.dtype), scale):  # the model was converted since
+        stored = scale.dtype
+    yield "weight_scale", Piece(scale.numel() * stored.itemsize, lambda: rows(weight.scale).to(stored))
     zero = weight.zero
     if zero is not None:
         yield "weight_zero_point", Piece(-(-n // 8) * 4 * scale.shape[1], lambda: _packed_zeros(rows(zero)))
