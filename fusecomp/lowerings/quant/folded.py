@@ -58,6 +58,7 @@ def folded_kernel(
     SPLITS: tl.constexpr,
     SUMS: tl.constexpr,  # codes are multiplied plus a bias, which sums of inputs take off
     EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
+    AHEAD: tl.constexpr,  # tiles of which the L2 is asked for the codes before the wait
     ASM: tl.constexpr,  # an NVIDIA GPU, and 16-bit inputs
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -106,6 +107,7 @@ def folded_kernel(
         prefetch_small(
             scale, zero, norm_weight, srow, lo * BLOCK_K, tl.minimum(hi * BLOCK_K, k), stride_scale, COLS, NORM
         )
+        prefetch_codes(tile_row, lo, hi, AHEAD, FOLD)
     if EARLY:
         v = quarters(x_at, (num_tokens < 0) & (token >= 0), FOLD, True)  # nothing, in the layout of the inputs' loads
     else:
@@ -161,6 +163,17 @@ def prefetch_small(scale, zero, norm_weight, srow, start, stop, stride, COLS: tl
             _prefetch(zero + first + tl.minimum(_sectors(zero, 8), last))
     if NORM >= 2:
         _prefetch(norm_weight + tl.minimum(start + _sectors(norm_weight, 256), stop - 1))
+
+
+@triton.jit
+def prefetch_codes(row_at, lo, hi, AHEAD: tl.constexpr, FOLD: tl.constexpr):
+    """Ask the L2 for the first AHEAD of a program's tiles [lo, hi), rows [BR, 1] of which begin at `row_at`."""
+    if AHEAD > 0:
+        tile = tl.minimum(lo + tl.arange(0, AHEAD)[None, :], hi - 1)
+        at = (row_at + tile * FOLD).to(tl.int64)
+        size = tl.full(at.shape, 2 * FOLD, tl.int32)
+        asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

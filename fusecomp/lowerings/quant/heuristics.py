@@ -45,6 +45,8 @@ class QuantConfig:
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
         parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
+        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        registers: folded: most of a thread, so that programs of the next launch find room beside these; 0: no limit.
     """
 
     kernel: str
@@ -58,6 +60,8 @@ class QuantConfig:
     sums: bool = False
     halves: bool = False
     parts: int = 1
+    ahead: int = 0
+    registers: int = 0
     source: str = "no table"
 
 

@@ -196,12 +196,14 @@ def run_quant(
     if config.kernel == FOLDED:
         if config.parts > 1:
             common |= {"PARTS": config.parts, "EVEN_K": k % step == 0, "ONE": tokens == 1}
+        if config.registers and use_pdl:
+            common["maxnreg"] = config.registers
         launch(
             folded_kernel if config.parts == 1 else folded_parts_kernel, (teams * splits,),
             x, q.view(torch.int16), scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
             per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, SPLITS=splits,
-            SUMS=config.sums, EARLY=config.early, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
-            EXACT_NORM=exact_norm, **common,
+            SUMS=config.sums, EARLY=config.early, AHEAD=config.ahead, ASM=_asm(q, shape), ROWS=spec.rows,
+            COLS=spec.cols, EXACT_NORM=exact_norm, **common,
         )  # fmt: skip
         return
     common |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0, **layout}

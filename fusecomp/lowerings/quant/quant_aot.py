@@ -132,7 +132,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "EARLY": config.early,
         }  # fmt: skip
         if fold:
-            constants["SUMS"] = config.sums
+            constants |= {"SUMS": config.sums, "AHEAD": config.ahead}
             if config.parts > 1:
                 even = k % (4 * fold * config.parts) == 0
                 constants |= {"PARTS": config.parts, "EVEN_K": even, "ONE": tokens == 1}
