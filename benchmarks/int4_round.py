@@ -37,6 +37,7 @@ def made(t, rows, warps, stages, early, sums, parts, splits, ahead, registers=0)
     )  # fmt: skip
 
 
+# ruff: noqa: E501
 FEW: dict[str, list[tuple]] = {  # rows, warps, stages, early, sums, parts, splits, ahead, registers
     "gate_up": [
         (64, 4, 4, E, T, 1, 1, 8), (64, 4, 4, E, T, 1, 1, 0, 96), (64, 4, 4, L, T, 1, 1, 0), (64, 4, 4, L, T, 1, 1, 4),

@@ -169,11 +169,9 @@ def prefetch_small(scale, zero, norm_weight, srow, start, stop, stride, COLS: tl
 def prefetch_codes(row_at, lo, hi, AHEAD: tl.constexpr, FOLD: tl.constexpr):
     """Ask the L2 for the first AHEAD of a program's tiles [lo, hi), rows [BR, 1] of which begin at `row_at`."""
     if AHEAD > 0:
-        tile = tl.minimum(lo + tl.arange(0, AHEAD)[None, :], hi - 1)
-        at = (row_at + tile * FOLD).to(tl.int64)
-        size = tl.full(at.shape, 2 * FOLD, tl.int32)
-        asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(asm, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1)
+        SECTORS: tl.constexpr = 2 * FOLD // 32  # of a row of a tile
+        word = (lo * SECTORS + tl.arange(0, AHEAD * SECTORS)) * 16
+        _prefetch(row_at + tl.minimum(word, hi * FOLD - 1)[None, :])
 
 
 @triton.jit
