@@ -30,10 +30,10 @@ KINDS = ("gate_up", "down", "qkv", "o")
 E, L, T, F = True, False, True, False
 
 
-def made(t, rows, warps, stages, early, sums, parts, splits, ahead, registers=0) -> QuantConfig:
+def made(t, rows, warps, stages, early, sums, parts, splits, ahead, registers=0, apart=False) -> QuantConfig:
     return QuantConfig(
         "folded", 8 if t <= 8 else 16, rows, 256, warps, stages, splits, early, sums, parts=parts, ahead=ahead,
-        registers=registers,
+        registers=registers, apart=apart,
     )  # fmt: skip
 
 
@@ -43,6 +43,9 @@ FEW: dict[str, list[tuple]] = {  # rows, warps, stages, early, sums, parts, spli
         (64, 4, 4, E, T, 1, 1, 8), (64, 4, 4, E, T, 1, 1, 0, 96), (64, 4, 4, L, T, 1, 1, 0), (64, 4, 4, L, T, 1, 1, 4),
         (64, 4, 4, L, T, 1, 1, 8), (64, 4, 3, L, T, 1, 1, 4), (32, 2, 4, L, T, 1, 1, 0), (32, 2, 4, L, T, 1, 1, 4),
         (32, 2, 4, E, T, 1, 1, 0), (64, 2, 4, L, T, 1, 1, 4), (128, 8, 4, L, T, 1, 1, 4), (16, 4, 3, L, T, 4, 1, 8),
+        (64, 4, 4, L, T, 1, 1, 4, 0, T), (64, 4, 4, L, T, 1, 1, 4, 80, T), (64, 4, 4, E, T, 1, 1, 0, 0, T),
+        (64, 4, 4, E, T, 1, 1, 8, 0, T), (64, 2, 4, L, T, 1, 1, 4, 0, T), (128, 4, 3, L, T, 1, 1, 4, 0, T),
+        (16, 4, 3, L, T, 4, 1, 4, 80, T), (32, 4, 3, L, T, 4, 1, 4, 0, T),
     ],
     "down": [
         (64, 4, 4, L, T, 1, 4, 0), (64, 4, 4, L, T, 1, 4, 4), (64, 4, 4, L, T, 1, 4, 8), (64, 4, 4, L, T, 1, 4, 8, 80),
@@ -54,11 +57,15 @@ FEW: dict[str, list[tuple]] = {  # rows, warps, stages, early, sums, parts, spli
         (64, 4, 4, L, T, 1, 2, 8), (64, 4, 4, L, T, 1, 3, 8), (64, 4, 4, L, T, 1, 4, 4), (64, 4, 4, E, T, 1, 4, 0),
         (32, 2, 4, L, T, 1, 1, 16), (32, 2, 4, L, T, 1, 2, 8), (16, 4, 3, L, T, 4, 1, 0), (16, 4, 3, L, T, 4, 1, 16),
         (16, 4, 4, E, T, 4, 1, 0), (32, 4, 3, L, T, 4, 1, 16), (16, 8, 2, L, T, 8, 1, 16),
+        (64, 4, 4, L, T, 1, 3, 8, 0, T), (64, 4, 4, L, T, 1, 3, 8, 80, T), (64, 4, 4, E, T, 1, 4, 0, 0, T),
+        (64, 2, 4, L, T, 1, 2, 8, 0, T), (16, 4, 3, L, T, 4, 1, 16, 80, T), (16, 8, 3, L, T, 8, 1, 16, 0, T),
+        (16, 4, 5, L, T, 4, 1, 16, 80, T), (32, 4, 3, L, T, 4, 1, 16, 0, T),
     ],
     "o": [
         (64, 4, 4, L, T, 1, 4, 4), (64, 4, 4, L, T, 1, 8, 2), (64, 4, 4, E, T, 1, 4, 0), (32, 2, 4, L, T, 1, 2, 8),
         (32, 2, 4, L, T, 1, 4, 4), (16, 4, 3, L, T, 4, 1, 0), (16, 4, 3, L, T, 4, 1, 16), (16, 4, 3, L, T, 4, 1, 16, 80),
         (16, 8, 2, L, T, 8, 1, 16), (32, 4, 3, L, T, 4, 1, 0), (32, 4, 3, L, T, 4, 1, 16), (16, 4, 3, E, T, 4, 1, 0),
+        (16, 4, 5, L, T, 4, 1, 16, 80), (16, 8, 3, L, T, 8, 1, 16), (64, 2, 4, L, T, 1, 4, 4),
     ],
 }  # fmt: skip
 MORE: dict[str, list[tuple]] = {
@@ -92,7 +99,7 @@ def pool(kind: str, t: int) -> list[QuantConfig]:
 def short(c: QuantConfig) -> str:
     return (
         f"r{c.block_r}w{c.num_warps}p{c.parts}st{c.num_stages}s{c.splits}{'E' if c.early else 'L'}{'s' * c.sums}"
-        f"a{c.ahead}" + (f"R{c.registers}" if c.registers else "")
+        f"a{c.ahead}" + (f"R{c.registers}" if c.registers else "") + "n" * c.apart
     )
 
 
@@ -142,7 +149,7 @@ def search(chain: QuantChain, scheme: str, t: int, failed: set, ceiling: float, 
             tables[kind] = found
             if found and found[0][0] < best:
                 best, configs[kind] = found[0][0], found[0][1]
-            top = "; ".join(f"{(s - before) * 1e6 / LAYERS:+.2f} {short(c)}" for s, c in found[: 4 if round_ else 12])
+            top = "; ".join(f"{(s - before) * 1e6 / LAYERS:+.2f} {short(c)}" for s, c in found[: 4 if round_ else 15])
             print(f"{t:2} {kind} was {short(was)}, us a layer: {top}", flush=True)
     size = chain.bytes(False)
     print(f"{scheme} {t}: {start * 1e3:.4f} -> {best * 1e3:.4f} ms, {size / best / ceiling:.1%}", flush=True)

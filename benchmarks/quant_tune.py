@@ -123,7 +123,7 @@ def _prepare(job: Job) -> str:
         x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
         weight = make_weight(kind.groups * n, kind.k, spec, zero)
         operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
-        norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
+        norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) and not config.apart else None
         program = program if norm is not None else replace(program, norm=None)
         if config.kernel != DEQUANTIZE:
             run_quant(config, x, *weight, norm, operands, program, spec, out, True)

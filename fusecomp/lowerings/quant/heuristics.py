@@ -47,6 +47,7 @@ class QuantConfig:
         parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
         ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
         registers: folded: most of a thread, so that programs of the next launch find room beside these; 0: no limit.
+        apart: folded: a norm is a launch of its own, whatever the number of tokens.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class QuantConfig:
     parts: int = 1
     ahead: int = 0
     registers: int = 0
+    apart: bool = False
     source: str = "no table"
 
 

@@ -104,7 +104,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
-    norm = norm if tokens <= heuristics.norm_limit(fold) else 0
+    norm = norm if tokens <= heuristics.norm_limit(fold) and not config.apart else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
