@@ -144,6 +144,24 @@ def test_codes_are_asked_for_before_the_wait(layout, tokens):
     assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_codes_that_go_through_the_pipeline_late_are_asked_of_the_l2_before(monkeypatch, parts):
+    """Each 32 bytes of the tiles named, and of the scales, once; the pipeline begins after the wait."""
+
+    def requests(ahead):
+        config = QuantConfig(
+            "folded", 8, 64 // parts, num_stages=3, early=False, sums=True, parts=parts, ahead=ahead, registers=104
+        )
+        monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
+        resources, compiled = compile_one(specialization(SM90, LAYOUTS[7], 1, 8, "bfloat16", 0), "sm_90")
+        ptx = compiled.asm["ptx"]
+        assert resources.spills == 0 and resources.registers <= 104
+        assert ptx.rindex("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+        return ptx.count("prefetch.global.L2")
+
+    assert requests(8) - requests(0) == 64 // parts * 8 * 4 // 128
+
+
 @pytest.mark.parametrize(("layout", "tokens"), [(0, 8), (7, 8), (7, 64)])
 def test_folded_codes_become_operands_in_their_registers(layout, tokens):
     """By a shift and a mask for two of them, without conversions of integers or a way through shared memory.

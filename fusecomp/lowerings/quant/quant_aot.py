@@ -151,7 +151,17 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
-    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
+    return Specialization(
+        name,
+        kernel,
+        pointers,
+        scalars,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        ("n", "k"),
+        config.registers * pdl,
+    )
 
 
 def _dequantize(target: Target, layout: tuple) -> Specialization:
