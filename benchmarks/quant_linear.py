@@ -64,7 +64,7 @@ class QuantChain(Chain):
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
         program = program_of(kind)
-        if kind.norm and (config.apart or len(x) > norm_limit(self.spec.fold)):  # as `launch_quant_linear`
+        if kind.norm and len(x) > norm_limit(self.spec.fold):  # as `launch_quant_linear`
             x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
         if config.kernel == DEQUANTIZE:
             return launch_linear(x, launch_dequantize(*self.weights[name][i], self.spec), None, None, operands, program)

@@ -48,7 +48,6 @@ class Specialization:
         scalars: type of each scalar argument, or a tuple of types.
         aligned: scalars that are multiples of 16, besides strides.
         constants: value of each constexpr argument; `None` for an absent tensor.
-        max_registers: of a thread, on NVIDIA GPUs; 0: as many as the compiler likes.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Specialization:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = ()
-    max_registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -310,8 +308,6 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
-    if spec.max_registers and target.backend == "cuda":
-        options["maxnreg"] = spec.max_registers
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":

@@ -142,7 +142,7 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    inside = tokens <= heuristics.norm_limit(spec.fold) and not config.apart
+    inside = tokens <= heuristics.norm_limit(spec.fold)
     if norm is not None and (norm.kind == LAYER or norm_bias is not None or not inside):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None
@@ -196,8 +196,6 @@ def run_quant(
     if config.kernel == FOLDED:
         if config.parts > 1:
             common |= {"PARTS": config.parts, "EVEN_K": k % step == 0, "ONE": tokens == 1}
-        if config.registers and use_pdl:
-            common["maxnreg"] = config.registers
         launch(
             folded_kernel if config.parts == 1 else folded_parts_kernel, (teams * splits,),
             x, q.view(torch.int16), scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,

@@ -44,6 +44,7 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (1, 1, 32, "float16", 2),
     (2, 1, 32, "bfloat16", 0),
     (3, 2, 32, "bfloat16", 2),
+    (0, 2, 16, "bfloat16", 0),
     (0, 1, 64, "bfloat16", 0),
     (3, 2, 128, "bfloat16", 0),
     (4, 2, 16, "float16", 2),
@@ -104,7 +105,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
-    norm = norm if tokens <= heuristics.norm_limit(fold) and not config.apart else 0
+    norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
@@ -151,17 +152,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
-    return Specialization(
-        name,
-        kernel,
-        pointers,
-        scalars,
-        constants,
-        config.num_warps,
-        config.num_stages,
-        ("n", "k"),
-        config.registers * pdl,
-    )
+    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
 
 def _dequantize(target: Target, layout: tuple) -> Specialization:
