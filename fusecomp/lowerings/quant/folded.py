@@ -76,8 +76,8 @@ def folded_kernel(
 
     Measured on an H100 of 3.2 TB/s (benchmarks/quant_linear.py --tune, layers of Llama-8B in chains, norms included):
     58%, 53%, 48%, 34% and 21% of it at 8, 16, 32, 64 and 128 tokens; 68%, 65% and 57% alone over 58.7 MB at 8, 16 and
-    32. With zero points 47%, 40% and 28% in chains at 16, 32 and 64. Launches that do not wait for one another take
-    70% at 1 and 8 tokens, so most of the rest is the loop's own.
+    32. With zero points 47%, 40% and 28% in chains at 16, 32 and 64. Launches that do not wait for one another reach
+    70% at 8 tokens: most of the rest is their own.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
     BLOCK_K: tl.constexpr = 4 * FOLD
