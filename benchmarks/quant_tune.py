@@ -54,9 +54,18 @@ BYTES = {
 # Of folded codes, by tokens of a program: rows of a tile, warps, stages, programs to a multiprocessor, `early`, `sums`.
 FOLDED = {
     8: [(64, 4, 4, (2, 3, 4), True, True), (64, 4, 4, (2, 3, 4), False, True)],
-    16: [(64, 4, 4, (2, 3, 4), False, False), (64, 4, 3, (2, 4), False, False), (128, 8, 4, (2,), False, False)],
-    32: [(64, 4, 4, (2, 3), False, False), (64, 4, 3, (2, 3), False, False), (128, 8, 4, (1, 2), False, False)],
-    64: [(128, 8, 4, (1, 3), False, False), (64, 4, 3, (2, 3), False, False)],
+    16: [
+        (64, 2, 4, (2, 4), False, True), (64, 4, 4, (2, 3, 4), False, False), (64, 4, 3, (2, 4), False, False),
+        (128, 8, 4, (2,), False, False),
+    ],
+    32: [
+        (64, 4, 4, (2, 3), False, True), (64, 4, 4, (2, 3), False, False), (64, 4, 3, (2, 3), False, False),
+        (128, 8, 4, (1, 2), False, False),
+    ],
+    64: [
+        (64, 4, 3, (2, 3), False, True), (128, 8, 3, (2, 3), False, True), (128, 8, 4, (1, 3), False, False),
+        (64, 4, 3, (2, 3), False, False),
+    ],
     128: [],
 }  # fmt: skip
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
@@ -106,6 +115,8 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 found = split_steps(math.ceil(steps / parts), splits)[1]
                 config = QuantConfig("folded", block_t, rows, fold, parts, stages, found, early, True, parts=parts)
                 seen[config] = None
+                if not early:
+                    seen[replace(config, ahead=16)] = None
     yield from seen
 
 
@@ -156,6 +167,7 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
+    flags += f" ahead {c.ahead}" if c.ahead else ""
     return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
 
 

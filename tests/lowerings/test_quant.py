@@ -79,7 +79,7 @@ H100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms
 def tuned_shape(entry: dict) -> QuantShape:
     """The layer that an entry was measured on."""
     n, (cols, fold) = entry["rows"] // entry["groups"], (128, 64) if entry["bits"] == 4 else (0, 0)
-    layout = (entry["kind"], entry["bits"], 1, cols, False)
+    layout = (entry["kind"], entry["bits"], 1, cols, entry.get("zero", False))
     return QuantShape(n, entry["k"], entry["groups"], "bfloat16", *layout, fold=fold)
 
 
@@ -96,6 +96,17 @@ def test_source_says_whether_the_entry_was_measured_for_the_shape():
         assert quant_config(SM90, shape, tokens).source.endswith("(nearest)")
         for change in ({"n": shape.n + 16}, {"k": shape.k + 128}, {"rows": 128}):
             assert quant_config(H100, replace(shape, **change), tokens).source.endswith("(nearest)")
+
+
+def test_zero_points_have_launches_of_their_own():
+    """Beyond 8 tokens, with the bias in sums where symmetric codes have none; else those of symmetric codes serve."""
+    for n, k, groups in ((6144, 4096, 1), (14336, 4096, 2), (4096, 14336, 1), (2048, 8192, 1)):
+        plain = QuantShape(n, k, groups, "bfloat16", INT, 4, 1, 128, False, fold=64)
+        for tokens in range(1, FOLDED_LIMIT + 1):
+            found, other = (quant_config(H100, replace(plain, zero=zero), tokens) for zero in (True, False))
+            assert found.sums and other.sums == (tokens <= 8)
+            assert tokens > 8 or replace(found, source="") == replace(other, source="")
+            assert not (found.source.endswith("(exact)") and (tokens <= 8 or tokens > 64))
 
 
 def test_folded_codes_have_one_kernel():
@@ -142,6 +153,22 @@ def test_codes_are_asked_for_before_the_wait(layout, tokens):
     first = "ld.global" if spec.kernel.__name__ == "quant_vector_kernel" else "cp.async"
     assert 0 < ptx.index(first) < ptx.index("griddepcontrol.wait")
     assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_codes_that_go_through_the_pipeline_late_are_asked_of_the_l2_before(monkeypatch, parts):
+    """Each 32 bytes of the tiles named, and of the scales, once; the pipeline begins after the wait."""
+
+    def requests(ahead):
+        config = QuantConfig("folded", 8, 64 // parts, num_stages=3, early=False, sums=True, parts=parts, ahead=ahead)
+        monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
+        resources, compiled = compile_one(specialization(SM90, LAYOUTS[7], 1, 8, "bfloat16", 0), "sm_90")
+        ptx = compiled.asm["ptx"]
+        assert resources.spills == 0
+        assert ptx.rindex("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+        return ptx.count("prefetch.global.L2")
+
+    assert requests(8) - requests(0) == 64 // parts * 8 * 4 // 128
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [(0, 8), (7, 8), (7, 64)])

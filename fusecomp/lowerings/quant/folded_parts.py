@@ -19,6 +19,7 @@ from fusecomp.lowerings.quant.folded import (
     multiply,
     norms,
     operands,
+    prefetch_codes,
     prefetch_small,
     quarters,
     tile_scales,
@@ -57,6 +58,7 @@ def folded_parts_kernel(
     SPLITS: tl.constexpr,
     SUMS: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     ASM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -100,6 +102,8 @@ def folded_parts_kernel(
         prefetch_small(
             scale, zero, norm_weight, srow, lo * BLOCK_K, tl.minimum(hi * BLOCK_K, k), stride_scale, COLS, NORM
         )
+        row_at = tl.reshape(tile_row, [BLOCK_R, 1])
+        prefetch_codes(row_at, lo * PARTS, tl.minimum(hi * PARTS, k // TILE), AHEAD, FOLD)
     tile = _tiles(lo, part, k, TILE, PARTS, EVEN_K)
     s, z = tile_scales(scale, zero, srow, tile * TILE, k, stride_scale, FOLD, COLS)
     g = norms(norm_weight, tile * TILE + cols + token * 0, k, FOLD, NORM)

@@ -45,6 +45,7 @@ class QuantConfig:
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
         parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
+        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class QuantConfig:
     sums: bool = False
     halves: bool = False
     parts: int = 1
+    ahead: int = 0
     source: str = "no table"
 
 
@@ -104,7 +106,10 @@ def _untuned_folded(target: Target, shape: QuantShape, tokens: int) -> QuantConf
 
 
 def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
-    """The nearest entry of the table: of the kind, then of the least tokens that hold them all, then of the shape."""
+    """The nearest entry of the table: of the kind, of the least tokens that hold them all, then of the shape.
+
+    Weights with zero points take entries measured with them where their tokens have any.
+    """
     table = load_table(target.table)
     kind = INT if shape.bits == 4 else FP8
     entries = [e for e in table[SECTION] if (e["kind"], e["bits"]) == (kind, shape.bits)]
@@ -114,8 +119,11 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     def distance(entry: dict) -> float:
         return sum(abs(math.log2(entry[key] / wanted[key])) for key in wanted) + (entry["groups"] != shape.groups)
 
-    entry = min((e for e in entries if e["tokens"] == bucket), key=distance)
-    like = (shape.kind, shape.rows, shape.cols) == ((INT, 1, 128) if shape.fold else (FP8, 1, 0))
+    entry = min(
+        (e for e in entries if e["tokens"] == bucket), key=lambda e: (e.get("zero", False) != shape.zero, distance(e))
+    )
+    layout = (shape.kind, shape.rows, shape.cols, shape.zero)
+    like = layout == ((INT, 1, 128) if shape.fold else (FP8, 1, 0)) + (entry.get("zero", False),)
     exact = like and table["gpu"] == target.name and distance(entry) == 0 and "us" in entry
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"

@@ -200,8 +200,8 @@ def run_quant(
             folded_kernel if config.parts == 1 else folded_parts_kernel, (teams * splits,),
             x, q.view(torch.int16), scale, zero, out, norm_weight, *scratch, args, strides, tokens, n, k,
             per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, SPLITS=splits,
-            SUMS=config.sums, EARLY=config.early, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
-            EXACT_NORM=exact_norm, **common,
+            SUMS=config.sums, EARLY=config.early, AHEAD=config.ahead, ASM=_asm(q, shape), ROWS=spec.rows,
+            COLS=spec.cols, EXACT_NORM=exact_norm, **common,
         )  # fmt: skip
         return
     common |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0, **layout}

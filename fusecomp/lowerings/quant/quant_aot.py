@@ -44,6 +44,7 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (1, 1, 32, "float16", 2),
     (2, 1, 32, "bfloat16", 0),
     (3, 2, 32, "bfloat16", 2),
+    (0, 2, 16, "bfloat16", 0),
     (0, 1, 64, "bfloat16", 0),
     (3, 2, 128, "bfloat16", 0),
     (4, 2, 16, "float16", 2),
@@ -133,7 +134,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "EARLY": config.early,
         }  # fmt: skip
         if fold:
-            constants["SUMS"] = config.sums
+            constants |= {"SUMS": config.sums, "AHEAD": config.ahead}
             if config.parts > 1:
                 even = k % (4 * fold * config.parts) == 0
                 constants |= {"PARTS": config.parts, "EVEN_K": even, "ONE": tokens == 1}
