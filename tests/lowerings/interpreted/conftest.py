@@ -1,9 +1,15 @@
-"""Interpreted kernels in half the time: calls of device functions do not patch the language again."""
+"""Interpreted kernels without the work that Triton's interpreter repeats.
+
+Calls of device functions do not patch the language again, and what the interpreter derives from a type alone, anew for
+every value, is derived once: the sizes of a block, the shape of a tensor, NumPy's dtype. No value is kept.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -24,4 +30,38 @@ def patch_once() -> None:
     interpreter.InterpretedFunction.__call__ = called
 
 
+def derive_once() -> None:
+    """Blocks of one element type and sizes, and tensors of one shape, share what follows from these alone."""
+    make_block, make_tensor, scalar_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    blocks: dict[Any, dict[str, Any]] = {}  # (element type's name, sizes) -> attributes of a block's type
+    shapes: dict[Any, dict[str, Any]] = {}  # sizes -> attributes of a tensor
+
+    def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        sizes = shape.values if type(shape) is tl.tuple else shape
+        key = element_ty.name, *sizes
+        if (known := blocks.get(key)) is None:
+            make_block(self, element_ty, shape)
+            known = blocks[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
+        self.__dict__.update(known)
+        self.element_ty = element_ty
+
+    def tensor(self: tl.tensor, handle: Any, kind: tl.dtype) -> None:
+        key = tuple(kind.shape.values) if type(kind) is tl.block_type else ()
+        if (known := shapes.get(key)) is None:
+            make_tensor(self, handle, kind)
+            shapes[key] = {name: vars(self)[name] for name in ("shape", "numel")}
+            return
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.__dict__.update(known)
+
+    of_scalar = functools.cache(scalar_dtype)
+
+    def np_dtype(kind: tl.dtype) -> np.dtype:
+        element = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        return np.dtype(np.uint64) if isinstance(element, tl.pointer_type) else of_scalar(element)
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block, tensor, np_dtype
+
+
 patch_once()
+derive_once()
