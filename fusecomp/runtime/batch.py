@@ -5,11 +5,9 @@ Legend: T tokens, S rows (padding included), n real rows, P pages per row of the
 The device tensors of every step are views, at offset 0, of one set of buffers. A bucket's tensors therefore have the
 same addresses at every step, which is what a captured CUDA graph replays, and a batch is valid until the next `build`.
 
-Host side: numpy tables keep one line per running sequence (`SequenceState.row`) with its blocks and sampling
-parameters, brought up to date by comparing admission numbers and block counts, so nothing depends on having seen every
-step. A step gathers its lines into pinned buffers. What changes at every step of decodes is a letter that the step
-itself takes (`mailbox.py`); the rest is copied when it changed, from one of two staging sets, each with an event: one
-is filled while the other may still be read.
+Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
+decodes is a letter that the step itself takes (`mailbox.py`); the rest is copied when it changed, from one of two
+staging sets (`staging.py`), each with an event: one is filled while the other may still be read.
 """
 
 from __future__ import annotations
@@ -20,59 +18,13 @@ import numpy as np
 import torch
 
 from fusecomp.lowerings.launch import compiling_ahead
+from fusecomp.runtime.lines import SAMPLING, Lines
 from fusecomp.runtime.mailbox import NOWHERE, Mailbox
 from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
-from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch, needs_of
+from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
+from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 
-# Parameters beyond these mean what these mean: a uniform draw, and all tokens.
-_FLOAT32_MAX, _INT32_MAX = float(np.finfo(np.float32).max), int(np.iinfo(np.int32).max)
-# Tensors whose layout differs between decode and mixed steps, or that change at every step.
-_BUFFERS = {
-    "tokens": torch.int64,
-    "logit_indices": torch.int64,
-    "cu_q_lens": torch.int32,
-    "seq_lens": torch.int32,
-    "block_tables": torch.int32,
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "seeds": torch.int64,
-    "rows": torch.int64,
-    "continues": torch.int64,
-}
-_STAGED_ONLY = ("continues",)
-_SAMPLING = ("temperature", "top_k", "top_p", "seeds")
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
-
-
-class _Staging:
-    """Host buffers of one step in the making, pinned for CUDA, seen by torch and by numpy.
-
-    `wait` returns once the copies out of them have ended, `record` marks that all of a step's copies are issued.
-
-    Attributes:
-        used: something was copied since `record`.
-    """
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self._event = torch.cuda.Event() if pinned else None
-        self.used = False
-        self.tensors = {
-            name: torch.zeros(shape, dtype=_BUFFERS[name], pin_memory=pinned) for name, shape in shapes.items()
-        }
-        self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        # The latest copy of each: its size, and the two views, which need not be made again for the next one.
-        self.copies: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def record(self) -> None:
-        if self._event is not None and self.used:
-            self._event.record()
-        self.used = False
 
 
 class BatchBuilder:
@@ -110,22 +62,15 @@ class BatchBuilder:
         self.max_blocks_per_seq = max_blocks_per_seq
         self.block_size = block_size
         self.device = torch.device(device)
-        self._seed = seed
-        self._on_enter = on_enter
         self.mailbox = mailbox or Mailbox(self.max_rows, self.device)
 
         S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BUFFERS, (S,))
-        shapes |= {"tokens": (3 * T,), "cu_q_lens": (S + 1,), "block_tables": (S * P,)}
-        self._device = {
-            name: torch.zeros(shape, dtype=_BUFFERS[name], device=self.device)
-            for name, shape in shapes.items()
-            if name not in _STAGED_ONLY
-        }
+        shapes = buffer_shapes(S, T, P)
+        self._device = device_buffers(shapes, self.device)
         # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
         self._packed_tables = self._device["block_tables"]
         self._device["block_tables"] = torch.zeros(S, P, dtype=torch.int32, device=self.device)
-        self._staging = (_Staging(shapes, self.device), _Staging(shapes, self.device))
+        self._staging = (Staging(shapes, self.device), Staging(shapes, self.device))
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)
         self._host_meta_np = self._host_meta.numpy()
@@ -136,15 +81,7 @@ class BatchBuilder:
         self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
         self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
 
-        # Tables with one line per running sequence.
-        S = max_num_seqs
-        self._table = np.zeros((S, P), np.int32)
-        self._table_flat = self._table.reshape(-1)
-        self._row_admission = [-1] * S
-        self._row_blocks = [0] * S
-        self._sampling = {name: np.zeros(S, self._staging[0].arrays[name].dtype) for name in _SAMPLING}
-        self._needs = np.zeros(S, np.int64)
-        self._logprobs = np.full(S, -1, np.int64)
+        self._lines = Lines(max_num_seqs, P, block_size, seed, on_enter)
 
         # What the device buffers hold, to copy only what changed.
         self._admissions: list[int] = []
@@ -216,7 +153,7 @@ class BatchBuilder:
             if continues is None or KNOWN in continues:
                 tokens[0, :nd] = [seq.token_ids[-1] for seq in seqs[:nd]]
             tokens[1, :nd] = starts[:nd]
-            tokens[2, :nd] = self._slots(rows[:nd], starts[:nd])
+            tokens[2, :nd] = self._lines.slots(rows[:nd], starts[:nd])
             self._fill_prefills(step, tokens)
             cu_q_lens = staging.arrays["cu_q_lens"]
             ends_of_rows = np.cumsum(step.num_new_tokens)
@@ -260,7 +197,7 @@ class BatchBuilder:
         if continues:
             letter["continues"][:count] = self._order[:count] if isinstance(continues, range) else continues
         letter["seq_lens"][:n] = starts + 1
-        letter["slots"][:n] = self._slots(rows, starts)
+        letter["slots"][:n] = self._lines.slots(rows, starts)
         letter["ids"][n:size] = letter["seq_lens"][n:size] = 0
         letter["slots"][n:size] = -1
         self._letter = size, count, self._moved
@@ -286,7 +223,7 @@ class BatchBuilder:
         device = self._device
         self.mailbox.feed(device["tokens"], device["seq_lens"], device["block_tables"], size)
 
-    def _continue_from(self, rows: Sequence[int], staging: _Staging) -> None:
+    def _continue_from(self, rows: Sequence[int], staging: Staging) -> None:
         """Put sampled ids into the first tokens without reading them; an invalid one becomes id 0, its row is void."""
         count, tokens, sampled = len(rows), self._device["tokens"], self.mailbox.ids
         if isinstance(rows, range):
@@ -340,7 +277,7 @@ class BatchBuilder:
         max_seq_len: int,
         padded: int,
         placement: tuple[int, int],
-        staging: _Staging,
+        staging: Staging,
         decode_only: bool,
     ) -> np.ndarray:
         """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
@@ -368,17 +305,9 @@ class BatchBuilder:
         same_places = same_rows and decode_only and placement == self._placement
         places = list[int]()
         for i in stale:
-            seq = seqs[i]
-            row, count = seq.row, num_blocks[i]
-            if self._row_admission[row] != seq.admission:
-                self._enter(seq)
-            known = self._row_blocks[row]
-            if known != count:
-                assert count <= self.max_blocks_per_seq, f"{seq.request_id!r} holds {count} blocks"
-                self._table[row, known:count] = seq.blocks[known:]
-                self._row_blocks[row] = count
-                if same_places:
-                    places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
+            known, count = self._lines.update(seqs[i], num_blocks[i]), num_blocks[i]
+            if same_places:
+                places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
         if same_places and len(places) <= self.max_rows:
             self._note_moves(places, rows)
         else:
@@ -395,13 +324,13 @@ class BatchBuilder:
         at = np.array(places, np.int64)
         self.mailbox.arrays["moved_at"][:count] = at
         lines, columns = np.divmod(at, self.max_blocks_per_seq)
-        self.mailbox.arrays["moved_to"][:count] = self._table[rows[lines], columns]
+        self.mailbox.arrays["moved_to"][:count] = self._lines.blocks[rows[lines], columns]
 
-    def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: _Staging) -> None:
+    def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: Staging) -> None:
         n = len(rows)
         width = -(-max_seq_len // self.block_size)
         staging.used = True
-        staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._table[rows, :width]
+        staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._lines.blocks[rows, :width]
         packed = staging.tensors["block_tables"][: n * width]
         if self.device.type != "cpu":
             packed = self._packed_tables[: n * width].copy_(packed, non_blocking=True)
@@ -412,45 +341,19 @@ class BatchBuilder:
         if before < n:
             self._device["block_tables"][after : after + n - before, :width].copy_(packed[before:])
 
-    def _enter(self, seq: SequenceState) -> None:
-        """Start a row's line in the tables for a newly admitted sequence."""
-        row, params = seq.row, seq.params
-        self._row_admission[row] = seq.admission
-        self._row_blocks[row] = 0
-        self._sampling["temperature"][row] = min(params.temperature, _FLOAT32_MAX)
-        self._sampling["top_k"][row] = min(max(params.top_k, 0), _INT32_MAX)
-        self._sampling["top_p"][row] = params.top_p
-        self._sampling["seeds"][row] = self._request_seed(seq)
-        self._needs[row] = needs_of(params)
-        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        if self._on_enter is not None:
-            self._on_enter(seq)
-
-    def _request_seed(self, seq: SequenceState) -> int:
-        """The request's own seed, or one per arrival, wrapped to int64. The sampler does the mixing."""
-        seed = seq.params.seed
-        if seed is None:
-            seed = self._seed * 0x9E3779B97F4A7C15 + seq.arrival + 1
-        return (seed + 2**63) % 2**64 - 2**63
-
-    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: _Staging) -> None:
+    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: Staging) -> None:
         n = len(rows)
-        for name in _SAMPLING:
+        for name in SAMPLING:
             array = staging.arrays[name]
-            array[:n] = self._sampling[name][rows]
+            array[:n] = self._lines.sampling[name][rows]
             array[n:padded] = _PAD_SAMPLING[name]
             self._copy(staging, name, padded)
         staging.arrays["rows"][:n] = rows
         staging.arrays["rows"][n:padded] = self.max_num_seqs
         self._copy(staging, "rows", padded)
         self._padded_rows = padded
-        self._all_needs = int(np.bitwise_or.reduce(self._needs[rows]))
-        self._most_logprobs = int(self._logprobs[rows].max(initial=-1))
-
-    def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """KV slots of tokens at `positions` of the sequences in `rows`; int64."""
-        pages, offsets = np.divmod(positions, self.block_size)
-        return self._table_flat[rows * self.max_blocks_per_seq + pages].astype(np.int64) * self.block_size + offsets
+        self._all_needs = int(np.bitwise_or.reduce(self._lines.needs[rows]))
+        self._most_logprobs = int(self._lines.logprobs[rows].max(initial=-1))
 
     def _fill_prefills(self, step: ScheduledStep, tokens: np.ndarray) -> None:
         at = step.num_decodes
@@ -460,15 +363,11 @@ class BatchBuilder:
             part = tokens[:, at : at + size]
             part[0] = seq.token_ids[start : start + size]
             part[1] = positions
-            part[2] = self._slots(np.full(1, seq.row), positions)
+            part[2] = self._lines.slots(np.full(1, seq.row), positions)
             at += size
 
-    def _copy(self, staging: _Staging, name: str, size: int) -> None:
-        latest = staging.copies.get(name)
-        if latest is None or latest[0] != size:
-            latest = staging.copies[name] = size, self._device[name][:size], staging.tensors[name][:size]
-        latest[1].copy_(latest[2], non_blocking=True)
-        staging.used = True
+    def _copy(self, staging: Staging, name: str, size: int) -> None:
+        staging.copy(name, self._device[name], size)
 
     def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
         views = {name: buffer[:S] for name, buffer in self._device.items()}
