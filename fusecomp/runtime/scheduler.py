@@ -1,5 +1,5 @@
 """Which tokens the next step computes: continuous batching with chunked prefill, prefix caching, priorities, and
-preemption by recompute or by swap (`swap_space.py`).
+preemption by recompute or by swap (`places.py`, `swap_space.py`).
 
 In: requests (`Scheduler.add`), sampled tokens (`update`). Out: `ScheduledStep`s (`schedule`). Pure Python and
 deterministic: the same calls give the same steps.
@@ -40,15 +40,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Container, Sequence
-from operator import attrgetter
 
 from fusecomp.errors import CapacityError, RequestError
 from fusecomp.runtime.kv_cache import KVCacheManager
-from fusecomp.runtime.prefix import PrefixSharing
+from fusecomp.runtime.places import RANK, Places
 from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEntry, ScheduledStep, SequenceState, Status
 from fusecomp.runtime.swap_space import SwapSpace
 
-_RANK = attrgetter("rank")
 KNOWN = -1  # in place of a row: the token is on the host already
 __all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
@@ -78,24 +76,19 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.kv = kv
         self.swap = swap or SwapSpace(0, kv.block_size, lambda tokens, blocks: False)
-        # A little room left at admission while others run, or the newcomer is soon preempted to feed their decodes.
-        self._watermark = max(1, kv.num_blocks // 100)
+        self._places = Places(max_num_seqs, kv, self.swap)
+        self.prefix = self._places.prefix
         self._live: dict[str, SequenceState] = {}
-        self._waiting: list[SequenceState] = []
-        self._running: list[SequenceState] = []
-        self._free_rows = list(reversed(range(max_num_seqs)))
         self._num_arrivals = 0
-        self._num_admissions = 0
         self._launched: ScheduledStep | None = None  # in flight, its rows moved on by `_move_on`
-        self.prefix = PrefixSharing(kv)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._places.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._places.running)
 
     @property
     def has_work(self) -> bool:
@@ -141,7 +134,7 @@ class Scheduler:
         seq.rank = seq.priority, seq.arrival
         self._num_arrivals += 1
         self._live[seq.request_id] = seq
-        insort(self._waiting, seq, key=_RANK)
+        insort(self._places.waiting, seq, key=RANK)
 
     def abort(self, request_id: str) -> SequenceState | None:
         """End a sequence with "abort", also between `schedule` and `update`. None when no such request lives."""
@@ -149,10 +142,10 @@ class Scheduler:
         if seq is None:
             return None
         if seq.status is Status.RUNNING:
-            self._running.remove(seq)
-            self._release(seq)
+            self._places.running.remove(seq)
+            self._places.release(seq)
         else:
-            self._waiting.remove(seq)
+            self._places.waiting.remove(seq)
         self._finish(seq, "abort")
         return seq
 
@@ -169,34 +162,34 @@ class Scheduler:
         With `ahead` those that reach their length with the token to come have no part in it, and nobody is preempted:
         None where somebody would be, and before any is admitted.
         """
-        seqs: list[SequenceState] = []
+        places, seqs = self._places, list[SequenceState]()
         starts: list[int] = []
         prefills: list[SequenceState] = []
         num_preempted = 0
         decode, at = seqs.append, starts.append  # once: the loop below runs for every decode
         # Preemption pops from the tail of the list under iteration, behind or at the current sequence: that ends the
         # loop early, as it should. What was scheduled stays.
-        for seq in self._running:
+        for seq in places.running:
             start, known = seq.num_computed_tokens, len(seq.token_ids)
             if start + 1 != known or start == 0:
                 prefills.append(seq)
                 continue
             if known == seq.max_total_tokens:
                 continue  # only `ahead`
-            while start >= seq.num_slots and not self._grow(seq, start):
+            while start >= seq.num_slots and not places.grow(seq, start):
                 if ahead:
                     return None
                 num_preempted += 1
-                if self._preempt_last() is seq:
+                if places.preempt_last() is seq:
                     break
             else:
                 decode(seq)
                 at(start)
         if ahead:
-            if prefills and self._room(prefills[0]) == 0:
+            if prefills and places.room(prefills[0]) == 0:
                 return None
-        elif self._running and (prefills or self._waiting):
-            for victim in self._make_way(prefills):
+        elif places.running and (prefills or places.waiting):
+            for victim in places.make_way(prefills):
                 num_preempted += 1
                 if seqs and seqs[-1] is victim:  # both lists are in rank order
                     seqs.pop()
@@ -210,21 +203,21 @@ class Scheduler:
         prefill = next(unfinished, None)
         first = 0  # waiting sequences before it wait for a block
         while budget:
-            found = self._next_admissible(first, before=prefill)
+            found = places.next_admissible(first, before=prefill)
             if found is not None:
                 first = found[0]
-                seq = self._admit(*found)
+                seq = places.admit(*found)
                 size = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             elif prefill is not None:
                 seq, prefill = prefill, next(unfinished, None)
-                size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, self._room(seq))
+                size = min(len(seq.token_ids) - seq.num_computed_tokens, budget, places.room(seq))
                 if size == 0:
                     break
             else:
                 break
             start = seq.num_computed_tokens
             end = start + size
-            grown = self._allocate(seq, end)
+            grown = places.allocate(seq, end)
             assert grown, f"{seq.request_id!r}: no blocks for a chunk that was sized to fit"
             completes = end == len(seq.token_ids)
             if size == 1 and start and completes and num_decodes == len(seqs):
@@ -255,7 +248,8 @@ class Scheduler:
         Returns: the step, and for each of its decodes the row of `step` whose sampled token it continues from, or
             `KNOWN` for the last token of a prompt that was cut before it; a `range` if that is each decode's own row.
         """
-        if self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
+        waiting, running = self._places.waiting, self._places.running
+        if waiting and running and waiting[0].priority < running[-1].priority:
             return None
         self._move_on(step)
         following = self._compose(ahead=True)
@@ -274,7 +268,7 @@ class Scheduler:
         assert self._launched is None, "two steps are in flight"
         self._launched = step
         running = Status.RUNNING
-        if step.decode_only and step.seqs == self._running:  # the same, quicker
+        if step.decode_only and step.seqs == self._places.running:  # the same, quicker
             for seq in step.seqs:
                 seq.num_computed_tokens += 1
                 seq.token_ids.append(UNKNOWN_TOKEN)
@@ -321,140 +315,15 @@ class Scheduler:
                 else:
                     continue
             num_finished += 1
-            self._release(seq, forget=reason == "error")
+            self._places.release(seq, forget=reason == "error")
             self._finish(seq, reason)
         if num_finished:
-            self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
+            self._places.running = [seq for seq in self._places.running if seq.status is Status.RUNNING]
         # A decode's block is named when the next one is needed, the blocks of all that ended were when it did.
         for seq in step.seqs[step.num_decodes :]:
             if seq.status is running:
                 self.prefix.name(seq, seq.num_computed_tokens)
         return advanced
-
-    def _allocate(self, seq: SequenceState, up_to_tokens: int) -> bool:
-        if not self.kv.allocate(seq.request_id, up_to_tokens):
-            return False
-        seq.blocks = self.kv.block_ids(seq.request_id)
-        seq.num_slots = len(seq.blocks) * self.kv.block_size
-        return True
-
-    def _grow(self, seq: SequenceState, position: int) -> bool:
-        """A block for a decode's token at `position`, the first after full blocks. Their tokens are known, and computed
-        or about to be by a step that is launched: from the next step on others may read them."""
-        self.prefix.name(seq, position)
-        if not self.kv.append_block(seq.blocks):
-            return False
-        seq.num_slots += self.kv.block_size
-        return True
-
-    def _first_waiting(self, at: int = 0) -> tuple[int, list[int]] | None:
-        """Index, from `at` on, of the first waiting sequence that waits for no block; cached blocks it begins with."""
-        for index in range(at, min(len(self._waiting), self.max_num_seqs)):
-            seq = self._waiting[index]
-            cached = self.prefix.cached(seq)
-            if not self.prefix.waits(seq, cached):
-                return index, cached
-        return None
-
-    def _next_admissible(self, at: int, before: SequenceState | None) -> tuple[int, list[int]] | None:
-        """`_first_waiting` if there is room for it, and its priority goes before that of the prefill `before`."""
-        if at >= len(self._waiting) or not self._free_rows:
-            return None
-        if before is not None and self._waiting[at].priority >= before.priority:
-            return None
-        found = self._first_waiting(at)
-        if found is None:
-            return None
-        seq = self._waiting[found[0]]
-        if before is not None and seq.priority >= before.priority:
-            return None
-        return found if self._fits(seq, found[1]) else None
-
-    def _missing_blocks(self, seq: SequenceState, cached: Sequence[int]) -> int:
-        """Free blocks that a waiting sequence needs for all its known tokens."""
-        return self.kv.blocks_for(len(seq.token_ids)) - len(cached) + self.kv.num_idle(cached)
-
-    def _fits(self, seq: SequenceState, cached: Sequence[int]) -> bool:
-        """Whether all known tokens of a waiting sequence fit, not just its first chunk.
-
-        Here no running prefill of its priority still needs blocks: one that the step does not complete has used up the
-        token budget or the free blocks, and nothing is admitted. So a half-done prefill competes for blocks with
-        decodes, and with other priorities. Asking for all tokens also keeps a sequence from coming back in the step
-        that preempted it for a decode.
-        """
-        if not self._running:
-            return True  # `add` made sure of it
-        free = self.kv.num_free - self._watermark
-        return free > 0 and self._missing_blocks(seq, cached) <= free
-
-    def _admit(self, index: int, cached: list[int]) -> SequenceState:
-        """Move a waiting sequence to the running ones; it begins with the blocks `cached`."""
-        seq = self._waiting.pop(index)
-        seq.status = Status.RUNNING
-        seq.row = self._free_rows.pop()
-        seq.admission = self._num_admissions
-        self._num_admissions += 1
-        insort(self._running, seq, key=_RANK)
-        self.prefix.begin(seq, cached)
-        self.swap.move_in(seq, self._allocate)
-        self.prefix.name(seq, seq.num_computed_tokens)  # what moves in is there before the step reads
-        return seq
-
-    def _make_way(self, prefills: Sequence[SequenceState]) -> list[SequenceState]:
-        """Preempt running sequences of lower priority for the first prefill or the first waiting sequence, if need be.
-
-        For the waiting one nobody is preempted unless it then fits. Returns those preempted.
-        """
-        victims: list[SequenceState] = []
-        running = self._running
-        if prefills and self._room(prefills[0]) == 0:
-            while running[-1].priority > prefills[0].priority and not self.kv.num_free:
-                victims.append(self._preempt_last())
-            return victims
-        if not self._waiting or self._waiting[0].priority >= running[-1].priority:
-            return victims
-        if prefills and prefills[0].priority <= self._waiting[0].priority:
-            return victims  # its turn comes when that is done
-        found = self._first_waiting()
-        if found is None or self._waiting[found[0]].priority >= running[-1].priority:
-            return victims
-        seq, cached = self._waiting[found[0]], set(found[1])
-        short = self._missing_blocks(seq, found[1]) + self._watermark - self.kv.num_free
-        rows = len(self._free_rows)
-        count = 0
-        while (short > 0 or rows == 0) and count < len(running) and running[-1 - count].priority > seq.priority:
-            count += 1
-            rows += 1
-            short -= self.kv.num_private(running[-count].request_id, cached)
-        if short <= 0 and rows:
-            victims = [self._preempt_last() for _ in range(count)]
-        return victims
-
-    def _room(self, seq: SequenceState) -> int:
-        """Tokens that the sequence could add with the blocks it holds and all free ones."""
-        return seq.num_slots + self.kv.num_free * self.kv.block_size - seq.num_computed_tokens
-
-    def _preempt_last(self) -> SequenceState:
-        """Free the blocks of the last running sequence in rank; it waits, and goes on where it was if they are kept on
-        the host. Otherwise it is computed again from its start, or from where the first of its blocks was taken
-        meanwhile."""
-        seq = self._running.pop()
-        self.swap.move_out(seq)
-        self._release(seq)
-        seq.status = Status.WAITING
-        seq.num_computed_tokens = 0
-        seq.num_preemptions += 1
-        insort(self._waiting, seq, key=_RANK)
-        return seq
-
-    def _release(self, seq: SequenceState, *, forget: bool = False) -> None:
-        """Give a running sequence's blocks and row back. With `forget` nobody finds what it computed."""
-        self.prefix.leave(seq, forget=forget)
-        self.kv.free(seq.request_id, forget=forget)
-        self._free_rows.append(seq.row)
-        seq.row = -1
-        seq.blocks = []
-        seq.num_slots = seq.num_named = 0
 
     def _finish(self, seq: SequenceState, reason: str) -> None:
         seq.status = Status.FINISHED

@@ -36,7 +36,7 @@ def test_every_request_ends_as_if_alone(scenario):
         nonlocal preemptions
         preemptions += step.num_preempted
         check_step(scenario, step)
-        for seqs in (scheduler._running, scheduler._waiting):
+        for seqs in (scheduler._places.running, scheduler._places.waiting):
             ranks = [(s.priority, s.arrival) for s in seqs]
             assert ranks == sorted(ranks), "by priority, then first come, first served, also after preemption"
 
@@ -66,7 +66,7 @@ def test_aborts_leave_the_others_alone(scenario):
             assert (seq.output_ids, seq.finish_reason) == (expected, reason)
         assert seq.status is Status.FINISHED
     assert scheduler.kv.num_free == scenario.num_blocks
-    assert sorted(scheduler._free_rows) == list(range(scenario.max_num_seqs))
+    assert sorted(scheduler._places.free_rows) == list(range(scenario.max_num_seqs))
 
 
 @given(scenarios(aborts=True))

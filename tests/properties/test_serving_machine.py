@@ -177,7 +177,7 @@ class ServingMachine(RuleBasedStateMachine):
             assert 1 <= size <= len(seq.token_ids) - start
             assert draws == (start + size == len(seq.token_ids))
             assert i >= step.num_decodes or (start > 0 and draws and size == 1)
-        decodes = [s for s in self.scheduler._running if s.num_computed_tokens == len(s.token_ids) - 1 > 0]
+        decodes = [s for s in self.scheduler._places.running if s.num_computed_tokens == len(s.token_ids) - 1 > 0]
         if ahead:  # those that the step in flight ends do not go on
             assert step.num_preempted == 0
             decodes = [s for s in decodes if len(s.token_ids) < s.max_total_tokens]
@@ -185,27 +185,31 @@ class ServingMachine(RuleBasedStateMachine):
 
     @invariant()
     def lists_are_in_rank_order(self):
-        for seqs in (self.scheduler._running, self.scheduler._waiting):
+        for seqs in (self.scheduler._places.running, self.scheduler._places.waiting):
             assert [s.rank for s in seqs] == sorted((s.priority, s.arrival) for s in seqs)
-        unfinished = [s.priority for s in self.scheduler._running if len(s.token_ids) - s.num_computed_tokens > 1]
+        unfinished = [
+            s.priority for s in self.scheduler._places.running if len(s.token_ids) - s.num_computed_tokens > 1
+        ]
         if self.flight is None:
             assert len(unfinished) == len(set(unfinished)), "two prefills of one priority compete for blocks"
 
     @invariant()
     def every_block_has_its_owners(self):
         owners = [0] * self.kv.num_blocks
-        for seq in self.scheduler._running:
+        for seq in self.scheduler._places.running:
             assert seq.blocks is self.kv.block_ids(seq.request_id)
             assert len(seq.blocks) * self.kv.block_size == seq.num_slots >= seq.num_computed_tokens
             for block in seq.blocks:
                 owners[block] += 1
         assert owners == [self.kv.pool.ref_count(block) for block in range(self.kv.num_blocks)]
         assert self.kv.num_free == owners.count(0)
-        assert len(self.scheduler._free_rows) == self.scheduler.max_num_seqs - len(self.scheduler._running)
+        assert len(self.scheduler._places.free_rows) == self.scheduler.max_num_seqs - len(
+            self.scheduler._places.running
+        )
 
     @invariant()
     def every_host_block_has_its_owner(self):
-        waiting = {seq.request_id: seq for seq in self.scheduler._waiting}
+        waiting = {seq.request_id: seq for seq in self.scheduler._places.waiting}
         held = [self.swap.holds(name) for name in waiting]
         blocks = [block for owned, _ in held for block in owned]
         assert sorted(blocks + self.swap._free) == list(range(self.swap.num_blocks))

@@ -91,7 +91,7 @@ def test_a_stuck_prefill_takes_blocks_from_a_lower_priority():
         while low.status is Status.RUNNING and scheduler.kv.num_free and len(low.blocks) < 3:
             low.token_ids.append(9)  # as if it had decoded faster, so that blocks run out under the prefill
             low.num_computed_tokens += 1
-            scheduler._allocate(low, low.num_computed_tokens + 1)
+            scheduler._places.allocate(low, low.num_computed_tokens + 1)
     assert low.num_preemptions == 1
 
 
@@ -127,5 +127,5 @@ def test_nobody_starves_within_a_priority():
             break
     assert big is not None
     assert big.status is Status.FINISHED
-    waiting = [seq.request_id for seq in scheduler._waiting]
+    waiting = [seq.request_id for seq in scheduler._places.waiting]
     assert "x3" not in waiting, "who came before it was served before it"

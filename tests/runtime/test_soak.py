@@ -96,7 +96,7 @@ def test_nothing_is_left_behind(count, overlap):
     assert scheduler.kv.pool.num_known <= 40
     assert not scheduler.kv._blocks
     assert not scheduler.prefix.makers
-    assert sorted(scheduler._free_rows) == list(range(16))
+    assert sorted(scheduler._places.free_rows) == list(range(16))
     latest = sequences().keys() - others.keys()
     assert len(latest) <= 16, "sequences of the latest step may live on, others may not"
     assert handles() == files
