@@ -36,7 +36,7 @@ TARGETS: dict[str, Target] = {
     "gfx942": heuristics.GFX942,
 }
 TUNED = "sm_90"  # where spills count
-MOST, MOST_ELSEWHERE = 10, 3  # cases of a kernel that CI compiles for it, and for each other target
+MOST, MOST_ELSEWHERE = 6, 1  # cases of a kernel that CI compiles for it, and for each other target
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     for cases in by_kernel.values():
         kept = cases
         if not full and len(cases) > most:
-            kept = [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
+            kept = [cases[(i + 1) * (len(cases) - 1) // most] for i in range(most)]
         for spec in kept:
             yield compile_one(spec, target_name)[0]
 

@@ -158,7 +158,7 @@ def test_any_spelling_of_a_rule_is_recognised(case):
     assert found.dims == 2 or (found.style, found.table) == (rope.style, rope.table)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(case=rules(), change=st.sampled_from(["sign", "table", "partner", "scale"]))
 def test_nothing_else_is(case, change):
     rope, head_dim, heads, spelling = case
