@@ -24,6 +24,7 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.detokenizer import Detokenizer, Followed
 from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.mailbox import NOWHERE
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
 
 PHASES = ("schedule", "build", "update", "texts", "late")
@@ -103,7 +104,9 @@ def measure(
         t1 = time.perf_counter()
         assert step is not None
         full = step.decode_only and len(step.seqs) == rows
-        builder.build(step, rows if full else None, continues)
+        builder.build(step, rows if full else None, continues, sealed=full)
+        if full:
+            builder.send(NOWHERE)
         t2 = time.perf_counter()
         if before is not None:
             scheduler.update(before, sampled, frozenset({2}))
@@ -119,6 +122,7 @@ def measure(
             spent = (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4 - wait, t3 - t0)
             for phase, seconds in zip(times, spent, strict=True):
                 times[phase].append(seconds * 1e6)
+            builder.launch_feed(rows)  # the device's work, with which the step's graph begins
         if device == "cuda":
             torch.cuda.synchronize()
     following.close()

@@ -7,6 +7,7 @@ import torch
 
 from fusecomp.config import EngineConfig
 from fusecomp.fusion import FUSE
+from fusecomp.patterns.base import PassContext
 from fusecomp.patterns.invariance import BatchInvariance
 from fusecomp.quant.online.transform import quantize_model
 from fusecomp.runtime import step
@@ -23,14 +24,32 @@ CONFIG = EngineConfig(
 REFUSED = {"llama4": {"topk", "scatter"}}
 
 
+class Checked(Exception):
+    """The check is done; compiling what was checked would show nothing more."""
+
+
 def refusals(family: str, monkeypatch: pytest.MonkeyPatch, scheme: str = "", **changes) -> list[str]:
     """As on a GPU: the fuse stage with the check behind it."""
-    monkeypatch.setattr(step, "FUSE", (*FUSE, BatchInvariance()))
+    found: list[str] = []
+
+    class Check(BatchInvariance):
+        def apply(self, gm: torch.fx.GraphModule, context: PassContext) -> int:
+            super().apply(gm, context)
+            found.extend(miss.reason for miss in context.report.near_misses if miss.pattern == self.name)
+            raise Checked
+
+    monkeypatch.setattr(step, "FUSE", (*FUSE, Check()))
     model = build(family, torch.bfloat16)
     if scheme:
         quantize_model(model, scheme, text=[])
-    report = Engine(model, CONFIG.replace(**changes)).report
-    return [miss.reason for miss in report.near_misses if miss.pattern == BatchInvariance.name]
+    with pytest.raises(Exception) as raised:  # Inductor wraps it
+        Engine(model, CONFIG.replace(**changes))
+    chain = [raised.value]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    if not any(isinstance(error, Checked) for error in chain):
+        raise raised.value
+    return found
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ ENGINES = {
     "pico-llama": (torch.float32, 16, {"enforce_eager": False}),
     "pico-moe": (torch.bfloat16, 16, {"enforce_eager": False, "fuse": "always"}),
 }
-few = settings(max_examples=max(2, settings().max_examples // 20))
+few = settings(max_examples=max(2, settings().max_examples // 30))
 PARAMS = (
     SamplingParams(temperature=0.0, max_tokens=6, logprobs=5),
     SamplingParams(temperature=0.0, max_tokens=9, logprobs=0, repetition_penalty=1.3),
