@@ -357,7 +357,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
     for cases in by_kernel.values():
         kept = cases
         if not full and len(cases) > most:
-            kept = [cases[(i + 1) * (len(cases) - 1) // most] for i in range(most)]
+            kept = [cases[(i + 1) * (len(cases) - 1) // most] for i in range(most)]  # evenly, the last among them
         for spec in kept:
             yield compile_one(spec, target_name)[0]
 

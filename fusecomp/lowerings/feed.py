@@ -3,7 +3,7 @@
 Both stand in a step's CUDA graph, so between two steps there is nothing but the launch of a graph. A copy engine would
 cost several microseconds at every turn, in which the GPU is idle; a few KB over the bus take a kernel about two.
 
-`runtime/mailbox.py` has the host's side, the rules by which the two take turns, and the eager references.
+`letter.py` has the eager references, `runtime/mailbox.py` the host's side and the rules by which the two take turns.
 
 Legend: S rows, P pages per row of the block table.
 """
@@ -17,8 +17,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch
-
-BLOCK = 256
+from fusecomp.lowerings.letter import BLOCK, Letter
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -99,33 +98,18 @@ def deliver_kernel(sampled, half, ids, host, size, stride, BLOCK: tl.constexpr, 
 
 
 def launch_feed(
-    header: Tensor,
-    taken: Tensor,
-    new_ids: Tensor,
-    slots: Tensor,
-    lens: Tensor,
-    moved_at: Tensor,
-    moved_to: Tensor,
-    continues: Tensor,
-    ids: Tensor,
-    seen: Tensor,
-    half: Tensor,
-    tokens: Tensor,
-    seq_lens: Tensor,
-    tables: Tensor,
-    size: int,
+    letter: Letter, ids: Tensor, seen: Tensor, half: Tensor, tokens: Tensor, seq_lens: Tensor, tables: Tensor, size: int
 ) -> None:
-    """Queue `feed_kernel`, whose arguments these are. The first eight are pinned, the lists whole blocks."""
-    assert lens.shape[0] % BLOCK == 0
+    """Queue `feed_kernel`: `feed_reference`, of a pinned letter whose lists are whole blocks."""
+    assert letter.ids.shape[0] % BLOCK == 0
     launch(
         feed_kernel, (1,),
-        header, taken, new_ids, slots, lens, moved_at, moved_to, continues, ids, seen, half, tokens, seq_lens, tables,
-        size, BLOCK=BLOCK, num_warps=1,
+        *letter, ids, seen, half, tokens, seq_lens, tables, size, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
 
 
 def launch_deliver(sampled: Tensor, half: Tensor, ids: Tensor, host: Tensor) -> None:
-    """Queue a copy of sampled [S] to ids [>= S] and to a half of pinned host [2, >= S]; all int64, contiguous."""
+    """Queue `deliver_kernel`: `deliver_reference`, of contiguous tensors and pinned `host`."""
     size = sampled.shape[0]
     use_pdl = uses_pdl(sampled)
     options = {"launch_pdl": True} if use_pdl else {}

@@ -28,9 +28,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A letter's lists, and what their length is a multiple of: the feeding kernel reads whole blocks.
-BLOCK = 256
-LISTS = {
+from fusecomp.lowerings.letter import BLOCK, NOWHERE, Letter, deliver_reference, feed_reference
+
+LISTS = {  # of a letter
     "ids": torch.int32,
     "slots": torch.int64,
     "seq_lens": torch.int32,
@@ -39,7 +39,6 @@ LISTS = {
     "continues": torch.int32,
 }
 NUMBER, COUNT, MOVED, HALF = range(4)  # of `header`
-NOWHERE = -1
 # Seconds for which the host looks whether a letter was taken, before it asks the device what happened.
 PATIENCE = 10.0
 
@@ -68,13 +67,14 @@ class Mailbox:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         header, taken, rows = on_host((4,)), on_host((1,)), -(-max_rows // BLOCK) * BLOCK
-        letter = {name: on_host((rows,), dtype) for name, dtype in LISTS.items()}
-        self.arrays = {name: tensor.numpy() for name, tensor in letter.items()}
+        lists = {name: on_host((rows,), dtype) for name, dtype in LISTS.items()}
+        self._letter = Letter(header, taken, **lists)
+        self.arrays = {name: tensor.numpy() for name, tensor in lists.items()}
         self.delivered = on_host((2, max_rows))
         self.ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._header, self._taken = header.numpy(), taken.numpy()
         self._half, self._halves = on_device(NOWHERE), (on_device(0), on_device(1))
-        self._feed_args = (header, taken, *letter.values(), self.ids, on_device(0), self._half)
+        self._seen = on_device(0)
         self._held = False
         self._feed: Callable[..., None] = feed_reference
         self._deliver: Callable[..., None] = deliver_reference
@@ -119,7 +119,7 @@ class Mailbox:
             seq_lens: [>= size] int32.
             tables: [S, P] int32, contiguous.
         """
-        self._feed(*self._feed_args, tokens, seq_lens, tables, size)
+        self._feed(self._letter, self.ids, self._seen, self._half, tokens, seq_lens, tables, size)
 
     def skip(self) -> None:
         """The step that was to take the letter was only compiled."""
@@ -136,46 +136,3 @@ class Mailbox:
 
 def _nothing() -> None:
     pass
-
-
-def feed_reference(
-    header: Tensor,
-    taken: Tensor,
-    new_ids: Tensor,
-    slots: Tensor,
-    lens: Tensor,
-    moved_at: Tensor,
-    moved_to: Tensor,
-    continues: Tensor,
-    ids: Tensor,
-    seen: Tensor,
-    half: Tensor,
-    tokens: Tensor,
-    seq_lens: Tensor,
-    tables: Tensor,
-    size: int,
-) -> None:
-    """`feed_kernel` on the CPU."""
-    number, count, moved, to_half = header.tolist()
-    if number == int(seen):
-        half.fill_(NOWHERE)
-        return
-    if moved:
-        tables.view(-1)[moved_at[:moved].long()] = moved_to[:moved]
-    tokens[:size] = new_ids[:size]
-    if count:
-        rows = continues[:count].long()
-        tokens[:count] = torch.where(rows < 0, tokens[:count], ids[rows.clamp(min=0)].clamp(min=0))
-    tokens[size : 2 * size] = (lens[:size] - 1).clamp(min=0)
-    tokens[2 * size : 3 * size] = slots[:size]
-    seq_lens[:size] = lens[:size]
-    half.fill_(to_half)
-    seen.fill_(number)
-    taken.fill_(number)
-
-
-def deliver_reference(sampled: Tensor, half: Tensor, ids: Tensor, host: Tensor) -> None:
-    """`deliver_kernel` on the CPU."""
-    if int(half) >= 0:
-        ids[: len(sampled)] = sampled
-        host[int(half), : len(sampled)] = sampled

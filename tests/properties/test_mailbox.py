@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecomp.runtime.mailbox import Mailbox, deliver_reference, feed_reference
+from fusecomp.lowerings.letter import deliver_reference, feed_reference
+from fusecomp.runtime.mailbox import Mailbox
 
 ROWS, PAGES = 5, 3
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import feed
-from fusecomp.runtime.mailbox import BLOCK, NOWHERE, deliver_reference, feed_reference
+from fusecomp.lowerings.letter import BLOCK, NOWHERE, Letter, deliver_reference, feed_reference
 
 PAGES = 7
 
@@ -39,7 +39,7 @@ def test_feeds_a_step(size, moved, fresh, half, data):
         taken, seen_, half_ = words
         tokens, tables = torch.full((3 * rows,), -7), torch.full((rows, PAGES), -7, dtype=torch.int32)
         lens = torch.full((rows,), -7, dtype=torch.int32)
-        launch(header, taken, *letter, ids, seen_, half_, tokens, lens, tables, size)
+        launch(Letter(header, taken, *letter), ids, seen_, half_, tokens, lens, tables, size)
         return [t.tolist() for t in (*words, tokens, lens, tables)]
 
     expected = run(feed_reference)

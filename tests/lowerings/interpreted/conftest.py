@@ -33,12 +33,12 @@ def patch_once() -> None:
 def derive_once() -> None:
     """Blocks of one element type and sizes, and tensors of one shape, share what follows from these alone."""
     make_block, make_tensor, scalar_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    blocks: dict[Any, dict[str, Any]] = {}  # (element type's name, sizes) -> attributes of a block's type
+    blocks: dict[Any, dict[str, Any]] = {}  # by element type's name, sizes and their types
     shapes: dict[Any, dict[str, Any]] = {}  # sizes -> attributes of a tensor
 
     def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
         sizes = shape.values if type(shape) is tl.tuple else shape
-        key = element_ty.name, *sizes
+        key = element_ty.name, *sizes, *map(type, sizes)  # 16.0 is no size, though it equals one
         if (known := blocks.get(key)) is None:
             make_block(self, element_ty, shape)
             known = blocks[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
