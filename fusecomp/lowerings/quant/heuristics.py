@@ -21,12 +21,13 @@ from fusecomp.ops.quant_linear import QuantShape
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
-VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
+VECTOR, WORD_VECTOR, TILE, FOLDED, DIGITS, DEQUANTIZE = "vector", "words", "tile", "folded", "digits", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 MAX_SPLITS = 16
+LEAST_DIGIT_TOKENS = 4  # of a program: their digits are the matrix units' 8 columns
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
 
@@ -35,17 +36,19 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes;
-            "dequantize" for a 16-bit weight and `linear`'s own choice.
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
+            or "digits" where it serves them; "dequantize" for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
-        splits: tile, folded: programs that share the same features, each with its part of K.
+        splits: tile, folded, digits: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
-        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
+        early: tile, folded, digits: only codes go through the pipeline, which then begins before the wait for the last
+            kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
-        parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
-        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        parts: folded, digits: warps of a program share its features, each with one of so many parts of K; 1: they
+            share K.
+        ahead: folded, digits: tiles of which the L2 is asked for the codes before the wait, a power of two.
     """
 
     kernel: str
@@ -77,7 +80,7 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     if tokens > (FOLDED_LIMIT if tuned and shape.fold else TILE_LIMIT[shape.bits]):
         return QuantConfig(DEQUANTIZE)
     if tuned:
-        return _fit(_tuned(target, shape, tokens), target, shape)
+        return _fit(_tuned(target, shape, tokens), target, shape, tokens)
     if shape.fold:
         return _untuned_folded(target, shape, tokens)
     if tokens == 1:
@@ -112,7 +115,10 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """
     table = load_table(target.table)
     kind = INT if shape.bits == 4 else FP8
-    entries = [e for e in table[SECTION] if (e["kind"], e["bits"]) == (kind, shape.bits)]
+    entries = [
+        e for e in table[SECTION]
+        if (e["kind"], e["bits"]) == (kind, shape.bits) and (e["config"]["kernel"] != DIGITS or serves_digits(shape))
+    ]  # fmt: skip
     bucket = min(e["tokens"] for e in entries if e["tokens"] >= tokens)
     wanted = {"rows": shape.n * shape.groups, "k": shape.k}
 
@@ -134,12 +140,14 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     return config
 
 
-def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+def _fit(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
     if config.kernel == WORD_VECTOR and not serves_words(shape):
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
+    if config.kernel == DIGITS:
+        return _fit_digits(config, target, shape, tokens)
     folded = config.kernel == FOLDED
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
@@ -173,6 +181,17 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     return config
 
 
+def _fit_digits(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
+    """No more tokens to a program than there are, blocks of the shape's own, and stages that fit."""
+    block_t = min(config.block_t, max(LEAST_DIGIT_TOKENS, next_power_of_2(tokens)))
+    config = replace(config, block_t=block_t, block_k=4 * shape.fold)
+    stage = (config.block_r // 2 + (0 if config.early else 2 * block_t)) * config.block_k * config.parts
+    sums = 4 * config.block_r * block_t * config.parts + 4 * block_t * config.block_k * config.parts
+    while (config.num_stages - 1) * stage + sums > target.smem_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
 def fitting_columns(block_k: int, cols: int) -> int:
     """The widest tile up to block_k that divides, or is divided by, the columns of a scale."""
     while cols and cols % block_k and block_k % cols:
@@ -180,9 +199,9 @@ def fitting_columns(block_k: int, cols: int) -> int:
     return block_k
 
 
-def norm_limit(fold: int) -> int:
-    """Tokens up to which the norm is computed inside the product's launch."""
-    return FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT
+def takes_norm(config: QuantConfig, fold: int, tokens: int) -> bool:
+    """Whether an RMSNorm is computed by the product's launches."""
+    return config.kernel == DIGITS or tokens <= (FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT)
 
 
 def unit(shape: QuantShape) -> int:
@@ -194,6 +213,11 @@ def unit(shape: QuantShape) -> int:
 def serves_words(shape: QuantShape) -> bool:
     """Whether the kernel of one token that reads words of four codes takes a shape."""
     return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
+
+
+def serves_digits(shape: QuantShape) -> bool:
+    """Whether inputs may become digits: 16-bit floats, of which halves of blocks share one scale of the weight."""
+    return shape.fold > 0 and shape.dtype != "float32" and shape.cols % (2 * shape.fold) == 0
 
 
 def serves_halves(shape: QuantShape) -> bool:

@@ -195,6 +195,54 @@ def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
     run(layer, config)
 
 
+@st.composite
+def digit_specs(draw):
+    """Folded integers of which halves of blocks share a scale, and 16-bit inputs."""
+    fold, halves = draw(st.sampled_from([32, 64])), draw(st.sampled_from([0, 1, 1, 2, 4]))
+    dtype = draw(st.sampled_from(["float16", "bfloat16"]))
+    return WeightSpec(INT, 4, draw(st.sampled_from([1, 1, 0, 3])), halves * 2 * fold, dtype, fold)
+
+
+@settings(SETTINGS, max_examples=80)
+@given(
+    layers(st.sampled_from([1, 1, 2, 7, 9, 20]), digit_specs), st.sampled_from([4, 8, 16]), st.sampled_from([16, 32]),
+    st.integers(1, 3), st.booleans(), st.sampled_from([1, 1, 2, 4]),
+)  # fmt: skip
+def test_digits(layer, block_t, block_r, splits, early, parts):
+    config = QuantConfig("digits", block_t, block_r, splits=splits, early=early, parts=parts, num_warps=max(2, parts))
+    run(layer, config)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_digits_of_uneven_inputs(scale):
+    """One input a thousand times the rest, in one half of a block: it costs the others no more than its own rounding.
+
+    Zeros stay zeros.
+    """
+    torch.manual_seed(0)
+    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
+    weight = random_weight((48, 512), spec, torch.float32, zero=True)
+    x = torch.randn(3, 512)
+    x[:, 200] *= 1000
+    x[1, :128] = 0
+    layer = (x * scale).bfloat16(), weight, None, [], Program(1, (), (), "bfloat16"), spec
+    out = run(layer, QuantConfig("digits", 4, 16))
+    assert scale or not out.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_digits_of_no_number(value):
+    """Spoil their token, and no other."""
+    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
+    q, scale, zero = random_weight((16, 512), spec, torch.float32, zero=True)
+    x, out = torch.randn(3, 512).bfloat16(), torch.empty(3, 16, dtype=torch.bfloat16)
+    x[1, 300] = value
+    run_quant(
+        QuantConfig("digits", 4, 16), x, q, scale, zero, None, [], Program(1, (), (), "bfloat16"), spec, out, False
+    )
+    assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
+
+
 @settings(SETTINGS, max_examples=15)
 @given(folded_specs(), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([(), (3,)]))
 def test_unfold(spec, n, blocks, zero, leading):
