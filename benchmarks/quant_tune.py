@@ -27,6 +27,7 @@ from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import split_steps
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
+    MAX_DIGIT_TOKENS,
     QuantConfig,
     serves_digits,
     serves_halves,
@@ -79,23 +80,16 @@ FOLDED = {
 PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
 
-# Of digits, by tokens of a program: rows, warps, stages, programs to a multiprocessor, tiles asked of the L2 ahead.
-DIGITS = {
-    4: [
-        (64, 4, 4, (2, 3, 4), (0, 4, 8)), (64, 2, 4, (2, 4, 6), (0, 4, 8)), (32, 2, 4, (4, 6, 8), (0, 4, 8)),
-        (128, 4, 4, (1, 2, 3), (0, 4)),
-    ],
-    8: [
-        (64, 2, 4, (2, 4, 6), (0, 4, 8)), (64, 4, 4, (2, 3, 4), (0, 4)), (32, 2, 4, (4, 6), (0, 4)),
-        (128, 4, 4, (1, 2, 3), (0, 4)),
-    ],
-    16: [
-        (64, 2, 4, (2, 4), (0, 4)), (64, 4, 4, (2, 3, 4), (0, 4)), (128, 4, 3, (1, 2), (0, 4)),
-        (128, 8, 4, (2,), (0, 4)),
-    ],
-}  # fmt: skip
-# Of those whose warps have parts of K: rows, warps, stages.
-DIGIT_PARTS = [(16, 8, 3), (32, 8, 2), (32, 4, 3), (32, 4, 4), (16, 4, 4), (64, 4, 2)]
+# Of digits, up to 16 tokens: rows, warps with parts of K, stages, programs to a multiprocessor.
+DIGITS = [
+    (rows, parts, stages, per_sm)
+    for rows, parts, stages, counts in (
+        (16, 8, 3, (1, 2, 3)), (16, 8, 4, (1, 2, 3)), (16, 8, 6, (1, 2)), (32, 8, 2, (1, 2)), (32, 8, 3, (1, 2)),
+        (32, 8, 4, (1, 2)), (16, 4, 4, (1, 2, 4)), (16, 4, 6, (2, 3)), (32, 4, 3, (2, 3)), (32, 4, 4, (1, 2)),
+        (32, 4, 6, (1, 2)), (16, 16, 3, (1,)), (16, 16, 4, (1,)),
+    )
+    for per_sm in counts
+]  # fmt: skip
 
 
 def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
@@ -133,8 +127,11 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
             for load in loads:
                 splits = split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1]
                 seen[QuantConfig("folded", size, rows, fold, warps, stages, splits, early, sums)] = None
-    if serves_digits(shape) and tokens <= max(DIGITS):
-        seen |= dict.fromkeys(digit_candidates(shape, tokens))
+    if serves_digits(shape) and tokens <= MAX_DIGIT_TOKENS:
+        seen |= {
+            QuantConfig("digits", 16, rows, fold, parts, stages, parts=parts, per_sm=per_sm): None
+            for rows, parts, stages, per_sm in DIGITS
+        }
     for rows, parts, stages in PARTS if block_t == 8 else ():
         blocks = math.ceil(shape.n * shape.groups / rows)
         for splits, early in itertools.product((1, 2), (False, True)):
@@ -146,28 +143,6 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 if not early:
                     seen[replace(config, ahead=16)] = None
     yield from seen
-
-
-def digit_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
-    """As `candidates`, of inputs that become digits."""
-    block_t, tile = max(min(DIGITS), triton.next_power_of_2(tokens)), 4 * shape.fold
-    steps = shape.k // tile
-    for rows, warps, stages, loads, aheads in DIGITS[block_t]:
-        blocks = math.ceil(shape.n * shape.groups / rows)
-        counts = {split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1] for load in loads}
-        for splits, ahead in itertools.product(sorted(counts), aheads):
-            yield QuantConfig("digits", block_t, rows, tile, warps, stages, splits, False, ahead=ahead)
-        if rows == 64:
-            for splits in sorted(counts):
-                yield QuantConfig("digits", block_t, rows, tile, warps, stages, splits, True)
-    for rows, parts, stages in DIGIT_PARTS if block_t <= 8 else ():
-        blocks = math.ceil(shape.n * shape.groups / rows)
-        for splits, ahead in itertools.product((1, 2), (0, 4, 16)):
-            if splits == 1 or blocks * parts < 132 * 16:
-                found = split_steps(math.ceil(steps / parts), splits)[1]
-                yield QuantConfig(
-                    "digits", block_t, rows, tile, parts, stages, found, False, parts=parts, ahead=ahead
-                )  # fmt: skip
 
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
@@ -218,6 +193,7 @@ def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""
+    flags += f" per_sm {c.per_sm}" if c.per_sm > 1 else ""
     return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
 
 

@@ -1,12 +1,12 @@
 """Kernels of a linear layer by folded 4-bit integers for a few tokens, whose inputs become two digits of a byte each.
 
 A product of bytes takes codes as they are stored: a mask, and for every second one a shift, make four operands of them,
-where 16-bit floats take as much work for two. Inputs are 16-bit fixed-point numbers, with a scale for each half of a
+where 16-bit floats take as much work for two. Inputs are 15-bit fixed-point numbers, with a unit for each half of a
 block of columns and token. That is finer than a 16-bit float of the largest of them, and sums of products are exact.
 
 Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR rows of a weight tile, BN = BR / G,
-P columns of a quarter of a block of codes, H = 2 P of a half, BT tokens of a program, W parts of K, one to a warp,
-S splits of K. Digits of token t are rows 2 t (of 256) and 2 t + 1 (of 1).
+P columns of a quarter of a block of codes, H = 2 P of a half, W warps, each with blocks of its own, C groups of four
+tokens. Digits of token t are rows 2 t, which counts 256 units, and 2 t + 1.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, weight_rows
-from fusecomp.lowerings.linear.skinny_tile import finish_tile, tile_place
-from fusecomp.lowerings.quant.folded import prefetch_codes
+from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, split_groups
 from fusecomp.lowerings.quant.pieces import raw_scales, scale_numbers, scale_row
 from fusecomp.lowerings.quant.rows import largest
 from fusecomp.ops.quant import INT4_OFFSET
 
-MIDDLE = tl.constexpr(float(INT4_OFFSET))
+MIDDLE = tl.constexpr(INT4_OFFSET)
 # 1.5 * 2^23 as fp32: integers added to its bits add to its value, so sums need no conversion.
 BASE, BASE_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
-LARGEST = tl.constexpr(127.0 * 256.0)  # of a number, so that both digits are signed bytes
+# Of a number: units are powers of two, by which sums are scaled exactly.
+BITS = tl.constexpr(14)
 
 
 @triton.jit
 def digit_rows_kernel(
     x,  # [T, K], last dim contiguous
     norm_weight,  # [K], or None
-    digits,  # [2 BT * blocks, K] int8: of each half first both quarters' first columns, then both second ones, ...
-    scales,  # [K / H, BT * blocks] fp32: what a last digit counts
-    sums,  # as scales: of the half's inputs, as their digits say
+    digits,  # [2 T, K] int8: of each half both quarters' columns in turn, in the order of `_operand`
+    units,  # [K / H, 2 T] fp32: what digits count
+    sums,  # [K / H, 2 T] int32: of the half's digits
     eps,
     k,
     stride_x,
-    rows,  # BT * blocks
     ALL: tl.constexpr,  # a power of two from K on
     FOLD: tl.constexpr,
     HALVES: tl.constexpr,  # halves of blocks that a program does
@@ -47,7 +45,7 @@ def digit_rows_kernel(
 ):
     """Digits of norm(x), rounded to even; program (t, i) does the i-th HALVES halves of token t.
 
-    dtypes: x, norm_weight one of fp16, bf16; all else in fp32. NaN and infinity make their half's scale no number.
+    dtypes: x, norm_weight one of fp16, bf16; all else in fp32. NaN and infinity make their half's units no number.
     Bytes: T * K * (itemsize + 2); with a norm a program reads the whole row. Registers hold ALL inputs then.
     """
     if USE_PDL:
@@ -65,15 +63,15 @@ def digit_rows_kernel(
     within = column < k
     a = _inputs(at, norm_weight, column, within, factor, NORM)
     b = _inputs(at, norm_weight, column + FOLD, within, factor, NORM)
-    size = tl.maximum(largest(a, 1), largest(b, 1), propagate_nan=tl.PropagateNan.ALL)
-    scale = size / LARGEST
-    inverse = tl.where(size > 0.0, LARGEST / size, 0.0)
-    a_high, a_low = _digits(a, inverse)
-    b_high, b_low = _digits(b, inverse)
-    total = tl.sum((a_high + b_high) * 256 + a_low + b_low, 1, keep_dims=True).to(tl.float32) * scale
-    place = half * rows + t
-    tl.store(scales + place, scale, mask=half * (2 * FOLD) < k)
-    tl.store(sums + place, total, mask=half * (2 * FOLD) < k)
+    unit, inverse = _unit(tl.maximum(largest(a, 1), largest(b, 1), propagate_nan=tl.PropagateNan.ALL))
+    a_high, a_low = _digits(a * inverse)
+    b_high, b_low = _digits(b * inverse)
+    place = half * (2 * tl.num_programs(0)) + 2 * t
+    some = half * (2 * FOLD) < k
+    tl.store(units + place, unit * 256.0, mask=some)
+    tl.store(units + place + 1, unit, mask=some)
+    tl.store(sums + place, tl.sum(a_high + b_high, 1, keep_dims=True), mask=some)
+    tl.store(sums + place + 1, tl.sum(a_low + b_low, 1, keep_dims=True), mask=some)
     position = half * (2 * FOLD) + tl.arange(0, 2 * FOLD)[None, :]
     out = digits + 2 * t * k + position
     tl.store(out, _pairs(a_high, b_high), mask=position < k)
@@ -90,146 +88,156 @@ def _inputs(at, norm_weight, column, within, factor, NORM: tl.constexpr):
 
 
 @triton.jit
-def _digits(value, inverse):
-    """int32 (high, low), low from -128 to 127."""
-    bits = (value * inverse + BASE).to(tl.int32, bitcast=True) - BASE_BITS
+def _unit(size):
+    """(the power of two that makes a number's magnitude one below 2^BITS, its inverse); NaN of no number.
+
+    Both are normal: below 2^-100 numbers lose bits, and vanish where a sum of products would be no normal one either.
+    """
+    exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 255) - (BITS - 1), 27)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(size < float("inf"), unit, float("nan")), inverse
+
+
+@triton.jit
+def _digits(value):
+    """int32 (high, low) of numbers rounded to integers, low from -128 to 127."""
+    bits = (value + BASE).to(tl.int32, bitcast=True) - BASE_BITS
     high = (bits + 128) >> 8
     return high, bits - (high << 8)
 
 
 @triton.jit
 def _pairs(a, b):
-    """[R, C] and [R, C] -> int8 [R, 2 C], taken in turn."""
-    return tl.reshape(tl.join(a, b), [a.shape[0], 2 * a.shape[1]]).to(tl.int8)
+    """[R, C] and [R, C], taken in turn, as int8 [R, 2 C] in the order of `_operand`."""
+    both = tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1] // 32, 4, 4, 4])
+    return tl.reshape(tl.permute(both, [0, 1, 3, 2, 4]), [a.shape[0], 2 * a.shape[1]]).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "per_split"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def digits_kernel(
-    x,  # [2 BT * blocks, K] int8 of `digit_rows_kernel`
-    x_scale,  # [K / H, BT * blocks] fp32
-    x_sum,  # [K / H, BT * blocks] fp32
+    x,  # [2 T, K] int8 of `digit_rows_kernel`
+    units,  # [K / H, 2 T] fp32
+    sums,  # [K / H, 2 T] int32
     q,  # [G * N, K / 2] int8, contiguous: folded codes
     scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type
     zero,  # as scale, integers 0 to 16 of a float type, or None
     out,  # [T, N], last dim contiguous
-    partials,  # [programs, BR, BT] fp32, scratch
-    part_squares,  # [programs, BT] fp32, scratch
-    counters,  # [programs / S] int32, zero before and after the launch
     args,  # tuple of the epilogue's operands
     strides,  # tuple of their row strides
     num_tokens,
     n,
     k,
-    per_split,  # steps of W tiles along K of one split; no split is empty
     stride_out,
     stride_scale,
-    rows,  # BT * blocks
     G: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    GROUPS: tl.constexpr,  # C
     BLOCK_R: tl.constexpr,
     FOLD: tl.constexpr,  # P; 4 P divides K
-    PARTS: tl.constexpr,  # W: warps share rows, each with a tile of its own; 1: they share tiles
+    PARTS: tl.constexpr,  # W
+    STEPS: tl.constexpr,  # ceil(K / (4 P W))
+    EVEN_N: tl.constexpr,  # BN divides N
     EVEN_K: tl.constexpr,  # 4 P W divides K
-    SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,  # codes, not inputs, go through the pipeline, which then begins before the wait
-    AHEAD: tl.constexpr,  # tiles of which the L2 is asked for the codes before the wait
     ASM: tl.constexpr,  # an NVIDIA GPU
     ROWS: tl.constexpr,
     COLS: tl.constexpr,  # 0 or a multiple of H
     EPILOGUE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """A program owns BN features of BT tokens and one split of K. Programs of the same weights are neighbours.
+    """Program i owns tiles i, i + programs, ... of BN features, whose steps of W blocks along K are one loop.
 
+    The pipeline of copies has nothing but codes, so that it begins before the wait for the last kernel. Digits come
+    from the L1 after a program's first tile, straight into a thread's part of the product's operand.
     dtypes: out one of fp32, fp16, bf16; sums of a half exact, of halves fp32.
-    Bytes: G * N * K / 2 and the scales, 2 * T * K from the L2 per BN features; 8 * S * G * N * BT of partials if S > 1.
-    Integer operations: 4 * T * G * N * K.
+    Bytes: G * N * K / 2 and the scales, 2 * T * K from the L2 per program. Integer operations: 4 * T * G * N * K.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
     HALF: tl.constexpr = 2 * FOLD
-    TILE: tl.constexpr = 2 * HALF
-    t_block, t_blocks, split, block, first, lo, hi = tile_place(
-        num_tokens, per_split, k, BLOCK_T, BLOCK_N, PARTS * TILE, SPLITS
-    )
-    t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
-    live = t < num_tokens
-    feature, byte = weight_rows(first, n, BLOCK_R, G), tl.arange(0, HALF)
-    token, digit = t_block * BLOCK_T + tl.arange(0, BLOCK_T), 2 * t_block * BLOCK_T + tl.arange(0, 2 * BLOCK_T)
-    if PARTS == 1:
-        part = 0
-        row, token, digit = feature[:, None], token[None, :], digit[None, :].to(tl.int64)
-        code, column = byte[None, :], byte[:, None]
-        acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    else:
-        part = tl.arange(0, PARTS)[:, None, None]
-        row, token, digit = feature[None, :, None], token[None, None, :], digit[None, None, :].to(tl.int64)
-        code, column = byte[None, None, :], byte[None, :, None]
-        acc = tl.zeros([PARTS, BLOCK_R, BLOCK_T], tl.float32)
-    srow = scale_row(row, ROWS)
-    row_at = q + row * tl.multiple_of(k // 2, HALF)
-    code_at = row_at + code
-    x_at = x + digit * tl.multiple_of(k, HALF) + column
+    blocks = k // (2 * HALF)
+    part = tl.arange(0, PARTS)[:, None, None]
+    byte = tl.arange(0, 64)[None, None, :]
+    accs = _copies(tl.zeros([PARTS, BLOCK_R, 8], tl.float32), GROUPS)
     if USE_PDL:
         gdc_launch_dependents()
-        words = tl.reshape(row_at, [BLOCK_R, 1]).to(tl.pointer_type(tl.int16), bitcast=True)
-        prefetch_codes(words, lo * PARTS, tl.minimum(hi * PARTS, k // TILE), AHEAD, FOLD)
-    tile = _tiles(lo, part, k, TILE, PARTS, EVEN_K)
-    s, z = _weights(scale, zero, srow, tile, k, stride_scale, HALF, COLS)
-    if EARLY:
-        low, high = _digits_of(x_at, tile, num_tokens < 0, HALF, True)  # nothing
-        u = _numbers(x_scale, x_sum, token, tile, rows, num_tokens < 0, True)
-    else:
-        if USE_PDL:
-            gdc_wait()
-        u = _numbers(x_scale, x_sum, token, tile, rows, True, False)
-    for i in range(lo, hi):
-        # As in `folded_kernel`: what shall not go through the pipeline of copies stands in branches.
-        tile = _tiles(i, part, k, TILE, PARTS, EVEN_K)
-        after = _tiles(tl.minimum(i + 1, hi - 1), part, k, TILE, PARTS, EVEN_K)
-        codes = tl.load(code_at + tile * HALF, eviction_policy="evict_first")
+    row = _rows(0, n, BLOCK_R, G, EVEN_N)
+    s, z = _weights(scale, zero, row, tl.minimum(part, blocks - 1), k, stride_scale, HALF, ROWS, COLS)
+    for i in range(0, tl.cdiv(tl.cdiv(n, BLOCK_N) - tl.program_id(0), tl.num_programs(0)) * STEPS):
+        turn, step = i // STEPS, i % STEPS
+        block = tl.minimum(step * PARTS + part, blocks - 1)
+        row = _rows(turn, n, BLOCK_R, G, EVEN_N)
+        code_at = q + row * tl.multiple_of(k // 2, HALF) + block * HALF + byte
+        codes = _codes(code_at, HALF)
         s_now, z_now = s, z
-        s, z = _weights(scale, zero, srow, after, k, stride_scale, HALF, COLS)
-        if EARLY:
-            if i == lo:
-                if USE_PDL:
-                    gdc_wait()
-                low, high = _digits_of(x_at, tile, True, HALF, False)
-                u = _numbers(x_scale, x_sum, token, tile, rows, True, False)
-            low_now, high_now = low, high
-        else:
-            low_now, high_now = _digits_of(x_at, tile, True, HALF, False)
-        u_now = u
-        if i + 1 < hi:
-            if EARLY:
-                low, high = _digits_of(x_at, after, True, HALF, False)
-            u = _numbers(x_scale, x_sum, token, after, rows, True, False)
-        if not EVEN_K:
-            inside = (i * PARTS + part) * TILE < k
-            u_now = (tl.where(inside, u_now[0], 0.0), tl.where(inside, u_now[1], 0.0),
-                     tl.where(inside, u_now[2], 0.0), tl.where(inside, u_now[3], 0.0))  # fmt: skip
-        acc = _add(acc, _low(codes, ASM), low_now, s_now[0], z_now[0], u_now[0], u_now[1], zero is not None)
-        acc = _add(acc, _high(codes, ASM), high_now, s_now[1], z_now[1], u_now[2], u_now[3], zero is not None)
-    if PARTS > 1:
-        acc = tl.sum(acc, 0)
-    finish_tile(
-        acc, tl.zeros([1, BLOCK_T], tl.float32), out, args, strides, partials, part_squares, counters, block, t_block,
-        t_blocks, split, first, t, live, n, k, 0.0, stride_out, G, SPLITS, False, EPILOGUE,
-    )  # fmt: skip
+        after = tl.minimum((i + 1) % STEPS * PARTS + part, blocks - 1)
+        row = _rows((i + 1) // STEPS, n, BLOCK_R, G, EVEN_N)
+        s, z = _weights(scale, zero, row, after, k, stride_scale, HALF, ROWS, COLS)
+        if USE_PDL:
+            if i == 0:
+                gdc_wait()
+        inside = step * PARTS + part < blocks
+        operands = x, units, sums, num_tokens, k, block, i, inside
+        accs = _every_group(accs, codes, s_now, z_now, operands, HALF, EVEN_K, zero is not None, ASM)
+        if step == STEPS - 1:
+            first = _first(turn, BLOCK_N)
+            for group in tl.static_range(GROUPS):
+                _finish(accs[group], out, args, strides, first, group, num_tokens, n, stride_out, G, EPILOGUE)
+            accs = _copies(accs[0] * 0.0, GROUPS)
 
 
 @triton.jit
-def _tiles(i, part, k, TILE: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Tiles of step i, one to a part; of those past K the last."""
-    tile = i * PARTS + part
-    return tile if EVEN_K else tl.minimum(tile, k // TILE - 1)
+def _copies(acc, COUNT: tl.constexpr):
+    if COUNT == 1:
+        return (acc,)
+    elif COUNT == 2:
+        return acc, acc
+    else:
+        return acc, acc, acc, acc
 
 
 @triton.jit
-def _weights(scale, zero, srow, tile, k, stride, HALF: tl.constexpr, COLS: tl.constexpr):
-    """Stored (scales, zeros) of both halves of tiles; without zeros, scales twice."""
-    column = tile * (2 * HALF)
-    s = _both(scale, srow, column, k, stride, HALF, COLS)
-    return s, s if zero is None else _both(zero, srow, column, k, stride, HALF, COLS)
+def _finish(
+    acc, out, args, strides, first, group: tl.constexpr, num_tokens, n, stride_out, G: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue and the store of four tokens' sums [W, BR, 8], whose digits are neighbours."""
+    BLOCK_R: tl.constexpr = acc.shape[1]
+    y = tl.sum(tl.reshape(tl.sum(acc, 0), [BLOCK_R, 4, 2]), 2)
+    t = (4 * group + tl.arange(0, 4)).to(tl.int64)[None, :]
+    features = (first + tl.arange(0, BLOCK_R // G))[:, None]
+    mask = (features < n) & (t < num_tokens)
+    y = EPILOGUE(split_groups(y, G), args, strides, t, features, mask)
+    tl.store(out + t * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _first(turn, BLOCK_N: tl.constexpr):
+    """The first feature of a program's tile."""
+    return (tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64) * BLOCK_N
+
+
+@triton.jit
+def _rows(turn, n, BLOCK_R: tl.constexpr, G: tl.constexpr, EVEN_N: tl.constexpr):
+    """[1, BR, 1] rows of the weight, of the program's tile of a turn, groups interleaved; past N the last."""
+    r = tl.arange(0, BLOCK_R)[None, :, None]
+    feature = _first(turn, BLOCK_R // G) + r // G
+    return (feature if EVEN_N else tl.minimum(feature, n - 1)) + (r % G).to(tl.int64) * n
+
+
+@triton.jit
+def _codes(at, HALF: tl.constexpr):
+    """Bytes of blocks, 64 at a time."""
+    if HALF == 64:
+        return (tl.load(at, eviction_policy="evict_first"),)
+    else:
+        return tl.load(at, eviction_policy="evict_first"), tl.load(at + 64, eviction_policy="evict_first")
+
+
+@triton.jit
+def _weights(scale, zero, row, block, k, stride, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Stored (scales, zeros) of both halves of blocks; without zeros, scales twice."""
+    srow, at = scale_row(row, ROWS), block * (2 * HALF)
+    s = _both(scale, srow, at, k, stride, HALF, COLS)
+    return s, s if zero is None else _both(zero, srow, at, k, stride, HALF, COLS)
 
 
 @triton.jit
@@ -242,73 +250,76 @@ def _both(scale, srow, column, k, stride, HALF: tl.constexpr, COLS: tl.constexpr
 
 
 @triton.jit
-def _numbers(x_scale, x_sum, token, tile, rows, mask, MASKED: tl.constexpr):
-    """(scale, sum) of the inputs of both halves of tiles."""
-    at = 2 * tile * rows + token
-    return (
-        _number(x_scale + at, mask, MASKED), _number(x_sum + at, mask, MASKED),
-        _number(x_scale + at + rows, mask, MASKED), _number(x_sum + at + rows, mask, MASKED),
-    )  # fmt: skip
+def _every_group(
+    accs, codes, s, z, operands, HALF: tl.constexpr, EVEN_K: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr
+):
+    """accs with a step's products added, four tokens each."""
+    if len(accs) == 1:
+        return (_group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),)
+    elif len(accs) == 2:
+        return (
+            _group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[1], 1, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+        )
+    else:
+        return (
+            _group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[1], 1, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[2], 2, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[3], 3, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+        )
 
 
 @triton.jit
-def _number(at, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_last")
-    else:
-        return tl.load(at, eviction_policy="evict_last")
+def _group(
+    acc, GROUP: tl.constexpr, codes, s, z, operands, HALF: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_ZERO: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """acc [W, BR, 8] + (codes - zero) @ digits * units * scale of both halves of blocks."""
+    x, units, sums, num_tokens, k, block, i, inside = operands
+    digit = tl.minimum(8 * GROUP + tl.arange(0, 8), 2 * num_tokens - 1)
+    digit_row, digit = digit[None, :, None].to(tl.int64), digit[None, None, :]
+    x_at = x + digit_row * tl.multiple_of(k, HALF) + block * (2 * HALF) + tl.arange(0, 64)[None, None, :]
+    for half in tl.static_range(2):
+        at = (2 * block + half) * (2 * num_tokens) + digit
+        u, total = tl.load(units + at), tl.load(sums + at)
+        if not EVEN_K:
+            u = tl.where(inside, u, 0.0)
+        if HAS_ZERO:
+            less = scale_numbers(z[half]).to(tl.int32) * total
+        else:
+            less = tl.broadcast_to(total * MIDDLE, acc.shape)
+        product = -less + BASE_BITS
+        for chunk in tl.static_range(len(codes)):
+            v = _operand(x_at + half * HALF + chunk * 64, i)
+            product = tl.dot(_nibbles(codes[chunk], half, ASM), v, product, out_dtype=tl.int32)
+        product = product.to(tl.float32, bitcast=True)
+        product = tl.fma(product, tl.broadcast_to(u, acc.shape), tl.broadcast_to(u * -BASE, acc.shape))
+        acc += product * scale_numbers(s[half])
+    return acc
 
 
 @triton.jit
-def _digits_of(x_at, tile, mask, HALF: tl.constexpr, MASKED: tl.constexpr):
-    """Digits [..., H, 2 BT] of the first half of tiles, and of the second."""
-    at = x_at + tile * (2 * HALF)
-    if MASKED:
-        return tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
+def _operand(at, i):
+    """[W, 64, 8] digits, stored so that 16 neighbours are the four words that a thread has of the product's operand."""
+    # Always: the pipeline of copies leaves in its place what stands in a branch.
+    if i >= 0:
+        stored = tl.load(at, eviction_policy="evict_last")
     else:
-        return tl.load(at, eviction_policy="evict_last"), tl.load(at + HALF, eviction_policy="evict_last")
+        stored = tl.full(at.shape, 0, tl.int8)
+    words = tl.reshape(stored, [stored.shape[0], stored.shape[1], 4, 4, 4])
+    ordered = tl.reshape(tl.permute(words, [0, 1, 3, 2, 4]), stored.shape)
+    return tl.permute(ordered, [0, 2, 1])
 
 
 @triton.jit
-def _low(codes, ASM: tl.constexpr):
-    """int8 of the low nibbles of bytes: codes of a block's first half."""
-    if ASM:
-        asm: tl.constexpr = "and.b32 $0, $1, 0x0f0f0f0f;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+def _nibbles(codes, HALF: tl.constexpr, ASM: tl.constexpr):
+    """int8 of the nibbles of bytes that are codes of a block's first half, or of its second."""
+    if not ASM:
+        return (codes >> 4 * HALF) & 15
+    elif HALF == 0:
+        low: tl.constexpr = "and.b32 $0, $1, 0x0f0f0f0f;"
+        return tl.inline_asm_elementwise(low, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
     else:
-        return codes & 15
-
-
-@triton.jit
-def _high(codes, ASM: tl.constexpr):
-    """int8 of the high nibbles of bytes: codes of a block's second half."""
-    if ASM:
-        asm: tl.constexpr = "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }"
-        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
-    else:
-        return (codes >> 4) & 15
-
-
-@triton.jit
-def _add(acc, codes, digits, s, z, u, total, HAS_ZERO: tl.constexpr):
-    """acc [..., BR, BT] + (codes - zero) @ inputs * scale, inputs being digits times u, whose sum is total."""
-    COLUMNS: tl.constexpr = digits.shape[-1]
-    if len(acc.shape) == 2:
-        both = _products(codes, digits, [acc.shape[0], COLUMNS], [acc.shape[0], COLUMNS // 2, 2])
-    else:
-        sizes: tl.constexpr = [acc.shape[0], acc.shape[1], COLUMNS]
-        both = _products(codes, digits, sizes, [acc.shape[0], acc.shape[1], COLUMNS // 2, 2])
-    high, low = tl.split(both)
-    product = high * 256.0 + low
-    if HAS_ZERO:
-        product = product * u - scale_numbers(z) * total
-    else:
-        product = product * u - total * MIDDLE
-    return acc + product * scale_numbers(s)
-
-
-@triton.jit
-def _products(codes, digits, SHAPE: tl.constexpr, PAIRS: tl.constexpr):
-    """codes @ digits of SHAPE, exact in fp32, with the digits of a token apart."""
-    sums = tl.dot(codes, digits, tl.full(SHAPE, BASE_BITS, tl.int32), out_dtype=tl.int32)
-    return tl.reshape(sums.to(tl.float32, bitcast=True) - BASE, PAIRS)
+        high: tl.constexpr = "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }"
+        return tl.inline_asm_elementwise(high, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)

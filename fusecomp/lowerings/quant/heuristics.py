@@ -27,7 +27,8 @@ FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own c
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 MAX_SPLITS = 16
-LEAST_DIGIT_TOKENS = 4  # of a program: their digits are the matrix units' 8 columns
+DIGIT_GROUP = 4  # tokens of which all digits are the matrix units' 8 columns
+MAX_DIGIT_TOKENS = 4 * DIGIT_GROUP
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
 
@@ -41,14 +42,14 @@ class QuantConfig:
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
-        splits: tile, folded, digits: programs that share the same features, each with its part of K.
+        splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
-        early: tile, folded, digits: only codes go through the pipeline, which then begins before the wait for the last
-            kernel.
+        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
         parts: folded, digits: warps of a program share its features, each with one of so many parts of K; 1: they
             share K.
-        ahead: folded, digits: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        per_sm: digits: programs to a multiprocessor, which share the tiles.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class QuantConfig:
     halves: bool = False
     parts: int = 1
     ahead: int = 0
+    per_sm: int = 1
     source: str = "no table"
 
 
@@ -80,7 +82,7 @@ def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     if tokens > (FOLDED_LIMIT if tuned and shape.fold else TILE_LIMIT[shape.bits]):
         return QuantConfig(DEQUANTIZE)
     if tuned:
-        return _fit(_tuned(target, shape, tokens), target, shape, tokens)
+        return _fit(_tuned(target, shape, tokens), target, shape)
     if shape.fold:
         return _untuned_folded(target, shape, tokens)
     if tokens == 1:
@@ -140,14 +142,14 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     return config
 
 
-def _fit(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
+def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
     if config.kernel == WORD_VECTOR and not serves_words(shape):
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     if config.kernel == DIGITS:
-        return _fit_digits(config, target, shape, tokens)
+        return _fit_digits(config, target, shape)
     folded = config.kernel == FOLDED
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
@@ -181,13 +183,12 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) ->
     return config
 
 
-def _fit_digits(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
-    """No more tokens to a program than there are, blocks of the shape's own, and stages that fit."""
-    block_t = min(config.block_t, max(LEAST_DIGIT_TOKENS, next_power_of_2(tokens)))
-    config = replace(config, block_t=block_t, block_k=4 * shape.fold)
-    stage = (config.block_r // 2 + (0 if config.early else 2 * block_t)) * config.block_k * config.parts
-    sums = 4 * config.block_r * block_t * config.parts + 4 * block_t * config.block_k * config.parts
-    while (config.num_stages - 1) * stage + sums > target.smem_bytes and config.num_stages > 2:
+def _fit_digits(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+    """No more warps than a row has blocks, and stages that fit."""
+    parts = min(config.parts, next_power_of_2(shape.k // (4 * shape.fold)))
+    config = replace(config, block_k=4 * shape.fold, parts=parts, num_warps=parts)
+    stage = config.block_r * config.block_k // 2 * parts
+    while (config.num_stages - 1) * stage > target.smem_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 

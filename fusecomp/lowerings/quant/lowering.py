@@ -207,12 +207,13 @@ def run_quant(
     per_split, splits = split_steps(cdiv(k, step), config.splits)
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     if config.kernel == DIGITS:
-        digits = _digits_of(x, norm_weight, config, spec.fold, scheme, eps, use_pdl)
+        groups_of_tokens = next_power_of_2(cdiv(tokens, heuristics.DIGIT_GROUP))
+        programs = min(blocks, target_of(x).num_sms * config.per_sm)
         launch(
-            digits_kernel, (teams * splits,),
-            *digits, q.view(torch.int8), scale, zero, out, *scratch, args, strides, tokens, n, k, per_split,
-            out.stride(0), columns, digits[1].shape[1], BLOCK_T=config.block_t, FOLD=spec.fold, PARTS=config.parts,
-            EVEN_K=k % step == 0, SPLITS=splits, EARLY=config.early, AHEAD=config.ahead, ASM=_asm(q, shape),
+            digits_kernel, (programs,),
+            *_digits_of(x, norm_weight, spec.fold, scheme, eps, use_pdl), q.view(torch.int8), scale, zero, out, args,
+            strides, tokens, n, k, out.stride(0), columns, GROUPS=groups_of_tokens, FOLD=spec.fold, PARTS=config.parts,
+            STEPS=cdiv(k, step), EVEN_N=n % (config.block_r // groups) == 0, EVEN_K=k % step == 0, ASM=_asm(q, shape),
             ROWS=spec.rows, COLS=spec.cols, **{name: value for name, value in common.items() if name != "NORM"},
         )  # fmt: skip
         return
@@ -253,21 +254,20 @@ def run_quant(
 
 
 def _digits_of(
-    x: Tensor, norm_weight: Tensor | None, config: QuantConfig, fold: int, scheme: int, eps: float, use_pdl: bool
+    x: Tensor, norm_weight: Tensor | None, fold: int, scheme: int, eps: float, use_pdl: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(digits, scales, sums) of norm(x) [T, K], as `digits_kernel` takes them."""
+    """(digits, units, sums) of norm(x) [T, K], as `digits_kernel` takes them."""
     tokens, k = x.shape
-    rows = cdiv(tokens, config.block_t) * config.block_t
-    digits = torch.empty((2 * rows, k), dtype=torch.int8, device=x.device)
-    scales, sums = torch.empty((2, k // (2 * fold), rows), dtype=torch.float32, device=x.device)
-    halves = DIGIT_COLUMNS // (2 * fold)
+    digits = torch.empty((2 * tokens, k), dtype=torch.int8, device=x.device)
+    units = torch.empty((k // (2 * fold), 2 * tokens), dtype=torch.float32, device=x.device)
+    sums = torch.empty_like(units, dtype=torch.int32)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
         digit_rows_kernel, (tokens, cdiv(k, DIGIT_COLUMNS)),
-        x, norm_weight, digits, scales, sums, eps, k, x.stride(0), rows, ALL=next_power_of_2(k) if scheme else 1,
-        FOLD=fold, HALVES=halves, NORM=scheme, USE_PDL=use_pdl, num_warps=4, **options,
+        x, norm_weight, digits, units, sums, eps, k, x.stride(0), ALL=next_power_of_2(k) if scheme else 1, FOLD=fold,
+        HALVES=DIGIT_COLUMNS // (2 * fold), NORM=scheme, USE_PDL=use_pdl, num_warps=4, **options,
     )  # fmt: skip
-    return digits, scales, sums
+    return digits, units, sums
 
 
 def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> Tensor:

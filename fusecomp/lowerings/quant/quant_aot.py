@@ -83,8 +83,8 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
 def digit_rows(target: Target, fold: int, k: int, dtype: str, norm: int) -> Specialization:
     """What makes digits of a few tokens' inputs."""
     short = NAMES[dtype]
-    pointers = {"x": short, "digits": "i8", "scales": "fp32", "sums": "fp32"}
-    scalars = {"eps": "fp32", "k": "i32", "stride_x": "i32", "rows": "i32"}
+    pointers = {"x": short, "digits": "i8", "units": "fp32", "sums": "i32"}
+    scalars = {"eps": "fp32", "k": "i32", "stride_x": "i32"}
     constants: dict[str, Any] = {
         "ALL": next_power_of_2(k) if norm else 1, "FOLD": fold, "HALVES": DIGIT_COLUMNS // (2 * fold), "NORM": norm,
         "USE_PDL": target.has_pdl,
@@ -151,16 +151,20 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     if not fold:
         constants |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0}
     if config.kernel == DIGITS:
-        for place, names in ((scalars, ("eps",)), (constants, ("NORM",))):
-            for name in names:
-                place.pop(name)
-        pointers |= {"x": "i8", "x_scale": "fp32", "x_sum": "fp32", "q": "i8"}
-        scalars["rows"] = "i32"
+        del constants["NORM"], scalars["eps"]
+        pointers |= {"x": "i8", "units": "fp32", "sums": "i32", "q": "i8"}
     elif norm >= 2:
         pointers["norm_weight"] = short
     else:
         constants["norm_weight"] = None
-    if config.kernel == WORD_VECTOR:
+    if config.kernel == DIGITS:
+        scalars |= {"num_tokens": "i32", "stride_out": "i32"}
+        constants |= {
+            "GROUPS": next_power_of_2(-(-tokens // heuristics.DIGIT_GROUP)), "PARTS": config.parts,
+            "STEPS": -(-k // (4 * fold * config.parts)), "EVEN_N": True, "EVEN_K": k % (4 * fold * config.parts) == 0,
+            "ASM": target.backend == "cuda", "FOLD": fold,
+        }  # fmt: skip
+    elif config.kernel == WORD_VECTOR:
         pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
         constants["DTYPE"] = getattr(tl, dtype)
         for name in ("zero", "OFFSET", "COLS"):
@@ -174,7 +178,7 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
         }  # fmt: skip
         if fold:
             constants |= {"SUMS": config.sums, "AHEAD": config.ahead}
-            if config.parts > 1 or config.kernel == DIGITS:
+            if config.parts > 1:
                 even = k % (4 * fold * config.parts) == 0
                 constants |= {"PARTS": config.parts, "EVEN_K": even, "ONE": tokens == 1}
         else:
@@ -182,10 +186,6 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             words = constants["WORDS"] = heuristics.reads_words(config, shape)
             pointers["q"] = "i32" if words else pointers["q"]
         scalars |= dict.fromkeys(("num_tokens", "per_split", "stride_x", "stride_out"), "i32")
-        if config.kernel == DIGITS:
-            scalars.pop("stride_x")
-            for name in ("SUMS", "ONE", "EXACT_NORM"):
-                constants.pop(name)
         scratch = {"partials": "fp32", "part_squares": "fp32", "counters": "i32"}
         if config.splits > 1:
             pointers |= scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import device
+from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.quant import lowering
 from fusecomp.lowerings.quant.heuristics import QuantConfig, fitting_columns
 from fusecomp.lowerings.quant.lowering import launch_dequantize, launch_quant_linear, run_quant
@@ -205,12 +207,14 @@ def digit_specs(draw):
 
 @settings(SETTINGS, max_examples=80)
 @given(
-    layers(st.sampled_from([1, 1, 2, 7, 9, 20]), digit_specs), st.sampled_from([4, 8, 16]), st.sampled_from([16, 32]),
-    st.integers(1, 3), st.booleans(), st.sampled_from([1, 1, 2, 4]),
+    layers(st.sampled_from([1, 1, 2, 4, 7, 9, 16]), digit_specs), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 3]),
 )  # fmt: skip
-def test_digits(layer, block_t, block_r, splits, early, parts):
-    config = QuantConfig("digits", block_t, block_r, splits=splits, early=early, parts=parts, num_warps=max(2, parts))
-    run(layer, config)
+def test_digits(layer, block_r, parts, programs):
+    """Also of programs that have several tiles each."""
+    few = replace(target_of(layer[0]), num_sms=programs)
+    with mock.patch.object(lowering, "target_of", lambda _: few):
+        run(layer, QuantConfig("digits", 16, block_r, parts=parts, num_warps=parts))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
@@ -226,7 +230,7 @@ def test_digits_of_uneven_inputs(scale):
     x[:, 200] *= 1000
     x[1, :128] = 0
     layer = (x * scale).bfloat16(), weight, None, [], Program(1, (), (), "bfloat16"), spec
-    out = run(layer, QuantConfig("digits", 4, 16))
+    out = run(layer, QuantConfig("digits", 16, 16, parts=2, num_warps=2))
     assert scale or not out.any()
 
 
@@ -238,7 +242,17 @@ def test_digits_of_no_number(value):
     x, out = torch.randn(3, 512).bfloat16(), torch.empty(3, 16, dtype=torch.bfloat16)
     x[1, 300] = value
     run_quant(
-        QuantConfig("digits", 4, 16), x, q, scale, zero, None, [], Program(1, (), (), "bfloat16"), spec, out, False
+        QuantConfig("digits", 16, 16, parts=2, num_warps=2),
+        x,
+        q,
+        scale,
+        zero,
+        None,
+        [],
+        Program(1, (), (), "bfloat16"),
+        spec,
+        out,
+        False,
     )
     assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
 
