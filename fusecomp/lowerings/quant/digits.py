@@ -161,15 +161,17 @@ def digits_kernel(
         gdc_launch_dependents()
     row = _rows(0, n, BLOCK_R, G, EVEN_N)
     s, z = _weights(scale, zero, row, tl.minimum(part, blocks - 1), k, stride_scale, HALF, ROWS, COLS)
-    for i in range(0, tl.cdiv(tl.cdiv(n, BLOCK_N) - tl.program_id(0), tl.num_programs(0)) * STEPS):
+    count = tl.cdiv(tl.cdiv(n, BLOCK_N) - tl.program_id(0), tl.num_programs(0)) * STEPS
+    for i in range(0, count):
         turn, step = i // STEPS, i % STEPS
         block = tl.minimum(step * PARTS + part, blocks - 1)
         row = _rows(turn, n, BLOCK_R, G, EVEN_N)
         code_at = q + row * tl.multiple_of(k // 2, HALF) + block * HALF + byte
         codes = _codes(code_at, HALF)
         s_now, z_now = s, z
-        after = tl.minimum((i + 1) % STEPS * PARTS + part, blocks - 1)
-        row = _rows((i + 1) // STEPS, n, BLOCK_R, G, EVEN_N)
+        next_step = tl.minimum(i + 1, count - 1)
+        after = tl.minimum(next_step % STEPS * PARTS + part, blocks - 1)
+        row = _rows(next_step // STEPS, n, BLOCK_R, G, EVEN_N)
         s, z = _weights(scale, zero, row, after, k, stride_scale, HALF, ROWS, COLS)
         if USE_PDL:
             if i == 0:
