@@ -82,13 +82,12 @@ PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
 # Of digits, up to 16 tokens: rows, warps with parts of K, stages, programs to a multiprocessor.
 DIGITS = [
-    (rows, parts, stages, per_sm)
+    (rows, parts, stages, per_sm, ahead)
     for rows, parts, stages, counts in (
-        (16, 8, 3, (1, 2, 3)), (16, 8, 4, (1, 2, 3)), (16, 8, 6, (1, 2)), (32, 8, 2, (1, 2)), (32, 8, 3, (1, 2)),
-        (32, 8, 4, (1, 2)), (16, 4, 4, (1, 2, 4)), (16, 4, 6, (2, 3)), (32, 4, 3, (2, 3)), (32, 4, 4, (1, 2)),
-        (32, 4, 6, (1, 2)), (16, 16, 3, (1,)), (16, 16, 4, (1,)),
+        (16, 8, 3, (1, 2)), (16, 8, 4, (1, 2)), (32, 8, 2, (1, 2, 8)), (32, 8, 3, (1,)), (32, 4, 3, (2, 3)),
+        (32, 4, 4, (1, 2)), (64, 4, 2, (2, 3, 16)), (64, 4, 3, (1, 2)), (32, 4, 2, (4, 16)),
     )
-    for per_sm in counts
+    for per_sm in counts for ahead in (0, 4)
 ]  # fmt: skip
 
 
@@ -129,8 +128,8 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 seen[QuantConfig("folded", size, rows, fold, warps, stages, splits, early, sums)] = None
     if serves_digits(shape) and tokens <= MAX_DIGIT_TOKENS:
         seen |= {
-            QuantConfig("digits", 16, rows, fold, parts, stages, parts=parts, per_sm=per_sm): None
-            for rows, parts, stages, per_sm in DIGITS
+            QuantConfig("digits", 16, rows, fold, parts, stages, parts=parts, per_sm=per_sm, ahead=ahead): None
+            for rows, parts, stages, per_sm, ahead in DIGITS
         }
     for rows, parts, stages in PARTS if block_t == 8 else ():
         blocks = math.ceil(shape.n * shape.groups / rows)

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, split_groups
+from fusecomp.lowerings.quant.folded import prefetch_codes
 from fusecomp.lowerings.quant.pieces import raw_scales, scale_numbers, scale_row
 from fusecomp.lowerings.quant.rows import largest
 from fusecomp.ops.quant import INT4_OFFSET
@@ -31,7 +32,7 @@ BITS = tl.constexpr(14)
 def digit_rows_kernel(
     x,  # [T, K], last dim contiguous
     norm_weight,  # [K], or None
-    digits,  # [2 T, K] int8: of each half both quarters' columns in turn, in the order of `_operand`
+    digits,  # [2 T, K] int8: of each half both quarters' columns in turn
     units,  # [K / H, 2 T] fp32: what digits count
     sums,  # [K / H, 2 T] int32: of the half's digits
     eps,
@@ -109,9 +110,8 @@ def _digits(value):
 
 @triton.jit
 def _pairs(a, b):
-    """[R, C] and [R, C], taken in turn, as int8 [R, 2 C] in the order of `_operand`."""
-    both = tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1] // 32, 4, 4, 4])
-    return tl.reshape(tl.permute(both, [0, 1, 3, 2, 4]), [a.shape[0], 2 * a.shape[1]]).to(tl.int8)
+    """[R, C] and [R, C] -> int8 [R, 2 C], taken in turn."""
+    return tl.reshape(tl.join(a, b), [a.shape[0], 2 * a.shape[1]]).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -138,6 +138,7 @@ def digits_kernel(
     STEPS: tl.constexpr,  # ceil(K / (4 P W))
     EVEN_N: tl.constexpr,  # BN divides N
     EVEN_K: tl.constexpr,  # 4 P W divides K
+    AHEAD: tl.constexpr,  # blocks of a row that the L2 is asked for before the wait
     ASM: tl.constexpr,  # an NVIDIA GPU
     ROWS: tl.constexpr,
     COLS: tl.constexpr,  # 0 or a multiple of H
@@ -155,30 +156,35 @@ def digits_kernel(
     HALF: tl.constexpr = 2 * FOLD
     blocks = k // (2 * HALF)
     part = tl.arange(0, PARTS)[:, None, None]
-    byte = tl.arange(0, 64)[None, None, :]
+    byte = tl.arange(0, HALF)
+    digit = tl.arange(0, 8)[None, None, :]
     accs = _copies(tl.zeros([PARTS, BLOCK_R, 8], tl.float32), GROUPS)
+    row = _rows(0, n, BLOCK_R, G, EVEN_N)
     if USE_PDL:
         gdc_launch_dependents()
-    row = _rows(0, n, BLOCK_R, G, EVEN_N)
+        words = tl.reshape(q + row * tl.multiple_of(k // 2, HALF), [BLOCK_R, 1])
+        prefetch_codes(words.to(tl.pointer_type(tl.int16), bitcast=True), 0, blocks, AHEAD, FOLD)
     s, z = _weights(scale, zero, row, tl.minimum(part, blocks - 1), k, stride_scale, HALF, ROWS, COLS)
+    if USE_PDL:
+        gdc_wait()
     count = tl.cdiv(tl.cdiv(n, BLOCK_N) - tl.program_id(0), tl.num_programs(0)) * STEPS
+    u = _numbers(units, sums, tl.minimum(part, blocks - 1), digit, num_tokens, GROUPS)
     for i in range(0, count):
         turn, step = i // STEPS, i % STEPS
         block = tl.minimum(step * PARTS + part, blocks - 1)
         row = _rows(turn, n, BLOCK_R, G, EVEN_N)
-        code_at = q + row * tl.multiple_of(k // 2, HALF) + block * HALF + byte
-        codes = _codes(code_at, HALF)
-        s_now, z_now = s, z
+        codes = tl.load(q + row * tl.multiple_of(k // 2, HALF) + block * HALF + byte[None, None, :],
+                        eviction_policy="evict_first")  # fmt: skip
+        x_at = x + digit.to(tl.int64) * tl.multiple_of(k, HALF) + block * (2 * HALF) + byte[None, :, None]
+        v = _digits_of(x_at, digit, k, num_tokens, HALF, GROUPS)
+        s_now, z_now, u_now = s, z, u
         next_step = tl.minimum(i + 1, count - 1)
         after = tl.minimum(next_step % STEPS * PARTS + part, blocks - 1)
         row = _rows(next_step // STEPS, n, BLOCK_R, G, EVEN_N)
         s, z = _weights(scale, zero, row, after, k, stride_scale, HALF, ROWS, COLS)
-        if USE_PDL:
-            if i == 0:
-                gdc_wait()
+        u = _numbers(units, sums, after, digit, num_tokens, GROUPS)
         inside = step * PARTS + part < blocks
-        operands = x, units, sums, num_tokens, k, block, i, inside
-        accs = _every_group(accs, codes, s_now, z_now, operands, HALF, EVEN_K, zero is not None, ASM)
+        accs = _every_group(accs, codes, v, u_now, s_now, z_now, inside, EVEN_K, zero is not None, ASM)
         if step == STEPS - 1:
             first = _first(turn, BLOCK_N)
             for group in tl.static_range(GROUPS):
@@ -226,15 +232,6 @@ def _rows(turn, n, BLOCK_R: tl.constexpr, G: tl.constexpr, EVEN_N: tl.constexpr)
 
 
 @triton.jit
-def _codes(at, HALF: tl.constexpr):
-    """Bytes of blocks, 64 at a time."""
-    if HALF == 64:
-        return (tl.load(at, eviction_policy="evict_first"),)
-    else:
-        return tl.load(at, eviction_policy="evict_first"), tl.load(at + 64, eviction_policy="evict_first")
-
-
-@triton.jit
 def _weights(scale, zero, row, block, k, stride, HALF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Stored (scales, zeros) of both halves of blocks; without zeros, scales twice."""
     srow, at = scale_row(row, ROWS), block * (2 * HALF)
@@ -252,66 +249,93 @@ def _both(scale, srow, column, k, stride, HALF: tl.constexpr, COLS: tl.constexpr
 
 
 @triton.jit
-def _every_group(
-    accs, codes, s, z, operands, HALF: tl.constexpr, EVEN_K: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr
-):
+def _numbers(units, sums, block, digit, num_tokens, GROUPS: tl.constexpr):
+    """By groups of tokens: (units, sums of the digits) of both halves of blocks."""
+    one = _numbers_of(units, sums, block, digit, num_tokens)
+    if GROUPS == 1:
+        return (one,)
+    elif GROUPS == 2:
+        return one, _numbers_of(units, sums, block, digit + 8, num_tokens)
+    else:
+        return (
+            one, _numbers_of(units, sums, block, digit + 8, num_tokens),
+            _numbers_of(units, sums, block, digit + 16, num_tokens),
+            _numbers_of(units, sums, block, digit + 24, num_tokens),
+        )  # fmt: skip
+
+
+@triton.jit
+def _numbers_of(units, sums, block, digit, num_tokens):
+    at, live = block * (4 * num_tokens) + digit, digit < 2 * num_tokens
+    return (
+        (tl.load(units + at, mask=live, other=0.0), tl.load(units + at + 2 * num_tokens, mask=live, other=0.0)),
+        (tl.load(sums + at, mask=live, other=0), tl.load(sums + at + 2 * num_tokens, mask=live, other=0)),
+    )
+
+
+@triton.jit
+def _digits_of(at, digit, k, num_tokens, HALF: tl.constexpr, GROUPS: tl.constexpr):
+    """By groups of tokens: digits [W, H, 8] of both halves of blocks."""
+    if GROUPS == 1:
+        return (_halves_of(at, digit, num_tokens, HALF),)
+    elif GROUPS == 2:
+        return (
+            _halves_of(at, digit, num_tokens, HALF), _halves_of(at + 8 * k, digit + 8, num_tokens, HALF)
+        )  # fmt: skip
+    else:
+        return (
+            _halves_of(at, digit, num_tokens, HALF), _halves_of(at + 8 * k, digit + 8, num_tokens, HALF),
+            _halves_of(at + 16 * k, digit + 16, num_tokens, HALF),
+            _halves_of(at + 24 * k, digit + 24, num_tokens, HALF),
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves_of(at, digit, num_tokens, HALF: tl.constexpr):
+    live = digit < 2 * num_tokens
+    return (
+        tl.load(at, mask=live, other=0, eviction_policy="evict_last"),
+        tl.load(at + HALF, mask=live, other=0, eviction_policy="evict_last"),
+    )
+
+
+@triton.jit
+def _every_group(accs, codes, v, u, s, z, inside, EVEN_K: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
     """accs with a step's products added, four tokens each."""
     if len(accs) == 1:
-        return (_group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),)
+        return (_group(accs[0], codes, v[0], u[0], s, z, inside, EVEN_K, HAS_ZERO, ASM),)
     elif len(accs) == 2:
         return (
-            _group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
-            _group(accs[1], 1, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[0], codes, v[0], u[0], s, z, inside, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[1], codes, v[1], u[1], s, z, inside, EVEN_K, HAS_ZERO, ASM),
         )
     else:
         return (
-            _group(accs[0], 0, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
-            _group(accs[1], 1, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
-            _group(accs[2], 2, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
-            _group(accs[3], 3, codes, s, z, operands, HALF, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[0], codes, v[0], u[0], s, z, inside, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[1], codes, v[1], u[1], s, z, inside, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[2], codes, v[2], u[2], s, z, inside, EVEN_K, HAS_ZERO, ASM),
+            _group(accs[3], codes, v[3], u[3], s, z, inside, EVEN_K, HAS_ZERO, ASM),
         )
 
 
 @triton.jit
 def _group(
-    acc, GROUP: tl.constexpr, codes, s, z, operands, HALF: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_ZERO: tl.constexpr, ASM: tl.constexpr
+    acc, codes, v, numbers, s, z, inside, EVEN_K: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
     """acc [W, BR, 8] + (codes - zero) @ digits * units * scale of both halves of blocks."""
-    x, units, sums, num_tokens, k, block, i, inside = operands
-    digit = tl.minimum(8 * GROUP + tl.arange(0, 8), 2 * num_tokens - 1)
-    digit_row, digit = digit[None, :, None].to(tl.int64), digit[None, None, :]
-    x_at = x + digit_row * tl.multiple_of(k, HALF) + block * (2 * HALF) + tl.arange(0, 64)[None, None, :]
     for half in tl.static_range(2):
-        at = (2 * block + half) * (2 * num_tokens) + digit
-        u, total = tl.load(units + at), tl.load(sums + at)
+        u, total = numbers[0][half], numbers[1][half]
         if not EVEN_K:
             u = tl.where(inside, u, 0.0)
         if HAS_ZERO:
             less = scale_numbers(z[half]).to(tl.int32) * total
         else:
             less = tl.broadcast_to(total * MIDDLE, acc.shape)
-        product = -less + BASE_BITS
-        for chunk in tl.static_range(len(codes)):
-            v = _operand(x_at + half * HALF + chunk * 64, i)
-            product = tl.dot(_nibbles(codes[chunk], half, ASM), v, product, out_dtype=tl.int32)
+        product = tl.dot(_nibbles(codes, half, ASM), v[half], -less + BASE_BITS, out_dtype=tl.int32)
         product = product.to(tl.float32, bitcast=True)
         product = tl.fma(product, tl.broadcast_to(u, acc.shape), tl.broadcast_to(u * -BASE, acc.shape))
         acc += product * scale_numbers(s[half])
     return acc
-
-
-@triton.jit
-def _operand(at, i):
-    """[W, 64, 8] digits, stored so that 16 neighbours are the four words that a thread has of the product's operand."""
-    # Always: the pipeline of copies leaves in its place what stands in a branch.
-    if i >= 0:
-        stored = tl.load(at, eviction_policy="evict_last")
-    else:
-        stored = tl.full(at.shape, 0, tl.int8)
-    words = tl.reshape(stored, [stored.shape[0], stored.shape[1], 4, 4, 4])
-    ordered = tl.reshape(tl.permute(words, [0, 1, 3, 2, 4]), stored.shape)
-    return tl.permute(ordered, [0, 2, 1])
 
 
 @triton.jit

@@ -213,8 +213,9 @@ def run_quant(
             digits_kernel, (programs,),
             *_digits_of(x, norm_weight, spec.fold, scheme, eps, use_pdl), q.view(torch.int8), scale, zero, out, args,
             strides, tokens, n, k, out.stride(0), columns, GROUPS=groups_of_tokens, FOLD=spec.fold, PARTS=config.parts,
-            STEPS=cdiv(k, step), EVEN_N=n % (config.block_r // groups) == 0, EVEN_K=k % step == 0, ASM=_asm(q, shape),
-            ROWS=spec.rows, COLS=spec.cols, **{name: value for name, value in common.items() if name != "NORM"},
+            STEPS=cdiv(k, step), EVEN_N=n % (config.block_r // groups) == 0, EVEN_K=k % step == 0, AHEAD=config.ahead,
+            ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
+            **{name: value for name, value in common.items() if name != "NORM"},
         )  # fmt: skip
         return
     if config.kernel == FOLDED:
