@@ -28,7 +28,7 @@ from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_we
 from benchmarks.quant_tune import job, prepare, seconds_of, tune
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, quant_config, takes_norm
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, norm_limit, quant_config
 from fusecomp.lowerings.quant.lowering import launch_dequantize, run_quant
 from fusecomp.ops.quant import dequantize_reference
 
@@ -64,7 +64,7 @@ class QuantChain(Chain):
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
         program = program_of(kind)
-        if kind.norm and not takes_norm(config, self.spec.fold, len(x)):  # as `launch_quant_linear`
+        if kind.norm and len(x) > norm_limit(self.spec.fold):  # as `launch_quant_linear`
             x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
         if config.kernel == DEQUANTIZE:
             return launch_linear(x, launch_dequantize(*self.weights[name][i], self.spec), None, None, operands, program)
@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,64")
     parser.add_argument("--kinds", default="qkv,o,gate_up,down")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--kernels", default="", help="with --tune: kernels to try, separated by commas; default all")
     parser.add_argument("--peers", action="store_true", help="also time the same layers in bf16, ours and cuBLAS")
     parser.add_argument("--bf16", action="store_true", help="also time ours in bf16")
     parser.add_argument("--out", type=Path, help="a file for the JSON")
@@ -138,9 +137,8 @@ def main() -> None:
     if args.peers or args.bf16:
         result["bf16"] = peers(tokens, ceiling, args.peers)
     if args.tune:
-        kernels = set(filter(None, args.kernels.split(",")))
         chain_of = partial(QuantChain, MODELS["llama-8b"], LAYERS)
-        result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out, chain_of, kernels)
+        result["tuned"] = tune(schemes, tokens, args.kinds.split(","), ceiling, args.out, chain_of)
     else:
         result["rows"] = measure(schemes, tokens, ceiling)
     if args.out:

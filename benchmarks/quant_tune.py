@@ -25,15 +25,7 @@ from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_we
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import split_steps
-from fusecomp.lowerings.quant.heuristics import (
-    DEQUANTIZE,
-    MAX_DIGIT_TOKENS,
-    QuantConfig,
-    serves_digits,
-    serves_halves,
-    serves_words,
-    takes_norm,
-)
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, QuantConfig, norm_limit, serves_halves, serves_words
 from fusecomp.lowerings.quant.lowering import run_quant
 from fusecomp.ops.quant_linear import QuantShape
 
@@ -80,17 +72,6 @@ FOLDED = {
 PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
 
-# Of digits, up to 16 tokens: rows, warps with parts of K, stages, programs to a multiprocessor.
-DIGITS = [
-    (rows, parts, stages, per_sm, ahead)
-    for rows, parts, stages, counts in (
-        (16, 8, 3, (1, 2)), (16, 8, 4, (1, 2)), (32, 8, 2, (1, 2, 8)), (32, 8, 3, (1,)), (32, 4, 3, (2, 3)),
-        (32, 4, 4, (1, 2)), (64, 4, 2, (2, 3, 16)), (64, 4, 3, (1, 2)), (32, 4, 2, (4, 16)),
-    )
-    for per_sm in counts for ahead in (0, 4)
-]  # fmt: skip
-
-
 def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     """Launches worth a try; for the tile kernel, splits for one to four programs per multiprocessor."""
     block_t = min(128, max(8, triton.next_power_of_2(tokens)))
@@ -126,11 +107,6 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
             for load in loads:
                 splits = split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1]
                 seen[QuantConfig("folded", size, rows, fold, warps, stages, splits, early, sums)] = None
-    if serves_digits(shape) and tokens <= MAX_DIGIT_TOKENS:
-        seen |= {
-            QuantConfig("digits", 16, rows, fold, parts, stages, parts=parts, per_sm=per_sm, ahead=ahead): None
-            for rows, parts, stages, per_sm, ahead in DIGITS
-        }
     for rows, parts, stages in PARTS if block_t == 8 else ():
         blocks = math.ceil(shape.n * shape.groups / rows)
         for splits, early in itertools.product((1, 2), (False, True)):
@@ -158,7 +134,7 @@ def _prepare(job: Job) -> str:
         x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
         weight = make_weight(kind.groups * n, kind.k, spec, zero)
         operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
-        norm = x[0] if kind.norm and takes_norm(config, spec.fold, tokens) else None
+        norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
         program = program if norm is not None else replace(program, norm=None)
         if config.kernel != DEQUANTIZE:
             run_quant(config, x, *weight, norm, operands, program, spec, out, True)
@@ -192,7 +168,6 @@ def brief(c: QuantConfig) -> str:
     tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""
-    flags += f" per_sm {c.per_sm}" if c.per_sm > 1 else ""
     return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
 
 
@@ -213,8 +188,8 @@ def tune_kind(chain: Chain, name: str, tokens: int, pool: list[QuantConfig], cei
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.parts > 1, c.early, c.halves, c.ahead > 0), (s, c))
-    shown = list(dict.fromkeys([*results[:3], *by_kernel.values()]))[:9]
+        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.parts > 1, c.early, c.halves), (s, c))
+    shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
     return results[0][1], results
@@ -234,7 +209,7 @@ def refine(chain: Chain, tokens: int, configs: dict[str, Any], found: dict[str, 
     for name, results in found.items():
         sorts: dict = {}
         for _, c in results:
-            sorts.setdefault((c.kernel, c.parts > 1, c.early, c.halves, c.ahead > 0), c)
+            sorts.setdefault((c.parts > 1, c.early, c.halves), c)
         for config in dict.fromkeys([*(c for _, c in results[:4]), *sorts.values()]):
             if config != configs[name] and (took := seconds({name: config})) < best:
                 best, configs[name] = took, config
@@ -249,31 +224,23 @@ def tune(
     ceiling: float,
     out: Path | None,
     chain_of: Callable[[str], Chain],
-    kernels: set[str],
 ) -> list[dict]:
     """Table entries for every scheme, number of tokens and kind of layer; checks, then chains with what was found.
 
     Args:
         chain_of: `LAYERS` layers of Llama-8B by a scheme.
-        kernels: those to try beside the committed launch; all if empty.
     """
     model = MODELS["llama-8b"]
-    pools = {}
-    for scheme, name, t in itertools.product(schemes, kinds, tokens):
-        found = (
-            c for c in candidates(quant_shape_of(scheme, model.kinds[name]), t) if not kernels or c.kernel in kernels
-        )
-        committed = replace(committed_configs(scheme, model, t)[name], source="")
-        pools[scheme, name, t] = list(dict.fromkeys([committed, *found]))
+    pools = {
+        (scheme, name, t): list(candidates(quant_shape_of(scheme, model.kinds[name]), t))
+        for scheme in schemes for name in kinds for t in tokens
+    }  # fmt: skip
     failed = prepare([job(s, n, t, c) for (s, n, t), pool in pools.items() for c in pool])
     entries = []
     for scheme in schemes:
         chain = chain_of(scheme)
         for t in tokens:
             configs = committed_configs(scheme, model, t)
-            x = chain.random(t, model.hidden)
-            before = seconds_of(chain.ours(x, configs, True, head=False), 21)
-            print(f"{scheme} {t}: committed launches {before * 1e3:.4f} ms", flush=True)
             found = {}
             for name in kinds:
                 pool = [c for c in pools[scheme, name, t] if job(scheme, name, t, c) not in failed]

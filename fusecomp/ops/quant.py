@@ -40,8 +40,8 @@ class WeightSpec:
         rows: rows that share a scale; 0 for all.
         cols: columns that share a scale; 0 for all.
         dtype: of the result, as torch names it.
-        fold: 0, or of 4-bit integers with zero points that are integers: columns of a quarter of a block. Byte
-            2 i + j of the block has the codes of column i of quarter j, in its low nibble, and of quarter j + 2.
+        fold: 0, or of 4-bit integers with zero points that are integers: columns of a quarter of a block. Nibble j of
+            the block's i-th 16-bit word is the code of column i of its j-th quarter, lowest nibble first.
     """
 
     kind: str
@@ -183,14 +183,14 @@ def fits_fold(k: int, cols: int, fold: int) -> bool:
 def fold_codes(q: Tensor, fold: int) -> Tensor:
     """Bytes [..., K / 2] of 4-bit codes, the low nibble first, in the order of `WeightSpec.fold`."""
     a, b, c, d = q.unflatten(-1, (-1, 4, fold // 2)).unbind(-2)  # the quarters of each block
-    words = (a & 15 | c << 4, b & 15 | d << 4, a >> 4 | c & 240, b >> 4 | d & 240)  # bytes of two words
+    words = (a & 15 | b << 4, c & 15 | d << 4, a >> 4 | b & 240, c >> 4 | d & 240)  # bytes of two words
     return torch.stack(words, -1).flatten(-3)
 
 
 def unfold_codes(q: Tensor, fold: int) -> Tensor:
     """The inverse of `fold_codes`."""
-    ac, bd, ac_next, bd_next = q.unflatten(-1, (-1, fold // 2, 4)).unbind(-1)
-    quarters = (ac & 15 | ac_next << 4, bd & 15 | bd_next << 4, ac >> 4 | ac_next & 240, bd >> 4 | bd_next & 240)
+    ab, cd, ab_next, cd_next = q.unflatten(-1, (-1, fold // 2, 4)).unbind(-1)
+    quarters = (ab & 15 | ab_next << 4, ab >> 4 | ab_next & 240, cd & 15 | cd_next << 4, cd >> 4 | cd_next & 240)
     return torch.stack(quarters, -2).flatten(-3)
 
 

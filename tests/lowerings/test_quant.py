@@ -197,7 +197,7 @@ def test_assembly_means_what_the_codes_do(low, high, dtype, zero):
         assert (mask, added, table) == (0x000F000F, bias << 16 | bias, 0xEA)  # 0xEA: a & b | c
         bits = (word >> (int(shift[1]) if shift else 0)) & mask | added
         floats = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(torch_dtype)
-        wanted = [(half >> 4 * folded.NIBBLES[place] & 15) for half in (low, high)]
+        wanted = [(half >> 4 * place & 15) for half in (low, high)]
         less = -torch.tensor([bias], dtype=torch.int32).to(torch.int16).view(torch_dtype) - zero
         assert (floats + less).tolist() == [float(code - zero) for code in wanted]
 

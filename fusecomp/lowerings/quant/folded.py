@@ -1,7 +1,7 @@
 """Kernel of a linear layer by folded 4-bit integers, for one to some tens of tokens.
 
-Codes are folded when the weight is loaded (`WeightSpec.fold`): one nibble of the 16-bit words of a tile has the codes
-of one quarter of the tile's columns. A shift and a mask then give two neighbours of a quarter at once, in the places
+Codes are folded when the weight is loaded (`WeightSpec.fold`): nibbles j of the 16-bit words of a tile are the codes of
+the tile's j-th quarter of columns. A shift and a mask then give two neighbours of a quarter at once, in the places
 where the matrix units want them; inputs keep their order, and nothing is exchanged between threads.
 
 Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR rows of a weight tile, BN = BR / G,
@@ -301,18 +301,15 @@ def less_of(z, HAS_ZERO: tl.constexpr, DTYPE: tl.constexpr):
         return _bias(DTYPE) + MIDDLE
 
 
-NIBBLES = (0, 2, 1, 3)  # of a word, by quarter
-
-
-def _two_codes(quarter: int, less: str, dtype: str) -> str:
-    """PTX: a quarter's nibble of two 16-bit words, as two floats plus a bias, that less 8, or plus an operand.
+def _two_codes(place: int, less: str, dtype: str) -> str:
+    """PTX: nibble `place` of two 16-bit words, as two floats plus a bias, that less 8, or plus an operand.
 
     The nibbles become the last bits of floats that equal the bias.
     """
     bias, one, middle = {
         "bf16": ("0x43004300", "0x3f803f80", "0xc308c308"), "fp16": ("0x64006400", "0x3c003c00", "0xe408e408")
     }[dtype]  # fmt: skip
-    moved = f"shr.u32 t, $1, {4 * NIBBLES[quarter]}; lop3.b32 t, t" if quarter else "lop3.b32 t, $1"
+    moved = f"shr.u32 t, $1, {4 * place}; lop3.b32 t, t" if place else "lop3.b32 t, $1"
     code = f".reg .b32 t, o, m; {moved}, 0x000f000f, {bias}, 0xEA; "
     if less == "bias":
         return f"{{ {code}mov.b32 $0, t; }}"
@@ -320,38 +317,37 @@ def _two_codes(quarter: int, less: str, dtype: str) -> str:
     return f"{{ {code}fma.rn.{'f16' if dtype == 'fp16' else dtype}x2 $0, t, o, m; }}"
 
 
-# By quarter, of fp16 behind those of bf16.
+# By place, of fp16 behind those of bf16.
 BIASED, CENTRED, SHIFTED = (
-    tl.constexpr(tuple(_two_codes(quarter, less, dtype) for dtype in ("bf16", "fp16") for quarter in range(4)))
+    tl.constexpr(tuple(_two_codes(place, less, dtype) for dtype in ("bf16", "fp16") for place in range(4)))
     for less in ("bias", "middle", "operand")
 )
 
 
 @triton.jit
 def quarter(
-    word, z, QUARTER: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr
+    word, z, PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """[BR, P] of DTYPE, exact: codes of a quarter, in int16 words, less zero points z [BR, 1], or less 8 without; or,
-    for SUMS, plus DTYPE's bias."""
+    """[BR, P] of DTYPE, exact: codes PLACE of int16 words less zero points z [BR, 1], or less 8 without; or, for SUMS,
+    plus DTYPE's bias."""
     if not ASM:
-        NIBBLE: tl.constexpr = QUARTER % 2 * 2 + QUARTER // 2  # of NIBBLES
-        value = magic((word.to(tl.int32) >> 4 * NIBBLE) & 15)
+        value = magic((word.to(tl.int32) >> 4 * PLACE) & 15)
         return (value + _bias(DTYPE) if SUMS else value - (scale_numbers(z) if HAS_ZERO else MIDDLE)).to(DTYPE)
     elif HAS_ZERO and not SUMS:
         less = -_bias(DTYPE) - scale_numbers(z)
         if tl.float16 == DTYPE:
-            half_asm: tl.constexpr = SHIFTED[4 + QUARTER]
+            half_asm: tl.constexpr = SHIFTED[4 + PLACE]
             less = less.to(tl.float16)
             return tl.inline_asm_elementwise(half_asm, "=r,r,r", [word, less], dtype=tl.float16, is_pure=True, pack=2)
         else:
-            asm: tl.constexpr = SHIFTED[QUARTER]
+            asm: tl.constexpr = SHIFTED[PLACE]
             less = less.to(tl.bfloat16)
             return tl.inline_asm_elementwise(asm, "=r,r,r", [word, less], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif tl.float16 == DTYPE:
-        half_plain: tl.constexpr = BIASED[4 + QUARTER] if SUMS else CENTRED[4 + QUARTER]
+        half_plain: tl.constexpr = BIASED[4 + PLACE] if SUMS else CENTRED[4 + PLACE]
         return tl.inline_asm_elementwise(half_plain, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        plain: tl.constexpr = BIASED[QUARTER] if SUMS else CENTRED[QUARTER]
+        plain: tl.constexpr = BIASED[PLACE] if SUMS else CENTRED[PLACE]
         return tl.inline_asm_elementwise(plain, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 

@@ -21,14 +21,12 @@ from fusecomp.ops.quant_linear import QuantShape
 TABLES = Path(__file__).parent / "tuned"
 DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
 SECTION = "quant"
-VECTOR, WORD_VECTOR, TILE, FOLDED, DIGITS, DEQUANTIZE = "vector", "words", "tile", "folded", "digits", "dequantize"
+VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 MAX_SPLITS = 16
-DIGIT_GROUP = 4  # tokens of which all digits are the matrix units' 8 columns
-MAX_DIGIT_TOKENS = 4 * DIGIT_GROUP
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
 
@@ -37,8 +35,8 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
-            or "digits" where it serves them; "dequantize" for a 16-bit weight and `linear`'s own choice.
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes;
+            "dequantize" for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
@@ -46,10 +44,8 @@ class QuantConfig:
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
-        parts: folded, digits: warps of a program share its features, each with one of so many parts of K; 1: they
-            share K.
+        parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
         ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
-        per_sm: digits: programs to a multiprocessor, which share the tiles.
     """
 
     kernel: str
@@ -64,7 +60,6 @@ class QuantConfig:
     halves: bool = False
     parts: int = 1
     ahead: int = 0
-    per_sm: int = 1
     source: str = "no table"
 
 
@@ -117,10 +112,7 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """
     table = load_table(target.table)
     kind = INT if shape.bits == 4 else FP8
-    entries = [
-        e for e in table[SECTION]
-        if (e["kind"], e["bits"]) == (kind, shape.bits) and (e["config"]["kernel"] != DIGITS or serves_digits(shape))
-    ]  # fmt: skip
+    entries = [e for e in table[SECTION] if (e["kind"], e["bits"]) == (kind, shape.bits)]
     bucket = min(e["tokens"] for e in entries if e["tokens"] >= tokens)
     wanted = {"rows": shape.n * shape.groups, "k": shape.k}
 
@@ -148,8 +140,6 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
-    if config.kernel == DIGITS:
-        return _fit_digits(config, target, shape)
     folded = config.kernel == FOLDED
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
@@ -183,16 +173,6 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     return config
 
 
-def _fit_digits(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
-    """No more warps than a row has blocks, and stages that fit."""
-    parts = min(config.parts, next_power_of_2(shape.k // (4 * shape.fold)))
-    config = replace(config, block_k=4 * shape.fold, parts=parts, num_warps=parts)
-    stage = config.block_r * config.block_k // 2 * parts
-    while (config.num_stages - 1) * stage > target.smem_bytes and config.num_stages > 2:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return config
-
-
 def fitting_columns(block_k: int, cols: int) -> int:
     """The widest tile up to block_k that divides, or is divided by, the columns of a scale."""
     while cols and cols % block_k and block_k % cols:
@@ -200,9 +180,9 @@ def fitting_columns(block_k: int, cols: int) -> int:
     return block_k
 
 
-def takes_norm(config: QuantConfig, fold: int, tokens: int) -> bool:
-    """Whether an RMSNorm is computed by the product's launches."""
-    return config.kernel == DIGITS or tokens <= (FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT)
+def norm_limit(fold: int) -> int:
+    """Tokens up to which the norm is computed inside the product's launch."""
+    return FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT
 
 
 def unit(shape: QuantShape) -> int:
@@ -214,11 +194,6 @@ def unit(shape: QuantShape) -> int:
 def serves_words(shape: QuantShape) -> bool:
     """Whether the kernel of one token that reads words of four codes takes a shape."""
     return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
-
-
-def serves_digits(shape: QuantShape) -> bool:
-    """Whether inputs may become digits: 16-bit floats, of which halves of blocks share one scale of the weight."""
-    return shape.fold > 0 and shape.dtype != "float32" and shape.cols % (2 * shape.fold) == 0
 
 
 def serves_halves(shape: QuantShape) -> bool:

@@ -20,22 +20,12 @@ from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
 from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
 from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
-from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
-from fusecomp.lowerings.quant.digits import digit_rows_kernel, digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
-from fusecomp.lowerings.quant.heuristics import (
-    DEQUANTIZE,
-    DIGITS,
-    FOLDED,
-    VECTOR,
-    WORD_VECTOR,
-    QuantConfig,
-    quant_config,
-    takes_norm,
-)
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, VECTOR, WORD_VECTOR, QuantConfig, quant_config
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
@@ -44,7 +34,6 @@ from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec, fits_fold
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
 
-DIGIT_COLUMNS = 1024  # of a program that makes digits
 ZERO_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # 0 to 16 are exact in each
 
 
@@ -153,7 +142,7 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    inside = takes_norm(config, spec.fold, tokens)
+    inside = tokens <= heuristics.norm_limit(spec.fold)
     if norm is not None and (norm.kind == LAYER or norm_bias is not None or not inside):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None
@@ -176,9 +165,7 @@ def run_quant(
     out: Tensor,
     use_pdl: bool,
 ) -> None:
-    """out[T, N] = epilogue(norm(x) @ dequantize(q)^T) as `config` says; of norms only an RMSNorm.
-
-    One launch, or two where inputs become digits.
+    """out[T, N] = epilogue(norm(x) @ dequantize(q)^T) as `config` says, in one launch; of norms only an RMSNorm.
 
     Launches on one device must be ordered, as those of one stream or graph are: they share counters.
     """
@@ -206,18 +193,6 @@ def run_quant(
     step = 4 * spec.fold * config.parts or config.block_k
     per_split, splits = split_steps(cdiv(k, step), config.splits)
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
-    if config.kernel == DIGITS:
-        groups_of_tokens = next_power_of_2(cdiv(tokens, heuristics.DIGIT_GROUP))
-        programs = min(blocks, target_of(x).num_sms * config.per_sm)
-        launch(
-            digits_kernel, (programs,),
-            *_digits_of(x, norm_weight, spec.fold, scheme, eps, use_pdl), q.view(torch.int8), scale, zero, out, args,
-            strides, tokens, n, k, out.stride(0), columns, GROUPS=groups_of_tokens, FOLD=spec.fold, PARTS=config.parts,
-            STEPS=cdiv(k, step), EVEN_N=n % (config.block_r // groups) == 0, EVEN_K=k % step == 0, AHEAD=config.ahead,
-            ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
-            **{name: value for name, value in common.items() if name != "NORM"},
-        )  # fmt: skip
-        return
     if config.kernel == FOLDED:
         if config.parts > 1:
             common |= {"PARTS": config.parts, "EVEN_K": k % step == 0, "ONE": tokens == 1}
@@ -252,23 +227,6 @@ def run_quant(
         per_split, eps, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
         EARLY=config.early, HALVES=config.halves, EXACT_NORM=exact_norm, **words, **common,
     )  # fmt: skip
-
-
-def _digits_of(
-    x: Tensor, norm_weight: Tensor | None, fold: int, scheme: int, eps: float, use_pdl: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(digits, units, sums) of norm(x) [T, K], as `digits_kernel` takes them."""
-    tokens, k = x.shape
-    digits = torch.empty((2 * tokens, k), dtype=torch.int8, device=x.device)
-    units = torch.empty((k // (2 * fold), 2 * tokens), dtype=torch.float32, device=x.device)
-    sums = torch.empty_like(units, dtype=torch.int32)
-    options = {"launch_pdl": True} if use_pdl else {}
-    launch(
-        digit_rows_kernel, (tokens, cdiv(k, DIGIT_COLUMNS)),
-        x, norm_weight, digits, units, sums, eps, k, x.stride(0), ALL=next_power_of_2(k) if scheme else 1, FOLD=fold,
-        HALVES=DIGIT_COLUMNS // (2 * fold), NORM=scheme, USE_PDL=use_pdl, num_warps=4, **options,
-    )  # fmt: skip
-    return digits, units, sums
 
 
 def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -10,13 +10,12 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
-from fusecomp.lowerings.quant.digits import digit_rows_kernel, digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
-from fusecomp.lowerings.quant.heuristics import DIGITS, FOLDED, TILE, VECTOR, WORD_VECTOR, quant_config
-from fusecomp.lowerings.quant.lowering import DIGIT_COLUMNS, code_kind
+from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, WORD_VECTOR, quant_config
+from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
@@ -65,47 +64,15 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
         if tokens <= _token_limit(target, LAYOUTS[at]):
             yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
     yield _dequantize(target, LAYOUTS[0])
-    yield from (digit_rows(target, 64, k, "bfloat16", norm) for k, norm in ((4096, 2), (14336, 0)))
     if full:
-        for fold, dtype, norm in itertools.product((32, 64), ("bfloat16", "float16"), (0, 1, 2, 3)):
-            yield digit_rows(target, fold, 4096, dtype, norm)
         for layout in LAYOUTS:
             yield _dequantize(target, layout)
             counts = [t for t in (1, 2, 8, 16, 32, 64, 128) if t <= _token_limit(target, layout)]
             for groups, tokens, dtype in itertools.product((1, 2), counts, ("bfloat16", "float16")):
-                for norm in (0, 2, 3):
-                    if norm == 0 or _takes_norm(target, layout, groups, tokens, dtype):
-                        yield specialization(target, layout, groups, tokens, dtype, norm)
+                for norm in (0, 2, 3) if tokens <= heuristics.norm_limit(layout[5]) else (0,):
+                    yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
                 yield specialization(target, layout, 1, tokens, "float32", 2)
-
-
-def digit_rows(target: Target, fold: int, k: int, dtype: str, norm: int) -> Specialization:
-    """What makes digits of a few tokens' inputs."""
-    short = NAMES[dtype]
-    pointers = {"x": short, "digits": "i8", "units": "fp32", "sums": "i32"}
-    scalars = {"eps": "fp32", "k": "i32", "stride_x": "i32"}
-    constants: dict[str, Any] = {
-        "ALL": next_power_of_2(k) if norm else 1, "FOLD": fold, "HALVES": DIGIT_COLUMNS // (2 * fold), "NORM": norm,
-        "USE_PDL": target.has_pdl,
-    }  # fmt: skip
-    if norm >= 2:
-        pointers["norm_weight"] = short
-    else:
-        constants["norm_weight"] = None
-    name = f"digit-rows-{short}-fold{fold}-k{k}-norm{norm}"
-    return Specialization(name, digit_rows_kernel, pointers, scalars, constants, 4, 1, ("k", "stride_x"))
-
-
-def _shape(layout: tuple, groups: int, dtype: str) -> QuantShape:
-    n, k = (14336, 4096) if groups == 2 else (4096, 14336)
-    kind, bits, rows, cols, zero, fold = layout
-    return QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
-
-
-def _takes_norm(target: Target, layout: tuple, groups: int, tokens: int, dtype: str) -> bool:
-    config = quant_config(target, _shape(layout, groups, dtype), tokens)
-    return heuristics.takes_norm(config, layout[5], tokens)
 
 
 def _token_limit(target: Target, layout: tuple) -> int:
@@ -135,11 +102,11 @@ def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, An
 
 def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int) -> Specialization:
     """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
-    kind, bits, rows, cols, _, fold = layout
-    shape = _shape(layout, groups, dtype)
-    k = shape.k
+    n, k = (14336, 4096) if groups == 2 else (4096, 14336)
+    kind, bits, rows, cols, zero, fold = layout
+    shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
-    norm = norm if heuristics.takes_norm(config, fold, tokens) else 0
+    norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
     scalars: dict[str, Any] = {"n": "i32", "k": "i32", "eps": "fp32", "stride_scale": "i32"}
@@ -150,21 +117,11 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
     }  # fmt: skip
     if not fold:
         constants |= {"BLOCK_K": config.block_k, "EVEN_K": k % config.block_k == 0}
-    if config.kernel == DIGITS:
-        del constants["NORM"], scalars["eps"]
-        pointers |= {"x": "i8", "units": "fp32", "sums": "i32", "q": "i8"}
-    elif norm >= 2:
+    if norm >= 2:
         pointers["norm_weight"] = short
     else:
         constants["norm_weight"] = None
-    if config.kernel == DIGITS:
-        scalars |= {"num_tokens": "i32", "stride_out": "i32"}
-        constants |= {
-            "GROUPS": next_power_of_2(-(-tokens // heuristics.DIGIT_GROUP)), "PARTS": config.parts,
-            "STEPS": -(-k // (4 * fold * config.parts)), "EVEN_N": True, "EVEN_K": k % (4 * fold * config.parts) == 0,
-            "ASM": target.backend == "cuda", "FOLD": fold,
-        }  # fmt: skip
-    elif config.kernel == WORD_VECTOR:
+    if config.kernel == WORD_VECTOR:
         pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
         constants["DTYPE"] = getattr(tl, dtype)
         for name in ("zero", "OFFSET", "COLS"):
@@ -193,10 +150,9 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             constants |= dict.fromkeys(scratch)
     name = f"quant-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
     kernels = {
-        VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, DIGITS: digits_kernel,
-        FOLDED: folded_parts_kernel if config.parts > 1 else folded_kernel,
+        VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
     }  # fmt: skip
-    kernel = kernels[config.kernel]
+    kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
 

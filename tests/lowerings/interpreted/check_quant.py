@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import device
-from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.quant import lowering
 from fusecomp.lowerings.quant.heuristics import QuantConfig, fitting_columns
 from fusecomp.lowerings.quant.lowering import launch_dequantize, launch_quant_linear, run_quant
@@ -195,66 +193,6 @@ def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
         "folded", block_t, block_r, splits=splits, early=early, sums=sums, parts=parts, num_warps=parts
     )
     run(layer, config)
-
-
-@st.composite
-def digit_specs(draw):
-    """Folded integers of which halves of blocks share a scale, and 16-bit inputs."""
-    fold, halves = draw(st.sampled_from([32, 64])), draw(st.sampled_from([0, 1, 1, 2, 4]))
-    dtype = draw(st.sampled_from(["float16", "bfloat16"]))
-    return WeightSpec(INT, 4, draw(st.sampled_from([1, 1, 0, 3])), halves * 2 * fold, dtype, fold)
-
-
-@settings(SETTINGS, max_examples=80)
-@given(
-    layers(st.sampled_from([1, 1, 2, 4, 7, 9, 16]), digit_specs), st.sampled_from([16, 32]), st.sampled_from([1, 2, 4]),
-    st.sampled_from([1, 2, 3]),
-)  # fmt: skip
-def test_digits(layer, block_r, parts, programs):
-    """Also of programs that have several tiles each."""
-    few = replace(target_of(layer[0]), num_sms=programs)
-    with mock.patch.object(lowering, "target_of", lambda _: few):
-        run(layer, QuantConfig("digits", 16, block_r, parts=parts, num_warps=parts))
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
-def test_digits_of_uneven_inputs(scale):
-    """One input a thousand times the rest, in one half of a block: it costs the others no more than its own rounding.
-
-    Zeros stay zeros.
-    """
-    torch.manual_seed(0)
-    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
-    weight = random_weight((48, 512), spec, torch.float32, zero=True)
-    x = torch.randn(3, 512)
-    x[:, 200] *= 1000
-    x[1, :128] = 0
-    layer = (x * scale).bfloat16(), weight, None, [], Program(1, (), (), "bfloat16"), spec
-    out = run(layer, QuantConfig("digits", 16, 16, parts=2, num_warps=2))
-    assert scale or not out.any()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_digits_of_no_number(value):
-    """Spoil their token, and no other."""
-    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
-    q, scale, zero = random_weight((16, 512), spec, torch.float32, zero=True)
-    x, out = torch.randn(3, 512).bfloat16(), torch.empty(3, 16, dtype=torch.bfloat16)
-    x[1, 300] = value
-    run_quant(
-        QuantConfig("digits", 16, 16, parts=2, num_warps=2),
-        x,
-        q,
-        scale,
-        zero,
-        None,
-        [],
-        Program(1, (), (), "bfloat16"),
-        spec,
-        out,
-        False,
-    )
-    assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
 
 
 @settings(SETTINGS, max_examples=15)
