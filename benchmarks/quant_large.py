@@ -110,12 +110,12 @@ def candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[ScaledConfig]
 
 
 def write_table(path: Path, environment: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """A table with one line per entry; shapes that were not tuned keep their entries."""
-    shape = ("kind", "block", "groups", "n", "k", "epilogue", "tokens")
-    kept = scaled_heuristics.load_table(scaled_heuristics.DEFAULT_TABLE)["entries"]
+    """A table with one line per entry; shapes that were not tuned keep the GPU's own entries."""
+    gpu, shape = environment["gpu"], scaled_heuristics.KEY
+    kept = [entry for entry in scaled_heuristics.entries(device_target(0)) if entry["gpu"] == gpu]
     kept_keys = (*shape, "config", "own", "us", "layer_us")
-    clean = [{k: v for k, v in entry.items() if k in kept_keys} for entry in entries]
-    merged = {tuple(entry[key] for key in shape): entry for entry in (*kept, *clean)}
+    clean = [{k: v for k, v in entry.items() if k in kept_keys} for entry in (*kept, *entries)]
+    merged = {tuple(entry[key] for key in shape): entry for entry in clean}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
     path.write_text("{\n" + head + '  "entries": [\n' + body + "\n  ]\n}\n")

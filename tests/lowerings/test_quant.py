@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -17,14 +18,14 @@ from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import folded, heuristics, quant_aot
+from fusecomp.lowerings.quant import folded, heuristics, quant_aot, tables
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
+    entries,
     fitting_columns,
-    load_table,
     quant_config,
     reads_words,
     serves_words,
@@ -84,18 +85,35 @@ def tuned_shape(entry: dict) -> QuantShape:
 
 
 def test_source_says_whether_the_entry_was_measured_for_the_shape():
-    entries = load_table(H100.table)["quant"]
-    assert {(e["kind"], e["bits"]) for e in entries} == {(FP8, 8), (INT, 4)}
-    for entry in entries:
-        shape, tokens = tuned_shape(entry), entry["tokens"]
-        found = quant_config(H100, shape, tokens)
-        assert found.source.endswith("(exact)" if "us" in entry else "(nearest)")
-        assert found == QuantConfig(**entry["config"], source=found.source)
-        for other in (SM90, replace(H100, num_sms=100)):
-            assert quant_config(other, shape, tokens).kernel == found.kernel
-        assert quant_config(SM90, shape, tokens).source.endswith("(nearest)")
-        for change in ({"n": shape.n + 16}, {"k": shape.k + 128}, {"rows": 128}):
-            assert quant_config(H100, replace(shape, **change), tokens).source.endswith("(nearest)")
+    assert {(e["kind"], e["bits"]) for e in entries(H100.table)} == {(FP8, 8), (INT, 4)}
+    for target in (H100, SM90):
+        for entry in entries(target.table):
+            shape, tokens = tuned_shape(entry), entry["tokens"]
+            found, measured = quant_config(target, shape, tokens), "us" in entry and entry["gpu"] == target.name
+            assert found.source.startswith(entry["gpu"])
+            assert found.source.endswith("(exact)" if measured else "(nearest)")
+            assert found == QuantConfig(**entry["config"], source=found.source)
+            assert quant_config(replace(target, num_sms=100), shape, tokens).kernel == found.kernel
+            assert quant_config(replace(target, name="Some GPU"), shape, tokens).source.endswith("(nearest)")
+            for change in ({"n": shape.n + 16}, {"k": shape.k + 128}, {"rows": 128}):
+                assert quant_config(target, replace(shape, **change), tokens).source.endswith("(nearest)")
+
+
+def test_own_entries_replace_those_of_the_default_gpu(monkeypatch, tmp_path):
+    """One by one: what was not measured on a GPU is the default GPU's."""
+    default = json.loads((tables.TABLES / f"{tables.DEFAULT_TABLE}.json").read_text())
+    own = next(e for e in default["quant"] if e["kind"] == FP8) | {"us": 1.0}
+    (tmp_path / f"{tables.DEFAULT_TABLE}.json").write_text(json.dumps(default))
+    (tmp_path / "some_gpu.json").write_text(json.dumps({"gpu": "Some GPU", "quant": [own]}))
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    tables.entries_of.cache_clear()
+    try:
+        found = entries("some_gpu")
+        assert len(found) == len(default["quant"])
+        assert [e for e in found if e["gpu"] == "Some GPU"] == [own | {"gpu": "Some GPU"}]
+        assert {e["gpu"] for e in entries("another_gpu")} == {default["gpu"]}
+    finally:
+        tables.entries_of.cache_clear()
 
 
 def test_zero_points_have_launches_of_their_own():
@@ -111,7 +129,7 @@ def test_zero_points_have_launches_of_their_own():
 
 def test_folded_codes_have_one_kernel():
     """Up to a limit, which is higher where launches are tuned. Other GPUs and fp32 have it too."""
-    entry = next(e for e in load_table(H100.table)["quant"] if e["bits"] == 4 and e["tokens"] == 8)
+    entry = next(e for e in entries(H100.table) if e["bits"] == 4 and e["tokens"] == 8)
     shape = tuned_shape(entry)
     for target, dtype in itertools.product((H100, *TARGETS), ("bfloat16", "float16", "float32")):
         other = replace(shape, dtype=dtype)
@@ -232,7 +250,7 @@ def test_halves_of_16_tokens_share_a_conversion(monkeypatch, rows):
 def test_halves_are_of_whole_rows_of_bytes(monkeypatch):
     entry = {"kind": FP8, "bits": 8, "rows": 64, "k": 1024, "groups": 1, "tokens": 16}
     entry["config"] = {k: v for k, v in asdict(QuantConfig("tile", 16, 64, 256, halves=True)).items() if k != "source"}
-    monkeypatch.setattr(heuristics, "load_table", lambda _: {"gpu": "", "quant": [entry]})
+    monkeypatch.setattr(heuristics, "entries", lambda _: [entry | {"gpu": ""}])
     shape = QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, 0, False)
     target = replace(H100, name="Some GPU")
     assert quant_config(target, shape, 16).halves and quant_config(target, replace(shape, kind=INT, rows=0), 16).halves

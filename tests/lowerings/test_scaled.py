@@ -28,6 +28,7 @@ from fusecomp.lowerings.quant.scaled_heuristics import (
     own_config,
     scaled_config,
 )
+from fusecomp.lowerings.quant.tables import TABLES
 from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS
 from fusecomp.ops.library import take_fallbacks
@@ -82,7 +83,7 @@ def test_every_shape_has_a_configuration(target):
 
 def test_the_table_names_known_configurations():
     """Entries are complete, and each is found again, by its own card, as the exact one."""
-    for path in sorted(scaled_heuristics.TABLES.glob("*_scaled.json")):
+    for path in sorted(TABLES.glob("*_scaled.json")):
         table = json.loads(path.read_text())
         target = replace(SM90, name=table["gpu"])
         assert table["entries"] and path.name == f"{target.table}_scaled.json"
@@ -99,7 +100,7 @@ def test_few_tokens_are_served_as_the_next_larger_number(tokens, n, k, groups, e
     """A tile that holds almost all of them would read the weights, or wait for them, a second time."""
     shape = ScaledShape(n, k, groups, FP8, 0, epilogue)
     found = int(re.search(r"tokens=(\d+)", scaled_config(SM90, shape, tokens).source)[1])
-    entries = scaled_heuristics.load_table(SM90.table)["entries"]
+    entries = scaled_heuristics.entries(SM90)
     tuned = [e["tokens"] for e in entries if e["kind"] == FP8 and not e["block"]]
     assert found == min(size for size in tuned if size >= tokens)
 

@@ -6,21 +6,18 @@ the same) and folded 4-bit integers whose scales serve 128 columns; other layout
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fusecomp.lowerings.linear.skinny_heuristics import scaled_splits
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.quant.tables import entries_of
 from fusecomp.ops.quant import FP8, INT
 from fusecomp.ops.quant_linear import QuantShape
 
-TABLES = Path(__file__).parent / "tuned"
-DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"
-SECTION = "quant"
+KEY = ("kind", "bits", "zero", "rows", "k", "groups", "tokens")  # of a table's entries
 VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
@@ -63,11 +60,9 @@ class QuantConfig:
     source: str = "no table"
 
 
-@cache
-def load_table(name: str) -> dict[str, Any]:
-    """The committed table of a GPU; the default GPU's where it has none."""
-    path = TABLES / f"{name}.json"
-    return json.loads((path if path.exists() else TABLES / f"{DEFAULT_TABLE}.json").read_text())
+def entries(name: str) -> list[dict[str, Any]]:
+    """The committed entries for a GPU."""
+    return entries_of(name, "", "quant", KEY)
 
 
 @cache
@@ -110,23 +105,22 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
 
     Weights with zero points take entries measured with them where their tokens have any.
     """
-    table = load_table(target.table)
     kind = INT if shape.bits == 4 else FP8
-    entries = [e for e in table[SECTION] if (e["kind"], e["bits"]) == (kind, shape.bits)]
-    bucket = min(e["tokens"] for e in entries if e["tokens"] >= tokens)
+    alike = [e for e in entries(target.table) if (e["kind"], e["bits"]) == (kind, shape.bits)]
+    bucket = min(e["tokens"] for e in alike if e["tokens"] >= tokens)
     wanted = {"rows": shape.n * shape.groups, "k": shape.k}
 
     def distance(entry: dict) -> float:
         return sum(abs(math.log2(entry[key] / wanted[key])) for key in wanted) + (entry["groups"] != shape.groups)
 
     entry = min(
-        (e for e in entries if e["tokens"] == bucket), key=lambda e: (e.get("zero", False) != shape.zero, distance(e))
+        (e for e in alike if e["tokens"] == bucket), key=lambda e: (e.get("zero", False) != shape.zero, distance(e))
     )
     layout = (shape.kind, shape.rows, shape.cols, shape.zero)
     like = layout == ((INT, 1, 128) if shape.fold else (FP8, 1, 0)) + (entry.get("zero", False),)
-    exact = like and table["gpu"] == target.name and distance(entry) == 0 and "us" in entry
+    exact = like and entry["gpu"] == target.name and distance(entry) == 0 and "us" in entry
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
-    source = f"{table['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
+    source = f"{entry['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
     if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR):
         step = replace(config, block_k=config.block_k * config.parts)

@@ -40,8 +40,7 @@ def scaled_specializations(target: Target, *, full: bool) -> Iterator[Specializa
         if kind == FP8 and not block:
             for precise, k, tokens in ((True, 4096, 8192), (False, 28672, 64), (False, 28672, 8192)):
                 add(ScaledShape(4096, k, 1, kind, 0, "residual", precise), tokens)
-    table = scaled_heuristics.load_table(target.table) if target.has_tma else {"entries": []}
-    for entry in table["entries"] if full else []:
+    for entry in scaled_heuristics.entries(target) if full else []:
         shape = ScaledShape(*(entry[key] for key in ("n", "k", "groups", "kind", "block", "epilogue")))
         add(shape, entry["tokens"])
     for shape, config in sorted(seen, key=str):

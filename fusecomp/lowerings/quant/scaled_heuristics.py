@@ -6,23 +6,20 @@ for every replay. Legend: T tokens, N output features of one group, K input feat
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.quant.tables import entries_of
 from fusecomp.ops.quant import FP8, INT
 
-TABLES = Path(__file__).parent / "tuned"
-DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"  # the only Hopper card that was tuned
+KEY = ("kind", "block", "groups", "n", "k", "epilogue", "tokens")  # of a table's entries
 TILE, PERSISTENT, LIBRARY = "tile", "persistent", "library"
 # Columns that the matrix units of compute capability 9.0 may sum alone: their error over 14,336, with the rounding of
 # the result to bf16, is 1.2 times that of the product of dequantized bf16 operands.
 LONGEST_SUM = 14336
-NO_TABLE: dict[str, Any] = {"gpu": "", "entries": []}
 TILE_TOKENS = 256  # up to which, where nothing was measured, weights are on the wide side
 MAX_SPLITS = 16
 
@@ -104,13 +101,9 @@ def reason(target: Target, kind: str, weight: tuple[int, int], block: int) -> st
     return None
 
 
-@cache
-def load_table(name: str) -> dict[str, Any]:
-    """The committed table of a GPU; the default GPU's where it has none."""
-    path = TABLES / f"{name}_scaled.json"
-    if not path.exists():
-        path = TABLES / f"{DEFAULT_TABLE}_scaled.json"
-    return json.loads(path.read_text())
+def entries(target: Target) -> list[dict[str, Any]]:
+    """The committed entries for a GPU, none for one that the kernels were not tuned for."""
+    return entries_of(target.table, "_scaled", "entries", KEY) if target.has_tma else []
 
 
 @cache
@@ -126,12 +119,11 @@ def scaled_config(target: Target, shape: ScaledShape, tokens: int) -> ScaledConf
 
 
 def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -> ScaledConfig:
-    table: dict[str, Any] = load_table(target.table) if target.has_tma else NO_TABLE
-    alike = [e for e in table["entries"] if bool(e["block"]) == bool(shape.block)]
-    entries = [e for e in alike if e["kind"] == shape.kind]
-    if not entries and shape.kind == INT:  # as many bytes and as fast, but for the library
-        entries, library = alike, False
-    if not entries or shape.precise:
+    alike = [e for e in entries(target) if bool(e["block"]) == bool(shape.block)]
+    measured = [e for e in alike if e["kind"] == shape.kind]
+    if not measured and shape.kind == INT:  # as many bytes and as fast, but for the library
+        measured, library = alike, False
+    if not measured or shape.precise:
         return _fit(_unmeasured(target, shape, tokens), target, shape)
 
     def distance(entry: dict[str, Any]) -> float:
@@ -142,12 +134,12 @@ def _config(target: Target, shape: ScaledShape, tokens: int, *, library: bool) -
         sizes = ((entry["tokens"], tokens, 4.0), (entry["n"] * entry["groups"], shape.n * shape.groups, 1.0))
         return same + sum(w * abs(math.log2(a / b)) for a, b, w in (*sizes, (entry["k"], shape.k, 1.0)))
 
-    entry = min(entries, key=distance)
-    measured = table["gpu"] == target.name and entry["kind"] == shape.kind
-    how = "exact" if measured and distance(entry) == 0 else "nearest"
+    entry = min(measured, key=distance)
+    same = entry["gpu"] == target.name and entry["kind"] == shape.kind
+    how = "exact" if same and distance(entry) == 0 else "nearest"
     name = " ".join(f"{key}={entry[key]}" for key in ("n", "k", "groups", "epilogue", "tokens"))
     found = entry["config"] if library or "own" not in entry else entry["own"]
-    config = ScaledConfig(**found, source=f"{table['gpu']} {entry['kind']} {name} ({how})")
+    config = ScaledConfig(**found, source=f"{entry['gpu']} {entry['kind']} {name} ({how})")
     if config.swap and shape.groups > 1:
         config = replace(config, swap=False)
     if how == "nearest":
