@@ -84,6 +84,7 @@ class BatchBuilder:
         self._lines = Lines(max_num_seqs, P, block_size, seed, on_enter)
 
         # What the device buffers hold, to copy only what changed.
+        self._seqs: Sequence[SequenceState] = ()
         self._admissions: list[int] = []
         self._num_blocks: list[int] = []
         self._rows = np.zeros(0, np.int64)
@@ -237,7 +238,7 @@ class BatchBuilder:
 
     def _forget(self) -> None:
         """The device rows no longer belong to any sequence."""
-        self._admissions, self._num_blocks, self._rows = [], [], np.zeros(0, np.int64)
+        self._seqs, self._admissions, self._num_blocks, self._rows = (), [], [], np.zeros(0, np.int64)
         self._letter = None
 
     def padding(self, shape: int | MixedShape) -> StepBatch:
@@ -289,18 +290,21 @@ class BatchBuilder:
 
         Returns: the row of each sequence.
         """
-        admissions = [seq.admission for seq in seqs]
         num_blocks = [len(seq.blocks) for seq in seqs]
-        same_rows = admissions == self._admissions
+        same_rows = seqs is self._seqs  # the scheduler repeats a list only while all of it runs on
         if not same_rows:
-            self._rows = np.array([seq.row for seq in seqs], np.int64)
+            admissions = [seq.admission for seq in seqs]
+            same_rows = admissions == self._admissions
+            if not same_rows:
+                self._rows, self._admissions = np.array([seq.row for seq in seqs], np.int64), admissions
+            self._seqs = seqs
         rows = self._rows
         if same_rows and num_blocks == self._num_blocks and placement == self._placement:
             if padded != self._padded_rows:
                 self._gather_sampling(rows, padded, staging)
             return rows
         n = len(seqs)
-        # With the rows of the last step, only those whose block count moved need a look.
+        # With the rows of the last step, only those whose blocks moved need a look.
         stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
         same_places = same_rows and decode_only and placement == self._placement
         places = list[int]()
@@ -315,7 +319,6 @@ class BatchBuilder:
         self._num_blocks, self._placement = num_blocks, placement
         if not same_rows or padded != self._padded_rows:
             self._gather_sampling(rows, padded, staging)
-            self._admissions = admissions
         return rows
 
     def _note_moves(self, places: list[int], rows: np.ndarray) -> None:

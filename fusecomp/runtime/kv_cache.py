@@ -45,7 +45,7 @@ class ContentNames:
         assert num_blocks * size <= len(token_ids), f"block {num_blocks - 1} is not full"
         name = names[-1] if names else self._root
         for start in range(len(names) * size, num_blocks * size, size):
-            name = blake2b(self._bytes(name, *token_ids[start : start + size]), digest_size=16).digest()
+            name = blake2b(self._bytes(name, *token_ids[start : start + size])).digest()[:16]
             names.append(name)
 
 

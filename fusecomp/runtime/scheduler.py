@@ -251,7 +251,11 @@ class Scheduler:
         waiting, running = self._places.waiting, self._places.running
         if waiting and running and waiting[0].priority < running[-1].priority:
             return None
-        self._move_on(step)
+        if self._launched is None and not waiting and step.decode_only and step.seqs == running and all(step.samples):
+            if (due := self._move_decodes_on(step)) is not None:
+                return self._repeated(step, due)
+        else:
+            self._move_on(step)
         following = self._compose(ahead=True)
         if following is None:
             return None
@@ -261,6 +265,37 @@ class Scheduler:
         row_of = {seq: row for row, (seq, draws) in enumerate(zip(step.seqs, step.samples, strict=True)) if draws}
         return following, [row_of.get(seq, KNOWN) for seq in decodes]
 
+    def _move_decodes_on(self, step: ScheduledStep) -> list[SequenceState] | None:
+        """`_move_on` of a step whose rows are all that runs, and decode. Returns those of them that want a block before
+        the step after; None if one has reached its length."""
+        self._launched = step
+        due, ended = list[SequenceState](), False
+        for seq in step.seqs:
+            seq.num_computed_tokens = start = seq.num_computed_tokens + 1
+            tokens = seq.token_ids
+            tokens.append(UNKNOWN_TOKEN)
+            if start >= seq.num_slots:
+                due.append(seq)
+            if start + 1 == seq.max_total_tokens:
+                ended = True
+        return None if ended else due
+
+    def _repeated(
+        self, step: ScheduledStep, due: Sequence[SequenceState]
+    ) -> tuple[ScheduledStep, Sequence[int]] | None:
+        """What `_compose` gives ahead where the rows of `step`, moved on, are those of the step after: `due` of them
+        grow. None when a sequence would have to be preempted."""
+        grow = self._places.grow
+        for seq in due:
+            if not grow(seq, seq.num_computed_tokens):
+                return None
+        starts = [start + 1 for start in step.starts]
+        rows = len(starts)
+        following = ScheduledStep(
+            step.seqs, starts, step.num_new_tokens, step.samples, rows, rows, 0, *self.swap.take_moves()
+        )
+        return following, range(rows)
+
     def _move_on(self, step: ScheduledStep) -> None:
         """Account for a launched step but for its tokens, which are yet to come: `UNKNOWN_TOKEN` stands for each."""
         if self._launched is step:
@@ -268,11 +303,6 @@ class Scheduler:
         assert self._launched is None, "two steps are in flight"
         self._launched = step
         running = Status.RUNNING
-        if step.decode_only and step.seqs == self._places.running:  # the same, quicker
-            for seq in step.seqs:
-                seq.num_computed_tokens += 1
-                seq.token_ids.append(UNKNOWN_TOKEN)
-            return
         for seq, size, draws in zip(step.seqs, step.num_new_tokens, step.samples, strict=True):
             if seq.status is running:  # not aborted, nor ended by the token before this one
                 seq.num_computed_tokens += size
