@@ -29,7 +29,7 @@ from fusecomp.capture import (
     trial_tokens,
 )
 from fusecomp.config import EngineConfig
-from fusecomp.errors import ConfigError, RecompileError, UnsupportedModelError
+from fusecomp.errors import ConfigError, FallbackError, RecompileError, UnsupportedModelError
 from fusecomp.fusion import FUSE
 from fusecomp.ops.kv_cache import FP8, KVLayout
 from fusecomp.ops.mode import batch_invariance
@@ -228,10 +228,11 @@ class CompiledStep:
                 mark_unbacked(tensor, dim)
             if self._outline is not None:
                 self._program = self._program_from_prefix(self._outline, batch)
-        if self._program is None:
-            logits = self._capture(batch)
-        else:
-            logits = self._launch(batch)
+        try:
+            logits = self._capture(batch) if self._program is None else self._launch(batch)
+        except FallbackError:
+            self._require_invariance()  # names every op of the kind that has just been met
+            raise
         self._require_invariance()
         self.num_logits = logits.shape[1]
         if compiles:
