@@ -29,7 +29,7 @@ from fusecomp.capture import (
     trial_tokens,
 )
 from fusecomp.config import EngineConfig
-from fusecomp.errors import ConfigError, FallbackError, RecompileError, UnsupportedModelError
+from fusecomp.errors import ConfigError, FallbackError, UnsupportedModelError
 from fusecomp.fusion import FUSE
 from fusecomp.ops.kv_cache import FP8, KVLayout
 from fusecomp.ops.mode import batch_invariance
@@ -39,6 +39,7 @@ from fusecomp.patterns.invariance import BatchInvariance
 from fusecomp.patterns.masks import UNKNOWN
 from fusecomp.report import FusionReport
 from fusecomp.runtime.alone import each_token_alone
+from fusecomp.runtime.compile_errors import capture_errors, recompile_error
 from fusecomp.runtime.depth import Outline, extend, extend_report, outline, reads_layer_index, shortened
 from fusecomp.runtime.program import Plan, StepProgram, Unplannable, merged_reference, plan_of, references
 from fusecomp.runtime.program_cache import ProgramCache, restore, snapshot
@@ -46,13 +47,6 @@ from fusecomp.runtime.step_batch import StepBatch
 
 # Masks written inline in a model are evaluated as [T, T] matrices: this bounds T, and with it max_model_len.
 INLINE_PROOF_LENGTH = 4096
-
-
-def _place(message: str) -> str:
-    """What Dynamo could not capture, and the innermost line of the model's code that it names."""
-    what = " ".join(message.split("\n\n", 1)[0].split())
-    frames = message.partition("from user code:")[2].strip().split("\n\n")[0].split("File ")
-    return f"{what} At {' '.join(frames[-1].split())}" if len(frames) > 1 else what
 
 
 def _step_tensors(batch: StepBatch) -> tuple[Tensor, ...]:
@@ -65,29 +59,6 @@ def _step_tensors(batch: StepBatch) -> tuple[Tensor, ...]:
         batch.block_tables,
         batch.host_meta,
     )
-
-
-@contextmanager
-def capture_errors(model: str) -> Iterator[None]:
-    """Turn Dynamo's failures to capture one full graph into `UnsupportedModelError`."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, UnsupportedModelError):
-            raise error.inner_exception from error
-        raise
-    except (
-        torch._dynamo.exc.Unsupported,
-        torch._dynamo.exc.UserError,
-        torch._dynamo.exc.TorchRuntimeError,
-        torch._dynamo.exc.InternalTorchDynamoError,
-    ) as error:
-        raise UnsupportedModelError(
-            "the model cannot be captured as one graph for every number of tokens",
-            where=model,
-            why=_place(str(error)),
-            remedy="use stock transformers for this model, or rewrite the place named above",
-        ) from error
 
 
 class CompiledStep:
@@ -382,12 +353,7 @@ class CompiledStep:
     def _run_program(self, program: StepProgram, batch: StepBatch) -> Tensor:
         if self._sealed and (name := program.changed()):
             self.report.recompiles += 1
-            raise RecompileError(
-                "the step would be compiled again while serving",
-                where=self.report.model,
-                why=f"{name} is not what it was when the engine started",
-                remedy="do not change the model while its engine lives",
-            )
+            raise recompile_error(self.report.model, f"{name} is not what it was when the engine started")
         with torch.no_grad():
             return program(_step_tensors(batch), self.kv_caches)
 
@@ -401,12 +367,8 @@ class CompiledStep:
                 yield
         except torch._dynamo.exc.RecompileError as error:
             self.report.recompiles += 1
-            raise RecompileError(
-                "the step would be compiled again while serving",
-                where=self.report.model,
-                why=" ".join(str(error).split("- User stack trace")[0].split("\n    - ")[-1].split()),
-                remedy="do not change the model while its engine lives",
-            ) from error
+            guard = " ".join(str(error).split("- User stack trace")[0].split("\n    - ")[-1].split())
+            raise recompile_error(self.report.model, guard) from error
 
     def _layout_from_graph(self) -> list[tuple[int, int, int]]:
         """KV layout of a model without HF's attention interface, from one uncompiled capture."""

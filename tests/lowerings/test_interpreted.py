@@ -16,20 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("file", "part"),
+    ("files", "part"),
     [
-        ("check_attention.py", "mixed"),
-        ("check_attention.py", "not mixed"),
-        ("check_rope.py", "mixed"),
-        ("check_rope.py", "not mixed"),
-        ("check_epilogue.py", ""),
-        ("check_greedy.py", ""),
-        ("check_feed.py", ""),
-        ("check_route.py", ""),
+        ("attention", "mixed"),
+        ("attention", "not mixed"),
+        ("rope epilogue greedy feed route", ""),
     ],
 )
-def test_kernels(file, part):
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/{file}", "-k", part]
+def test_kernels(files, part):
+    paths = [f"tests/lowerings/interpreted/check_{name}.py" for name in files.split()]
+    command = [sys.executable, "-m", "pytest", "-q", *paths, "-k", part]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

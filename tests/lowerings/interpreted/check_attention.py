@@ -128,7 +128,7 @@ def test_split_decode(case, block_n):
         run(make_step(rows, **shape), shape["head_dim"] ** -0.5, **options)
 
 
-@settings(SETTINGS, max_examples=18)
+@settings(SETTINGS, max_examples=14)
 @given(
     case=cases(decode=True, prefill=True),
     block_m=st.sampled_from([16, 32]),

@@ -115,13 +115,13 @@ def layers(draw, tokens: st.SearchStrategy[int], transposed: st.SearchStrategy[b
     )  # fmt: skip
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=20)
 @given(layers(st.integers(1, 3), st.just(False)), st.sampled_from([VECTOR, IN_TURN]))
 def test_vector(layer, config):
     run(layer, config)
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=30)
 @given(layers(st.integers(1, 40), st.booleans()), st.sampled_from([GROUPED, SWAPPED]))
 def test_grouped(layer, config):
     run(layer, config)

@@ -105,7 +105,7 @@ def test_vector(layer, config):
     run(layer, config)
 
 
-@settings(SETTINGS, max_examples=14)
+@settings(SETTINGS, max_examples=10)
 @given(layers(st.integers(1, 40)), st.sampled_from([GROUPED, SWAPPED, TALL]))
 def test_grouped(layer, config):
     run(layer, config)
