@@ -2,8 +2,7 @@
 
 Legend: T tokens, S rows (padding included), n real rows, P pages per row of the block table, B page size.
 
-The device tensors of every step are views, at offset 0, of one set of buffers. A bucket's tensors therefore have the
-same addresses at every step, which is what a captured CUDA graph replays, and a batch is valid until the next `build`.
+The device tensors of every step are views of one set of buffers (`views.py`): a batch is valid until the next `build`.
 
 Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
 decodes is a letter that the step itself takes (`mailbox.py`); the rest is copied when it changed, from one of two
@@ -23,6 +22,7 @@ from fusecomp.runtime.mailbox import NOWHERE, Mailbox
 from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
 from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
+from fusecomp.runtime.views import BatchViews
 
 _PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
 
@@ -74,12 +74,8 @@ class BatchBuilder:
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)
         self._host_meta_np = self._host_meta.numpy()
-        # In a decode-only step row s owns token s, whatever the bucket.
-        self._identity = torch.arange(S, dtype=torch.int64, device=self.device)
-        self._identity_cu = torch.arange(S + 1, dtype=torch.int32, device=self.device)
+        self._views = BatchViews(self._device, S)
         self._order = np.arange(S)
-        self._decode_views: dict[int, dict[str, torch.Tensor]] = {}
-        self._mixed_views: dict[MixedShape, dict[str, torch.Tensor]] = {}
 
         self._lines = Lines(max_num_seqs, P, block_size, seed, on_enter)
 
@@ -178,9 +174,9 @@ class BatchBuilder:
         staging.record()
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
-            return self._batch(self._mixed_view_of(shape), n)
+            return self._batch(self._views.bucket(shape), n)
         self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, max_seq_len, S)
-        views = self._decode_view(S) if step.decode_only else self._mixed_view(S, T)
+        views = self._views.decodes(S) if step.decode_only else self._views.mixed(S, T)
         return self._batch(views, n)
 
     @property
@@ -270,7 +266,7 @@ class BatchBuilder:
         staging.record()
         self._forget()
         self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
-        return self._batch(self._mixed_view_of(shape) if isinstance(shape, MixedShape) else self._decode_view(rows), 0)
+        return self._batch(self._views.bucket(shape) if isinstance(shape, MixedShape) else self._views.decodes(rows), 0)
 
     def _refresh(
         self,
@@ -371,27 +367,6 @@ class BatchBuilder:
 
     def _copy(self, staging: Staging, name: str, size: int) -> None:
         staging.copy(name, self._device[name], size)
-
-    def _mixed_view(self, S: int, T: int) -> dict[str, torch.Tensor]:
-        views = {name: buffer[:S] for name, buffer in self._device.items()}
-        views["tokens"] = self._device["tokens"][: 3 * T].view(3, T)
-        views["cu_q_lens"] = self._device["cu_q_lens"][: S + 1]
-        return views
-
-    def _mixed_view_of(self, shape: MixedShape) -> dict[str, torch.Tensor]:
-        views = self._mixed_views.get(shape)
-        if views is None:
-            views = self._mixed_views[shape] = self._mixed_view(shape.rows, shape.tokens)
-        return views
-
-    def _decode_view(self, S: int) -> dict[str, torch.Tensor]:
-        views = self._decode_views.get(S)
-        if views is None:
-            views = self._mixed_view(S, S)
-            views["logit_indices"] = self._identity[:S]
-            views["cu_q_lens"] = self._identity_cu[: S + 1]
-            self._decode_views[S] = views
-        return views
 
     def _batch(self, views: dict[str, torch.Tensor], num_rows: int) -> StepBatch:
         return StepBatch(

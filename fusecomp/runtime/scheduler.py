@@ -251,7 +251,8 @@ class Scheduler:
         waiting, running = self._places.waiting, self._places.running
         if waiting and running and waiting[0].priority < running[-1].priority:
             return None
-        if self._launched is None and not waiting and step.decode_only and step.seqs == running and all(step.samples):
+        nobody_comes = not waiting or not self._places.free_rows
+        if self._launched is None and nobody_comes and step.decode_only and step.seqs == running and all(step.samples):
             if (due := self._move_decodes_on(step)) is not None:
                 return self._repeated(step, due)
         else:

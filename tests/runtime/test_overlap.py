@@ -156,3 +156,37 @@ def test_a_prompt_cut_before_its_last_token_goes_on_among_decodes():
     scheduler.update(step, [77, 88], ())
     scheduler.update(following, [99, 5], ())
     assert [seq.output_ids for seq in following.seqs] == [[99], [3, 77, 5]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("blocks", [40, 9])  # plenty, and so few that a step ahead is refused now and then
+def test_a_repeated_step_is_what_composing_it_gives(monkeypatch, seed, blocks):
+    """Rows that all run on take a shortcut, others waiting for a row or not: steps, tokens and blocks are the same."""
+    shortcuts = 0
+
+    def composed(self, step):
+        self._move_on(step)
+
+    def serve(shortcut: bool) -> list:
+        nonlocal shortcuts
+        draws, trace = random.Random(seed), []
+        scheduler = Scheduler(3, 16, 64, KVCacheManager(blocks, 4))
+        for i in range(6):
+            size, longest = draws.randint(1, 6), draws.randint(6, 20)
+            scheduler.add(SequenceState(str(i), [i] * size, SamplingParams(max_tokens=longest)))
+        with monkeypatch.context() as patch:
+            if not shortcut:
+                patch.setattr(Scheduler, "_move_decodes_on", composed)
+            step = scheduler.schedule()
+            while step is not None:
+                found = scheduler.schedule_ahead(step)
+                if found is not None:
+                    shortcuts += shortcut and found[0].seqs is step.seqs
+                    trace.append((list(found[1]), found[0].num_decodes, found[0].num_tokens, found[0].num_preempted))
+                scheduler.update(step, [2 if draws.random() < 0.08 else 5 for _ in step.seqs], {2})
+                step = scheduler.schedule() if found is None else found[0]
+                entries = () if step is None else step.entries
+                trace.append([(e.seq.request_id, e.start, e.num_new_tokens, e.samples, *e.seq.blocks) for e in entries])
+        return trace
+
+    assert serve(True) == serve(False) and shortcuts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ DEFAULT_TABLE = "nvidia_h100_80gb_hbm3"  # where most was measured
 
 
 @cache
-def entries_of(name: str, suffix: str, section: str, key: Sequence[str]) -> list[dict[str, Any]]:
+def entries_of(name: str, suffix: str, section: str, key: tuple[str, ...]) -> list[dict[str, Any]]:
     """Entries for a GPU, each with the `gpu` that it was measured on.
 
     Args:
         name: the GPU's, as `Target.table` gives it.
         suffix: what the file's name has behind that.
         section: where a table has its entries.
-        key: what tells entries apart, as a tuple; a GPU's own replaces the default GPU's.
+        key: what tells entries apart; a GPU's own replaces the default GPU's.
     """
     own = TABLES / f"{name}{suffix}.json"
     default = _read(TABLES / f"{DEFAULT_TABLE}{suffix}.json", section)
