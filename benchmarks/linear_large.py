@@ -179,8 +179,16 @@ def build(job: tuple[Layer, LargeConfig]) -> str:
     stand_ins = {"persistent_kernel": _CompileOnly(persistent_kernel), "launch_pointwise": lambda *_: None}
     try:
         with mock.patch.multiple(large, **stand_ins):
-            large.run_persistent(
-                config, x, weight, DTYPE, EPILOGUES[layer.epilogue][0], args, row_strides(args), layer.groups
+            large.run_matmul(
+                config,
+                x,
+                weight,
+                DTYPE,
+                EPILOGUES[layer.epilogue][0],
+                args,
+                row_strides(args),
+                layer.groups,
+                layer.kind,
             )
     except Exception as error:
         return f"{layer} {config.constants()}: {type(error).__name__} {str(error)[:200]}"

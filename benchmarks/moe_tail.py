@@ -25,9 +25,9 @@ from benchmarks.ceilings import read_bandwidth
 from benchmarks.linear_chain import MODELS
 from benchmarks.moe import SHAPES
 from benchmarks.timing import time_replays
+from fusecomp.lowerings import register
 from fusecomp.lowerings.experts import later
 from fusecomp.lowerings.launch import compile_ahead
-from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS
 from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import RMS, NormSpec

@@ -26,6 +26,7 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.experts_linear import ExpertsLinear
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.hoisted_rows import HoistedRows
+from fusecomp.patterns.linear_pair import LinearPair, QuantLinearPair
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.quant import QuantExperts, QuantLinear
@@ -54,7 +55,9 @@ FUSE: tuple[Pattern, ...] = (
     ExpertsLinear(),
     ScaledLinear(),  # after the weights: both sides are codes by then
     NormQuantize(),
-    HoistedRows(),  # last: over whatever the last layer has become
+    HoistedRows(),  # over whatever the last layer has become
+    LinearPair(),  # of linears that have taken in all that they will
+    QuantLinearPair(),
 )
 
 

@@ -1,9 +1,11 @@
-"""Binds the GPU kernels to the canonical ops. A call that a kernel refuses runs the eager reference, counted."""
+"""Binds GPU kernels to the canonical ops. A call that a kernel refuses runs the eager reference, counted.
+
+Ops of codes are in `quant_registration.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,18 +15,11 @@ from torch import Tensor
 from fusecomp.lowerings.launch import computed
 from fusecomp.ops.attention import attention_reference, paged_attention_reference
 from fusecomp.ops.kv_cache import KVLayout
-from fusecomp.ops.library import implement, record_fallback, require_any_order
+from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.linear_pair import LINEAR_ARGS
 from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import NormSpec, norm_reference
-from fusecomp.ops.quant import (
-    ActivationSpec,
-    WeightSpec,
-    dequantize_reference,
-    fake_quantize_reference,
-    quantize_reference,
-)
-from fusecomp.ops.quant_linear import is_codes
 from fusecomp.ops.rope import Rope, rope_attention_reference
 from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
@@ -123,7 +118,7 @@ def _rope_attention(
     return computed(launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))
 
 
-def _linear(
+def run_linear(
     x: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None,
@@ -141,7 +136,7 @@ def _linear(
     return computed(launch_linear(x, weight, norm_weight, norm_bias, operands, parsed))
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
+def run_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> Tensor:
     from fusecomp.lowerings.linear.lowering import DTYPES, launch_norm_op
 
     if x.dtype not in DTYPES:
@@ -150,132 +145,24 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: str) -> T
     return computed(launch_norm_op(x, weight, bias, NormSpec.from_text(spec)))
 
 
+def _linear_pair(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.linear.lowering import launch_linear_pair, supports
+
+    first, then = args[:LINEAR_ARGS], args[LINEAR_ARGS:]
+    programs = [Program.from_text(given[-1]) for given in (first, then)]
+    h = x.new_empty(0, dtype=programs[0].torch_dtype)
+    if supports(x, first[0], first[3], programs[0]) or supports(h, then[0], then[3], programs[1]):
+        h = run_linear(x, *first)  # which counts why
+        return h, run_linear(h, *then)
+    given: Any = (*first[:-1], programs[0], *then[:-1], programs[1])
+    h, z = launch_linear_pair(x, *given)
+    return computed(h), computed(z)
+
+
 def _experts(*args: Any) -> Tensor:
     from fusecomp.lowerings.experts.lowering import launch_experts
 
     return computed(launch_experts(*args))
-
-
-def _dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
-    from fusecomp.lowerings.quant.lowering import launch_dequantize, refusal
-
-    parsed = WeightSpec.from_text(spec)
-    if reason := refusal(q, scale, zero, parsed):
-        record_fallback("dequantize", reason)
-        return dequantize_reference(q, scale, zero, spec)
-    return computed(launch_dequantize(q, scale, zero, parsed))
-
-
-def _quant_linear(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    spec: str,
-    x_scale: Tensor | None = None,
-    activation: str = "",
-) -> Tensor:
-    from fusecomp.lowerings.quant.lowering import launch_quant_linear, supports
-
-    require_any_order("quant_linear")
-    parsed, layout = Program.from_text(program), WeightSpec.from_text(spec)
-    if activation:
-        done = _scaled_linear(x, q, scale, zero, norm_weight, norm_bias, operands, program, spec, x_scale, activation)
-        if isinstance(done, Tensor):
-            return done
-        x, parsed = done
-        if parsed.norm is None:
-            norm_weight = norm_bias = None
-    if reason := supports(x, q, scale, zero, operands, parsed, layout):
-        record_fallback("quant_linear", reason)
-        weight = dequantize_reference(q, scale, zero, spec)
-        return _linear(x, weight, norm_weight, norm_bias, operands, parsed.to_text())
-    return computed(launch_quant_linear(x, q, scale, zero, norm_weight, norm_bias, operands, parsed, layout))
-
-
-def _scaled_linear(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    spec: str,
-    x_scale: Tensor | None,
-    activation: str,
-) -> Tensor | tuple[Tensor, Program]:
-    """A quantized linear by codes of its activations; or what is left for a weight-only one: its input and program.
-
-    That is so in steps of fewer tokens than the spec's, which keep their activations; of one token, whose codes are
-    rounded to here; and where codes cannot be multiplied, which is counted.
-    """
-    from fusecomp.lowerings.device import target_of
-    from fusecomp.lowerings.quant import activations
-    from fusecomp.lowerings.quant.lowering import supports
-
-    parsed, layout, codes = Program.from_text(program), WeightSpec.from_text(spec), ActivationSpec.from_text(activation)
-    coded = is_codes(x)
-    if not coded and x.shape[0] < codes.least_tokens:
-        return x, parsed
-    if coded or x.shape[0] >= activations.LEAST_TOKENS:
-        reason = activations.refusal(target_of(q), q.shape[1], layout, zero is not None, codes)
-        reason = reason or (None if coded else activations.rows_refusal(x, codes))
-        stand_in = q.new_empty(0, dtype=layout.torch_dtype) if coded else x
-        if not (reason := reason or supports(stand_in, q, scale, zero, operands, parsed, layout)):
-            args = (x, x_scale, q, scale, norm_weight, norm_bias, operands, parsed, layout, codes)
-            return computed(activations.launch_scaled_linear(*args))
-        record_fallback("quant_linear", f"codes of activations are not multiplied: {reason}")
-    if coded:
-        assert x_scale is not None
-        return _dequantize(x, x_scale, None, codes.dequantized(layout.dtype).to_text()), parsed
-    if reason := activations.rows_refusal(x, codes):
-        record_fallback("quant_linear", f"no kernel makes codes of activations: {reason}")
-        x = x if parsed.norm is None else _norm(x, norm_weight, norm_bias, parsed.norm.to_text())
-        return fake_quantize_reference(x, x_scale, activation), replace(parsed, norm=None)
-    rounded = activations.launch_fake_quantize(x, x_scale, codes, parsed.norm, norm_weight, norm_bias)
-    return computed(rounded), replace(parsed, norm=None)
-
-
-def _quantize(x: Tensor, scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
-    from fusecomp.lowerings.quant.activations import launch_quantize, rows_refusal
-
-    require_any_order("quantize")
-    parsed = ActivationSpec.from_text(spec)
-    if parsed.least_tokens or (scale is None) != parsed.dynamic:
-        return quantize_reference(x, scale, spec)  # which raises
-    if reason := rows_refusal(x, parsed):
-        record_fallback("quantize", reason)
-        return quantize_reference(x, scale, spec)
-    rows = x.reshape(-1, x.shape[-1])
-    codes, scales = launch_quantize(rows, scale, parsed)
-    scales = scales if scales.dim() == 1 else scales.view(*x.shape[:-1], scales.shape[-1])
-    return computed(codes).view(x.shape), computed(scales)
-
-
-def _fake_quantize(x: Tensor, scale: Tensor | None, spec: str) -> Tensor:
-    from fusecomp.lowerings.quant.activations import launch_fake_quantize, rows_refusal
-
-    require_any_order("fake_quantize")
-    parsed, rows = ActivationSpec.from_text(spec), x.reshape(-1, x.shape[-1])
-    if rows.shape[0] < parsed.least_tokens:
-        return x.clone(memory_format=torch.contiguous_format)
-    if reason := rows_refusal(x, parsed):
-        record_fallback("fake_quantize", reason)
-        return fake_quantize_reference(x, scale, spec)
-    return computed(launch_fake_quantize(rows, scale, parsed)).view(x.shape)
-
-
-def _quant_experts(*args: Any) -> Tensor:
-    from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts
-
-    require_any_order("quant_experts")
-    return computed(launch_quant_experts(*args))
 
 
 def _greedy(logits: Tensor) -> Tensor:
@@ -351,22 +238,18 @@ def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The two halves; the first knows what the second will read."""
     *routed, weight, norm_weight, norm_bias, operands, program = args
     y, out = _routed_experts(x, *routed, later=weight)
-    return y, out, _linear(out, weight, norm_weight, norm_bias, operands, program)
+    return y, out, run_linear(out, weight, norm_weight, norm_bias, operands, program)
 
 
 @cache
 def register() -> None:
-    """Register once per process. Triton is imported when a kernel first runs, not here."""
+    """Bind what this file has, once per process. Triton is imported when a kernel first runs, not here."""
     implement("cache_write", _cache_write, "CUDA")
     implement("paged_attention", _paged_attention, "CUDA")
     implement("rope_attention", _rope_attention, "CUDA")
-    implement("linear", _linear, "CUDA")
-    implement("norm", _norm, "CUDA")
-    implement("dequantize", _dequantize, "CUDA")
-    implement("quantize", _quantize, "CUDA")
-    implement("fake_quantize", _fake_quantize, "CUDA")
-    implement("quant_linear", _quant_linear, "CUDA")
-    implement("quant_experts", _quant_experts, "CUDA")
+    implement("linear", run_linear, "CUDA")
+    implement("linear_pair", _linear_pair, "CUDA")
+    implement("norm", run_norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
     implement("route", _route, "CUDA")
     implement("router", _router, "CUDA")

@@ -162,6 +162,20 @@ def _quant_linear(x: Any, q: Any, scale: Any, zero: Any, *args: Any) -> Cost:
     return Cost(_bytes(q, scale, zero) + activations, 2 * T * rows * K)
 
 
+def _linear_pair(x: Any, *args: Any) -> Cost:
+    """Both linears, each with what it reads and writes."""
+    return _linear(x, *args[:5]) + _linear(_result(args[4]), *args[5:])
+
+
+def _quant_linear_pair(x: Any, *args: Any) -> Cost:
+    return _quant_linear(x, *args[:10]) + _quant_linear(_result(args[6]), *args[10:])
+
+
+def _result(program: str) -> torch.Tensor:
+    """Stands for a linear's result, of which the dtype counts."""
+    return torch.empty(0, dtype=getattr(torch, json.loads(program)["dtype"]), device="meta")
+
+
 def _norm(x: Any, *_: Any) -> Cost:
     return Cost(2 * T * int(x.shape[-1]) * x.element_size(), sympy.Integer(0))
 
@@ -176,6 +190,8 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "route": _route,
     "router": _router,
     "linear": _linear,
+    "linear_pair": _linear_pair,
+    "quant_linear_pair": _quant_linear_pair,
     "norm": _norm,
     "dequantize": _dequantize,
     "quantize": _quantize,

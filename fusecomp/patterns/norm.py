@@ -47,6 +47,7 @@ ALLOWED = (
 )
 MAX_NODES = 40
 DRAWS, AGREEMENT = 3, 1e-9
+TOKENS = 3  # of a draw, where their number is not known
 LINEAR, NORM = OPS.linear.default, OPS.norm.default
 FAKE_QUANTIZE = OPS.fake_quantize.default
 
@@ -230,27 +231,28 @@ def identify(candidate: NormCandidate) -> tuple[NormSpec, Node | None, Node | No
 
 def _agrees(candidate: NormCandidate, spec: NormSpec, weight: Node | None, bias: Node | None) -> bool:
     """Whether the region equals `spec` on every draw. Small values among the draws make eps count."""
-    width = fake_value(candidate.node).shape[-1]
+    rows, width = token_shape(candidate.node)  # type: ignore[misc]
+    rows = rows if isinstance(rows, int) else TOKENS
     generator = torch.Generator().manual_seed(width)
     for draw in range(DRAWS):
         scale = (1.0, 3.0, 1e-3)[draw]
-        x = torch.randn(3, width, generator=generator, dtype=torch.float64) * scale + draw
+        x = torch.randn(rows, width, generator=generator, dtype=torch.float64) * scale + draw
         given = {v: torch.randn(width, generator=generator, dtype=torch.float64) for v in candidate.vectors}
         if draw == DRAWS - 1:
             x = x - draw
-        shape = [1] * (fake_value(candidate.source).dim() - 2) + [3, width]
+        shape = [1] * (fake_value(candidate.source).dim() - 2) + [rows, width]
         values = {**given, candidate.source: x.view(shape)}
         try:
             actual = functional.evaluate_region(candidate.region, {**values, **_sizes(candidate.region)})
         except Exception:  # a foreign subgraph may fail in any way; then nothing is proven
             return False
         wanted = norm_reference(x, given.get(weight), given.get(bias), spec.to_text())  # type: ignore[arg-type]
-        error = (actual.reshape(3, width) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+        error = (actual.reshape(rows, width) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
         if not error <= AGREEMENT:
             return False
     return True
 
 
 def _sizes(region: tuple[Node, ...]) -> dict[Node, int]:
-    """The draws have three tokens: a value for every size that the region reads."""
-    return {leaf: 3 for leaf in functional.leaves(region) if _is_size(leaf)}
+    """A value for every size that the region reads: the draws' number of tokens."""
+    return {leaf: TOKENS for leaf in functional.leaves(region) if _is_size(leaf)}

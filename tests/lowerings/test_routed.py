@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusecomp.lowerings import register
 from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, load_table, routed_config
 from fusecomp.lowerings.experts.later import BYTES, MAX_TOKENS, asked_bytes
 from fusecomp.lowerings.experts.routed import launch_routed_experts
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
-from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS, op_cost, take_fallbacks
 from fusecomp.ops.linear import ROW, Program
 from fusecomp.ops.norm import RMS, NormSpec

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusecomp.lowerings import register
 from fusecomp.lowerings.paged_attention.heuristics import GFX942, SM80, SM90, TARGETS
 from fusecomp.lowerings.quant import scaled_heuristics
 from fusecomp.lowerings.quant.activations import explain_scaled, refusal, scaled_shape
@@ -29,7 +30,6 @@ from fusecomp.lowerings.quant.scaled_heuristics import (
     scaled_config,
 )
 from fusecomp.lowerings.quant.tables import TABLES
-from fusecomp.lowerings.registration import register
 from fusecomp.ops import OPS
 from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import FULL, Program

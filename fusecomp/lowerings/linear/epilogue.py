@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -107,3 +108,13 @@ def epilogue_hook(program: Program) -> Any:
 def operand_strides(program: Program, operands: tuple[Tensor, ...]) -> tuple[int, ...]:
     """Row stride of each operand, 0 where it has no rows."""
     return tuple(o.stride(0) if layout == FULL else 0 for o, layout in zip(operands, program.operands, strict=True))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dim."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def full_rows(operands: Sequence[Tensor], program: Program) -> tuple[Tensor, ...]:
+    """A program's operands; those of every token and feature with a contiguous last dim."""
+    return tuple(unit_stride(o) if layout == FULL else o for o, layout in zip(operands, program.operands, strict=True))

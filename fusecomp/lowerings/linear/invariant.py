@@ -29,14 +29,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.linear.skinny_heuristics import skinny_config
 from fusecomp.lowerings.linear.skinny_pieces import load_weight, weight_rows
 from fusecomp.lowerings.linear.skinny_tile import finish_tile, load_tokens, prefetch, tile_place
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.ops.linear import FULL, Program
+from fusecomp.ops.linear import Program
 
 TUNED_FOR = 32  # tokens of the skinny table's entry whose weight tile is taken
 BLOCKS_T = (16, 32, 64, 128)
@@ -183,15 +183,12 @@ def launch_invariant_linear(
 
     A row's result depends on that row alone, bit for bit. Safe under CUDA-graph capture.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     if (norm := program.norm) is not None:
-        x, _ = launch_norm(x, None, norm_weight, norm_bias, norm.eps, norm.kind, norm.plus_one)
+        x = launch_norm(x, norm_weight, norm_bias, norm.eps, norm.kind, norm.plus_one)
     n = weight.shape[0] // program.groups
     config = invariant_config(target_of(x), n=n, k=x.shape[1], groups=program.groups, itemsize=x.element_size())
-    args = tuple(
-        o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
-        for o, layout in zip(operands, program.operands, strict=True)
-    )
+    args = full_rows(operands, program)
     out = torch.empty((x.shape[0], n), dtype=program.torch_dtype, device=x.device)
     run_invariant(
         config, x, weight, out, epilogue_hook(program), args, operand_strides(program, args), program.groups,

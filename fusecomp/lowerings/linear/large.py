@@ -20,6 +20,7 @@ from fusecomp.lowerings.linear.large_heuristics import LargeConfig, tma_reads
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
+from fusecomp.lowerings.linear.skinny_pieces import plain
 
 
 def launch_large(
@@ -53,7 +54,7 @@ def launch_large(
     """
     _check(x, weight, args, strides, groups, kind_hint)
     if norm_kind:
-        x, _ = launch_norm(x, None, norm_weight, norm_bias, norm_eps, norm_kind, norm_plus_one)
+        x = launch_norm(x, norm_weight, norm_bias, norm_eps, norm_kind, norm_plus_one)
     config = large_heuristics.large_config(
         target_of(x), n=weight.shape[0] // groups, k=x.shape[1], groups=groups, tokens=max(1, x.shape[0]),
         itemsize=x.element_size(), kind=kind_hint,
@@ -74,39 +75,60 @@ def run_matmul(
 ) -> Tensor:
     """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments of `launch_large`."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
+    out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
     if num_tokens == 0:
-        return torch.empty((0, n), dtype=out_dtype, device=x.device)
-    if config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight))):
-        return run_persistent(config, x, weight, out_dtype, epilogue, args, strides, groups)
-    if config.method == "cublas_addmm" and args[0].dtype == x.dtype == out_dtype:
-        return torch.addmm(args[0], x, weight.t())
+        return out
+    if leaves_sums(config, x, weight, out_dtype, args):
+        acc = run_product(config, x, weight, out_dtype, groups)
+        if kind_hint == "identity" and acc.dtype == out_dtype and acc.dim() == 2:
+            return acc
+        return launch_pointwise(acc, out, epilogue, args, strides, groups)
+    if _runs_persistent(config, x, weight):
+        return _launch_persistent(config, x, weight, out, epilogue, args, strides, groups)
+    return torch.addmm(args[0], x, weight.t())
+
+
+def leaves_sums(
+    config: LargeConfig, x: Tensor, weight: Tensor, out_dtype: torch.dtype, args: tuple[Tensor, ...]
+) -> bool:
+    """Whether the product leaves the epilogue, and the sum over splits of K, to another kernel."""
+    if _runs_persistent(config, x, weight):
+        return config.splits > 1
+    return config.method != "cublas_addmm" or not args[0].dtype == x.dtype == out_dtype
+
+
+def run_product(config: LargeConfig, x: Tensor, weight: Tensor, out_dtype: torch.dtype, groups: int) -> Tensor:
+    """x @ weight^T [T, G * N], or fp32 parts of it [S, T, G * N], where `leaves_sums`; there are tokens."""
+    if _runs_persistent(config, x, weight):
+        parts = (config.splits, x.shape[0], weight.shape[0])
+        buffer = torch.empty(parts, dtype=torch.float32, device=x.device)
+        return _launch_persistent(config, x, weight, buffer, plain, (), (), groups)
     # The library rounds to the inputs' dtype unless told otherwise; it can be told on a GPU alone.
     widened = x.is_cuda and out_dtype == torch.float32 != x.dtype
-    acc = torch.mm(x, weight.t(), out_dtype=out_dtype) if widened else torch.mm(x, weight.t())
-    if kind_hint == "identity" and out_dtype == acc.dtype:
-        return acc
-    out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
-    return launch_pointwise(acc, out, epilogue, args, strides, groups)
+    return torch.mm(x, weight.t(), out_dtype=out_dtype) if widened else torch.mm(x, weight.t())
 
 
-def run_persistent(
+def _runs_persistent(config: LargeConfig, x: Tensor, weight: Tensor) -> bool:
+    return config.method == "persistent" and (not config.use_tma or (tma_reads(x) and tma_reads(weight)))
+
+
+def _launch_persistent(
     config: LargeConfig,
     x: Tensor,
     weight: Tensor,
-    out_dtype: torch.dtype,
+    out: Tensor,
     epilogue: Any,
     args: tuple[Tensor, ...],
     strides: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """EPILOGUE(x @ weight^T) by the persistent kernel; for `use_tma` x and weight must be aligned."""
+    """out [T, N] = EPILOGUE(x @ weight^T), or with splits its parts out [S, T, G * N]."""
     num_tokens, k = x.shape
     n = weight.shape[0] // groups
     x_tiles = w_tiles = None
     if config.use_tma:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [config.block_t, config.block_k])
         w_tiles = _weight_tiles(weight, n, k, groups, config)
-    out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
     use_pdl = uses_pdl(x)
     options: dict[str, Any] = {"launch_pdl": True} if use_pdl else {}
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -116,18 +138,12 @@ def run_persistent(
         "EPILOGUE": epilogue,
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
-    num_sms = target_of(x).num_sms
-    buffer = out
-    if config.splits > 1:
-        buffer = torch.empty((config.splits, num_tokens, groups * n), dtype=torch.float32, device=x.device)
-    programs = min(tiles_t * tiles_n * config.splits, num_sms * config.per_sm)
+    programs = min(tiles_t * tiles_n * config.splits, target_of(x).num_sms * config.per_sm)
     launch(
         persistent_kernel, (programs,),
-        x, weight, x_tiles, w_tiles, buffer, args, strides, num_tokens, x.stride(0), out.stride(0),
+        x, weight, x_tiles, w_tiles, out, args, strides, num_tokens, x.stride(0), out.stride(-2),
         GROUP_T=config.group_t, SPLITS=config.splits, **constants, **options,
     )  # fmt: skip
-    if config.splits > 1:
-        launch_pointwise(buffer, out, epilogue, args, strides, groups)
     return out
 
 

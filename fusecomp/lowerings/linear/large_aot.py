@@ -11,6 +11,8 @@ from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_
 from fusecomp.lowerings.linear.norm import MAX_DEPENDENT_K, norm_kernel
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import pointwise_kernel
+from fusecomp.lowerings.linear.skinny_pieces import plain
+from fusecomp.lowerings.linear.sum_norm import sum_norm_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target
 
 ARGS: dict[int, tuple[str, ...]] = {1: ("bf16",), 2: ()}  # the residual's epilogue has an operand, SwiGLU's none
@@ -31,7 +33,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
     """The kernels of one layer's shapes, N=14336 and K=4096, in bf16 with strides of any alignment class."""
     n, k, pdl = 14336, 4096, target.has_tma
     for config, groups in sorted(_tiles(target), key=str):
-        args = ARGS[groups]
+        args = ARGS[groups] if config.splits == 1 else ()
         x_tiles: dict = {"x_tiles": None, "w_tiles": None}
         described: dict = {}
         if config.use_tma:
@@ -49,7 +51,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k, "GROUP_T": config.group_t, "SPLITS": config.splits, "PIECES": config.pieces,
                 "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": pdl,
-                "EPILOGUE": RESIDUAL if groups == 1 else SWIGLU, **x_tiles,
+                "EPILOGUE": plain if config.splits > 1 else RESIDUAL if groups == 1 else SWIGLU, **x_tiles,
             },
             config.num_warps,
             stages,
@@ -74,11 +76,26 @@ def specializations(target: Target) -> Iterator[Specialization]:
         yield Specialization(
             f"norm-{tokens}-{width}",
             norm_kernel,
-            dict.fromkeys(("x", "residual", "weight", "bias", "y", "total"), "bf16"),
-            {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32", "stride_r": "i32"},
+            dict.fromkeys(("x", "weight", "bias", "y"), "bf16"),
+            {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32"},
             {
-                "K": width, "BLOCK_T": block_t, "BLOCK_K": block_k, "HAS_RESIDUAL": True, "CENTERED": centered,
-                "PLUS_ONE": True, "USE_PDL": pdl and width <= MAX_DEPENDENT_K,
+                "K": width, "BLOCK_T": block_t, "BLOCK_K": block_k, "CENTERED": centered, "PLUS_ONE": True,
+                "USE_PDL": pdl and width <= MAX_DEPENDENT_K,
+            },
+            num_warps,
+            num_stages=3,
+        )  # fmt: skip
+    for tokens, width, splits in ((64, 2048, 4), (64, 4096, 2), (8192, 16384, 1)):
+        _, block_n, num_warps = norm_block(tokens, width)
+        yield Specialization(
+            f"sum_norm-{tokens}-{width}-{splits}",
+            sum_norm_kernel,
+            dict.fromkeys(("total", "y", "weight"), "bf16")
+            | {"acc": "fp32" if splits > 1 else "bf16", "args": ("bf16",)},
+            {"eps": "fp32", "num_tokens": "i32", "strides": ("i32",)},
+            {
+                "N": width, "G": 1, "SPLITS": splits, "BLOCK_N": block_n, "CENTERED": False, "PLUS_ONE": False,
+                "EPILOGUE": RESIDUAL, "USE_PDL": pdl, "bias": None,
             },
             num_warps,
             num_stages=3,

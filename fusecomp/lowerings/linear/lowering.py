@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
-from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.invariant import launch_invariant_linear
-from fusecomp.lowerings.linear.large import launch_large
+from fusecomp.lowerings.linear.large import launch_large, leaves_sums, run_product
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, large_config
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.skinny import run_skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig, skinny_config
+from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row, launch_sum_norm
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.ops.linear import FULL, LinearShape, Program
+from fusecomp.ops.linear import LinearShape, Program
 from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 
@@ -78,17 +80,11 @@ def launch_linear(
     """
     if batch_invariant():
         return launch_invariant_linear(x, weight, norm_weight, norm_bias, operands, program)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    args = tuple(
-        o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
-        for o, layout in zip(operands, program.operands, strict=True)
-    )
+    x = unit_stride(x)
+    args = full_rows(operands, program)
     strides, hook, norm = operand_strides(program, args), epilogue_hook(program), program.norm
-    tokens, k = x.shape
-    n = weight.shape[0] // program.groups
-    target = target_of(x)
-    shape = LinearShape(n, k, program.groups, program.kind, str(x.dtype).removeprefix("torch."))
-    config = choose(target, shape, tokens)
+    tokens, n = x.shape[0], weight.shape[0] // program.groups
+    config = _choice(x, weight, program)
     if isinstance(config, LargeConfig):
         spec = norm or NormSpec("", 0.0)
         return launch_large(
@@ -107,9 +103,66 @@ def launch_linear(
     return out
 
 
+def sums_of(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+) -> Sums | None:
+    """The product of `launch_linear` before its epilogue.
+
+    None, and nothing is launched, where the epilogue is part of the product, or a row too long for who goes on.
+    """
+    if batch_invariant() or not x.shape[0] or not fits_a_row(weight.shape[0] // program.groups):
+        return None
+    args, config, dtype = full_rows(operands, program), _choice(x, weight, program), program.torch_dtype
+    if not isinstance(config, LargeConfig) or not leaves_sums(config, x, weight, dtype, args):
+        return None
+    if program.norm is not None:
+        x = launch_norm_op(x, norm_weight, norm_bias, program.norm)
+    acc = run_product(config, x, weight, dtype, program.groups)
+    return Sums(acc, dtype, epilogue_hook(program), args, operand_strides(program, args), program.groups)
+
+
+def launch_linear_pair(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: Program,
+    next_weight: Tensor,
+    next_norm_weight: Tensor | None,
+    next_norm_bias: Tensor | None,
+    next_operands: Sequence[Tensor],
+    next_program: Program,
+) -> tuple[Tensor, Tensor]:
+    """(h, z): h = `launch_linear` of the first, z = that of the next with h as its activations.
+
+    The next linear's norm is made where h is, if it is no part of its product, and h is summed after the first's.
+    `supports` must hold for both.
+    """
+    x, norm = unit_stride(x), next_program.norm
+    found = None
+    if norm is not None and isinstance(_choice(x, next_weight, next_program), LargeConfig):
+        found = sums_of(x, weight, norm_weight, norm_bias, operands, program)
+    if norm is not None and found is not None:
+        h, x = launch_sum_norm(found, norm, next_norm_weight, next_norm_bias)
+        return h, launch_linear(x, next_weight, None, None, next_operands, replace(next_program, norm=None))
+    h = launch_linear(x, weight, norm_weight, norm_bias, operands, program)
+    return h, launch_linear(h, next_weight, next_norm_weight, next_norm_bias, next_operands, next_program)
+
+
+def _choice(x: Tensor, weight: Tensor, program: Program) -> SkinnyConfig | LargeConfig:
+    """The kernel for as many tokens as x has."""
+    n, dtype = weight.shape[0] // program.groups, str(weight.dtype).removeprefix("torch.")
+    return choose(target_of(x), LinearShape(n, weight.shape[1], program.groups, program.kind, dtype), x.shape[0])
+
+
 def launch_norm_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
     """norm(x) for x [..., K], in x's shape and dtype."""
     assert spec.kind in (RMS, LAYER)
     rows = x.reshape(-1, x.shape[-1])
-    y, _ = launch_norm(rows, None, weight, bias, spec.eps, spec.kind, spec.plus_one)
-    return y.view(x.shape)
+    return launch_norm(rows, weight, bias, spec.eps, spec.kind, spec.plus_one).view(x.shape)

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of whole rows as a kernel of their own, with an optional residual addition before.
+"""RMSNorm and LayerNorm of whole rows as a kernel of their own.
 
 Legend: T tokens, K features.
 """
@@ -24,17 +24,12 @@ MAX_DEPENDENT_K = 2048
 
 
 @triton.jit
-def _row(x, residual, m, k, stride_x, stride_r, mask, HAS_RESIDUAL: tl.constexpr, out_type: tl.constexpr):
-    # x (+ residual, rounded as a stored sum is) of rows m and columns k, in fp32.
-    value = tl.load(x + m * stride_x + k, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        value += tl.load(residual + m * stride_r + k, mask=mask, other=0.0).to(tl.float32)
-        value = value.to(out_type).to(tl.float32)
-    return value
+def _row(x, m, k, stride_x, mask):
+    return tl.load(x + m * stride_x + k, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
+def scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
     # value * weight + bias, each present or None.
     if weight is not None:
         scale = tl.load(weight + k, mask=within, other=0.0).to(tl.float32)
@@ -47,30 +42,25 @@ def _scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x,
-    residual,
     weight,
     bias,
     y,
-    total,
     eps,
     num_tokens,
     stride_x,
-    stride_r,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     CENTERED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """y[T, K] = norm(x + residual) * weight + bias and total[T, K] = x + residual; program i does BLOCK_T rows.
+    """y[T, K] = norm(x) * weight + bias; program i does BLOCK_T rows.
 
-    x, residual [T, K] with row strides, weight and bias [K] or None, y and total contiguous; statistics in fp32.
-    CENTERED subtracts the mean (LayerNorm); PLUS_ONE scales by 1 + weight. The normed value is that of the sum as
-    stored. Rows of up to BLOCK_K columns are read once; longer ones in pieces, once for each statistic and once for
-    the output.
-    Bytes: two or four tensors of T K.
+    x [T, K] with a row stride, weight and bias [K] or None, y contiguous; statistics in fp32. CENTERED subtracts the
+    mean (LayerNorm); PLUS_ONE scales by 1 + weight. Rows of up to BLOCK_K columns are read once; longer ones in pieces,
+    once for each statistic and once for the output.
+    Bytes: two tensors of T K.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -81,13 +71,11 @@ def norm_kernel(
     if K <= BLOCK_K:
         within = columns < K
         mask = (m < num_tokens) & within
-        value = _row(x, residual, m, columns, stride_x, stride_r, mask, HAS_RESIDUAL, dtype)
-        if HAS_RESIDUAL:
-            tl.store(total + m * K + columns, value.to(dtype), mask=mask)
+        value = _row(x, m, columns, stride_x, mask)
         if CENTERED:
             value = tl.where(within, value - tl.sum(value, 1)[:, None] / K, 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / K + eps)
-        value = _scaled(value * scale, weight, bias, columns, within, PLUS_ONE)
+        value = scaled(value * scale, weight, bias, columns, within, PLUS_ONE)
         tl.store(y + m * K + columns, value.to(dtype), mask=mask)
     else:
         mean = tl.zeros((BLOCK_T, 1), tl.float32)
@@ -95,39 +83,31 @@ def norm_kernel(
             for first in range(0, K, BLOCK_K):
                 k = first + columns
                 mask = (m < num_tokens) & (k < K)
-                value = _row(x, residual, m, k, stride_x, stride_r, mask, HAS_RESIDUAL, dtype)
+                value = _row(x, m, k, stride_x, mask)
                 mean += tl.sum(value, 1)[:, None] / K
         square = tl.zeros((BLOCK_T, 1), tl.float32)
         for first in range(0, K, BLOCK_K):
             k = first + columns
             mask = (m < num_tokens) & (k < K)
-            value = _row(x, residual, m, k, stride_x, stride_r, mask, HAS_RESIDUAL, dtype)
+            value = _row(x, m, k, stride_x, mask)
             value = tl.where(k < K, value - mean, 0.0)
             square += tl.sum(value * value, 1)[:, None] / K
         scale = tl.rsqrt(square + eps)
         for first in range(0, K, BLOCK_K):
             k = first + columns
             mask = (m < num_tokens) & (k < K)
-            value = _row(x, residual, m, k, stride_x, stride_r, mask, HAS_RESIDUAL, dtype)
-            if HAS_RESIDUAL:
-                tl.store(total + m * K + k, value.to(dtype), mask=mask)
-            value = _scaled((value - mean) * scale, weight, bias, k, k < K, PLUS_ONE)
+            value = _row(x, m, k, stride_x, mask)
+            value = scaled((value - mean) * scale, weight, bias, k, k < K, PLUS_ONE)
             tl.store(y + m * K + k, value.to(dtype), mask=mask)
 
 
 def launch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str = "rms",
-    plus_one: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(norm(x + residual), x + residual): both [T, K] contiguous in x's dtype; the second is None without a residual.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str = "rms", plus_one: bool = False
+) -> Tensor:
+    """norm(x) [T, K], contiguous in x's dtype.
 
     Args:
-        x, residual: [T, K], last dim contiguous, any row stride.
+        x: [T, K], last dim contiguous, any row stride.
         weight, bias: [K] contiguous, or None.
         kind: "rms" (x * rsqrt(mean(x^2) + eps)) or "layer" (the same of x - mean(x)).
         plus_one: scale by 1 + weight.
@@ -135,19 +115,13 @@ def launch_norm(
     Raises:
         ValueError: another kind, or an operand whose shape or last stride is not as above.
     """
-    if kind not in KINDS:
-        raise ValueError(f"norm kind {kind!r} is none of {', '.join(KINDS)}")
-    num_tokens, k = x.shape
-    for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, (k,)), ("bias", bias, (k,))):
-        if tensor is not None and (tensor.shape != shape or tensor.stride(-1) != 1):
-            found = f"{list(tensor.shape)} with strides {tensor.stride()}"
-            raise ValueError(f"norm: {name} is {found}, wanted {list(shape)} with a contiguous last dim")
+    require_norm(kind, x.shape[1], weight, bias)
     if x.stride(-1) != 1:
         raise ValueError(f"norm: x has stride {x.stride(-1)} in its last dim, the kernel reads it as 1")
+    num_tokens, k = x.shape
     y = torch.empty((num_tokens, k), dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if residual is not None else None
     if num_tokens == 0:
-        return y, total
+        return y
     # Warps decide the order of a row's sums.
     block_t, block_k, num_warps = norm_block(1 if batch_invariant() else num_tokens, k)
     use_pdl = uses_pdl(x) and k <= MAX_DEPENDENT_K
@@ -155,9 +129,18 @@ def launch_norm(
     options |= rounding_options()
     launch(
         norm_kernel, (triton.cdiv(num_tokens, block_t),),
-        x, residual, weight, bias, y, total, eps, num_tokens, x.stride(0),
-        0 if residual is None else residual.stride(0),
-        K=k, BLOCK_T=block_t, BLOCK_K=block_k, HAS_RESIDUAL=residual is not None, CENTERED=kind == "layer",
-        PLUS_ONE=plus_one, USE_PDL=use_pdl, num_warps=num_warps, **options,
+        x, weight, bias, y, eps, num_tokens, x.stride(0),
+        K=k, BLOCK_T=block_t, BLOCK_K=block_k, CENTERED=kind == "layer", PLUS_ONE=plus_one, USE_PDL=use_pdl,
+        num_warps=num_warps, **options,
     )  # fmt: skip
-    return y, total
+    return y
+
+
+def require_norm(kind: str, k: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raises ValueError: an unknown kind, or a weight or bias that is not [K] and contiguous."""
+    if kind not in KINDS:
+        raise ValueError(f"norm kind {kind!r} is none of {', '.join(KINDS)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.shape != (k,) or tensor.stride(-1) != 1):
+            found = f"{list(tensor.shape)} with strides {tensor.stride()}"
+            raise ValueError(f"norm: {name} is {found}, wanted [{k}], contiguous")

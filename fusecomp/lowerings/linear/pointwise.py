@@ -24,6 +24,20 @@ def _sum_of_splits(acc, num_tokens, m, n, mask, WIDTH: tl.constexpr, SPLITS: tl.
     return value
 
 
+@triton.jit
+def epilogue_of_sums(
+    acc, args, strides, num_tokens, m, n, mask, N: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """EPILOGUE(groups of the sum of acc[S, T, G * N] over S) in fp32, of rows m and columns n."""
+    first = _sum_of_splits(acc, num_tokens, m, n, mask, G * N, SPLITS)
+    if G == 1:
+        return EPILOGUE((first,), args, strides, m, n, mask)
+    else:
+        second = _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS)
+        return EPILOGUE((first, second), args, strides, m, n, mask)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def pointwise_kernel(
     acc,
@@ -52,13 +66,19 @@ def pointwise_kernel(
     m = (tl.program_id(0) // BLOCKS_N).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     n = (tl.program_id(0) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
     mask = (m < num_tokens) & (n < N)
-    first = _sum_of_splits(acc, num_tokens, m, n, mask, G * N, SPLITS)
-    if G == 1:
-        result = EPILOGUE((first,), args, strides, m, n, mask)
-    else:
-        second = _sum_of_splits(acc, num_tokens, m, n + N, mask, G * N, SPLITS)
-        result = EPILOGUE((first, second), args, strides, m, n, mask)
+    result = epilogue_of_sums(acc, args, strides, num_tokens, m, n, mask, N, G, SPLITS, EPILOGUE)
     tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
+
+
+def require_sums(acc: Tensor, num_tokens: int, n: int, groups: int) -> int:
+    """Splits of acc, which must be [T, G * N] or [S, T, G * N], contiguous.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not acc.is_contiguous() or acc.shape[-2:] != (num_tokens, groups * n) or acc.dim() > 3:
+        raise ValueError(f"epilogue: {list(acc.shape)} {acc.stride()} is no [S, {num_tokens}, {groups} * {n}]")
+    return acc.shape[0] if acc.dim() == 3 else 1
 
 
 def launch_pointwise(
@@ -70,8 +90,7 @@ def launch_pointwise(
         ValueError: acc is not contiguous, or its shape does not follow from out's and `groups`.
     """
     num_tokens, n = out.shape
-    if not acc.is_contiguous() or acc.shape[-2:] != (num_tokens, groups * n) or acc.dim() > 3:
-        raise ValueError(f"epilogue: {list(acc.shape)} {acc.stride()} is no [S, T, {groups} * N] for {list(out.shape)}")
+    splits = require_sums(acc, num_tokens, n, groups)
     if num_tokens == 0:
         return out
     block_t, block_n, num_warps = pointwise_block(n)
@@ -79,7 +98,7 @@ def launch_pointwise(
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
         pointwise_kernel, (triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),),
-        acc, out, args, strides, num_tokens, out.stride(0), N=n, G=groups, SPLITS=acc.shape[0] if acc.dim() == 3 else 1,
+        acc, out, args, strides, num_tokens, out.stride(0), N=n, G=groups, SPLITS=splits,
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip
     return out

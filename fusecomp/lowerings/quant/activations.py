@@ -21,15 +21,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, tma_reads
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
+from fusecomp.lowerings.linear.skinny_pieces import plain
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces, rows, scaled_heuristics
 from fusecomp.lowerings.quant.scaled import scaled_kernel
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig, ScaledShape, scaled_config
 from fusecomp.lowerings.quant.scaled_tile import scaled_tile_kernel
-from fusecomp.ops.linear import FULL, Program
+from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import LAYER, NormSpec
 from fusecomp.ops.quant import FP8, INT, LARGEST, TENSOR, ActivationSpec, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, is_codes
@@ -106,7 +107,7 @@ def _launch_rows(
     out: Tensor,
     scales: Tensor | None,
 ) -> None:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = unit_stride(x)
     tokens, k = x.shape
     kind = code_kind(spec, target_of(x), x.is_cuda)
     block_k, num_warps = rows_block(target_of(x), tokens, k)
@@ -198,34 +199,69 @@ def run_scaled(
 
     Launches on one device must be ordered, as those of one stream or graph are: they share counters.
     """
-    tokens, n = x.shape[0], q.shape[0] // program.groups
-    args = tuple(
-        o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
-        for o, layout in zip(operands, program.operands, strict=True)
-    )
+    tokens, n, groups = x.shape[0], q.shape[0] // program.groups, program.groups
+    args = full_rows(operands, program)
     strides, hook = operand_strides(program, args), epilogue_hook(program)
-    x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty((tokens, n), dtype=program.torch_dtype, device=x.device)
     if not tokens:
         return out
-    if config.method == LIBRARY:
-        acc = _library(config, x, x_scale, q, w_scale)
-        if not program.steps and acc.dtype == out.dtype:
+    if leaves_sums(config):
+        acc = run_product(config, x, x_scale, q, w_scale, groups, spec, activation)
+        if not program.steps and acc.dtype == out.dtype and acc.dim() == 2:
             return acc
-        return launch_pointwise(acc, out, hook, args, strides, program.groups)
-    by_token = activation.granularity != TENSOR
-    columns = spec.scales(*q.shape)[1]
-    use_pdl = uses_pdl(x)
+        return launch_pointwise(acc, out, hook, args, strides, groups)
+    return _launch_product(config, x, x_scale, q, w_scale, out, hook, args, strides, groups, spec, activation)
+
+
+def leaves_sums(config: ScaledConfig) -> bool:
+    """Whether the product leaves the epilogue, and the sum over splits of K, to another kernel."""
+    return config.method == LIBRARY or (config.method != TILE and config.splits > 1)
+
+
+def run_product(
+    config: ScaledConfig,
+    x: Tensor,
+    x_scale: Tensor,
+    q: Tensor,
+    w_scale: Tensor,
+    groups: int,
+    spec: WeightSpec,
+    activation: ActivationSpec,
+) -> Tensor:
+    """The scaled product [T, G * N], or fp32 parts of it [S, T, G * N], where `leaves_sums`; there are tokens."""
+    if config.method == LIBRARY:
+        return _library(config, unit_stride(x), x_scale, q, w_scale)
+    acc = torch.empty((config.splits, x.shape[0], q.shape[0]), dtype=torch.float32, device=x.device)
+    return _launch_product(config, x, x_scale, q, w_scale, acc, plain, (), (), groups, spec, activation)
+
+
+def _launch_product(
+    config: ScaledConfig,
+    x: Tensor,
+    x_scale: Tensor,
+    q: Tensor,
+    w_scale: Tensor,
+    out: Tensor,
+    hook: Any,
+    args: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    groups: int,
+    spec: WeightSpec,
+    activation: ActivationSpec,
+) -> Tensor:
+    """out [T, N] = the epilogue of the product, or of a persistent kernel with splits its parts out [S, T, G * N]."""
+    x, by_token = unit_stride(x), activation.granularity != TENSOR
     common: dict[str, Any] = {
-        "G": program.groups, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k, "CHUNK": config.chunk,
+        "G": groups, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k, "CHUNK": config.chunk,
         "X_ROWS": by_token, "X_COLS": activation.block, "ROWS": spec.rows, "COLS": spec.cols, "EPILOGUE": hook,
-        "USE_PDL": use_pdl, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "USE_PDL": uses_pdl(x), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    if use_pdl:
+    if uses_pdl(x):
         common["launch_pdl"] = True
     scale_stride = x_scale.stride(0) if by_token else 0
     run = _tile if config.method == TILE else _persistent
-    return run(config, x, x_scale, q, w_scale, out, hook, args, strides, program.groups, scale_stride, columns, common)
+    columns = spec.scales(*q.shape)[1]
+    return run(config, x, x_scale, q, w_scale, out, args, strides, groups, scale_stride, columns, common)
 
 
 def _library(config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scale: Tensor) -> Tensor:
@@ -242,7 +278,7 @@ def _library(config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scal
 
 
 def _tile(
-    config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scale: Tensor, out: Tensor, hook: Any,
+    config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scale: Tensor, out: Tensor,
     args: tuple[Tensor, ...], strides: tuple[int, ...], groups: int, stride_xs: int, columns: int,
     common: dict[str, Any],
 ) -> Tensor:  # fmt: skip
@@ -266,11 +302,11 @@ def _tile(
 
 
 def _persistent(
-    config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scale: Tensor, out: Tensor, hook: Any,
+    config: ScaledConfig, x: Tensor, x_scale: Tensor, q: Tensor, w_scale: Tensor, out: Tensor,
     args: tuple[Tensor, ...], strides: tuple[int, ...], groups: int, stride_xs: int, columns: int,
     common: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    (tokens, k), n = x.shape, out.shape[1]
+    (tokens, k), n = x.shape, q.shape[0] // groups
     use_tma = config.use_tma and tma_reads(x) and tma_reads(q)
     x_tiles = w_tiles = None
     if use_tma:
@@ -279,17 +315,14 @@ def _persistent(
             w_tiles = TensorDescriptor(q, [n, k], [k, 1], [config.block_n, config.block_k])
         else:
             w_tiles = TensorDescriptor(q, [2, n, k], [n * k, k, 1], [2, config.block_n, config.block_k])
-    buffer = out
-    if config.splits > 1:
-        buffer = torch.empty((config.splits, tokens, groups * n), dtype=torch.float32, device=x.device)
     tiles = _cdiv(tokens, config.block_t) * _cdiv(n, config.block_n) * config.splits
     launch(
         scaled_kernel, (min(tiles, target_of(x).num_sms * config.per_sm),),
-        x, q, x_tiles, w_tiles, x_scale, w_scale, buffer, args, strides, tokens, x.stride(0), out.stride(0), stride_xs,
+        x, q, x_tiles, w_tiles, x_scale, w_scale, out, args, strides, tokens, x.stride(0), out.stride(-2), stride_xs,
         columns, N=n, K=k, BLOCK_N=config.block_n, GROUP_T=config.group_t, SPLITS=config.splits, PIECES=config.pieces,
         SWAP=config.swap, UNIT=_unit(k), USE_TMA=use_tma, **common,
     )  # fmt: skip
-    return launch_pointwise(buffer, out, hook, args, strides, groups) if config.splits > 1 else out
+    return out
 
 
 def _unit(k: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import ALIGNMENT, launch
-from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
 from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
@@ -29,7 +29,7 @@ from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, VECTOR, WORD
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
-from fusecomp.ops.linear import FULL, Program
+from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec, fits_fold
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
@@ -169,11 +169,8 @@ def run_quant(
 
     Launches on one device must be ordered, as those of one stream or graph are: they share counters.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    args = tuple(
-        o if layout != FULL or o.stride(-1) == 1 else o.contiguous()
-        for o, layout in zip(operands, program.operands, strict=True)
-    )
+    x = unit_stride(x)
+    args = full_rows(operands, program)
     strides, norm = operand_strides(program, args), program.norm
     (tokens, k), n, groups = x.shape, out.shape[1], program.groups
     shape = quant_shape(x.dtype, q, zero, program, spec)

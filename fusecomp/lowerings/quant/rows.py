@@ -110,6 +110,40 @@ def _write(
     tl.store(out + m * K + k, codes, mask=within)
 
 
+@triton.jit
+def quantize_row(
+    value, scale, weight, bias, out, scales, eps, m, k,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
+    KIND: tl.constexpr, SCALE: tl.constexpr, FAKE: tl.constexpr,
+):  # fmt: skip
+    """Writes codes of norm(value [1, BLOCK_K]), a whole row with zeros behind, and scales of its blocks: its scale."""
+    within = k < K
+    mean, factor = tl.zeros([1, 1], tl.float32), tl.full([1, 1], 1.0, tl.float32)
+    if NORM == 2:
+        mean = tl.sum(value, 1, keep_dims=True) / K
+    if NORM:
+        rest = tl.where(within, value - mean, 0.0)
+        factor = tl.rsqrt(tl.sum(rest * rest, 1, keep_dims=True) / K + eps)
+    value = _normed(value, mean, factor, weight, bias, k, within, NORM, PLUS_ONE)
+    if SCALE == 4:
+        tl.store(scales + m + tl.zeros([1, 1], tl.int32), largest(value, 1))
+    else:
+        if SCALE == 1:
+            scale = scale_of(largest(value, 1), KIND)
+        _write(value, scale, out, scales, m, 0, k, within, K, BLOCK_K, BLOCK, KIND, SCALE, FAKE)
+    return scale
+
+
+@triton.jit
+def store_scale(scales, scale, m, SCALE: tl.constexpr):
+    """The scale of row m, or from the first row that of all; those of blocks are stored with their codes."""
+    if SCALE == 1:
+        tl.store(scales + m + tl.zeros([1, 1], tl.int32), scale)
+    if SCALE % 3 == 0:  # given, or from the maxima
+        if m == 0:
+            tl.store(scales + tl.zeros([1, 1], tl.int32), scale)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_kernel(
     x,  # [T, K], last dim contiguous
@@ -155,20 +189,11 @@ def quantize_kernel(
             magnitude = _larger(magnitude, largest(tl.load(given + row, mask=row < num_rows, other=0.0), 1))
         scale = scale_of(magnitude, KIND)
     if K <= BLOCK_K:
-        within = columns < K
-        value = tl.load(x + m * stride_x + columns, mask=within, other=0.0).to(tl.float32)
-        if NORM == 2:
-            mean = tl.sum(value, 1, keep_dims=True) / K
-        if NORM:
-            rest = tl.where(within, value - mean, 0.0)
-            factor = tl.rsqrt(tl.sum(rest * rest, 1, keep_dims=True) / K + eps)
-        value = _normed(value, mean, factor, weight, bias, columns, within, NORM, PLUS_ONE)
-        if SCALE == 4:
-            tl.store(scales + m + tl.zeros([1, 1], tl.int32), largest(value, 1))
-        else:
-            if SCALE == 1:
-                scale = scale_of(largest(value, 1), KIND)
-            _write(value, scale, out, scales, m, 0, columns, within, K, BLOCK_K, BLOCK, KIND, SCALE, FAKE)
+        value = tl.load(x + m * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        scale = quantize_row(
+            value, scale, weight, bias, out, scales, eps, m, columns, K, BLOCK_K, BLOCK, NORM, PLUS_ONE, KIND, SCALE,
+            FAKE,
+        )  # fmt: skip
     else:
         if NORM == 2:
             for first in range(0, K, BLOCK_K):
@@ -199,8 +224,5 @@ def quantize_kernel(
                 value = tl.load(x + m * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
                 value = _normed(value, mean, factor, weight, bias, k, k < K, NORM, PLUS_ONE)
                 _write(value, scale, out, scales, m, first, k, k < K, K, BLOCK_K, BLOCK, KIND, SCALE, FAKE)
-    if (SCALE < 2 or SCALE == 3) and not FAKE:
-        if SCALE == 1:
-            tl.store(scales + m + tl.zeros([1, 1], tl.int32), scale)
-        elif m == 0:
-            tl.store(scales + tl.zeros([1, 1], tl.int32), scale)
+    if not FAKE:
+        store_scale(scales, scale, m, SCALE)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
+from fusecomp.lowerings.linear.skinny_pieces import plain
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import rows, scaled_heuristics
 from fusecomp.lowerings.quant.activations import rows_block
@@ -17,6 +18,7 @@ from fusecomp.lowerings.quant.pieces import INT8, NATIVE_FP8
 from fusecomp.lowerings.quant.scaled import scaled_kernel
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig, ScaledShape, own_config
 from fusecomp.lowerings.quant.scaled_tile import scaled_tile_kernel
+from fusecomp.lowerings.quant.sum_rows import sum_quantize_kernel
 from fusecomp.ops.quant import FP8, INT
 
 CODES = {FP8: "fp8e4nv", INT: "i8"}
@@ -47,18 +49,20 @@ def scaled_specializations(target: Target, *, full: bool) -> Iterator[Specializa
         assert config.method != LIBRARY
         yield specialization(target, shape, config)
     yield from _rows(target, full)
+    yield from _sums(target)
 
 
 def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> Specialization:
     """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
-    args, dtype, groups = ("bf16",) * (2 - shape.groups), CODES[shape.kind], shape.groups
+    apart = config.method != TILE and config.splits > 1  # its epilogue is that of another kernel
+    args, dtype, groups = () if apart else ("bf16",) * (2 - shape.groups), CODES[shape.kind], shape.groups
     pointers: dict[str, Any] = {"x_scale": "fp32", "w_scale": "fp32", "out": "bf16", "args": args, "x": dtype}
     scalars: dict[str, Any] = {"strides": ("i32",) * len(args), "num_tokens": "i32"}
     scalars |= dict.fromkeys(("stride_x", "stride_xs", "stride_ws"), "i32")
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k, "CHUNK": config.chunk,
         "SPLITS": config.splits, "X_ROWS": True, "X_COLS": shape.block, "ROWS": shape.block or 1, "COLS": shape.block,
-        "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
+        "EPILOGUE": plain if apart else SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     stages = config.num_stages if target.backend == "cuda" else min(2, config.num_stages)
     name = f"scaled-{shape.kind}-b{shape.block}-g{groups}-{config.constants()}"
@@ -119,3 +123,26 @@ def _rows(target: Target, full: bool) -> Iterator[Specialization]:
                     num_warps,
                     num_stages=3,
                 )  # fmt: skip
+
+
+def _sums(target: Target) -> Iterator[Specialization]:
+    native = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
+    for kind, scale, splits in ((NATIVE_FP8 if native else BYTES, 1, 2), (INT8, 2, 1), (INT8, 0, 3)):
+        block_n, num_warps = rows_block(target, 64, 4096)
+        yield Specialization(
+            f"sum_codes-{kind}-scale{scale}-{splits}",
+            sum_quantize_kernel,
+            {
+                "acc": "fp32" if splits > 1 else "bf16", "total": "bf16", "weight": "bf16", "scales": "fp32",
+                "out": {INT8: "i8", NATIVE_FP8: "fp8e4nv"}.get(kind, "u8"), "args": ("bf16",),
+                **({} if scale else {"given": "fp32"}),
+            },
+            {"eps": "fp32", "num_tokens": "i32", "strides": ("i32",)},
+            {
+                "N": 4096, "G": 1, "SPLITS": splits, "BLOCK_N": block_n, "BLOCK": 128 if scale == 2 else 1, "NORM": 1,
+                "PLUS_ONE": False, "KIND": kind, "SCALE": scale, "EPILOGUE": RESIDUAL, "USE_PDL": target.has_pdl,
+                "bias": None, **({"given": None} if scale else {}),
+            },
+            num_warps,
+            num_stages=3,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fusecomp.errors import FallbackError
-from fusecomp.lowerings import device, registration
+from fusecomp.lowerings import device, quant_registration, registration
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.linear.invariant import InvariantConfig, run_invariant
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
@@ -256,8 +256,8 @@ def test_what_has_no_such_kernel_is_refused():
     layer = Linear.random(3, 20, 64, dtype=torch.float64)
     with batch_invariance():
         with pytest.raises(FallbackError, match="linear"):
-            registration._linear(layer.x, layer.weight, None, None, [], Program(1, (), (), "float64").to_text())
+            registration.run_linear(layer.x, layer.weight, None, None, [], Program(1, (), (), "float64").to_text())
         with pytest.raises(FallbackError, match="quant_linear"):
-            registration._quant_linear(*[None] * 9)
+            quant_registration._quant_linear(*[None] * 9)
         with pytest.raises(FallbackError, match="quant_experts"):
-            registration._quant_experts()
+            quant_registration._quant_experts()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fusecomp.lowerings import device, registration
+from fusecomp.lowerings import device, quant_registration
 from fusecomp.lowerings.quant import activations
 from fusecomp.lowerings.quant.activations import launch_fake_quantize, launch_quantize, run_scaled
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig
@@ -233,7 +233,9 @@ def test_linear_that_quantizes(monkeypatch, tokens, norm, least):
     q, scale, _ = random_weight((40, 96), spec, torch.float32)
     gain = torch.randn(96).bfloat16() if norm else None
     texts = (program.to_text(), spec.to_text())
-    found = registration._quant_linear(x, q, scale, None, gain, None, [residual], *texts, None, activation.to_text())
+    found = quant_registration._quant_linear(
+        x, q, scale, None, gain, None, [residual], *texts, None, activation.to_text()
+    )
     assert found.shape == (tokens, 40) and not take_fallbacks()
     wide = (replace(program, dtype="float32").to_text(), spec.to_text())
     operands = [residual.float()]
@@ -258,7 +260,7 @@ def test_codes_and_refusals():
         texts = (replace(program, dtype=dtype).to_text(), spec.to_text())
         exact = quant_linear_reference(codes, q, scale, zeros, None, None, [], *texts, x_scale, activation.to_text())
         for given_x, given_scale in ((codes, x_scale), (x, None)):
-            found = registration._quant_linear(
+            found = quant_registration._quant_linear(
                 given_x, q, scale, zeros, None, None, [], *texts, given_scale, activation.to_text()
             )
             counted = list(take_fallbacks())
@@ -270,20 +272,20 @@ def test_codes_and_refusals():
 def test_quantize_and_fake_quantize_are_kernels():
     x = torch.randn(2, 5, 64)
     for spec in (ActivationSpec(INT), ActivationSpec(FP8, 8, BLOCK, 32), ActivationSpec(FP8, 8, TENSOR)):
-        codes, scale = registration._quantize(x, None, spec.to_text())
+        codes, scale = quant_registration._quantize(x, None, spec.to_text())
         exact, exact_scale = quantize_reference(x, None, spec.to_text())
         assert torch.equal(codes.float(), exact.float()) and torch.equal(scale, exact_scale)
         assert torch.equal(
-            registration._fake_quantize(x, None, spec.to_text()), fake_quantize_reference(x, None, spec.to_text())
+            quant_registration._fake_quantize(x, None, spec.to_text()), fake_quantize_reference(x, None, spec.to_text())
         )
     few = replace(spec, least_tokens=11)
-    assert torch.equal(registration._fake_quantize(x, None, few.to_text()), x) and not take_fallbacks()
+    assert torch.equal(quant_registration._fake_quantize(x, None, few.to_text()), x) and not take_fallbacks()
     odd = ActivationSpec(INT, 8, BLOCK, 24)
     exact = fake_quantize_reference(x, None, odd.to_text())
-    assert torch.equal(registration._fake_quantize(x, None, odd.to_text()), exact)
+    assert torch.equal(quant_registration._fake_quantize(x, None, odd.to_text()), exact)
     assert ["24 columns" in reason for _, reason in take_fallbacks()] == [True]
     with pytest.raises(ValueError, match="quantize"):
-        registration._quantize(x, None, few.to_text())
+        quant_registration._quantize(x, None, few.to_text())
 
 
 def test_the_library_is_asked_only_for_what_it_does():

@@ -1,0 +1,68 @@
+"""Two products of codes by codes, of which the second reads what the first gives through a norm.
+
+Where the first leaves its sums to another kernel, that one makes the second's codes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
+from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row
+from fusecomp.lowerings.quant.activations import (
+    choose,
+    launch_quantize,
+    launch_scaled_linear,
+    leaves_sums,
+    run_product,
+    run_scaled,
+)
+from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
+from fusecomp.ops.linear import Program
+from fusecomp.ops.quant import ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import is_codes
+
+
+class ScaledCall(NamedTuple):
+    """Arguments of `quant_linear` by codes of its activations, without x and the zero points that it has none of."""
+
+    q: Tensor
+    w_scale: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    operands: Sequence[Tensor]
+    program: Program
+    spec: WeightSpec
+    x_scale: Tensor | None
+    activation: ActivationSpec
+
+
+def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[Tensor, Tensor]:
+    """(h, z): h = `launch_scaled_linear` of x, or of codes x, by `first`, z = that of h by `then`; there are tokens."""
+    x_scale, program, norm = first.x_scale, first.program, then.program.norm
+    if not is_codes(x):
+        x, x_scale = launch_quantize(x, x_scale, first.activation, program.norm, first.norm_weight, first.norm_bias)
+        program = replace(program, norm=None)
+    assert x_scale is not None and program.norm is None
+    q, w_scale, spec, activation = first.q, first.w_scale, first.spec, first.activation
+    config = choose(q, x_scale, w_scale, program, spec, activation, x.shape[0])
+    fits = leaves_sums(config) and fits_a_row(q.shape[0] // program.groups)
+    if norm is None or not fits or not one_launch(then.activation):
+        h = run_scaled(config, x, x_scale, q, w_scale, first.operands, program, spec, activation)
+        return h, _launch(h, then)
+    acc = run_product(config, x, x_scale, q, w_scale, program.groups, spec, activation)
+    args = full_rows(first.operands, program)
+    strides = operand_strides(program, args)
+    sums = Sums(acc, program.torch_dtype, epilogue_hook(program), args, strides, program.groups)
+    h, codes, scales = launch_sum_quantize(sums, norm, then.norm_weight, then.norm_bias, then.x_scale, then.activation)
+    rest = then._replace(norm_weight=None, norm_bias=None, program=replace(then.program, norm=None), x_scale=scales)
+    return h, _launch(codes, rest)
+
+
+def _launch(x: Tensor, call: ScaledCall) -> Tensor:
+    q, w_scale, norm_weight, norm_bias, operands, program, spec, x_scale, activation = call
+    return launch_scaled_linear(x, x_scale, q, w_scale, norm_weight, norm_bias, operands, program, spec, activation)

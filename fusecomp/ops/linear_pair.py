@@ -1,0 +1,71 @@
+"""Two canonical linears, of which the second reads what the first gives, as one op.
+
+In most models the first ends in the residual stream and the second begins with its norm. As one op, since a lowering
+then knows while it sums the first's product that a norm follows.
+
+Legend: T tokens, N features of the first linear, M of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fusecomp.ops.library import define
+from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.quant_linear import quant_linear_reference
+
+LINEAR_ARGS = 5  # of `linear`, without x
+QUANT_ARGS = 10  # of `quant_linear`, without x
+
+
+def linear_pair_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(h, z): h [T, N] = `linear` of x, z [T, M] = `linear` of h.
+
+    Arguments: those of `linear`, then those of the next one without its x, which is h.
+    """
+    return _in_turn(linear_reference, LINEAR_ARGS, x, *args)
+
+
+def quant_linear_pair_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """As `linear_pair_reference`, of two `quant_linear`, each with all of its arguments."""
+    return _in_turn(quant_linear_reference, QUANT_ARGS, x, *args)
+
+
+def _in_turn(linear: Callable[..., Tensor], count: int, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    h = linear(x, *args[:count])
+    return h, linear(h, *args[count:])
+
+
+def _fake(x: Tensor, args: tuple, count: int, program_at: int) -> tuple[Tensor, Tensor]:
+    found = []
+    for given in (args[:count], args[count:]):
+        weight, program = given[0], Program.from_text(given[program_at])
+        found.append(x.new_empty(x.shape[0], weight.shape[0] // program.groups, dtype=program.torch_dtype))
+    return found[0], found[1]
+
+
+def _linear_args(prefix: str) -> str:
+    norm = f"Tensor? {prefix}norm_weight, Tensor? {prefix}norm_bias, "
+    return f"Tensor {prefix}weight, {norm}Tensor[] {prefix}operands, str {prefix}program"
+
+
+def _quant_args(prefix: str) -> str:
+    weight = f"Tensor {prefix}q, Tensor {prefix}scale, Tensor? {prefix}zero, "
+    norm = f"Tensor? {prefix}norm_weight, Tensor? {prefix}norm_bias, "
+    rest = f"Tensor[] {prefix}operands, str {prefix}program, str {prefix}spec, "
+    return f"{weight}{norm}{rest}Tensor? {prefix}x_scale, str {prefix}activation"
+
+
+define(
+    f"linear_pair(Tensor x, {_linear_args('')}, {_linear_args('next_')}) -> (Tensor, Tensor)",
+    linear_pair_reference,
+    lambda x, *args: _fake(x, args, LINEAR_ARGS, 4),
+)
+define(
+    f"quant_linear_pair(Tensor x, {_quant_args('')}, {_quant_args('next_')}) -> (Tensor, Tensor)",
+    quant_linear_pair_reference,
+    lambda x, *args: _fake(x, args, QUANT_ARGS, 6),
+)

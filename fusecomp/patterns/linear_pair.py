@@ -1,0 +1,105 @@
+"""Two canonical linears, the second with a norm of what the first gives -> one canonical op.
+
+A lowering then knows, where it sums the first's product, that a norm follows. What the first gives stays a result: the
+residual stream.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fusecomp.ops import OPS
+from fusecomp.ops.linear import Program
+from fusecomp.patterns import functional
+from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
+from fusecomp.patterns.functional import is_call, skip_reshapes
+
+DEFAULTS = (None, "")  # of what `quant_linear` takes last
+
+
+@dataclass(frozen=True)
+class LinearPairCandidate:
+    """A linear with a norm, whose activations another linear gives.
+
+    Attributes:
+        node: the second.
+        first: what it reads.
+    """
+
+    node: Node
+    first: Node
+
+
+class LinearPair(Pattern):
+    """A linear and the next one that reads its result through a norm."""
+
+    name = "linear_pair"
+    numerics = BITWISE
+    linear: ClassVar[Any] = OPS.linear.default
+    pair: ClassVar[Any] = OPS.linear_pair.default
+    program: ClassVar[int] = 5  # which argument
+    count: ClassVar[int] = 6  # of arguments
+
+    def find(self, graph: torch.fx.Graph) -> Iterable[LinearPairCandidate]:
+        for node in list(graph.nodes):
+            if is_call(node, self.linear) and self._program(node).norm is not None:
+                first = skip_reshapes(node.args[0])  # type: ignore[arg-type]
+                if is_call(first, self.linear):
+                    yield LinearPairCandidate(node, first)
+
+    def guard(self, candidate: LinearPairCandidate, context: PassContext) -> str | None:
+        node, first = candidate.node, candidate.first
+        if fake_value(node.args[0]).shape != fake_value(first).shape:
+            return "the second reads the first's result in another shape"
+        given: list[Node] = []
+        torch.fx.node.map_arg(node.args[1:], given.append)
+        order = {n: i for i, n in enumerate(node.graph.nodes)}
+        if later := next((n for n in given if order[n] >= order[first]), None):
+            return f"the second also reads a result of {op_name(later)}, which is not there before the first"
+        return None
+
+    def emit(self, candidate: LinearPairCandidate, gm: GraphModule, context: PassContext) -> str:
+        node, first = candidate.node, candidate.first
+        with gm.graph.inserting_before(first):
+            args = (*self._arguments(first), *self._arguments(node)[1:])
+            new = functional.call(gm.graph, self.pair, args, node)
+            h, z = (functional.call(gm.graph, operator.getitem, (new, i), like) for i, like in enumerate((first, node)))
+        details = [self._program(linear).describe() for linear in (first, node)]
+        replace_and_prune(first, h)
+        replace_and_prune(node, z)
+        return ", then ".join(details)
+
+    def examples(self) -> list[Example]:
+        from fusecomp.patterns.linear_pair_examples import linear_pair_examples
+
+        return linear_pair_examples()
+
+    def _program(self, node: Node) -> Program:
+        return Program.from_text(node.args[self.program])  # type: ignore[arg-type]
+
+    def _arguments(self, node: Node) -> tuple:
+        return (*node.args, *DEFAULTS[len(node.args) - self.count :]) if len(node.args) < self.count else node.args
+
+
+class QuantLinearPair(LinearPair):
+    """The same of quantized linears, where the second makes codes of what it reads."""
+
+    name = "quant_linear_pair"
+    linear = OPS.quant_linear.default
+    pair = OPS.quant_linear_pair.default
+    program = 7
+    count = 11
+
+    def find(self, graph: torch.fx.Graph) -> Iterable[LinearPairCandidate]:
+        return (found for found in super().find(graph) if self._arguments(found.node)[-1])
+
+    def examples(self) -> list[Example]:
+        from fusecomp.patterns.linear_pair_examples import quant_linear_pair_examples
+
+        return quant_linear_pair_examples()
