@@ -25,7 +25,14 @@ from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_we
 from benchmarks.timing import time_replays
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import split_steps
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, QuantConfig, norm_limit, serves_halves, serves_words
+from fusecomp.lowerings.quant.heuristics import (
+    DEQUANTIZE,
+    FOLDED_WIDE,
+    QuantConfig,
+    norm_limit,
+    serves_halves,
+    serves_words,
+)
 from fusecomp.lowerings.quant.lowering import run_quant
 from fusecomp.ops.quant_linear import QuantShape
 
@@ -68,6 +75,19 @@ FOLDED = {
     ],
     128: [],
 }  # fmt: skip
+# Of the kernel of many tokens: rows and columns of a step, warps, stages, programs to a multiprocessor.
+WIDE = {
+    16: [(64, 256, 4, 4, (2, 3)), (64, 128, 4, 4, (2, 4)), (128, 256, 8, 3, (1, 2))],
+    32: [(64, 256, 4, 3, (2, 3)), (64, 128, 4, 4, (2, 4)), (128, 128, 8, 4, (1, 2)), (128, 256, 8, 3, (1, 2))],
+    64: [
+        (64, 128, 4, 3, (2, 4)), (64, 256, 4, 2, (2,)), (128, 128, 8, 2, (2,)), (128, 128, 8, 3, (1, 2)),
+        (128, 256, 8, 2, (1, 2)), (128, 256, 8, 3, (1,)),
+    ],
+    128: [
+        (64, 128, 4, 2, (1, 3)), (64, 128, 4, 3, (1, 2)), (128, 128, 8, 2, (1, 2)), (128, 128, 8, 4, (1,)),
+        (128, 256, 8, 2, (1,)),
+    ],
+}  # fmt: skip
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
 PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
@@ -107,6 +127,12 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
             for load in loads:
                 splits = split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1]
                 seen[QuantConfig("folded", size, rows, fold, warps, stages, splits, early, sums)] = None
+    for size in (64, 128) if block_t == 128 else (block_t,):
+        for rows, block_k, warps, stages, loads in WIDE.get(size, ()):
+            blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / size)
+            for load in loads if block_k <= fold else ():
+                splits = split_steps(shape.k // block_k, max(1, min(16, round(132 * load / blocks))))[1]
+                seen[QuantConfig(FOLDED_WIDE, size, rows, block_k, warps, stages, splits, False)] = None
     for rows, parts, stages in PARTS if block_t == 8 else ():
         blocks = math.ceil(shape.n * shape.groups / rows)
         for splits, early in itertools.product((1, 2), (False, True)):
@@ -165,7 +191,7 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 
 def brief(c: QuantConfig) -> str:
-    tile = f"{c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
+    tile = f"{'w' if c.kernel == FOLDED_WIDE else c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""
     return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
@@ -209,7 +235,7 @@ def refine(chain: Chain, tokens: int, configs: dict[str, Any], found: dict[str, 
     for name, results in found.items():
         sorts: dict = {}
         for _, c in results:
-            sorts.setdefault((c.parts > 1, c.early, c.halves), c)
+            sorts.setdefault((c.kernel, c.parts > 1, c.early, c.halves), c)
         for config in dict.fromkeys([*(c for _, c in results[:4]), *sorts.values()]):
             if config != configs[name] and (took := seconds({name: config})) < best:
                 best, configs[name] = took, config

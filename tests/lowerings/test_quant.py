@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import folded, heuristics, quant_aot, tables
+from fusecomp.lowerings.quant import folded, folded_wide, heuristics, quant_aot, tables
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
+    FOLDED_WIDE,
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
@@ -201,6 +202,31 @@ def test_folded_codes_become_operands_in_their_registers(layout, tokens):
     tile *= spec.constants.get("PARTS", 1)
     assert ptx.count("0x000f000f, 0x43004300, 0xEA") == tile // 2
     assert not re.search(r"cvt\.rn\.(f32|bf16)\.[su]\d", ptx) and "ldmatrix" in ptx
+
+
+@pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
+@pytest.mark.parametrize("tile", [(64, 64, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)], ids=str)
+def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile):
+    """Words of two scales go through the pipeline as codes do, and nothing is laid out anew in shared memory."""
+    block_t, block_r, warps, stages = tile
+    config = QuantConfig(FOLDED_WIDE, block_t, block_r, 128, warps, stages)
+    spec = specialization(SM90, LAYOUTS[layout], 2, block_t, "bfloat16", 0, config)
+    resources, compiled = compile_one(spec, "sm_90")
+    loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    assert resources.spills == 0 and "wgmma" in compiled.asm["ptx"]
+    assert "local_alloc" not in loop and "tt.load" not in loop and "convert_layout" not in loop
+    assert loop.count("async_copy_global_to_local") == 6 + (layout == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_multiply_and_round_once(dtype):
+    """The instruction adds -0, which leaves every product, and the sign of a zero, as it is."""
+    text = folded_wide.TIMES.value[dtype == torch.float16]
+    assert "0x80008000" in text and f"fma.rn.{'f16' if dtype == torch.float16 else 'bf16'}x2 $0, $1, $2, o" in text
+    codes = torch.arange(-16, 16).to(dtype)
+    scales = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype)[:, None]
+    negative_zero = torch.tensor(0x8000 - 0x10000, dtype=torch.int16).view(dtype)
+    assert torch.equal(codes * scales + negative_zero, (codes.double() * scales.double()).to(dtype))
 
 
 @given(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF), st.sampled_from(["bf16", "fp16"]), st.integers(0, 16))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block
+from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block, sum_block
 from fusecomp.lowerings.linear.norm import MAX_DEPENDENT_K, norm_kernel
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import pointwise_kernel
@@ -86,7 +86,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
             num_stages=3,
         )  # fmt: skip
     for tokens, width, splits in ((64, 2048, 4), (64, 4096, 2), (8192, 16384, 1)):
-        _, block_n, num_warps = norm_block(tokens, width)
+        block_n, num_warps = sum_block(tokens, width)
         yield Specialization(
             f"sum_norm-{tokens}-{width}-{splits}",
             sum_norm_kernel,

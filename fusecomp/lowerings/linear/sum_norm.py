@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, norm_block
+from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, sum_block
 from fusecomp.lowerings.linear.norm import require_norm, scaled
 from fusecomp.lowerings.linear.pointwise import epilogue_of_sums, require_sums
 from fusecomp.ops.norm import LAYER, NormSpec
@@ -121,7 +121,7 @@ def launch_sum_norm(sums: Sums, norm: NormSpec, weight: Tensor | None, bias: Ten
     y = torch.empty_like(total)
     if num_tokens == 0:
         return total, y
-    _, block_n, num_warps = norm_block(num_tokens, n)
+    block_n, num_warps = sum_block(num_tokens, n)
     use_pdl = uses_pdl(sums.acc)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(

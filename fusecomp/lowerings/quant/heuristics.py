@@ -18,7 +18,8 @@ from fusecomp.ops.quant import FP8, INT
 from fusecomp.ops.quant_linear import QuantShape
 
 KEY = ("kind", "bits", "zero", "rows", "k", "groups", "tokens")  # of a table's entries
-VECTOR, WORD_VECTOR, TILE, FOLDED, DEQUANTIZE = "vector", "words", "tile", "folded", "dequantize"
+VECTOR, WORD_VECTOR, TILE, DEQUANTIZE = "vector", "words", "tile", "dequantize"
+FOLDED, FOLDED_WIDE = "folded", "folded wide"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
@@ -32,8 +33,8 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes;
-            "dequantize" for a 16-bit weight and `linear`'s own choice.
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
+            "folded wide" for those of many; "dequantize" for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups.
         block_k: columns of a weight tile.
@@ -135,6 +136,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
+    if config.kernel == FOLDED_WIDE:
+        return _fit_wide(config, target, shape)
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
     if (shape.kind, shape.bits, shape.dtype) == (INT, 8, "float16") and config.block_r > 64:  # ptxas spills some
@@ -167,6 +170,14 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     return config
 
 
+def _fit_wide(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+    """Steps no longer than a folded tile, and fewer stages until those of codes and inputs fit."""
+    config = replace(config, block_k=min(config.block_k, 4 * shape.fold))
+    stage = config.block_k * (config.block_r // 2 + 2 * config.block_t)
+    most = max(1, (target.smem_bytes - 4096) // stage)
+    return replace(config, num_stages=min(config.num_stages, most))
+
+
 def fitting_columns(block_k: int, cols: int) -> int:
     """The widest tile up to block_k that divides, or is divided by, the columns of a scale."""
     while cols and cols % block_k and block_k % cols:
@@ -183,6 +194,11 @@ def unit(shape: QuantShape) -> int:
     """Columns whose products the vector kernel sums before they are scaled: those of a 16-byte load, if possible."""
     wanted = 32 if shape.bits == 4 else 16
     return wanted if shape.cols % wanted == 0 else LEAST_COLUMNS
+
+
+def packs_scales(shape: QuantShape) -> bool:
+    """Whether a word of two 16-bit scales of a row is that of a folded tile."""
+    return shape.dtype != "float32" and shape.cols == 2 * shape.fold > 0
 
 
 def serves_words(shape: QuantShape) -> bool:

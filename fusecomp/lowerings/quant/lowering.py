@@ -25,7 +25,16 @@ from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, FOLDED, VECTOR, WORD_VECTOR, QuantConfig, quant_config
+from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
+from fusecomp.lowerings.quant.heuristics import (
+    DEQUANTIZE,
+    FOLDED,
+    FOLDED_WIDE,
+    VECTOR,
+    WORD_VECTOR,
+    QuantConfig,
+    quant_config,
+)
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
@@ -187,9 +196,23 @@ def run_quant(
     blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
     exact_norm = scheme > 0 and x.dtype == torch.float16
     teams = blocks * cdiv(tokens, config.block_t)
-    step = 4 * spec.fold * config.parts or config.block_k
+    step = 4 * spec.fold * config.parts if config.kernel == FOLDED else config.block_k
     per_split, splits = split_steps(cdiv(k, step), config.splits)
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
+    if config.kernel == FOLDED_WIDE:
+        assert scheme == 0, "so many tokens are normed by a launch of its own"
+        del common["NORM"]
+        alike = all(part is None or part.dtype == x.dtype for part in (scale, zero))
+        packed = alike and heuristics.packs_scales(shape)
+        both = [part.view(torch.int32) if packed and part is not None else part for part in (scale, zero)]
+        launch(
+            folded_wide_kernel, (teams * splits,),
+            x, q.view(torch.int16), *both, out, scratch[0], scratch[2], args, strides, tokens, n, k, per_split,
+            x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, WORDS=config.block_k // 4,
+            SPLITS=splits, AHEAD=config.ahead, PACKED=packed, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
+            **common,
+        )  # fmt: skip
+        return
     if config.kernel == FOLDED:
         if config.parts > 1:
             common |= {"PARTS": config.parts, "EVEN_K": k % step == 0, "ONE": tokens == 1}

@@ -14,7 +14,16 @@ from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
-from fusecomp.lowerings.quant.heuristics import FOLDED, TILE, VECTOR, WORD_VECTOR, quant_config
+from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
+from fusecomp.lowerings.quant.heuristics import (
+    FOLDED,
+    FOLDED_WIDE,
+    TILE,
+    VECTOR,
+    WORD_VECTOR,
+    QuantConfig,
+    quant_config,
+)
 from fusecomp.lowerings.quant.lowering import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
@@ -57,12 +66,19 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (9, 1, 32, "bfloat16", 2),
 )
 
+WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all
+    (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
+    (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
+)
+
 
 def quant_specializations(target: Target, *, full: bool) -> Iterator[Specialization]:
     """Kernels of a few layers; if `full`, of every layout at every size of tile, in each dtype."""
     for at, groups, tokens, dtype, norm in SUBSET:
         if tokens <= _token_limit(target, LAYOUTS[at]):
             yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
+    for at, groups, config in WIDE:
+        yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
@@ -100,12 +116,14 @@ def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, An
     return pointers, constants
 
 
-def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int) -> Specialization:
+def specialization(
+    target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int, config: QuantConfig | None = None
+) -> Specialization:
     """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
     n, k = (14336, 4096) if groups == 2 else (4096, 14336)
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
-    config, short, pdl = quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
+    config, short, pdl = config or quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
     norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
@@ -133,7 +151,11 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             "ASM": target.backend == "cuda" and dtype != "float32", "EXACT_NORM": norm > 0 and dtype == "float16",
             "BLOCK_T": config.block_t, "SPLITS": config.splits, "EARLY": config.early,
         }  # fmt: skip
-        if fold:
+        if config.kernel == FOLDED_WIDE:
+            packed = heuristics.packs_scales(shape)
+            constants |= {"WORDS": config.block_k // 4, "AHEAD": config.ahead, "PACKED": packed}
+            pointers |= {"scale": "i32", **({"zero": "i32"} if zero else {})} if packed else {}
+        elif fold:
             constants |= {"SUMS": config.sums, "AHEAD": config.ahead}
             if config.parts > 1:
                 even = k % (4 * fold * config.parts) == 0
@@ -148,9 +170,15 @@ def specialization(target: Target, layout: tuple, groups: int, tokens: int, dtyp
             pointers |= scratch
         else:
             constants |= dict.fromkeys(scratch)
+    if config.kernel == FOLDED_WIDE:
+        for name in ("NORM", "EXACT_NORM", "EARLY", "norm_weight", "part_squares"):
+            constants.pop(name, None)
+        pointers.pop("part_squares", None)
+        del scalars["eps"]
     name = f"quant-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
     kernels = {
-        VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel
+        VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel,
+        FOLDED_WIDE: folded_wide_kernel,
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))

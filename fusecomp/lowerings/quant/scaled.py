@@ -10,18 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusecomp.lowerings.linear.persistent import _finish, _groups, _halves, _load_tokens, _load_weights, _place
+from fusecomp.lowerings.linear.persistent import (
+    _finish,
+    _groups,
+    _halves,
+    _load_tokens,
+    _load_weights,
+    _place,
+    _prefetch,
+)
 from fusecomp.lowerings.quant.pieces import scale_row
-
-
-@triton.jit
-def _prefetch(w, first_n, k, N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Ask for the first 512 bytes of each row of a weight tile to be brought into the L2.
-    row, part = tl.arange(0, G * BLOCK_N)[:, None], tl.arange(0, 4)[None, :]
-    n = tl.minimum(first_n + row % BLOCK_N, N - 1)
-    where = w + (row // BLOCK_N * N + n).to(tl.int64) * K + tl.minimum(k + part * 128, K - 1)
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

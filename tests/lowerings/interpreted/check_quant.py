@@ -182,6 +182,17 @@ def test_folded(layer, block_t, block_r, splits, early, sums):
     run(layer, QuantConfig("folded", block_t, block_r, splits=splits, early=early, sums=sums))
 
 
+@settings(SETTINGS, max_examples=40)
+@given(
+    layers(st.integers(1, 40), folded_specs), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
+    st.sampled_from([64, 128, 256]), st.integers(1, 4),
+)  # fmt: skip
+def test_folded_wide(layer, block_t, block_r, block_k, splits):
+    x, weight, _, operands, program, spec = layer
+    layer = (x, weight, None, operands, replace(program, norm=None), spec)
+    run(layer, QuantConfig("folded wide", block_t, block_r, min(block_k, 4 * spec.fold), splits=splits))
+
+
 @settings(SETTINGS, max_examples=60)
 @given(
     layers(st.sampled_from([1, 1, 2, 7, 9, 20]), folded_specs), st.sampled_from([8, 16]), st.sampled_from([16, 32]),
