@@ -21,19 +21,18 @@ from fusecomp.runtime.verify import relative_error
 
 ROOT = Path(__file__).parents[2]
 RESIDUAL = Program(1, (FULL,), (("add", "i0", "a0"),), "float32")
-NORMED = Program(1, (), (), "float32")
+PLAIN = Program(1, (), (), "float32")
+NORM = NormSpec(RMS, 1e-5)
 
 
-def linears(
-    tokens: int, k: int, n: int, m: int, dtype: str, norm: NormSpec = NORMED.norm, device: str = "cpu"
-) -> tuple:
+def linears(tokens: int, k: int, n: int, m: int, dtype: str, norm: NormSpec = NORM, device: str = "cpu") -> tuple:
     """(x, arguments of the first linear, those of the next)."""
     g = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=device).to(getattr(torch, dtype))
 
-    first, then = (replace(p, dtype=dtype) for p in (RESIDUAL, replace(NORMED, norm=norm)))
+    first, then = (replace(p, dtype=dtype) for p in (RESIDUAL, replace(PLAIN, norm=norm)))
     one = randn(n, k) / k**0.5, None, None, [randn(tokens, n)], first.to_text()
     two = randn(m, n) / n**0.5, 1 + randn(n) / 4, randn(n) if norm.kind == LAYER else None, [], then.to_text()
     return randn(tokens, k), one, two
