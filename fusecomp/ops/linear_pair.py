@@ -9,16 +9,40 @@ Legend: T tokens, N features of the first linear, M of the next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fusecomp.ops.library import define
-from fusecomp.ops.linear import Program, linear_reference
-from fusecomp.ops.quant_linear import quant_linear_reference
+from fusecomp.ops.linear import LinearShape, Program, linear_reference
+from fusecomp.ops.quant_linear import QuantShape, quant_linear_reference
 
 LINEAR_ARGS = 5  # of `linear`, without x
 QUANT_ARGS = 10  # of `quant_linear`, without x
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """What the choice of a pair's kernels depends on, besides the number of tokens: two shapes of one kind."""
+
+    first: LinearShape | QuantShape
+    then: LinearShape | QuantShape
+
+    def __str__(self) -> str:
+        return f"pair of {self.first} and {self.then}"
+
+    @classmethod
+    def parse(cls, text: str) -> PairShape | None:
+        """The shape that `str` gave, or None for another text."""
+        if not text.startswith("pair of "):
+            return None
+        parts = text.removeprefix("pair of ").split(" and ")
+        for kind in (LinearShape, QuantShape):
+            shapes = [kind.parse(part) for part in parts]
+            if len(shapes) == 2 and shapes[0] and shapes[1]:
+                return cls(shapes[0], shapes[1])
+        return None
 
 
 def linear_pair_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.ops.linear import Program
+from fusecomp.ops.linear import LinearShape, Program
+from fusecomp.ops.linear_pair import PairShape
+from fusecomp.ops.quant import TENSOR, ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import QuantShape, quant_shape
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import is_call, skip_reshapes
@@ -75,6 +78,9 @@ class LinearPair(Pattern):
         replace_and_prune(node, z)
         return ", then ".join(details)
 
+    def operation(self, candidate: LinearPairCandidate) -> str:
+        return str(PairShape(self._shape(candidate.first), self._shape(candidate.node)))
+
     def examples(self) -> list[Example]:
         from fusecomp.patterns.linear_pair_examples import linear_pair_examples
 
@@ -82,6 +88,13 @@ class LinearPair(Pattern):
 
     def _program(self, node: Node) -> Program:
         return Program.from_text(node.args[self.program])  # type: ignore[arg-type]
+
+    def _shape(self, node: Node) -> LinearShape | QuantShape:
+        program, weight = self._program(node), fake_value(node.args[1])
+        rows, k = weight.shape
+        return LinearShape(
+            rows // program.groups, k, program.groups, program.kind, str(weight.dtype).removeprefix("torch.")
+        )
 
     def _arguments(self, node: Node) -> tuple:
         return (*node.args, *DEFAULTS[len(node.args) - self.count :]) if len(node.args) < self.count else node.args
@@ -99,7 +112,18 @@ class QuantLinearPair(LinearPair):
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearPairCandidate]:
         return (found for found in super().find(graph) if self._arguments(found.node)[-1])
 
+    def operation(self, candidate: LinearPairCandidate) -> str:
+        activation = ActivationSpec.from_text(self._arguments(candidate.node)[-1])
+        # Whether a scale of all values follows from all of them, a shape does not say.
+        return "" if activation.granularity == TENSOR else super().operation(candidate)
+
     def examples(self) -> list[Example]:
         from fusecomp.patterns.linear_pair_examples import quant_linear_pair_examples
 
         return quant_linear_pair_examples()
+
+    def _shape(self, node: Node) -> LinearShape | QuantShape:
+        args: tuple[Any, ...] = self._arguments(node)
+        spec, activation = WeightSpec.from_text(args[8]), args[10]
+        codes = ActivationSpec.from_text(activation) if activation else None
+        return quant_shape(spec.torch_dtype, fake_value(args[1]), args[3], self._program(node), spec, codes)

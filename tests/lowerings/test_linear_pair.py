@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from fusecomp.lowerings import register
+from fusecomp.lowerings.paged_attention.heuristics import SM90
+from fusecomp.lowerings.quant.pair import explain_pair
 from fusecomp.ops import OPS, op_cost, take_fallbacks
-from fusecomp.ops.linear import FULL, Program
+from fusecomp.ops.linear import FULL, LinearShape, Program
+from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 from fusecomp.ops.quant import BLOCK, FP8, TOKEN, ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import quant_shape
 from fusecomp.patterns.quant_examples import random_weight
 from fusecomp.runtime.verify import relative_error
 
@@ -64,6 +68,27 @@ def test_reference_and_cost_of_codes():
     assert torch.equal(h, OPS.quant_linear(x, *one)) and torch.equal(z, OPS.quant_linear(h, *two))
     both = op_cost("quant_linear", (x, *one)) + op_cost("quant_linear", (h, *two))
     assert op_cost("quant_linear_pair", (x, *one, *two)) == both
+
+
+def test_shapes_are_named_and_explained():
+    """As the committed launches of an H200 have it; few tokens have the norm in the product."""
+    down = LinearShape(2048, 8192, 1, "residual", "bfloat16")
+    pair = PairShape(down, LinearShape(3072, 2048, 1, "identity", "bfloat16"))
+    assert PairShape.parse(str(pair)) == pair and PairShape.parse(str(down)) is None
+    assert explain_pair(SM90, pair, [1, 32, 33, 64, 256]) == [
+        "1 to 32 tokens: one after the other",
+        "33 to 256 tokens: the sum and the norm in one launch",
+    ]
+    weight, codes = WeightSpec(FP8, 8, 1, 0, "bfloat16"), ActivationSpec(FP8, 8, TOKEN, least_tokens=16)
+    q = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn, device="meta")
+    shape = quant_shape(torch.bfloat16, q, None, RESIDUAL, weight, codes)
+    pair = PairShape(shape, replace(shape, n=14336, groups=2, epilogue="other"))
+    assert PairShape.parse(str(pair)) == pair
+    assert explain_pair(SM90, pair, [1, 8, 64, 192]) == [
+        "1 to 8 tokens: one after the other",
+        "64 tokens: the sum, the norm and its codes in one launch",
+        "192 tokens: one after the other",
+    ]
 
 
 def test_interpreted():

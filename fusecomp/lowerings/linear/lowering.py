@@ -155,6 +155,14 @@ def launch_linear_pair(
     return h, launch_linear(h, next_weight, next_norm_weight, next_norm_bias, next_operands, next_program)
 
 
+def sums_with_norm(target: Target, first: LinearShape, then: LinearShape, tokens: int) -> bool:
+    """Whether `launch_linear_pair` makes the next norm where the first is summed, operands being as TMA reads them."""
+    config, after = choose(target, first, tokens), choose(target, then, tokens)
+    if not isinstance(config, LargeConfig) or not isinstance(after, LargeConfig) or not fits_a_row(first.n):
+        return False
+    return config.splits > 1 if config.method == "persistent" else config.method == "cublas"
+
+
 def _choice(x: Tensor, weight: Tensor, program: Program) -> SkinnyConfig | LargeConfig:
     """The kernel for as many tokens as x has."""
     n, dtype = weight.shape[0] // program.groups, str(weight.dtype).removeprefix("torch.")

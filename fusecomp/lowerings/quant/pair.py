@@ -5,6 +5,7 @@ Where the first leaves its sums to another kernel, that one makes the second's c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,19 +13,26 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
+from fusecomp.lowerings.linear.lowering import sums_with_norm
 from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row
+from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant.activations import (
+    LEAST_TOKENS,
     choose,
     launch_quantize,
     launch_scaled_linear,
     leaves_sums,
+    refusal,
     run_product,
     run_scaled,
+    scaled_shape,
 )
+from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
-from fusecomp.ops.linear import Program
+from fusecomp.ops.linear import LinearShape, Program
+from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
-from fusecomp.ops.quant_linear import is_codes
+from fusecomp.ops.quant_linear import QuantShape, is_codes
 
 
 class ScaledCall(NamedTuple):
@@ -61,6 +69,35 @@ def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[
     h, codes, scales = launch_sum_quantize(sums, norm, then.norm_weight, then.norm_bias, then.x_scale, then.activation)
     rest = then._replace(norm_weight=None, norm_bias=None, program=replace(then.program, norm=None), x_scale=scales)
     return h, _launch(codes, rest)
+
+
+def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
+    """One line for each run of token counts: whether the sum and the norm are made in one launch."""
+    lines = []
+    named = [(tokens, _in_one(target, pair, tokens)) for tokens in sorted(set(token_counts)) if tokens]
+    for together, run in itertools.groupby(named, key=lambda found: found[1]):
+        counts = [tokens for tokens, _ in run]
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        made = "the sum, the norm and its codes" if isinstance(pair.then, QuantShape) else "the sum and the norm"
+        lines.append(f"{span} tokens: {f'{made} in one launch' if together else 'one after the other'}")
+    return lines
+
+
+def _in_one(target: Target, pair: PairShape, tokens: int) -> bool:
+    first, then = pair.first, pair.then
+    if isinstance(first, LinearShape) and isinstance(then, LinearShape):
+        return sums_with_norm(target, first, then, tokens)
+    assert isinstance(first, QuantShape) and isinstance(then, QuantShape)
+    shapes = [s for s in (first, then) if s.granularity and tokens >= max(s.least, LEAST_TOKENS)]
+    if len(shapes) < 2 or not fits_a_row(first.n):
+        return False
+    for s in shapes:
+        spec = WeightSpec(s.kind, s.bits, s.rows, s.cols, s.dtype)
+        if refusal(target, s.k, spec, s.zero, ActivationSpec(s.kind, 8, s.granularity, s.block)):
+            return False
+    spec = WeightSpec(first.kind, first.bits, first.rows, first.cols, first.dtype)
+    scaled = scaled_shape(first.n, first.k, first.groups, first.dtype, spec, first.block, first.epilogue)
+    return leaves_sums(scaled_config(target, scaled, tokens))
 
 
 def _launch(x: Tensor, call: ScaledCall) -> Tensor:

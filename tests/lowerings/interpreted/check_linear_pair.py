@@ -20,14 +20,18 @@ from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.lowerings.linear.sum_norm import Sums, launch_sum_norm
+from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant import activations, pair
 from fusecomp.lowerings.quant.activations import launch_quantize
+from fusecomp.lowerings.quant.pair import explain_pair
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize
 from fusecomp.ops.library import take_fallbacks
-from fusecomp.ops.linear import COLUMN, FULL, ROW, Program
+from fusecomp.ops.linear import COLUMN, FULL, ROW, LinearShape, Program
+from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 from fusecomp.ops.quant import BLOCK, FP8, INT, TENSOR, TOKEN, ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import quant_shape
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
@@ -154,6 +158,9 @@ def test_linears(monkeypatch, norm, before, config, tokens):
     with mock.patch.object(lowering, "launch_sum_norm", wraps=launch_sum_norm) as made:
         h, z = registration._linear_pair(x, *one, *two)
     assert made.call_count == (tokens == T and config in APART)
+    if tokens:
+        pair_shape = PairShape(LinearShape(N, K, 1, "residual", "float32"), LinearShape(M, N, 1, "identity", "float32"))
+        assert ("in one launch" in explain_pair(SM90, pair_shape, [tokens])[0]) == made.called
     wanted = registration.run_linear(x, *one)
     assert torch.equal(h, wanted) and torch.equal(z, registration.run_linear(wanted, *two))
     assert not take_fallbacks()
@@ -179,7 +186,8 @@ SPLIT, FUSED = ScaledConfig(splits=2), ScaledConfig(TILE, splits=2)
 def test_quantized_linears(monkeypatch, activation, config, tokens):
     """Steps of fewer tokens than the second quantizes in have weights' codes alone, and the norm in its product."""
     small = replace(config, block_t=16, block_n=16, block_k=32, pieces=1, use_tma=False)
-    monkeypatch.setattr(activations, "scaled_config", lambda *_: small)
+    for module in (activations, pair):
+        monkeypatch.setattr(module, "scaled_config", lambda *_: small)
     spec = WeightSpec(activation.kind, 8, 1, 0, "bfloat16")
     if activation.block:
         spec = replace(spec, rows=32, cols=32)
@@ -198,6 +206,14 @@ def test_quantized_linears(monkeypatch, activation, config, tokens):
     with mock.patch.object(pair, "launch_sum_quantize", wraps=launch_sum_quantize) as made:
         h, z = quant_registration._quant_linear_pair(x, *calls[0], *calls[1])
     assert made.call_count == (tokens == T and config is SPLIT)
+    if tokens:
+        programs = [Program.from_text(call[6]) for call in calls]
+        quantizing = replace(activation, least_tokens=8)
+        shapes = [
+            quant_shape(torch.bfloat16, call[0], None, program, spec, quantizing)
+            for call, program in zip(calls, programs, strict=True)
+        ]
+        assert ("in one launch" in explain_pair(SM90, PairShape(*shapes), [tokens])[0]) == made.called
     wanted = quant_registration._quant_linear(x, *calls[0])
     assert torch.equal(h, wanted) and torch.equal(z, quant_registration._quant_linear(wanted, *calls[1]))
     assert not take_fallbacks()
