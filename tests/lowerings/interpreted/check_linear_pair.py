@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from fusecomp.errors import FallbackError
 from fusecomp.lowerings import quant_registration, registration
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, operand_strides
@@ -29,6 +30,7 @@ from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize
 from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import COLUMN, FULL, ROW, LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
+from fusecomp.ops.mode import batch_invariance
 from fusecomp.ops.norm import LAYER, RMS, NormSpec
 from fusecomp.ops.quant import BLOCK, FP8, INT, TENSOR, TOKEN, ActivationSpec, WeightSpec
 from fusecomp.ops.quant_linear import quant_shape
@@ -165,6 +167,20 @@ def test_linears(monkeypatch, norm, before, config, tokens):
     assert torch.equal(h, wanted) and torch.equal(z, registration.run_linear(wanted, *two))
     assert not take_fallbacks()
     lowering.choose.cache_clear()
+
+
+def test_batch_invariant_linears():
+    """A row's bits must not follow the number of rows, as splits of K do: the two in turn, by kernels of their own."""
+    torch.manual_seed(0)
+    x, residual, gain = torch.randn(T, K), torch.randn(T, N), torch.randn(N)
+    one = torch.randn(N, K), None, None, [residual], PROGRAMS["residual"].to_text()
+    two = torch.randn(M, N), gain, None, [], replace(PROGRAMS["plain"], norm=NORMS[0]).to_text()
+    with batch_invariance(), mock.patch.object(lowering, "launch_sum_norm") as made:
+        h, z = registration._linear_pair(x, *one, *two)
+        assert torch.equal(h, registration.run_linear(x, *one))
+        assert torch.equal(z, registration.run_linear(h, *two)) and not made.called
+        with pytest.raises(FallbackError, match="quant_linear_pair has no batch-invariant kernel"):
+            quant_registration._quant_linear_pair(x, *[None] * 20)
 
 
 def test_linears_that_no_kernel_runs():
