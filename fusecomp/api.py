@@ -14,14 +14,15 @@ import torch
 from tqdm import tqdm
 
 from fusecomp.config import QUANTIZE_SCHEMES, EngineConfig, check_keys, is_int
-from fusecomp.errors import CheckpointError, ConfigError, FusecompError
+from fusecomp.errors import ConfigError, FusecompError
+from fusecomp.given_model import default_sampling_params, materialize, tokenizer_of, vocab_size
 from fusecomp.hf import FusedGeneration
 from fusecomp.prompts import prompt_list, prompt_token_ids, with_token_ids
 from fusecomp.request import RequestOutput, SamplingParams
 from fusecomp.results import Asked, Assembler
 from fusecomp.runtime.call import Progress
 from fusecomp.runtime.detokenizer import Detokenizer
-from fusecomp.runtime.loading import load_model, load_tokenizer, quantize_in_memory, resolve_device, resolve_folder
+from fusecomp.runtime.loading import load_model, resolve_folder
 from fusecomp.runtime.session import Session, interrupts_between_steps
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class LLM:
             calibration=calibration,
             **unknown,
         )
-        given = None if tokenizer is None else _tokenizer_of(tokenizer)
-        module, own_tokenizer, config = _materialize(model, config, given)
+        given = None if tokenizer is None else tokenizer_of(tokenizer)
+        module, own_tokenizer, config = materialize(model, config, given)
         self.config = config
         self._tokenizer = own_tokenizer if given is None else given
-        self._vocab_size = _vocab_size(module)
-        self._default_params = _default_sampling_params(module)
+        self._vocab_size = vocab_size(module)
+        self._default_params = default_sampling_params(module)
         self._session = Session(module, config)
 
     def generate(
@@ -301,7 +302,7 @@ def explain(model: str | Path | torch.nn.Module, **options: Any) -> FusionReport
             where=f"quantize={config.quantize!r}",
             remedy="give the folder or the name, or use LLM(model, quantize=...).fusion_report",
         )
-    module, _, config = _materialize(model, config)
+    module, _, config = materialize(model, config)
     return Session(module, config).engine.report
 
 
@@ -343,63 +344,6 @@ def quantize(
     record = record_of(module)
     assert record is not None
     return record
-
-
-def _materialize(model: Any, config: EngineConfig, given: Any = None) -> tuple[Any, Any, EngineConfig]:
-    """A module in evaluation mode, its tokenizer if it came with one, and `config` with the device settled.
-
-    Args:
-        given: the tokenizer that a user gave; None if none.
-    """
-    if isinstance(model, str | Path):
-        module, tokenizer = load_model(model, config.dtype, config.device, config.quantize, config.calibration)
-        return module, tokenizer, config.replace(device=str(resolve_device(config.device)))
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(
-            f"model is a {type(model).__name__}", where="LLM", remedy="give a folder, a Hub name or a torch module"
-        )
-    model.eval()
-    if config.dtype != "auto" or config.device != "auto":
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        model.to(device=None if config.device == "auto" else resolve_device(config.device), dtype=dtype)
-    if config.quantize is not None:
-        quantize_in_memory(model, config, given)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return model, None, config.replace(device=str(device))
-
-
-def _tokenizer_of(given: Any) -> Any:
-    """The tokenizer a user gave, as an object or as its folder."""
-    if not isinstance(given, str | Path):
-        if not (hasattr(given, "encode") and hasattr(given, "decode")):
-            raise ConfigError(
-                f"tokenizer is a {type(given).__name__}", where="LLM", remedy="give a tokenizer, or the folder of one"
-            )
-        return given
-    tokenizer = load_tokenizer(given)
-    if tokenizer is None:
-        raise ConfigError("no tokenizer files found", where=f"tokenizer={str(given)!r}", remedy="check the folder")
-    return tokenizer
-
-
-def _vocab_size(module: Any) -> int | None:
-    """Rows of the embedding: an id past them would read out of bounds."""
-    try:
-        return int(module.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _default_sampling_params(module: Any) -> SamplingParams:
-    config = getattr(module, "generation_config", None)
-    if config is None or not getattr(config, "do_sample", None):
-        return SamplingParams()
-    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    given = {name: getattr(config, name, None) for name in names}
-    try:
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-    except ConfigError as error:
-        raise CheckpointError(error.what, where="generation_config.json", remedy=error.remedy) from error
 
 
 class _Bar:

@@ -1,4 +1,4 @@
-"""Capture: probes a model for what its attention means, then wraps it as the packed step that Dynamo traces.
+"""Capture: probes a model for what its attention means, before Dynamo traces it as a packed step (`packed_step.py`).
 
 Hugging Face's extension points are used where the model has them: an attention function and an experts function
 named "fusecomp" emit canonical ops; a second pair, "fusecomp_probe", runs eagerly once on a few tokens and
@@ -8,8 +8,6 @@ changed; its configuration is switched only inside `Implementations.use` and res
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from fusecomp.expert_forms import remember_experts, trace_experts, unfused_reaso
 from fusecomp.ops import OPS
 from fusecomp.ops.attention import UNNUMBERED, UNRESOLVED, attention_reference
 from fusecomp.ops.kv_cache import as_cached
+from fusecomp.packed_step import PackedStep, Signature, logits_of
 from fusecomp.patterns.masks import MaskSpec, classify_function, unknown
 
 TRACE, PROBE, ROUNDED = "fusecomp", "fusecomp_probe", "fusecomp_rounded"
@@ -150,7 +149,7 @@ def rounded_logits(
             device = next(model.parameters()).device
             ids, positions = torch.tensor([list(prompt)], device=device), torch.arange(len(prompt), device=device)
             given = Signature.of(model).arguments(ids, positions[None], positions, explicit_mask=True)
-            return _logits(model(**given))
+            return logits_of(model(**given))
     finally:
         _masks = None
 
@@ -236,11 +235,11 @@ def run_probe(model: nn.Module, implementations: Implementations, length: int) -
     _probe = probe = Probe(length)
     try:
         with torch.no_grad(), implementations.use(PROBE):
-            given = _logits(model(**kwargs))
+            given = logits_of(model(**kwargs))
             if signature.own_positions:
                 del kwargs[signature.positions]
                 probe.calls.clear()
-                _require_equal_positions(model, given, _logits(model(**kwargs)))
+                _require_equal_positions(model, given, logits_of(model(**kwargs)))
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # foreign code can fail in any way
@@ -272,15 +271,11 @@ def stock_logits(model: nn.Module) -> Tensor | None:
     """Logits [6, V] after each of `trial_tokens` as the model itself computes them; None when it cannot."""
     try:
         with torch.no_grad():
-            return _logits(model(**_trial_arguments(model, Signature.of(model))))[0]
+            return logits_of(model(**_trial_arguments(model, Signature.of(model))))[0]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # stock implementations may need packages that ours does not
         return None
-
-
-def _logits(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out.logits
 
 
 def _require_equal_positions(model: nn.Module, given: Tensor, own: Tensor) -> None:
@@ -293,103 +288,6 @@ def _require_equal_positions(model: nn.Module, given: Tensor, own: Tensor) -> No
             why="its logits with these positions differ from those it computes when it is given none",
             remedy="use stock transformers for this model",
         )
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Which names a causal LM's `forward` uses for what a packed step gives it."""
-
-    positions: str
-    own_positions: bool  # forward can do without being given any
-    attention_mask: bool
-    use_cache: bool
-    logits_to_keep: bool
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Signature:
-        """Read the signature.
-
-        Raises:
-            UnsupportedModelError: the forward takes no token ids, or no positions.
-        """
-        parameters = inspect.signature(model.forward).parameters
-        where = f"{type(model).__name__}.forward"
-        if "input_ids" not in parameters:
-            raise UnsupportedModelError("takes no input_ids", where=where, remedy="wrap it in a causal LM")
-        positions = next((n for n in ("position_ids", "positions") if n in parameters), None)
-        if positions is None:
-            raise UnsupportedModelError(
-                "takes no position_ids",
-                where=where,
-                why="sequences are packed along one axis, so positions must be given",
-                remedy="add a position_ids argument to forward",
-            )
-        own_positions = parameters[positions].default is not inspect.Parameter.empty
-        return cls(
-            positions, own_positions, *(n in parameters for n in ("attention_mask", "use_cache", "logits_to_keep"))
-        )
-
-    def arguments(
-        self, ids: Tensor, positions: Tensor, logit_indices: Tensor, *, explicit_mask: bool
-    ) -> dict[str, Any]:
-        """Keyword arguments of one forward over ids, positions [1, T] that wants logits at `logit_indices`.
-
-        `explicit_mask` passes a 2-D padding mask of ones, which keeps HF from looking for packed sequences.
-        """
-        kwargs: dict[str, Any] = {"input_ids": ids, self.positions: positions}
-        if self.attention_mask:
-            kwargs["attention_mask"] = torch.ones_like(ids) if explicit_mask else None
-        if self.use_cache:
-            kwargs["use_cache"] = False
-        if self.logits_to_keep:
-            kwargs["logits_to_keep"] = logit_indices
-        return kwargs
-
-
-class PackedStep(nn.Module):
-    """The function that Dynamo captures: one step of many sequences packed along T (docs/architecture.md).
-
-    `inline_masks` says that the model builds its masks itself, so that they will be evaluated in the graph.
-    """
-
-    def __init__(self, model: nn.Module, max_tokens: int, *, inline_masks: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.inline_masks = inline_masks
-        self.max_tokens = max_tokens
-        self.signature = Signature.of(model)
-
-    def isolated_forward(self) -> Callable:
-        """`forward` with a code object of its own.
-
-        Dynamo keeps compiled graphs per code object: with a shared one, every engine of a process would check the
-        guards of all others, and together they would reach the recompile limit.
-        """
-        function = types.FunctionType(
-            PackedStep.forward.__code__.replace(), globals(), "packed_step", None, PackedStep.forward.__closure__
-        )
-        return types.MethodType(function, self)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        logit_indices: Tensor,
-        cu_q_lens: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-        host_meta: Tensor,
-        kv_caches: list[Tensor],
-    ) -> Tensor:
-        """Logits [S, V] of the tokens at `logit_indices`; every layer's KV tensor is updated in place."""
-        # The lower bound lets models reshape by -1; the upper one lets Inductor index with 32-bit integers.
-        torch._check(tokens.shape[1] > 0)
-        torch._check(tokens.shape[1] <= self.max_tokens)
-        torch._check(logit_indices.shape[0] <= self.max_tokens)
-        tokens = OPS.step_inputs(tokens, cu_q_lens, seq_lens, block_tables, host_meta, kv_caches)
-        arguments = self.signature.arguments(tokens[0:1], tokens[1:2], logit_indices, explicit_mask=self.inline_masks)
-        out = self.model(**arguments)
-        logits = _logits(out)
-        return logits[0] if self.signature.logits_to_keep else logits[0, logit_indices]
 
 
 def kv_layout(step: PackedStep, implementations: Implementations, inputs: tuple, canonicalize: Callable) -> list:

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusecomp.capture import TRACE, Implementations, Signature
+from fusecomp.capture import TRACE, Implementations
 from fusecomp.config import EngineConfig
 from fusecomp.errors import CapacityError, UnsupportedModelError
+from fusecomp.packed_step import Signature
 from fusecomp.quant.config import quantization_format
 from fusecomp.runtime import memory
 from fusecomp.runtime.checkpoint import check_checkpoint, read_json, read_tables

@@ -20,7 +20,6 @@ from fusecomp.backend import CANONICALIZE, MERGE, StepBackend, enabled, run_pass
 from fusecomp.capture import (
     TRACE,
     Implementations,
-    PackedStep,
     kv_layout,
     refuse_hooks,
     rounded_logits,
@@ -33,6 +32,7 @@ from fusecomp.errors import ConfigError, FallbackError, UnsupportedModelError
 from fusecomp.fusion import FUSE
 from fusecomp.ops.kv_cache import FP8, KVLayout
 from fusecomp.ops.mode import batch_invariance
+from fusecomp.packed_step import PackedStep
 from fusecomp.patterns.attention import attention_calls
 from fusecomp.patterns.base import PassContext, fake_value
 from fusecomp.patterns.invariance import BatchInvariance
