@@ -75,17 +75,17 @@ def run_matmul(
 ) -> Tensor:
     """EPILOGUE(x @ weight^T) as `config` says, by the library where TMA cannot read x; arguments of `launch_large`."""
     num_tokens, n = x.shape[0], weight.shape[0] // groups
-    out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
-    if num_tokens == 0:
-        return out
-    if leaves_sums(config, x, weight, out_dtype, args):
+    acc = None
+    if num_tokens and leaves_sums(config, x, weight, out_dtype, args):
         acc = run_product(config, x, weight, out_dtype, groups)
         if kind_hint == "identity" and acc.dtype == out_dtype and acc.dim() == 2:
             return acc
+    elif num_tokens and not _runs_persistent(config, x, weight):
+        return torch.addmm(args[0], x, weight.t())
+    out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)
+    if acc is not None:
         return launch_pointwise(acc, out, epilogue, args, strides, groups)
-    if _runs_persistent(config, x, weight):
-        return _launch_persistent(config, x, weight, out, epilogue, args, strides, groups)
-    return torch.addmm(args[0], x, weight.t())
+    return _launch_persistent(config, x, weight, out, epilogue, args, strides, groups) if num_tokens else out
 
 
 def leaves_sums(

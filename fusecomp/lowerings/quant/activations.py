@@ -202,14 +202,16 @@ def run_scaled(
     tokens, n, groups = x.shape[0], q.shape[0] // program.groups, program.groups
     args = full_rows(operands, program)
     strides, hook = operand_strides(program, args), epilogue_hook(program)
+    acc = None
+    if tokens and leaves_sums(config):
+        acc = run_product(config, x, x_scale, q, w_scale, groups, spec, activation)
+        if not program.steps and acc.dtype == program.torch_dtype and acc.dim() == 2:
+            return acc
     out = torch.empty((tokens, n), dtype=program.torch_dtype, device=x.device)
+    if acc is not None:
+        return launch_pointwise(acc, out, hook, args, strides, groups)
     if not tokens:
         return out
-    if leaves_sums(config):
-        acc = run_product(config, x, x_scale, q, w_scale, groups, spec, activation)
-        if not program.steps and acc.dtype == out.dtype and acc.dim() == 2:
-            return acc
-        return launch_pointwise(acc, out, hook, args, strides, groups)
     return _launch_product(config, x, x_scale, q, w_scale, out, hook, args, strides, groups, spec, activation)
 
 
