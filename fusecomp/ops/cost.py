@@ -15,6 +15,7 @@ import sympy
 import torch
 
 from fusecomp.ops.kv_cache import PAIR_BYTES, is_quantized
+from fusecomp.ops.linear_pair import LINEAR_ARGS, QUANT_ARGS
 from fusecomp.ops.quant import WeightSpec
 from fusecomp.ops.router import RouteSpec
 
@@ -164,11 +165,13 @@ def _quant_linear(x: Any, q: Any, scale: Any, zero: Any, *args: Any) -> Cost:
 
 def _linear_pair(x: Any, *args: Any) -> Cost:
     """Both linears, each with what it reads and writes."""
-    return _linear(x, *args[:5]) + _linear(_result(args[4]), *args[5:])
+    first, then = args[:LINEAR_ARGS], args[LINEAR_ARGS:]
+    return _linear(x, *first) + _linear(_result(first[-1]), *then)
 
 
 def _quant_linear_pair(x: Any, *args: Any) -> Cost:
-    return _quant_linear(x, *args[:10]) + _quant_linear(_result(args[6]), *args[10:])
+    first, then = args[:QUANT_ARGS], args[QUANT_ARGS:]
+    return _quant_linear(x, *first) + _quant_linear(_result(first[6]), *then)
 
 
 def _result(program: str) -> torch.Tensor:

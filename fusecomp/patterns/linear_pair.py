@@ -20,10 +20,11 @@ from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.quant import TENSOR, ActivationSpec, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
 from fusecomp.patterns import functional
-from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
+from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import is_call, skip_reshapes
+from fusecomp.patterns.quant_activations import ACTIVATION, PROGRAM, SPEC
 
-DEFAULTS = (None, "")  # of what `quant_linear` takes last
+UNQUANTIZED = (None, "")  # what `quant_linear` takes last, where activations keep their values
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,13 @@ class LinearPairCandidate:
 
 
 class LinearPair(Pattern):
-    """A linear and the next one that reads its result through a norm."""
+    """A linear and the next one that reads its result through a norm, whose sums a lowering may order otherwise."""
 
     name = "linear_pair"
-    numerics = BITWISE
+    numerics = TOLERANCE
     linear: ClassVar[Any] = OPS.linear.default
     pair: ClassVar[Any] = OPS.linear_pair.default
     program: ClassVar[int] = 5  # which argument
-    count: ClassVar[int] = 6  # of arguments
 
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearPairCandidate]:
         for node in list(graph.nodes):
@@ -97,7 +97,8 @@ class LinearPair(Pattern):
         )
 
     def _arguments(self, node: Node) -> tuple:
-        return (*node.args, *DEFAULTS[len(node.args) - self.count :]) if len(node.args) < self.count else node.args
+        """All of a linear's arguments, defaults included."""
+        return node.args
 
 
 class QuantLinearPair(LinearPair):
@@ -106,8 +107,7 @@ class QuantLinearPair(LinearPair):
     name = "quant_linear_pair"
     linear = OPS.quant_linear.default
     pair = OPS.quant_linear_pair.default
-    program = 7
-    count = 11
+    program = PROGRAM
 
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearPairCandidate]:
         return (found for found in super().find(graph) if self._arguments(found.node)[-1])
@@ -124,6 +124,9 @@ class QuantLinearPair(LinearPair):
 
     def _shape(self, node: Node) -> LinearShape | QuantShape:
         args: tuple[Any, ...] = self._arguments(node)
-        spec, activation = WeightSpec.from_text(args[8]), args[10]
+        spec, activation = WeightSpec.from_text(args[SPEC]), args[ACTIVATION]
         codes = ActivationSpec.from_text(activation) if activation else None
         return quant_shape(spec.torch_dtype, fake_value(args[1]), args[3], self._program(node), spec, codes)
+
+    def _arguments(self, node: Node) -> tuple:
+        return node.args if len(node.args) > ACTIVATION else (*node.args, *UNQUANTIZED)

@@ -253,12 +253,13 @@ def _launch_product(
 ) -> Tensor:
     """out [T, N] = the epilogue of the product, or of a persistent kernel with splits its parts out [S, T, G * N]."""
     x, by_token = unit_stride(x), activation.granularity != TENSOR
+    use_pdl = uses_pdl(x)
     common: dict[str, Any] = {
         "G": groups, "BLOCK_T": config.block_t, "BLOCK_K": config.block_k, "CHUNK": config.chunk,
         "X_ROWS": by_token, "X_COLS": activation.block, "ROWS": spec.rows, "COLS": spec.cols, "EPILOGUE": hook,
-        "USE_PDL": uses_pdl(x), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "USE_PDL": use_pdl, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    if uses_pdl(x):
+    if use_pdl:
         common["launch_pdl"] = True
     scale_stride = x_scale.stride(0) if by_token else 0
     run = _tile if config.method == TILE else _persistent
