@@ -20,7 +20,7 @@ MAX_SPLITS = 32
 PER_SM = 8
 
 
-@triton.jit(do_not_specialize=["per_split"])
+@triton.jit(do_not_specialize=["blocks"])
 def greedy_kernel(
     logits,  # [N, V], last dim contiguous
     out,  # [N] int64
@@ -28,7 +28,7 @@ def greedy_kernel(
     part_token,  # [N, NS] int32, scratch
     arrivals,  # [N] int32, zero before and after the launch
     vocab,
-    per_split,
+    blocks,  # of BLOCK logits, of one split
     stride,
     SPLITS: tl.constexpr,
     SPLITS_P2: tl.constexpr,
@@ -39,40 +39,41 @@ def greedy_kernel(
     """out[N] = first arg-max of each row, or INVALID where the maximum is not finite or the row has a NaN.
 
     Program (row, split) reads V / NS logits; the last of a row to arrive compares the splits. NaN counts as +inf, so
-    the maximum shows it. Bytes: N * V * itemsize.
+    the maximum shows it. Every load begins at a multiple of BLOCK, known to the compiler: else it reads one logit at a
+    time. Bytes: N * V * itemsize.
     """
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    lo = split * per_split
-    hi = tl.minimum(lo + per_split, vocab)
+    first = split * blocks
+    last = tl.minimum(first + blocks, tl.cdiv(vocab, BLOCK))
     at = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     token = tl.full([BLOCK], 0, tl.int32)
-    for start in range(lo, hi, BLOCK):
-        v = start + at
-        x = tl.load(logits + row * stride + v, mask=v < hi, other=float("-inf")).to(tl.float32)
+    for block in range(first, last):
+        v = block * BLOCK + at
+        x = tl.load(logits + row * stride + v, mask=v < vocab, other=float("-inf")).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))  # noqa: PLR0124, a NaN differs from itself
         token = tl.where(x > best, v, token)
         best = tl.maximum(best, x)
     top = tl.max(best, 0)
-    first = tl.min(tl.where(best == top, token, 2147483647), 0)
+    lowest = tl.min(tl.where(best == top, token, 2147483647), 0)
     if SPLITS > 1:
         tl.store(part_best + row * SPLITS + split, top)
-        tl.store(part_token + row * SPLITS + split, first)
+        tl.store(part_token + row * SPLITS + split, lowest)
         tl.debug_barrier()  # both stores precede the release below
         if tl.atomic_add(arrivals + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.store(arrivals + row, 0)
             s = tl.arange(0, SPLITS_P2)
             tops = tl.load(part_best + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
-            firsts = tl.load(part_token + row * SPLITS + s, mask=s < SPLITS, other=0, cache_modifier=".cg")
+            tokens = tl.load(part_token + row * SPLITS + s, mask=s < SPLITS, other=0, cache_modifier=".cg")
             top = tl.max(tops, 0)
-            first = tl.min(tl.where((tops == top) & (s < SPLITS), firsts, 2147483647), 0)
-            tl.store(out + row, tl.where(tl.abs(top) < float("inf"), first.to(tl.int64), INVALID))
+            lowest = tl.min(tl.where((tops == top) & (s < SPLITS), tokens, 2147483647), 0)
+            tl.store(out + row, tl.where(tl.abs(top) < float("inf"), lowest.to(tl.int64), INVALID))
     else:
-        tl.store(out + row, tl.where(tl.abs(top) < float("inf"), first.to(tl.int64), INVALID))
+        tl.store(out + row, tl.where(tl.abs(top) < float("inf"), lowest.to(tl.int64), INVALID))
 
 
 def launch_greedy(logits: Tensor) -> Tensor:
@@ -88,8 +89,9 @@ def launch_greedy(logits: Tensor) -> Tensor:
     # kernels serve every number of rows.
     most = min(MAX_SPLITS, PER_SM * target_of(logits).num_sms // rows, triton.cdiv(vocab, BLOCK))
     wanted = 1 << max(0, most.bit_length() - 1)
-    per_split = triton.cdiv(triton.cdiv(vocab, wanted), BLOCK) * BLOCK
-    splits = triton.cdiv(vocab, per_split)
+    in_row = triton.cdiv(vocab, BLOCK)
+    blocks = triton.cdiv(in_row, wanted)
+    splits = triton.cdiv(in_row, blocks)
     partial = rows * splits if splits > 1 else 0
     part_best = torch.empty(partial, dtype=torch.float32, device=logits.device)
     part_token = torch.empty(partial, dtype=torch.int32, device=logits.device)
@@ -97,7 +99,7 @@ def launch_greedy(logits: Tensor) -> Tensor:
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
         greedy_kernel, (rows, splits),
-        logits, out, part_best, part_token, zeroed_counters(logits.device, rows), vocab, per_split, logits.stride(0),
+        logits, out, part_best, part_token, zeroed_counters(logits.device, rows), vocab, blocks, logits.stride(0),
         SPLITS=splits, SPLITS_P2=triton.next_power_of_2(splits), BLOCK=BLOCK, INVALID=INVALID_TOKEN, USE_PDL=use_pdl,
         num_warps=8, **options,
     )  # fmt: skip

@@ -18,7 +18,7 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 f"greedy-{dtype}-{splits}",
                 greedy_kernel,
                 {"logits": dtype, "out": "i64", "part_best": "fp32", "part_token": "i32", "arrivals": "i32"},
-                {"vocab": "i32", "per_split": "i32", "stride": "i32"},
+                {"vocab": "i32", "blocks": "i32", "stride": "i32"},
                 {
                     **{"SPLITS": splits, "SPLITS_P2": MAX_SPLITS if splits > 1 else 1, "BLOCK": BLOCK},
                     **{"INVALID": INVALID_TOKEN, "USE_PDL": target.has_tma},

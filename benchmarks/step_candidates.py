@@ -1,0 +1,151 @@
+"""What `step_tune` tries: launches of linears, of products of codes and of attention, and how they are put in force."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+from unittest import mock
+
+from benchmarks import quant_large
+from benchmarks.linear_large import Layer
+from fusecomp.lowerings.linear import large_heuristics, lowering
+from fusecomp.lowerings.linear.large_heuristics import LargeConfig
+from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
+from fusecomp.lowerings.paged_attention import heuristics
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, Target
+from fusecomp.lowerings.quant import activations
+from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, ScaledConfig, ScaledShape
+from fusecomp.ops.linear import LinearShape
+
+Config = LargeConfig | ScaledConfig | DecodeConfig
+Tile = TypeVar("Tile", LargeConfig, ScaledConfig)
+ATTENTION = "attention"
+Key = tuple[int, int, int, str] | str
+FEW_PAIRS = 64  # rows times kv heads up to which an attention launch leaves most of the GPU idle
+
+
+def key_of(layer: Layer | None) -> Key:
+    """What a choice is found by; None is the attention."""
+    return ATTENTION if layer is None else (layer.n, layer.k, layer.groups, layer.kind)
+
+
+def linear_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[LargeConfig]:
+    """Tiles with splits of K for about one program a multiprocessor, or two of those that leave room for two."""
+    library = ["cublas"] + ["cublas_addmm"] * (layer.kind == "residual")
+    yield from (LargeConfig(method=method) for method in library)
+    for rows in _rows(tokens):
+        stages = 1 if rows == 64 else 0
+        tiles = [
+            LargeConfig(block_t=rows, block_n=128, num_stages=6 + stages),
+            LargeConfig(block_t=rows, block_n=128, num_stages=6 + stages, swap=True),
+            LargeConfig(block_t=rows, block_n=128, num_warps=4, num_stages=3 + stages, per_sm=2),
+            LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=6 + 2 * stages, pieces=1),
+            LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=3 + 2 * stages, pieces=1, per_sm=2),
+            LargeConfig(block_t=rows, block_n=128, block_k=128, num_stages=3, swap=True),
+        ]
+        if rows == 256:
+            wide = LargeConfig(block_t=256, num_stages=4, pieces=8)
+            tiles = [wide, replace(wide, swap=True), replace(wide, block_n=64, num_stages=5, pieces=4)]
+        if layer.groups == 2:  # as many columns of each
+            halves = [replace(tile, block_n=tile.block_n // 2) for tile in tiles if not tile.swap]
+            tiles = [*halves, LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=5 + stages)]
+            if rows == 128:
+                tiles.append(LargeConfig(num_stages=4, pieces=4))
+        for tile in tiles:
+            yield from _split(layer, tokens, tile, num_sms)
+
+
+def _rows(tokens: int) -> tuple[int, ...]:
+    """Tokens of a tile of which the last is at most half empty, or, of one tile, whatever."""
+    if tokens <= 64:
+        return (64,)
+    return (128, 64) if tokens <= 128 else (64, 128, 256) if tokens <= 192 else (128, 256)
+
+
+def _split(layer: Layer, tokens: int, tile: Tile, num_sms: int) -> Iterator[Tile]:
+    count = math.ceil(tokens / tile.block_t) * math.ceil(layer.n / tile.block_n)
+    most, steps = num_sms * tile.per_sm, layer.k // tile.block_k
+    found = {1, most // count, most // count // 2} if count <= most and layer.groups == 1 else {1}
+    for splits in sorted(found):
+        if 0 < splits <= steps // 2 and count * splits >= 0.6 * num_sms:
+            yield replace(tile, splits=splits)
+
+
+def code_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[ScaledConfig]:
+    """Those of `quant_large` for products of codes, and narrow tiles of one warpgroup with splits of K."""
+    yield from quant_large.candidates(layer, tokens, "fp8")
+    g = layer.groups
+    for rows in _rows(tokens):
+        stages = 2 if rows == 64 else 0
+        narrow = ScaledConfig(PERSISTENT, rows, 64 // g, num_warps=4, num_stages=6 + stages, pieces=1)
+        tiles = [narrow, replace(narrow, num_stages=4, per_sm=2)]
+        tiles.append(replace(narrow, block_n=128 // g, num_warps=8, num_stages=6, pieces=2, swap=g == 1))
+        if rows == 64:
+            tiles.append(replace(narrow, block_n=128 // g, num_stages=4, pieces=2, per_sm=2))
+            tiles.append(replace(narrow, block_n=128 // g, block_k=256, num_stages=4, pieces=2))
+        for tile in tiles:
+            if tile.block_t <= 128:
+                yield from _split(layer, tokens, tile, num_sms)
+
+
+def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[DecodeConfig]:
+    """Other tiles, with and without the first one read ahead; and of few rows, whose splits are many, other splits."""
+    shapes = [(16, 1, 3), (16, 1, 4), (32, 1, 3), (32, 1, 4), (32, 2, 3), (64, 2, 3), (64, 4, 3)]
+    ahead = [(32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 2), (128, 4, 2), (128, 8, 2)]
+    for block_n, warps, stages in (*shapes, *ahead):
+        splits = [committed.min_split]
+        if pairs <= FEW_PAIRS:
+            splits = [keys for keys in (32, 64, 128, 256) if block_n <= keys <= 4 * block_n]
+        for least in splits:
+            yield replace(
+                committed, block_n=block_n, num_warps=warps, num_stages=stages, read_ahead=stages == 2,
+                min_split=least, source="",
+            )  # fmt: skip
+
+
+@contextmanager
+def chosen(configs: dict[Key, Config]) -> Iterator[None]:
+    """Linears of these shapes run as said, and the attention of decodes, others as ever."""
+    choose, large, decode = lowering.choose, large_heuristics.large_config, heuristics.decode_config
+    scaled = activations.scaled_config
+
+    def patched_choose(target: Target, shape: LinearShape, tokens: int) -> SkinnyConfig | LargeConfig:
+        found = configs.get((shape.n, shape.k, shape.groups, shape.kind))
+        return found if isinstance(found, LargeConfig) else choose(target, shape, tokens)
+
+    def patched_large(target: Target, *, n: int, k: int, groups: int, kind: str, **sizes: int) -> LargeConfig:
+        found = configs.get((n, k, groups, kind))
+        return found if isinstance(found, LargeConfig) else large(target, n=n, k=k, groups=groups, kind=kind, **sizes)
+
+    def patched_scaled(target: Target, shape: ScaledShape, tokens: int) -> ScaledConfig:
+        found = configs.get((shape.n, shape.k, shape.groups, shape.epilogue))
+        return found if isinstance(found, ScaledConfig) else scaled(target, shape, tokens)
+
+    def patched_decode(target: Target, **sizes: int) -> DecodeConfig:
+        found = configs.get(ATTENTION)
+        return found if isinstance(found, DecodeConfig) else decode(target, **sizes)
+
+    with (
+        mock.patch.object(heuristics, "decode_config", patched_decode),
+        mock.patch.object(lowering, "choose", patched_choose),
+        mock.patch.object(large_heuristics, "large_config", patched_large),
+        mock.patch.object(activations, "scaled_config", patched_scaled),
+    ):
+        yield
+
+
+def brief(config: Config) -> str:
+    """A configuration in a few letters."""
+    if isinstance(config, DecodeConfig):
+        splits = f"s{config.num_splits} from {config.min_split}"
+        return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
+    if config.method in (LIBRARY, "cublas", "cublas_addmm"):
+        return config.method
+    tile = f"{config.block_t}x{config.block_n}x{config.block_k} s{config.splits} w{config.num_warps}"
+    options = " swap" * config.swap + f" x{config.per_sm}" * (config.per_sm > 1)
+    if isinstance(config, ScaledConfig) and config.method != PERSISTENT:
+        options += f" {config.method} ahead {config.ahead}"
+    return f"{tile} st{config.num_stages}{options}"
