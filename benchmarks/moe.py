@@ -289,8 +289,9 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
 def write_table(path: Path, environment: dict, entries: list[dict], codes: bool = False) -> None:
     """A table with one line per entry; what was not tuned keeps its entry."""
     keys = KEYS if codes else KEYS[1:]
-    kept = load_codes_table(DEFAULT_CODES_TABLE) if codes else load_table(DEFAULT_TABLE)
-    merged = {tuple(entry[key] for key in keys): entry for entry in (*kept["entries"], *entries)}
+    kept = load_codes_table(path.stem.removesuffix("_codes")) if codes else load_table(DEFAULT_TABLE)
+    before = [{"gpu": kept["gpu"]} | entry for entry in kept["entries"]] if codes else kept["entries"]
+    merged = {tuple(entry[key] for key in keys): entry for entry in (*before, *entries)}
     body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
     head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
     text = "{\n" + head + '  "entries": [\n' + body + "\n  ]"

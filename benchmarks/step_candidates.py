@@ -45,6 +45,8 @@ def linear_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Large
             LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=6 + 2 * stages, pieces=1),
             LargeConfig(block_t=rows, block_n=64, num_warps=4, num_stages=3 + 2 * stages, pieces=1, per_sm=2),
             LargeConfig(block_t=rows, block_n=128, block_k=128, num_stages=3, swap=True),
+            LargeConfig(block_t=rows, block_n=64, block_k=128, num_warps=4, num_stages=4 + stages, pieces=1),
+            LargeConfig(block_t=rows, block_n=128, block_k=128, num_warps=4, num_stages=3 + stages),
         ]
         if rows == 256:
             wide = LargeConfig(block_t=256, num_stages=4, pieces=8)
@@ -82,6 +84,7 @@ def code_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[ScaledC
         stages = 2 if rows == 64 else 0
         narrow = ScaledConfig(PERSISTENT, rows, 64 // g, num_warps=4, num_stages=6 + stages, pieces=1)
         tiles = [narrow, replace(narrow, num_stages=4, per_sm=2)]
+        tiles.append(replace(narrow, block_k=256, num_stages=4 + stages))
         tiles.append(replace(narrow, block_n=128 // g, num_warps=8, num_stages=6, pieces=2, swap=g == 1))
         if rows == 64:
             tiles.append(replace(narrow, block_n=128 // g, num_stages=4, pieces=2, per_sm=2))

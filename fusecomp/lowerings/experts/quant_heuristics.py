@@ -67,10 +67,11 @@ def quant_experts_config(target: Target, shape: CodesShape, tokens: int) -> Expe
     }  # fmt: skip
     table = load_codes_table(target.table)
     if entry := _nearest(table["entries"], shape, wanted):
-        exact = table["gpu"] == target.name and all(entry[key] == value for key, value in wanted.items())
+        gpu = entry.get("gpu", table["gpu"])
+        exact = gpu == target.name and all(entry[key] == value for key, value in wanted.items())
         exact = exact and entry["codes"] == shape.codes
         found = " ".join(f"{key}={entry[key]}" for key in KEYS[1:])
-        source = f"{table['gpu']} experts of {entry['codes']} {found} ({'exact' if exact else 'nearest'})"
+        source = f"{gpu} experts of {entry['codes']} {found} ({'exact' if exact else 'nearest'})"
         config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
     else:
         config = _derived(experts_config(target, itemsize=shape.itemsize, **wanted), shape)
