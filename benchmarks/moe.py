@@ -36,7 +36,6 @@ from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import DEFAULT_TABLE, ExpertsConfig, Tiles, experts_config, load_table
 from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.quant_heuristics import (
-    DEFAULT_CODES_TABLE,
     DEQUANTIZE,
     KEYS,
     load_codes_table,

@@ -9,18 +9,22 @@ from dataclasses import replace
 from typing import TypeVar
 from unittest import mock
 
-from benchmarks import quant_large
+from benchmarks import quant_large, quant_tune
 from benchmarks.linear_large import Layer
+from benchmarks.quant_schemes import SCHEMES
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, Target
 from fusecomp.lowerings.quant import activations
+from fusecomp.lowerings.quant import lowering as quant_lowering
+from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, ScaledConfig, ScaledShape
 from fusecomp.ops.linear import LinearShape
+from fusecomp.ops.quant_linear import QuantShape
 
-Config = LargeConfig | ScaledConfig | DecodeConfig
+Config = LargeConfig | ScaledConfig | QuantConfig | DecodeConfig
 Tile = TypeVar("Tile", LargeConfig, ScaledConfig)
 ATTENTION = "attention"
 Key = tuple[int, int, int, str] | str
@@ -94,6 +98,18 @@ def code_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[ScaledC
                 yield from _split(layer, tokens, tile, num_sms)
 
 
+def quant_shape(layer: Layer, scheme: str) -> QuantShape:
+    """Of a weight of codes, as the choice of its kernel sees it."""
+    spec, zero = SCHEMES[scheme]
+    layout = (spec.kind, spec.bits, spec.rows, spec.cols)
+    return QuantShape(layer.n, layer.k, layer.groups, "bfloat16", *layout, zero, fold=spec.fold)
+
+
+def weight_candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[QuantConfig]:
+    """Those of `quant_linear --tune`."""
+    yield from quant_tune.candidates(quant_shape(layer, scheme), tokens)
+
+
 def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[DecodeConfig]:
     """Other tiles, with and without the first one read ahead; and of few rows, whose splits are many, other splits."""
     shapes = [(16, 1, 3), (16, 1, 4), (32, 1, 3), (32, 1, 4), (32, 2, 3), (64, 2, 3), (64, 4, 3)]
@@ -113,7 +129,8 @@ def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[Decode
 def chosen(configs: dict[Key, Config]) -> Iterator[None]:
     """Linears of these shapes run as said, and the attention of decodes, others as ever."""
     choose, large, decode = lowering.choose, large_heuristics.large_config, heuristics.decode_config
-    scaled = activations.scaled_config
+    scaled, quant = activations.scaled_config, quant_lowering.quant_config
+    of_weights = {key[:3]: found for key, found in configs.items() if isinstance(found, QuantConfig)}
 
     def patched_choose(target: Target, shape: LinearShape, tokens: int) -> SkinnyConfig | LargeConfig:
         found = configs.get((shape.n, shape.k, shape.groups, shape.kind))
@@ -127,6 +144,9 @@ def chosen(configs: dict[Key, Config]) -> Iterator[None]:
         found = configs.get((shape.n, shape.k, shape.groups, shape.epilogue))
         return found if isinstance(found, ScaledConfig) else scaled(target, shape, tokens)
 
+    def patched_quant(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
+        return of_weights.get((shape.n, shape.k, shape.groups)) or quant(target, shape, tokens)
+
     def patched_decode(target: Target, **sizes: int) -> DecodeConfig:
         found = configs.get(ATTENTION)
         return found if isinstance(found, DecodeConfig) else decode(target, **sizes)
@@ -136,6 +156,7 @@ def chosen(configs: dict[Key, Config]) -> Iterator[None]:
         mock.patch.object(lowering, "choose", patched_choose),
         mock.patch.object(large_heuristics, "large_config", patched_large),
         mock.patch.object(activations, "scaled_config", patched_scaled),
+        mock.patch.object(quant_lowering, "quant_config", patched_quant),
     ):
         yield
 
@@ -145,6 +166,12 @@ def brief(config: Config) -> str:
     if isinstance(config, DecodeConfig):
         splits = f"s{config.num_splits} from {config.min_split}"
         return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
+    if isinstance(config, QuantConfig):
+        tile = (
+            f"{config.kernel} {config.block_t}x{config.block_r}x{config.block_k} s{config.splits} w{config.num_warps}"
+        )
+        options = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(config, name))
+        return f"{tile} st{config.num_stages} p{config.parts} a{config.ahead}{options}"
     if config.method in (LIBRARY, "cublas", "cublas_addmm"):
         return config.method
     tile = f"{config.block_t}x{config.block_n}x{config.block_k} s{config.splits} w{config.num_warps}"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_tables FILE [FILE ...]
 
-Linears and products of codes that make a step faster by `LEAST_GAIN` or more replace the entry of the same sizes, or
-are added to the table of their GPU. Attention's are printed only: one entry serves every context.
+Launches of linears that make a step faster by `LEAST_GAIN` or more replace the entry of the same sizes, or are added to
+the table of their GPU. Attention's are printed only: one entry serves every context.
 """
 
 from __future__ import annotations
@@ -13,37 +13,44 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quant_schemes import SCHEMES
 from fusecomp.lowerings.linear import large_heuristics
-from fusecomp.lowerings.quant import tables
+from fusecomp.lowerings.quant import heuristics, scaled_heuristics, tables
 
 LEAST_GAIN = 0.003  # of a step; two captures of one step differ by less
-SIZES = ("n", "k", "groups", "tokens")
+
+
+def place_of(row: dict[str, Any], gpu: str) -> tuple[Path, str, tuple[str, ...]]:
+    """The table for one row of `step_tune`'s result: its file, its list of entries, and what tells these apart."""
+    table = gpu.lower().replace(" ", "_")
+    if row["form"] == "codes":
+        return tables.TABLES / f"{table}_scaled.json", "entries", scaled_heuristics.KEY
+    if row["form"] == "weights":
+        return tables.TABLES / f"{table}.json", "quant", heuristics.KEY
+    return large_heuristics.TABLES / f"{table}_large.json", "entries", ("n", "k", "groups", "kind", "tokens")
 
 
 def entry_of(row: dict[str, Any], case: str, gpu: str) -> dict[str, Any]:
     """A table's entry for one row of `step_tune`'s result."""
-    sizes = {key: row[key] for key in SIZES[:3]}
-    if row["codes"]:
-        sizes = {"kind": "fp8", "block": 0, **sizes, "epilogue": row["kind"]}
-    else:
-        sizes["kind"] = row["kind"]
+    sizes = {key: row[key] for key in ("n", "k", "groups", "kind", "tokens")}
+    if row["form"] == "codes":
+        sizes |= {"kind": "fp8", "block": 0, "epilogue": row["kind"]}
+    elif row["form"] == "weights":
+        spec, zero = SCHEMES[row["scheme"]]
+        sizes = {"kind": spec.kind, "bits": spec.bits} | ({"zero": True} if zero else {})
+        sizes |= {"rows": row["n"] * row["groups"], **{key: row[key] for key in ("k", "groups", "tokens")}}
     own = {"own": row["own"]} if "own" in row else {}
     times = {"step_us": row["step_us"], "step_us_before": row["committed_step_us"], "step": case}
-    return {**sizes, "tokens": row["tokens"], "config": row["config"], **own, "gpu": gpu, **times}
+    return {**sizes, "config": row["config"], **own, "gpu": gpu, **times}
 
 
-def merge(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Replace or add `entries` in the table at `path`, one line each, and leave the rest of the file as it is."""
-    keys = ("kind", "block", "n", "k", "groups", "epilogue", "tokens")
-
-    def key(entry: dict[str, Any]) -> tuple:
-        return tuple(entry.get(name) for name in keys)
-
+def merge(path: Path, section: str, key: tuple[str, ...], entries: list[dict[str, Any]]) -> None:
+    """Replace or add `entries` in a list of the table at `path`, one line each, and leave the rest of it as it is."""
     text = path.read_text()
-    merged = {key(entry): entry for entry in (*json.loads(text)["entries"], *entries)}
-    begin = text.index('"entries": [') + len('"entries": [')
+    merged = {tuple(entry.get(name) for name in key): entry for entry in (*json.loads(text)[section], *entries)}
+    begin = text.index(f'"{section}": [') + len(f'"{section}": [')
     lines = ",\n".join("    " + json.dumps(entry) for entry in merged.values())
-    path.write_text(text[:begin] + "\n" + lines + text[text.rindex("\n  ]") :])
+    path.write_text(text[:begin] + "\n" + lines + text[text.index("\n  ]", begin) :])
     json.loads(path.read_text())
 
 
@@ -53,22 +60,18 @@ def main() -> None:
     args = parser.parse_args()
     for file in args.files:
         result = json.loads(file.read_text())
-        table = result["gpu"].lower().replace(" ", "_")
-        found: dict[Path, list[dict[str, Any]]] = {}
+        found: dict[tuple[Path, str, tuple[str, ...]], list[dict[str, Any]]] = {}
         for name, value in result.items():
             for row in value["linears"] if isinstance(value, dict) else []:
                 gain = 1 - row["step_us"] / row["committed_step_us"]
                 kept = gain >= LEAST_GAIN and "n" in row
-                print(
-                    f"{result['shape']} {name} {row['name']}: {gain:.2%} by {row['config']}{'' if kept else ', left'}"
-                )
+                text = f"{gain:.2%} by {row['config']}{'' if kept else ', left'}"
+                print(f"{result['shape']} {name} {row['name']}: {text}")
                 if kept:
-                    folder = tables.TABLES if row["codes"] else large_heuristics.TABLES
-                    path = folder / f"{table}_{'scaled' if row['codes'] else 'large'}.json"
-                    case = f"{result['shape']}, {row['tokens']} rows"
-                    found.setdefault(path, []).append(entry_of(row, case, result["gpu"]))
-        for path, entries in found.items():
-            merge(path, entries)
+                    entry = entry_of(row, f"{result['shape']}, {row['tokens']} rows", result["gpu"])
+                    found.setdefault(place_of(row, result["gpu"]), []).append(entry)
+        for (path, section, key), entries in found.items():
+            merge(path, section, key, entries)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ A launch alone says little here: whether it begins while the one before ends, wh
 library copies first, show between launches. So an engine captures its step of so many decodes anew for each candidate
 of one linear, and its replays are timed; the best stays while the next linear is tried. Then come the finalists of all,
 in turns. Every winner is checked: a linear against fp32, a whole step against the committed one, and every step against
-itself without a graph. With `--quantize fp8` linears of layers are products of codes by codes.
+itself without a graph. With `--quantize` linears of layers read weights of codes; with fp8 and 16 tokens or more they
+are products of codes by codes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from benchmarks.step_candidates import (
     code_candidates,
     key_of,
     linear_candidates,
+    quant_shape,
+    weight_candidates,
 )
 from benchmarks.timing import Samples, kernel_times, time_calls
 from fusecomp.lowerings.device import device_target
@@ -48,18 +51,22 @@ from fusecomp.lowerings.linear import lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
+from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, ScaledConfig, ScaledShape, scaled_config
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant import FP8
 from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.mailbox import NOWHERE
 
+SCHEMES_OF = {"fp8": "fp8", "int4": "int4-zero"}  # as `quantize=` makes them
+CODES_FROM = 16  # tokens from which activations of fp8 become codes
 NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
 # Sums in another order give other codes of fp8 here and there, each of them 3% apart from its neighbour.
 MOST_DIFFERENT_CODES = 0.1
 POOL = 1 << 28  # elements of the weights of a check
 PROFILED, STEPS = 24, 20
+CODES, WEIGHTS = "codes", "weights"  # what multiplies: codes by codes, or numbers by codes
 
 
 @dataclass
@@ -70,7 +77,7 @@ class StepTuner:
     tokens: int
     context: int
     layers: dict[str, Layer | None]
-    codes: Sequence[str] = ()  # linears that are products of codes by codes
+    scheme: str = ""  # of the weights of layers
     replays: int = 15
     kept: dict[Key, Config] = field(default_factory=dict)
 
@@ -89,14 +96,21 @@ class StepTuner:
                 page_size=step.block_size, num_rows=self.tokens, capacity=builder.longest,
                 group=config.num_attention_heads // step.layers[0][1],
             )  # fmt: skip
-        if name in self.codes:
-            return scaled_config(
-                self.target, ScaledShape(layer.n, layer.k, layer.groups, FP8, 0, layer.kind), self.tokens
-            )
-        shape = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
-        config = lowering.choose(self.target, shape, self.tokens)
+        if self._form(name) == CODES:
+            shape = ScaledShape(layer.n, layer.k, layer.groups, FP8, 0, layer.kind)
+            return scaled_config(self.target, shape, self.tokens)
+        if self._form(name) == WEIGHTS:
+            return quant_config(self.target, quant_shape(layer, self.scheme), self.tokens)
+        dense = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
+        config = lowering.choose(self.target, dense, self.tokens)
         assert isinstance(config, LargeConfig), "benchmarks.linear tunes launches of so few tokens"
         return config
+
+    def _form(self, name: str) -> str:
+        """What multiplies in a linear: numbers, codes of both sides, or codes of its weight."""
+        if name not in NAMES[:4] or not self.scheme:
+            return ""
+        return CODES if self.scheme == FP8 and self.tokens >= CODES_FROM else WEIGHTS
 
     def others(self, name: str) -> Iterator[Config]:
         """What may be better than what is committed."""
@@ -104,8 +118,10 @@ class StepTuner:
         if layer is None:
             assert isinstance(committed, DecodeConfig)
             yield from attention_candidates(committed, self.tokens * self.run.engine._step.layers[0][1])
-        elif name in self.codes:
+        elif self._form(name) == CODES:
             yield from code_candidates(layer, self.tokens, self.target.num_sms)
+        elif self._form(name) == WEIGHTS:
+            yield from weight_candidates(layer, self.tokens, self.scheme)
         else:
             yield from linear_candidates(layer, self.tokens, self.target.num_sms)
 
@@ -167,7 +183,7 @@ class StepTuner:
             entry: dict[str, Any] = {"name": name, "tokens": self.tokens, "difference": difference}
             if layer is not None:
                 entry |= {"n": layer.n, "k": layer.k, "groups": layer.groups, "kind": layer.kind}
-                entry["codes"] = name in self.codes
+                entry |= {"form": self._form(name), "scheme": self.scheme}
             entry |= {"config": _constants(best), "step_us": round(medians[best] * 1e6, 1)}
             entry |= {"committed": brief(before), "committed_step_us": round(medians[before] * 1e6, 1)}
             if isinstance(best, ScaledConfig) and best.method == LIBRARY:  # for scales that it does not serve
@@ -194,7 +210,7 @@ class StepTuner:
         key = key_of(layer)
         exact, other = self.logits({key: before}), self.logits({key: best})
         difference = ((other - exact).norm() / exact.norm()).item()
-        if not difference <= (MOST_DIFFERENT_CODES if self.codes else MOST_DIFFERENT):
+        if not difference <= (MOST_DIFFERENT_CODES if self._form(name) == CODES else MOST_DIFFERENT):
             raise SystemExit(f"{name} by {best}: logits differ by {difference}")
         if layer is not None and isinstance(best, LargeConfig):
             check(Case(layer, self.tokens, random_pool(POOL)), best)
@@ -213,7 +229,10 @@ class StepTuner:
 
 def _constants(config: Config) -> dict[str, Any]:
     """As the tables keep it."""
-    return asdict(config) if isinstance(config, DecodeConfig) else config.constants() | {"method": config.method}
+    if isinstance(config, DecodeConfig | QuantConfig):
+        default = QuantConfig("") if isinstance(config, QuantConfig) else None
+        return {k: v for k, v in asdict(config).items() if k != "source" and v != getattr(default, k, None)}
+    return config.constants() | {"method": config.method}
 
 
 def _numbers(text: str) -> list[int]:
@@ -229,7 +248,7 @@ def main() -> None:
         "--names", default=",".join(NAMES), help="linears, or attention, in the order in which they are tuned"
     )
     parser.add_argument("--context", default="200", help="tokens of a sequence")
-    parser.add_argument("--quantize", choices=["fp8"])
+    parser.add_argument("--quantize", choices=SCHEMES_OF)
     parser.add_argument("--out")
     args = parser.parse_args()
     tokens, contexts, names = *(_numbers(text) for text in (args.tokens, args.context)), args.names.split(",")
@@ -250,8 +269,7 @@ def main() -> None:
     named = dict(zip(NAMES, LAYERS[args.shape], strict=False))
     layers = {name: None if name == ATTENTION else named[name] for name in names}
     for count, context in itertools.product(tokens, contexts):
-        codes = [name for name in names if name in NAMES[:4]] if args.quantize else []
-        tuner = StepTuner(session, count, context, layers, codes)
+        tuner = StepTuner(session, count, context, layers, SCHEMES_OF.get(args.quantize, ""))
         pools = {name: list(dict.fromkeys([tuner.committed[name], *tuner.others(name)])) for name in names}
         tuner.compile(pools)
         before = tuner.seconds({})

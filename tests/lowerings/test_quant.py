@@ -90,7 +90,8 @@ def test_source_says_whether_the_entry_was_measured_for_the_shape():
     for target in (H100, SM90):
         for entry in entries(target.table):
             shape, tokens = tuned_shape(entry), entry["tokens"]
-            found, measured = quant_config(target, shape, tokens), "us" in entry and entry["gpu"] == target.name
+            found, timed = quant_config(target, shape, tokens), "us" in entry or "step_us" in entry
+            measured = timed and entry["gpu"] == target.name
             assert found.source.startswith(entry["gpu"])
             assert found.source.endswith("(exact)" if measured else "(nearest)")
             assert found == QuantConfig(**entry["config"], source=found.source)

@@ -91,6 +91,8 @@ def folded_wide_kernel(
             v = tl.load(x_at + start + i * FOLD, eviction_policy="evict_last")
             w = quarter(word, z[i // PER], i, v.dtype, zero is not None, False, ASM)
             acc = tl.dot(times(w, s[i // PER], ASM), v, acc, input_precision="ieee")
+        if ASM:  # a product that ends in the next step makes ptxas wait after each instruction of all of them
+            acc = tl.inline_asm_elementwise("// $0", "=r,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     squares = tl.zeros([1, BLOCK_T], tl.float32)
     finish_tile(
         acc, squares, out, args, strides, partials, partials, counters, block, t_block, t_blocks, split, first, t,

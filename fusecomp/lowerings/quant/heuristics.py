@@ -119,7 +119,7 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     )
     layout = (shape.kind, shape.rows, shape.cols, shape.zero)
     like = layout == ((INT, 1, 128) if shape.fold else (FP8, 1, 0)) + (entry.get("zero", False),)
-    exact = like and entry["gpu"] == target.name and distance(entry) == 0 and "us" in entry
+    exact = like and entry["gpu"] == target.name and distance(entry) == 0 and ("us" in entry or "step_us" in entry)
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{entry['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
