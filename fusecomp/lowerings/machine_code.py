@@ -1,7 +1,8 @@
 """What an assembled kernel takes and whether the assembler broke it, read from its machine code.
 
 ptxas 12.8, where fp8 codes are both packed four to a register and converted back, reads half of the latter from
-registers that hold something else, or nothing yet. The kernel compiles, and is wrong.
+registers that hold something else, or nothing yet. The kernel compiles, and is wrong. Where ptxas cannot follow the
+sums of asynchronous products it waits after each of their instructions, which is slow.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ import triton
 NO_CODES = r"F(MUL|ADD|FMA|SEL|MNMX)\b|MUFU|LDC R1,|(IMAD\.)?MOV\S* R\d+, (RZ, RZ, )?(-?0x|c\[)"
 
 
-def cuda_usage(compiled: Any) -> tuple[int, int, int]:
-    """(registers per thread, bytes of local memory per thread, lost codes) of a cubin; spills live in that memory."""
+def _dump(compiled: Any, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        def dump(what: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        ptx = compiled.asm["ptx"]
-        both_ways = "e4m3x2.f32" in ptx and "f16x2.e4m3x2" in ptx
-        lost = lost_codes(dump("--dump-sass")) if both_ways else 0
+def cuda_usage(compiled: Any) -> tuple[int, int, int]:
+    """(registers per thread, bytes of local memory per thread, lost codes) of a cubin; spills live in that memory."""
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(compiled, "--dump-resource-usage")))
+    ptx = compiled.asm["ptx"]
+    both_ways = "e4m3x2.f32" in ptx and "f16x2.e4m3x2" in ptx
+    lost = lost_codes(_dump(compiled, "--dump-sass")) if both_ways else 0
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), lost
+
+
+def waits_for_each_product(compiled: Any) -> bool:
+    """Whether a cubin of compute capability 9.0 waits more often for asynchronous products than its PTX does."""
+    waits = _dump(compiled, "--dump-sass").count("WARPGROUP.DEPBAR")
+    return waits > compiled.asm["ptx"].count("wgmma.wait_group")
 
 
 def lost_codes(sass: str) -> int:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
+from fusecomp.lowerings.machine_code import waits_for_each_product
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
 from fusecomp.lowerings.quant import folded, folded_wide, heuristics, quant_aot, tables
 from fusecomp.lowerings.quant.heuristics import (
@@ -208,13 +209,16 @@ def test_folded_codes_become_operands_in_their_registers(layout, tokens):
 @pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
 @pytest.mark.parametrize("tile", [(64, 64, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)], ids=str)
 def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile):
-    """Words of two scales go through the pipeline as codes do, and nothing is laid out anew in shared memory."""
+    """Words of two scales go through the pipeline as codes do, and nothing is laid out anew in shared memory.
+
+    Nor does the assembler wait for one instruction of a product before it issues the next.
+    """
     block_t, block_r, warps, stages = tile
     config = QuantConfig(FOLDED_WIDE, block_t, block_r, 128, warps, stages)
     spec = specialization(SM90, LAYOUTS[layout], 2, block_t, "bfloat16", 0, config)
     resources, compiled = compile_one(spec, "sm_90")
     loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
-    assert resources.spills == 0 and "wgmma" in compiled.asm["ptx"]
+    assert resources.spills == 0 and "wgmma" in compiled.asm["ptx"] and not waits_for_each_product(compiled)
     assert "local_alloc" not in loop and "tt.load" not in loop and "convert_layout" not in loop
     assert loop.count("async_copy_global_to_local") == 6 + (layout == 0)
 

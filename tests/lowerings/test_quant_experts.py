@@ -55,17 +55,22 @@ def test_every_shape_has_a_configuration(target):
                 assert tiles.num_stages * (weight + tokens_) * tiles.block_d <= target.smem_bytes
 
 
-def test_source_says_where_it_comes_from():
-    table = load_codes_table(SM90.table)
+@pytest.mark.parametrize("name", ["nvidia_h100_80gb_hbm3", "nvidia_h200"])
+def test_source_says_where_it_comes_from(name):
+    """A table may hold what another card measured, and says so."""
+    table = load_codes_table(name)
     card = replace(SM90, name=table["gpu"])
+    assert card.table == name
     for entry in table["entries"]:
         cols = 128 if entry["codes"].endswith("blocks") else 0
-        name = entry["codes"].removesuffix(" blocks")
-        kind, bits = (INT, int(name[3:])) if name.startswith(INT) else (name, 8 if name == FP8 else 4)
+        layout = entry["codes"].removesuffix(" blocks")
+        kind, bits = (INT, int(layout[3:])) if layout.startswith(INT) else (layout, 8 if layout == FP8 else 4)
         shape = CodesShape(*(entry[key] for key in KEYS[1:5]), kind, bits, cols, cols, 2)
         assert shape.codes == entry["codes"]
-        assert "(exact" in quant_experts_config(card, shape, entry["tokens"]).source
-        assert "(nearest" in quant_experts_config(SM90, shape, entry["tokens"]).source
+        gpu = entry.get("gpu", table["gpu"])
+        source = quant_experts_config(card, shape, entry["tokens"]).source
+        assert source.startswith(gpu) and ("(exact" if gpu == card.name else "(nearest") in source
+        assert "(nearest" in quant_experts_config(replace(card, name="a card"), shape, entry["tokens"]).source
         other = replace(shape, hidden=shape.hidden + 16)
         assert "(nearest" in quant_experts_config(card, other, entry["tokens"]).source
     wide = CodesShape(128, 8, 2048, 768, FP8, 8, 0, 0, 4)
@@ -174,7 +179,8 @@ class TestBenchmark:
         moe.write_table(tmp_path / "gpu_codes.json", {"gpu": SM90.name}, [entry], codes=True)
         written = json.loads((tmp_path / "gpu_codes.json").read_text())
         assert entry in written["entries"] and entry["codes"] == shape.codes
-        assert all(e in written["entries"] for e in load_codes_table(SM90.table)["entries"])
+        default = load_codes_table("no card")
+        assert all({"gpu": default["gpu"]} | e in written["entries"] for e in default["entries"])
 
 
 TOKENS = [1, 2, 7, 64, 300]

@@ -25,6 +25,7 @@ FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own c
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 MAX_SPLITS = 16
+OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
 
 
@@ -104,7 +105,7 @@ def _untuned_folded(target: Target, shape: QuantShape, tokens: int) -> QuantConf
 def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """The nearest entry of the table: of the kind, of the least tokens that hold them all, then of the shape.
 
-    Weights with zero points take entries measured with them where their tokens have any.
+    Of entries as near those measured with zero points, or without, as the weight is.
     """
     kind = INT if shape.bits == 4 else FP8
     alike = [e for e in entries(target.table) if (e["kind"], e["bits"]) == (kind, shape.bits)]
@@ -115,7 +116,8 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
         return sum(abs(math.log2(entry[key] / wanted[key])) for key in wanted) + (entry["groups"] != shape.groups)
 
     entry = min(
-        (e for e in alike if e["tokens"] == bucket), key=lambda e: (e.get("zero", False) != shape.zero, distance(e))
+        (e for e in alike if e["tokens"] == bucket),
+        key=lambda e: distance(e) + OTHER_ZERO * (e.get("zero", False) != shape.zero),
     )
     layout = (shape.kind, shape.rows, shape.cols, shape.zero)
     like = layout == ((INT, 1, 128) if shape.fold else (FP8, 1, 0)) + (entry.get("zero", False),)
