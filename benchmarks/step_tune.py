@@ -270,6 +270,10 @@ def main() -> None:
     layers = {name: None if name == ATTENTION else named[name] for name in names}
     for count, context in itertools.product(tokens, contexts):
         tuner = StepTuner(session, count, context, layers, SCHEMES_OF.get(args.quantize, ""))
+        if (bucket := session.engine.graphs.bucket(count)) != count:
+            print(f"{count} decodes run in the graph of {bucket}, which is as fast: not tuned", flush=True)
+            tuner.run.close()
+            continue
         pools = {name: list(dict.fromkeys([tuner.committed[name], *tuner.others(name)])) for name in names}
         tuner.compile(pools)
         before = tuner.seconds({})
