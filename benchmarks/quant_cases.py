@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.linear_large import Layer
+from benchmarks.linear_layers import Layer
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.quant.activations import launch_quantize, library_serves, run_scaled

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.linear_large import MODELS, Layer, Model
+from benchmarks.linear_layers import MODELS, Layer, Model
 from benchmarks.quant_cases import (
     DTYPE,
     NAME,

@@ -10,7 +10,7 @@ from typing import TypeVar
 from unittest import mock
 
 from benchmarks import quant_large, quant_tune
-from benchmarks.linear_large import Layer
+from benchmarks.linear_layers import Layer
 from benchmarks.quant_schemes import SCHEMES
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig

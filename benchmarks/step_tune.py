@@ -29,7 +29,8 @@ import triton
 from benchmarks import quant_cases
 from benchmarks.decode import DecodeRun
 from benchmarks.idle import profile_idle
-from benchmarks.linear_large import LAYERS, Case, Layer, check, random_pool
+from benchmarks.linear_large import Case, check
+from benchmarks.linear_layers import LAYERS, Layer, random_pool
 from benchmarks.session import Options, Session
 from benchmarks.step_candidates import (
     ATTENTION,
@@ -270,7 +271,9 @@ def main() -> None:
     layers = {name: None if name == ATTENTION else named[name] for name in names}
     for count, context in itertools.product(tokens, contexts):
         tuner = StepTuner(session, count, context, layers, SCHEMES_OF.get(args.quantize, ""))
-        if (bucket := session.engine.graphs.bucket(count)) != count:
+        graphs = session.engine.graphs
+        assert graphs is not None
+        if (bucket := graphs.bucket(count)) != count:
             print(f"{count} decodes run in the graph of {bucket}, which is as fast: not tuned", flush=True)
             tuner.run.close()
             continue
