@@ -6,7 +6,9 @@ The device tensors of every step are views of one set of buffers (`views.py`): a
 
 Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
 decodes is a letter that the step itself takes (`mailbox.py`); the rest is copied when it changed, from one of two
-staging sets (`staging.py`), each with an event: one is filled while the other may still be read.
+staging sets (`staging.py`), each with an event: one is filled while the other may still be read. A copy between two
+steps is time in which the device does nothing, tens of us each, so where sequences end or begin to decode one copy
+brings all that changes: tables, and what rows are sampled by if anything reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from fusecomp.lowerings.launch import compiling_ahead
 from fusecomp.runtime.lines import SAMPLING, Lines
 from fusecomp.runtime.mailbox import NOWHERE, Mailbox
 from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
-from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
+from fusecomp.runtime.staging import Pack, Staging, buffer_shapes, device_buffers
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.views import BatchViews
 
@@ -68,8 +70,8 @@ class BatchBuilder:
         shapes = buffer_shapes(S, T, P)
         self._device = device_buffers(shapes, self.device)
         # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
-        self._packed_tables = self._device["block_tables"]
         self._device["block_tables"] = torch.zeros(S, P, dtype=torch.int32, device=self.device)
+        self._arrived = Pack(shapes, self.device)
         self._staging = (Staging(shapes, self.device), Staging(shapes, self.device))
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)
@@ -262,7 +264,7 @@ class BatchBuilder:
             self._copy(staging, "logit_indices", rows)
         self._copy(staging, "tokens", 3 * T)
         self._copy(staging, "seq_lens", rows)
-        self._gather_sampling(np.zeros(0, np.int64), rows, staging)
+        self._bring(self._gather_sampling(np.zeros(0, np.int64), rows, staging), staging)
         staging.record()
         self._forget()
         self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
@@ -277,7 +279,7 @@ class BatchBuilder:
         staging: Staging,
         decode_only: bool,
     ) -> np.ndarray:
-        """Bring tables up to date; copy block tables and sampling parameters if they differ from the device's.
+        """Bring tables up to date; copy block tables, and sampling parameters that are read, if the device's differ.
 
         Where the rows are those of the step before and all decode, the places of new blocks go into the letter.
 
@@ -297,7 +299,9 @@ class BatchBuilder:
         rows = self._rows
         if same_rows and num_blocks == self._num_blocks and placement == self._placement:
             if padded != self._padded_rows:
-                self._gather_sampling(rows, padded, staging)
+                sampling = self._gather_sampling(rows, padded, staging)
+                if self._all_needs:
+                    self._bring(sampling, staging)
             return rows
         n = len(seqs)
         # With the rows of the last step, only those whose blocks moved need a look.
@@ -308,13 +312,17 @@ class BatchBuilder:
             known, count = self._lines.update(seqs[i], num_blocks[i]), num_blocks[i]
             if same_places:
                 places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
+        counts: dict[str, int] = {}
+        if not same_rows or padded != self._padded_rows:
+            sampling = self._gather_sampling(rows, padded, staging)
+            counts = sampling if self._all_needs else {}  # else nothing reads it
         if same_places and len(places) <= self.max_rows:
             self._note_moves(places, rows)
         else:
-            self._copy_tables(rows, max_seq_len, placement, staging)
+            counts["block_tables"] = self._gather_tables(rows, max_seq_len, staging)
+        if counts:
+            self._bring(counts, staging, n, placement)
         self._num_blocks, self._placement = num_blocks, placement
-        if not same_rows or padded != self._padded_rows:
-            self._gather_sampling(rows, padded, staging)
         return rows
 
     def _note_moves(self, places: list[int], rows: np.ndarray) -> None:
@@ -325,34 +333,40 @@ class BatchBuilder:
         lines, columns = np.divmod(at, self.max_blocks_per_seq)
         self.mailbox.arrays["moved_to"][:count] = self._lines.blocks[rows[lines], columns]
 
-    def _copy_tables(self, rows: np.ndarray, max_seq_len: int, placement: tuple[int, int], staging: Staging) -> None:
-        n = len(rows)
-        width = -(-max_seq_len // self.block_size)
-        staging.used = True
+    def _gather_tables(self, rows: np.ndarray, max_seq_len: int, staging: Staging) -> int:
+        """Fill in the rows' tables, up to the last column that one has reached; returns how many entries."""
+        n, width = len(rows), -(-max_seq_len // self.block_size)
         staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._lines.blocks[rows, :width]
-        packed = staging.tensors["block_tables"][: n * width]
-        if self.device.type != "cpu":
-            packed = self._packed_tables[: n * width].copy_(packed, non_blocking=True)
-        packed = packed.view(n, width)
-        before, after = placement
-        if before:
-            self._device["block_tables"][:before, :width].copy_(packed[:before])
-        if before < n:
-            self._device["block_tables"][after : after + n - before, :width].copy_(packed[before:])
+        return n * width
 
-    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: Staging) -> None:
+    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: Staging) -> dict[str, int]:
+        """Fill in what the rows are sampled by; returns how many entries each list has."""
         n = len(rows)
         for name in SAMPLING:
             array = staging.arrays[name]
             array[:n] = self._lines.sampling[name][rows]
             array[n:padded] = _PAD_SAMPLING[name]
-            self._copy(staging, name, padded)
         staging.arrays["rows"][:n] = rows
         staging.arrays["rows"][n:padded] = self.max_num_seqs
-        self._copy(staging, "rows", padded)
         self._padded_rows = padded
         self._all_needs = int(np.bitwise_or.reduce(self._lines.needs[rows]))
         self._most_logprobs = int(self._lines.logprobs[rows].max(initial=-1))
+        return dict.fromkeys((*SAMPLING, "rows"), padded)
+
+    def _bring(self, counts: dict[str, int], staging: Staging, n: int = 0, placement: tuple[int, int] = (0, 0)) -> None:
+        """Bring so many entries of packed lists to the device, by one copy, and lay them out; of `n` tables."""
+        self._arrived.copy_(staging.pack, counts)
+        staging.used = True
+        for name, count in counts.items():
+            arrived, to = self._arrived.tensors[name][:count], self._device[name]
+            if name != "block_tables":
+                to[:count].copy_(arrived)
+                continue
+            (before, after), width = placement, count // n
+            if before:
+                to[:before, :width].copy_(arrived.view(n, width)[:before])
+            if before < n:
+                to[after : after + n - before, :width].copy_(arrived.view(n, width)[before:])
 
     def _fill_prefills(self, step: ScheduledStep, tokens: np.ndarray) -> None:
         at = step.num_decodes

@@ -21,6 +21,9 @@ DTYPES = {
     "continues": torch.int64,
 }
 ON_HOST_ONLY = ("continues",)
+# What changes when other sequences run: one copy moves all of it.
+PACKED = ("temperature", "top_k", "top_p", "seeds", "rows", "block_tables")
+ALIGNMENT = 16  # bytes, of a list in a pack
 
 
 def buffer_shapes(S: int, T: int, P: int) -> dict[str, tuple[int, ...]]:
@@ -38,6 +41,33 @@ def device_buffers(shapes: dict[str, tuple[int, ...]], device: torch.device) -> 
     }
 
 
+class Pack:
+    """The lists of `PACKED` behind one another, which one copy moves.
+
+    Attributes:
+        tensors: by name, views of the memory.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, *, pinned: bool = False) -> None:
+        self._places: dict[str, int] = {}
+        end = 0
+        for name in PACKED:
+            self._places[name] = end
+            size = shapes[name][0] * DTYPES[name].itemsize
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self._bytes = torch.zeros(end, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.tensors = {
+            name: self._bytes[at : at + shapes[name][0] * DTYPES[name].itemsize].view(DTYPES[name])
+            for name, at in self._places.items()
+        }
+
+    def copy_(self, other: Pack, counts: dict[str, int]) -> None:
+        """Queue the copy of the first elements of some lists, with what lies between them."""
+        begin = min(self._places[name] for name in counts)
+        end = max(self._places[name] + count * DTYPES[name].itemsize for name, count in counts.items())
+        self._bytes[begin:end].copy_(other._bytes[begin:end], non_blocking=True)
+
+
 class Staging:
     """Buffers of one step in the making, pinned for CUDA, seen by torch and by numpy.
 
@@ -45,6 +75,7 @@ class Staging:
 
     Attributes:
         tensors, arrays: by name, the same memory.
+        pack: of it the lists of `PACKED`.
         used: something was copied since `record`.
     """
 
@@ -52,8 +83,11 @@ class Staging:
         pinned = device.type == "cuda"
         self._event = torch.cuda.Event() if pinned else None
         self.used = False
-        self.tensors = {
-            name: torch.zeros(shape, dtype=DTYPES[name], pin_memory=pinned) for name, shape in shapes.items()
+        self.pack = Pack(shapes, torch.device("cpu"), pinned=pinned)
+        self.tensors = self.pack.tensors | {
+            name: torch.zeros(shape, dtype=DTYPES[name], pin_memory=pinned)
+            for name, shape in shapes.items()
+            if name not in PACKED
         }
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         # The latest copy of each: its size, and the two views, which need not be made again for the next one.

@@ -28,7 +28,8 @@ class StepBatch:
         top_k: [S] int32; 0 keeps all.
         top_p: [S] float32; 1 keeps all.
         seeds: [S] int64.
-        rows: [S] int64, the line of each row in tables of running sequences; `max_num_seqs` for padding.
+        rows: [S] int64, the line of each row in tables of running sequences; `max_num_seqs` for padding. It and what
+            rows are sampled by, from `temperature` on, hold only where `needs` is not 0: nothing reads them elsewhere.
         num_rows: n, rows of the step that are not padding.
         needs: what the rows need of the sampler together, of the flags below.
         logprobs: most log-probabilities that a row asks for; -1 when none asks.

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.kv_cache import KVCacheManager
+from fusecomp.runtime.lines import SAMPLING
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
-from fusecomp.runtime.step_batch import StepBatch
+from fusecomp.runtime.staging import Pack
+from fusecomp.runtime.step_batch import StepBatch, needs_of
 from tests.runtime.simulation import EOS, PagedModel, alone, next_token, scenarios, simulate
 
 TENSORS = [f.name for f in dataclasses.fields(StepBatch) if f.type == "torch.Tensor"]
@@ -57,16 +59,18 @@ def check(batch, step, pad_to, block_size, max_blocks, max_num_seqs):
         assert getattr(batch, name).tolist() == want[name], name
     assert batch.block_tables.shape == (rows, max_blocks)
     assert [t[: len(w)] for t, w in zip(batch.block_tables.tolist(), want["tables"], strict=True)] == want["tables"]
-    got = zip(batch.temperature.tolist(), batch.top_k.tolist(), batch.top_p.tolist(), strict=True)
-    assert list(got) == want["sampling"]
     assert batch.num_rows == len(step.seqs)
-    padding_rows = [max_num_seqs] * (rows - len(step.seqs))
-    assert batch.rows.tolist() == [*(seq.row for seq in step.seqs), *padding_rows]
+    assert bool(batch.needs) == any(needs_of(seq.params) for seq in step.seqs)
+    if batch.needs:
+        got = zip(batch.temperature.tolist(), batch.top_k.tolist(), batch.top_p.tolist(), strict=True)
+        assert list(got) == want["sampling"]
+        padding_rows = [max_num_seqs] * (rows - len(step.seqs))
+        assert batch.rows.tolist() == [*(seq.row for seq in step.seqs), *padding_rows]
     params = [seq.params for seq in step.seqs]
     assert batch.all_greedy == all(p.greedy for p in params)
     assert batch.filtered == any(not p.greedy and (p.top_k > 0 or p.top_p < 1) for p in params)
     for seq, seed in zip(step.seqs, batch.seeds.tolist(), strict=False):
-        if seq.params.seed is not None:
+        if batch.needs and seq.params.seed is not None:
             assert (seed - seq.params.seed) % 2**64 == 0
     int64 = {"tokens", "logit_indices", "seeds", "rows"}
     for name in TENSORS:
@@ -150,6 +154,28 @@ def test_a_letter_that_was_never_sent_loses_nothing():
             check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
         scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
     assert moved > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_one_copy_brings_all_that_changes_when_a_sequence_ends(temperature, monkeypatch):
+    """Of greedy rows only tables, for nothing reads what they are sampled by."""
+    params = [SamplingParams(max_tokens=n, temperature=temperature, ignore_eos=True) for n in (3, 9, 9, 6)]
+    scheduler, builder = engine(params)
+    copies = list[set[str]]()
+    copy = Pack.copy_
+
+    def counted(self, other, counts):
+        copies.append(set(counts))
+        copy(self, other, counts)
+
+    monkeypatch.setattr(Pack, "copy_", counted)
+    others = {"block_tables"} if temperature == 0 else {*SAMPLING, "rows", "block_tables"}
+    for at in range(9):
+        step = scheduler.schedule()
+        copies.clear()
+        check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
+        assert copies == ([others] if at in (0, 3, 6) else []), at  # at the start, and after an end
+        scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
 
 
 def test_padding_is_inert():
