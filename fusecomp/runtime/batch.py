@@ -264,7 +264,7 @@ class BatchBuilder:
             self._copy(staging, "logit_indices", rows)
         self._copy(staging, "tokens", 3 * T)
         self._copy(staging, "seq_lens", rows)
-        self._bring(self._gather_sampling(np.zeros(0, np.int64), rows, staging), staging)
+        self._bring(self._gather_sampling(np.zeros(0, np.int64), rows, staging, needed=True), staging)
         staging.record()
         self._forget()
         self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
@@ -299,9 +299,7 @@ class BatchBuilder:
         rows = self._rows
         if same_rows and num_blocks == self._num_blocks and placement == self._placement:
             if padded != self._padded_rows:
-                sampling = self._gather_sampling(rows, padded, staging)
-                if self._all_needs:
-                    self._bring(sampling, staging)
+                self._bring(self._gather_sampling(rows, padded, staging), staging)
             return rows
         n = len(seqs)
         # With the rows of the last step, only those whose blocks moved need a look.
@@ -314,14 +312,12 @@ class BatchBuilder:
                 places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
         counts: dict[str, int] = {}
         if not same_rows or padded != self._padded_rows:
-            sampling = self._gather_sampling(rows, padded, staging)
-            counts = sampling if self._all_needs else {}  # else nothing reads it
+            counts = self._gather_sampling(rows, padded, staging)
         if same_places and len(places) <= self.max_rows:
             self._note_moves(places, rows)
         else:
             counts["block_tables"] = self._gather_tables(rows, max_seq_len, staging)
-        if counts:
-            self._bring(counts, staging, n, placement)
+        self._bring(counts, staging, n, placement)
         self._num_blocks, self._placement = num_blocks, placement
         return rows
 
@@ -339,24 +335,29 @@ class BatchBuilder:
         staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._lines.blocks[rows, :width]
         return n * width
 
-    def _gather_sampling(self, rows: np.ndarray, padded: int, staging: Staging) -> dict[str, int]:
-        """Fill in what the rows are sampled by; returns how many entries each list has."""
+    def _gather_sampling(
+        self, rows: np.ndarray, padded: int, staging: Staging, *, needed: bool = False
+    ) -> dict[str, int]:
+        """Fill in what the rows are sampled by, if a sampler reads it; returns how many entries each list has."""
         n = len(rows)
+        self._padded_rows = padded
+        self._all_needs = int(np.bitwise_or.reduce(self._lines.needs[rows]))
+        self._most_logprobs = int(self._lines.logprobs[rows].max(initial=-1))
+        if not self._all_needs and not needed:
+            return {}
         for name in SAMPLING:
             array = staging.arrays[name]
             array[:n] = self._lines.sampling[name][rows]
             array[n:padded] = _PAD_SAMPLING[name]
         staging.arrays["rows"][:n] = rows
         staging.arrays["rows"][n:padded] = self.max_num_seqs
-        self._padded_rows = padded
-        self._all_needs = int(np.bitwise_or.reduce(self._lines.needs[rows]))
-        self._most_logprobs = int(self._lines.logprobs[rows].max(initial=-1))
         return dict.fromkeys((*SAMPLING, "rows"), padded)
 
     def _bring(self, counts: dict[str, int], staging: Staging, n: int = 0, placement: tuple[int, int] = (0, 0)) -> None:
         """Bring so many entries of packed lists to the device, by one copy, and lay them out; of `n` tables."""
-        self._arrived.copy_(staging.pack, counts)
-        staging.used = True
+        if counts:
+            self._arrived.copy_(staging.pack, counts)
+            staging.used = True
         for name, count in counts.items():
             arrived, to = self._arrived.tensors[name][:count], self._device[name]
             if name != "block_tables":
