@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and what the interface tests share: a tiny random Llama on disk.
+"""Hypothesis profiles, what the interface tests share (a tiny random Llama on disk), and engines without Inductor.
 
 One hypothesis profile for CI (the same examples at every run, no deadline) and a longer one by hand:
 `pytest --hypothesis-profile=long`.
@@ -104,3 +104,16 @@ def tiny_model(tiny_folder):
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def without_codegen(monkeypatch):
+    """The fuse stage's graphs run as they are: matching does not depend on what Inductor makes of them."""
+    from fusecomp import fusion
+    from fusecomp._compat import functional_backend
+
+    def compile_graph(gm, example_inputs, patches):
+        stage = patches["post_grad_custom_pre_pass"]
+        return functional_backend(gm, example_inputs, lambda graph: stage(graph.graph))
+
+    monkeypatch.setattr(fusion, "inductor_artifact", compile_graph)

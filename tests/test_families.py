@@ -46,8 +46,13 @@ def test_matches_are_exactly_those_of_the_registry(name, dtype):
 
 
 @compiled
-def test_the_fuse_stage_matches_and_verifies_everywhere(name, dtype):
-    """With the eager references of the fused ops; the engine has compared itself with fp32 before serving."""
+def test_the_fuse_stage_matches_and_verifies_everywhere(name, dtype, request):
+    """With the eager references of the fused ops; the engine has compared itself with fp32 before serving.
+
+    Inductor compiles every family in fp32, whose tokens are compared below, and two of them in low precision.
+    """
+    if dtype != torch.float32 and name not in ("llama", "qwen3-moe"):
+        request.getfixturevalue("without_codegen")
     family, report = FAMILIES[name], engine(name, dtype, "always").report
     assert report.counts() == family.expected_total(fused=True, dtype=dtype)
     refusals = family.refusals(dtype)

@@ -88,7 +88,7 @@ class TestCheckpoints:
             assert len(shares) == 16
             assert min(shares) > 0.005
 
-    @settings(max_examples=300)
+    @settings(max_examples=100)
     @given(text=st.text(max_size=200))
     def test_the_tokenizer_loses_nothing(self, text):
         for name in CHECKPOINTS:

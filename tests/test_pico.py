@@ -26,7 +26,7 @@ checkpoints = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILY]
 )
 CHUNK = 256  # tokens in a step: a window is scored in four chunks, each on the cached keys of those before it
-NUM_PROMPTS, LONGEST, MAX_TOKENS = 32, 400, 24
+NUM_PROMPTS, LONGEST, MAX_TOKENS = 32, 400, 16
 
 
 @cache

@@ -7,8 +7,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fusecomp import fusion
-from fusecomp._compat import functional_backend
 from fusecomp.ops.rope import Rope
 from fusecomp.patterns.rope import RopeAttention
 from fusecomp.patterns.rope_examples import every_two, inputs, layer, rotate_half
@@ -20,17 +18,6 @@ from models.registry import FAMILIES, build
 from tests.serving import CONFIG, VARIANTS, hf_greedy, model, serve, tokens
 
 FUSED = CONFIG.replace(enforce_eager=False, fuse="always", disabled_patterns=("linear", "norm", "merged_linear"))
-
-
-@pytest.fixture
-def without_codegen(monkeypatch):
-    """The fuse stage's graphs run as they are: matching does not depend on what Inductor makes of them."""
-
-    def compile_graph(gm, example_inputs, patches):
-        stage = patches["post_grad_custom_pre_pass"]
-        return functional_backend(gm, example_inputs, lambda graph: stage(graph.graph))
-
-    monkeypatch.setattr(fusion, "inductor_artifact", compile_graph)
 
 
 @pytest.mark.parametrize(("name", "dtype"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))

@@ -35,7 +35,7 @@ CONFIG = EngineConfig(
 ENGINES = {"llama": 1, "mistral": 16, "qwen3-moe": 1, "llama-wide": 64}
 engines = pytest.mark.parametrize("name", ENGINES)
 # Each example serves up to eight requests on a real model: a fraction of the profile's examples is enough.
-few = settings(max_examples=max(1, settings().max_examples // 12))
+few = settings(max_examples=max(1, settings().max_examples // 20))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from fusecomp.quant.online.calibration import DEFAULT, HEADER, LENGTH, WINDOWS, calibration
@@ -45,11 +47,14 @@ def test_it_fills_the_windows_of_the_pico_models():
     assert calibration(None, lambda: tokenizer, 1024, 4096).ids.shape == (WINDOWS, LENGTH)
 
 
+@cache
+def plain_perplexity(name: str) -> float:
+    return perplexity.measure(f"models/{name}", limit=FIRST_WINDOWS).perplexity
+
+
 @pytest.mark.parametrize("scheme", WITHIN)
 @pytest.mark.parametrize("name", ["pico-llama", "pico-moe"])
 def test_perplexity(name, scheme):
     """On the first windows; figures over the whole text are in docs/models.md."""
-    folder = f"models/{name}"
-    plain = perplexity.measure(folder, limit=FIRST_WINDOWS).perplexity
-    quantized = perplexity.measure(folder, limit=FIRST_WINDOWS, scheme=scheme).perplexity
-    assert 0.99 < quantized / plain < 1 + WITHIN[scheme]
+    quantized = perplexity.measure(f"models/{name}", limit=FIRST_WINDOWS, scheme=scheme).perplexity
+    assert 0.99 < quantized / plain_perplexity(name) < 1 + WITHIN[scheme]

@@ -36,13 +36,13 @@ def randomized(model):
     return model.eval().requires_grad_(False)
 
 
-def llama(layers=8):
+def llama(layers=6):
     config = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers)
     return randomized(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def gemma2():
-    config = transformers.Gemma2Config(**SIZES, num_hidden_layers=12, sliding_window=4, query_pre_attn_scalar=16)
+    config = transformers.Gemma2Config(**SIZES, num_hidden_layers=8, sliding_window=4, query_pre_attn_scalar=16)
     return randomized(transformers.AutoModelForCausalLM.from_config(config))
 
 
@@ -82,7 +82,9 @@ def test_a_prefix_gives_the_tokens_and_the_report_of_all_layers(build, prefix, f
     config = CONFIG.replace(fuse=fuse)
     short = Engine(model, config)
     assert traced(short) == [f"traced {prefix} layers, which stand for {layers}"]
-    assert serve(short) == greedy(build())
+    stock = build()
+    stock.set_attn_implementation("eager")  # the others leave the cap of Gemma's scores out
+    assert serve(short) == greedy(stock)
     monkeypatch.setattr(step, "outline", lambda model, parts: "of the test")
     full = Engine(build(), config)
     assert traced(full) == ["all layers are traced: of the test"]
@@ -95,7 +97,7 @@ def test_a_prefix_gives_the_tokens_and_the_report_of_all_layers(build, prefix, f
 def test_a_prefix_serves_an_fp8_cache(monkeypatch):
     config = CONFIG.replace(kv_cache_dtype="fp8", fuse="always")
     short = Engine(llama(), config)
-    assert traced(short) == ["traced 4 layers, which stand for 8"]
+    assert traced(short) == ["traced 4 layers, which stand for 6"]
     monkeypatch.setattr(step, "outline", lambda model, parts: "of the test")
     full = Engine(llama(), config)
     assert serve(short) == serve(full)
@@ -104,15 +106,15 @@ def test_a_prefix_serves_an_fp8_cache(monkeypatch):
 
 
 def _another_activation(model):
-    model.model.layers[5].mlp.act_fn = nn.ReLU()
+    model.model.layers[4].mlp.act_fn = nn.ReLU()
 
 
 def _another_epsilon(model):
-    model.model.layers[6].input_layernorm.variance_epsilon = 0.5
+    model.model.layers[4].input_layernorm.variance_epsilon = 0.5
 
 
 def _another_scale(model):
-    model.model.layers[7].self_attn.scaling = 0.1
+    model.model.layers[5].self_attn.scaling = 0.1
 
 
 @pytest.mark.parametrize("change", [_another_activation, _another_epsilon, _another_scale])
@@ -130,7 +132,7 @@ class ReadingMLP(LlamaMLP):
     """Depends on the number of its layer in a way that the first layers do not show."""
 
     def forward(self, x):
-        return super().forward(x) * (3.0 if self.layer_idx == 6 else 1.0)
+        return super().forward(x) * (3.0 if self.layer_idx == 4 else 1.0)
 
 
 def reading():
@@ -163,7 +165,7 @@ class CountingModel(LlamaModel):
         )
         embeddings = self.rotary_emb(hidden, position_ids=position_ids)
         for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, position_embeddings=embeddings, attention_mask=mask) * (3.0 if i == 6 else 1.0)
+            hidden = layer(hidden, position_embeddings=embeddings, attention_mask=mask) * (3.0 if i == 4 else 1.0)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 

@@ -75,7 +75,7 @@ def cases(draw, decode: bool, prefill: bool):
     group, kv_heads = draw(st.sampled_from([(1, 2), (3, 1), (4, 2), (17, 1)]))
     cached = st.integers(0, 70)
     decodes = draw(st.lists(st.tuples(cached, st.just(1)), min_size=1, max_size=3)) if decode else []
-    prefills = draw(st.lists(st.tuples(cached, st.integers(2, 40)), min_size=1, max_size=2)) if prefill else []
+    prefills = draw(st.lists(st.tuples(cached, st.integers(2, 24)), min_size=1, max_size=2)) if prefill else []
     shape = {
         "padding": 0 if prefill else draw(st.integers(0, 2)),
         "heads": group * kv_heads,
@@ -181,10 +181,10 @@ def test_result_does_not_depend_on_the_rest_of_the_batch():
 def test_new_keys_are_what_an_fp8_cache_returns(dtype, head_dim):
     """Bitwise: so it does not matter to a query whether a key came with its step or before it."""
     torch.manual_seed(0)
-    kv = torch.randn(40, 4, head_dim, dtype=dtype) * torch.randn(40, 4, 1).mul(2).exp().to(dtype)
+    kv = torch.randn(12, 4, head_dim, dtype=dtype) * torch.randn(12, 4, 1).mul(2).exp().to(dtype)
     k, v = kv.split(2, 1)
-    cache = KVLayout(2, 16, head_dim, quantized=True).zeros(5, dtype, "cpu")
-    slots = torch.randperm(80)[:40]
+    cache = KVLayout(2, 16, head_dim, quantized=True).zeros(2, dtype, "cpu")
+    slots = torch.randperm(32)[:12]
     lowering.launch_cache_write(k, v, cache, slots)
     held = reference.unpack(cache, 16, head_dim)[slots // 16, :, :, slots % 16]  # [T, 2, G, D]
     for new, part in zip(lowering.launch_as_cached(k, v, cache), held.unbind(1), strict=True):

@@ -43,7 +43,7 @@ def poisoned_memory():
 
 
 VECTOR = ExpertsConfig("vector", Tiles(8, 32), Tiles(4, 32))
-IN_TURN = ExpertsConfig("vector", Tiles(8, 8), Tiles(1, 8))  # more than `AHEAD` tiles from 33 columns on
+IN_TURN = ExpertsConfig("vector", Tiles(8, 8), Tiles(4, 8))  # more than `AHEAD` tiles from 33 columns on
 GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 16)
 SWAPPED = ExpertsConfig("grouped", Tiles(32, 32, per_sm=1), Tiles(16, 32), 8, swap=True, group_t=2)
 BY_TMA = ExpertsConfig("grouped", Tiles(32, 32, use_tma=True), Tiles(16, 32, use_tma=True), 16)
@@ -133,7 +133,7 @@ def test_grouped(layer, config):
 )
 def test_forms(form, routing, config):
     index = routings(5, 2, 8)[routing]
-    layer = make_layer(5, 2, 8, 32, 24, index=index, dtype=torch.bfloat16, **FORMS[form])
+    layer = make_layer(5, 2, 8, 40, 48, index=index, dtype=torch.bfloat16, **FORMS[form])
     if layer.transposed and CONFIGS[config].method == "vector":
         with pytest.raises(ValueError, match="transposed"):
             launch(layer, CONFIGS[config])

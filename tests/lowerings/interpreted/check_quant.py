@@ -252,7 +252,7 @@ def test_every_code_of_a_word(kind, dtype):
         x[0, at] = -2.0
         q, scale = codes.view(spec.codes_dtype), torch.ones(256, 1)
         run_quant(
-            QuantConfig("words", 1, 2, 32), x, q, scale, None, None, [], Program(1, (), (), dtype), spec, out, False
+            QuantConfig("words", 1, 8, 32), x, q, scale, None, None, [], Program(1, (), (), dtype), spec, out, False
         )
         exact = torch.where(column == at, -2.0 * q.float()[torch.arange(256), column], 0.0)
         numbers = ~q.float().isnan().any(1)

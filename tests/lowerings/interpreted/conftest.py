@@ -1,26 +1,32 @@
 """Interpreted kernels without the work that Triton's interpreter repeats.
 
 Calls of device functions do not patch the language again, and what the interpreter derives from a type alone, anew for
-every value, is derived once: the sizes of a block, the shape of a tensor, NumPy's dtype. No value is kept.
+every value, is derived once: the sizes of a block, the shape of a tensor, NumPy's dtype. Work whose result nobody reads
+is left out. No value is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
 def patch_once() -> None:
     """A launch patches the language its kernel sees; a call inside it only what still is the compiler's own."""
     patch = interpreter._patch_lang
+    seen: dict[str, list[Any]] = {}  # a module's name -> what it calls the language
 
     def called(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        seen = (value for value in self.fn.__globals__.values() if value is tl or value is tl.core)
-        if any(tl.core.is_builtin(language.load) for language in seen):
+        if (languages := seen.get(self.fn.__module__)) is None:
+            names = self.fn.__globals__.values()
+            languages = seen[self.fn.__module__] = [value for value in names if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
             patch(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)
@@ -63,5 +69,22 @@ def derive_once() -> None:
     tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block, tensor, np_dtype
 
 
+def compute_what_is_read() -> None:
+    """Integers are not added again in 64 bits for assertions that are off; values of one shape have it already."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        a, b = lhs.type, rhs.type
+        if a.is_block() is b.is_block() and (not a.is_block() or a.shape.values == b.shape.values):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
+
+
 patch_once()
 derive_once()
+compute_what_is_read()
