@@ -7,8 +7,8 @@ The device tensors of every step are views of one set of buffers (`views.py`): a
 Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
 decodes is a letter that the step itself takes (`mailbox.py`); the rest is copied when it changed, from one of two
 staging sets (`staging.py`), each with an event: one is filled while the other may still be read. A copy between two
-steps is time in which the device does nothing, tens of us each, so where sequences end or begin to decode one copy
-brings all that changes: tables, and what rows are sampled by if anything reads it.
+steps is time in which the device does nothing, tens of us each, so one brings all that
+changed but a mixed step's tokens: tables, lengths, and what rows are sampled by if anything reads it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import numpy as np
 import torch
 
 from fusecomp.lowerings.launch import compiling_ahead
-from fusecomp.runtime.lines import SAMPLING, Lines
+from fusecomp.runtime.device_rows import DeviceRows
+from fusecomp.runtime.lines import Lines
 from fusecomp.runtime.mailbox import NOWHERE, Mailbox
 from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
-from fusecomp.runtime.staging import Pack, Staging, buffer_shapes, device_buffers
+from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.views import BatchViews
 
-_PAD_SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seeds": 0}
+
+def _lists_of(rows: int) -> dict[str, int]:
+    """What a step brings that is not all decodes, besides its tokens: how many entries of which list."""
+    return {"cu_q_lens": rows + 1, "logit_indices": rows, "seq_lens": rows}
 
 
 class BatchBuilder:
@@ -69,9 +73,7 @@ class BatchBuilder:
         S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
         shapes = buffer_shapes(S, T, P)
         self._device = device_buffers(shapes, self.device)
-        # Tables travel packed, without the columns that no sequence has reached, and are laid out on the device.
         self._device["block_tables"] = torch.zeros(S, P, dtype=torch.int32, device=self.device)
-        self._arrived = Pack(shapes, self.device)
         self._staging = (Staging(shapes, self.device), Staging(shapes, self.device))
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)
@@ -81,15 +83,7 @@ class BatchBuilder:
 
         self._lines = Lines(max_num_seqs, P, block_size, seed, on_enter)
 
-        # What the device buffers hold, to copy only what changed.
-        self._seqs: Sequence[SequenceState] = ()
-        self._admissions: list[int] = []
-        self._num_blocks: list[int] = []
-        self._rows = np.zeros(0, np.int64)
-        self._padded_rows = -1
-        self._placement = (0, 0)  # rows before a gap in the block tables, and where those after it begin
-        self._all_needs, self._most_logprobs = 0, -1
-        self._moved = 0  # entries of block tables that the step in the making brings
+        self._held = DeviceRows(self._lines, self._device, shapes, self.mailbox, block_size, padding_row=max_num_seqs)
         self._letter: tuple[int, int, int] | None = None  # rows, those that continue, moved: written and not sent
 
     def build(
@@ -134,10 +128,11 @@ class BatchBuilder:
             self.mailbox.wait()
 
         max_seq_len = int(ends.max())
-        self._moved = 0
-        rows = self._refresh(seqs, max_seq_len, S, (nd, nd + gap) if gap else (0, 0), staging, step.decode_only)
+        placement = (nd, nd + gap) if gap else (0, 0)
+        rows, brought = self._held.refresh(seqs, max_seq_len, S, placement, staging, step.decode_only)
         if step.decode_only:
             max_q_len = 1
+            self._held.bring(brought, staging, n)
             self._write_letter(step, rows, starts, S, continues)
             if not sealed:
                 self.feed()
@@ -167,10 +162,8 @@ class BatchBuilder:
                 seq_lens[n + gap] = T - used
                 cu_q_lens[n + gap + 1 : S + 1] = T
                 staging.arrays["logit_indices"][n:S] = 0
-            self._copy(staging, "cu_q_lens", S + 1)
-            self._copy(staging, "logit_indices", S)
-            self._copy(staging, "seq_lens", S)
-            self._copy(staging, "tokens", 3 * T)
+            self._held.bring(brought | _lists_of(S), staging, n, placement)
+            staging.copy("tokens", self._device["tokens"], 3 * T)
             if continues:
                 self._continue_from(continues, staging)
         staging.record()
@@ -199,7 +192,7 @@ class BatchBuilder:
         letter["slots"][:n] = self._lines.slots(rows, starts)
         letter["ids"][n:size] = letter["seq_lens"][n:size] = 0
         letter["slots"][n:size] = -1
-        self._letter = size, count, self._moved
+        self._letter = size, count, self._held.moved
 
     def send(self, half: int) -> None:
         """Send the sealed letter, if there is one, to a step that is launched next and begins with `launch_feed`."""
@@ -236,7 +229,7 @@ class BatchBuilder:
 
     def _forget(self) -> None:
         """The device rows no longer belong to any sequence."""
-        self._seqs, self._admissions, self._num_blocks, self._rows = (), [], [], np.zeros(0, np.int64)
+        self._held.forget()
         self._letter = None
 
     def padding(self, shape: int | MixedShape) -> StepBatch:
@@ -260,114 +253,13 @@ class BatchBuilder:
             staging.arrays["cu_q_lens"][: decodes + 1] = 0
             staging.arrays["cu_q_lens"][decodes + 1 : rows + 1] = T
             staging.arrays["logit_indices"][:rows] = 0
-            self._copy(staging, "cu_q_lens", rows + 1)
-            self._copy(staging, "logit_indices", rows)
-        self._copy(staging, "tokens", 3 * T)
-        self._copy(staging, "seq_lens", rows)
-        self._bring(self._gather_sampling(np.zeros(0, np.int64), rows, staging, needed=True), staging)
+        brought = self._held.gather_sampling(np.zeros(0, np.int64), rows, staging, needed=True)
+        self._held.bring(brought | (_lists_of(rows) if mixed else {"seq_lens": rows}), staging)
+        staging.copy("tokens", self._device["tokens"], 3 * T)
         staging.record()
         self._forget()
         self._host_meta_np[:] = (decodes, T if mixed else 1, self.longest, rows)
         return self._batch(self._views.bucket(shape) if isinstance(shape, MixedShape) else self._views.decodes(rows), 0)
-
-    def _refresh(
-        self,
-        seqs: Sequence[SequenceState],
-        max_seq_len: int,
-        padded: int,
-        placement: tuple[int, int],
-        staging: Staging,
-        decode_only: bool,
-    ) -> np.ndarray:
-        """Bring tables up to date; copy block tables, and sampling parameters that are read, if the device's differ.
-
-        Where the rows are those of the step before and all decode, the places of new blocks go into the letter.
-
-        Args:
-            placement: rows before the gap in the block tables, and where those after it begin.
-
-        Returns: the row of each sequence.
-        """
-        num_blocks = [len(seq.blocks) for seq in seqs]
-        same_rows = seqs is self._seqs  # the scheduler repeats a list only while all of it runs on
-        if not same_rows:
-            admissions = [seq.admission for seq in seqs]
-            same_rows = admissions == self._admissions
-            if not same_rows:
-                self._rows, self._admissions = np.array([seq.row for seq in seqs], np.int64), admissions
-            self._seqs = seqs
-        rows = self._rows
-        if same_rows and num_blocks == self._num_blocks and placement == self._placement:
-            if padded != self._padded_rows:
-                self._bring(self._gather_sampling(rows, padded, staging), staging)
-            return rows
-        n = len(seqs)
-        # With the rows of the last step, only those whose blocks moved need a look.
-        stale = [i for i, new in enumerate(num_blocks) if new != self._num_blocks[i]] if same_rows else range(n)
-        same_places = same_rows and decode_only and placement == self._placement
-        places = list[int]()
-        for i in stale:
-            known, count = self._lines.update(seqs[i], num_blocks[i]), num_blocks[i]
-            if same_places:
-                places += range(i * self.max_blocks_per_seq + known, i * self.max_blocks_per_seq + count)
-        counts: dict[str, int] = {}
-        if not same_rows or padded != self._padded_rows:
-            counts = self._gather_sampling(rows, padded, staging)
-        if same_places and len(places) <= self.max_rows:
-            self._note_moves(places, rows)
-        else:
-            counts["block_tables"] = self._gather_tables(rows, max_seq_len, staging)
-        self._bring(counts, staging, n, placement)
-        self._num_blocks, self._placement = num_blocks, placement
-        return rows
-
-    def _note_moves(self, places: list[int], rows: np.ndarray) -> None:
-        """Put into the letter what is to be written to the block tables: what the table of each row holds there."""
-        self._moved = count = len(places)
-        at = np.array(places, np.int64)
-        self.mailbox.arrays["moved_at"][:count] = at
-        lines, columns = np.divmod(at, self.max_blocks_per_seq)
-        self.mailbox.arrays["moved_to"][:count] = self._lines.blocks[rows[lines], columns]
-
-    def _gather_tables(self, rows: np.ndarray, max_seq_len: int, staging: Staging) -> int:
-        """Fill in the rows' tables, up to the last column that one has reached; returns how many entries."""
-        n, width = len(rows), -(-max_seq_len // self.block_size)
-        staging.arrays["block_tables"][: n * width].reshape(n, width)[:] = self._lines.blocks[rows, :width]
-        return n * width
-
-    def _gather_sampling(
-        self, rows: np.ndarray, padded: int, staging: Staging, *, needed: bool = False
-    ) -> dict[str, int]:
-        """Fill in what the rows are sampled by, if a sampler reads it; returns how many entries each list has."""
-        n = len(rows)
-        self._padded_rows = padded
-        self._all_needs = int(np.bitwise_or.reduce(self._lines.needs[rows]))
-        self._most_logprobs = int(self._lines.logprobs[rows].max(initial=-1))
-        if not self._all_needs and not needed:
-            return {}
-        for name in SAMPLING:
-            array = staging.arrays[name]
-            array[:n] = self._lines.sampling[name][rows]
-            array[n:padded] = _PAD_SAMPLING[name]
-        staging.arrays["rows"][:n] = rows
-        staging.arrays["rows"][n:padded] = self.max_num_seqs
-        return dict.fromkeys((*SAMPLING, "rows"), padded)
-
-    def _bring(self, counts: dict[str, int], staging: Staging, n: int = 0, placement: tuple[int, int] = (0, 0)) -> None:
-        """Bring so many entries of packed lists to the device, by one copy, and lay them out; of `n` tables."""
-        if counts:
-            self._arrived.copy_(staging.pack, counts)
-            staging.used = True
-        for name, count in counts.items():
-            arrived, to = self._arrived.tensors[name][:count], self._device[name]
-            if name != "block_tables":
-                to[:count].copy_(arrived)
-                continue
-            (before, after), width = placement, count // n
-            if before:
-                to[:before, :width].copy_(arrived.view(n, width)[:before])
-            if before < n:
-                to[after : after + n - before, :width].copy_(arrived.view(n, width)[before:])
 
     def _fill_prefills(self, step: ScheduledStep, tokens: np.ndarray) -> None:
         at = step.num_decodes
@@ -380,14 +272,11 @@ class BatchBuilder:
             part[2] = self._lines.slots(np.full(1, seq.row), positions)
             at += size
 
-    def _copy(self, staging: Staging, name: str, size: int) -> None:
-        staging.copy(name, self._device[name], size)
-
     def _batch(self, views: dict[str, torch.Tensor], num_rows: int) -> StepBatch:
         return StepBatch(
             **views,
             host_meta=self._host_meta,
             num_rows=num_rows,
-            needs=self._all_needs,
-            logprobs=self._most_logprobs,
+            needs=self._held.needs,
+            logprobs=self._held.most_logprobs,
         )

@@ -21,8 +21,10 @@ DTYPES = {
     "continues": torch.int64,
 }
 ON_HOST_ONLY = ("continues",)
-# What changes when other sequences run: one copy moves all of it.
-PACKED = ("temperature", "top_k", "top_p", "seeds", "rows", "block_tables")
+# One copy moves all of these that a step brings; the block tables, by far the longest, last.
+PACKED = (
+    "cu_q_lens", "logit_indices", "seq_lens", "temperature", "top_k", "top_p", "seeds", "rows", "block_tables",
+)  # fmt: skip
 ALIGNMENT = 16  # bytes, of a list in a pack
 
 

@@ -84,10 +84,10 @@ def test_shapes_are_named_and_explained():
     shape = quant_shape(torch.bfloat16, q, None, RESIDUAL, weight, codes)
     pair = PairShape(shape, replace(shape, n=14336, groups=2, epilogue="other"))
     assert PairShape.parse(str(pair)) == pair
-    assert explain_pair(SM90, pair, [1, 8, 64, 192]) == [
+    assert explain_pair(SM90, pair, [1, 8, 64, 256]) == [
         "1 to 8 tokens: one after the other",
         "64 tokens: the sum, the norm and its codes in one launch",
-        "192 tokens: one after the other",
+        "256 tokens: one after the other",
     ]
 
 

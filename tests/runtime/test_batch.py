@@ -148,7 +148,7 @@ def test_a_letter_that_was_never_sent_loses_nothing():
     for number in range(20):
         step = scheduler.schedule()
         builder.build(step, 4 if step.decode_only else None, sealed=True)
-        moved += builder._moved
+        moved += builder._held.moved
         check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
         if number % 3 == 0:  # so that the step after this one knows what the device holds, and moves blocks
             check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
@@ -170,11 +170,12 @@ def test_one_copy_brings_all_that_changes_when_a_sequence_ends(temperature, monk
 
     monkeypatch.setattr(Pack, "copy_", counted)
     others = {"block_tables"} if temperature == 0 else {*SAMPLING, "rows", "block_tables"}
+    prompts = {"cu_q_lens", "logit_indices", "seq_lens"}
     for at in range(9):
         step = scheduler.schedule()
         copies.clear()
         check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
-        assert copies == ([others] if at in (0, 3, 6) else []), at  # at the start, and after an end
+        assert copies == ([others | prompts] if at == 0 else [others] if at in (3, 6) else []), at
         scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
 
 
