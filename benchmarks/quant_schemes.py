@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.linear import default_configs
 from benchmarks.linear_chain import EPS, Kind, Model
+from benchmarks.linear_layers import Layer
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.quant.heuristics import quant_config
@@ -42,7 +43,8 @@ def program_of(kind: Kind) -> Program:
     return Program(1, (), (), "bfloat16", norm)
 
 
-def quant_shape_of(scheme: str, kind: Kind) -> QuantShape:
+def quant_shape_of(scheme: str, kind: Kind | Layer) -> QuantShape:
+    """Of a layer's weight, as the choice of its kernel sees it."""
     spec, zero = SCHEMES[scheme]
     layout = (spec.kind, spec.bits, spec.rows, spec.cols)
     return QuantShape(kind.n, kind.k, kind.groups, "bfloat16", *layout, zero, fold=spec.fold)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from benchmarks import quant_large, quant_tune
 from benchmarks.linear_layers import Layer
-from benchmarks.quant_schemes import SCHEMES
+from benchmarks.quant_schemes import quant_shape_of
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
@@ -98,16 +98,9 @@ def code_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[ScaledC
                 yield from _split(layer, tokens, tile, num_sms)
 
 
-def quant_shape(layer: Layer, scheme: str) -> QuantShape:
-    """Of a weight of codes, as the choice of its kernel sees it."""
-    spec, zero = SCHEMES[scheme]
-    layout = (spec.kind, spec.bits, spec.rows, spec.cols)
-    return QuantShape(layer.n, layer.k, layer.groups, "bfloat16", *layout, zero, fold=spec.fold)
-
-
 def weight_candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[QuantConfig]:
     """Those of `quant_linear --tune`."""
-    yield from quant_tune.candidates(quant_shape(layer, scheme), tokens)
+    yield from quant_tune.candidates(quant_shape_of(scheme, layer), tokens)
 
 
 def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[DecodeConfig]:

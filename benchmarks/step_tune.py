@@ -31,6 +31,7 @@ from benchmarks.decode import DecodeRun
 from benchmarks.idle import profile_idle
 from benchmarks.linear_large import Case, check
 from benchmarks.linear_layers import LAYERS, Layer, random_pool
+from benchmarks.quant_schemes import quant_shape_of
 from benchmarks.session import Options, Session
 from benchmarks.step_candidates import (
     ATTENTION,
@@ -42,7 +43,6 @@ from benchmarks.step_candidates import (
     code_candidates,
     key_of,
     linear_candidates,
-    quant_shape,
     weight_candidates,
 )
 from benchmarks.timing import Samples, kernel_times, time_calls
@@ -56,11 +56,11 @@ from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, ScaledConfig, ScaledShape, scaled_config
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant import FP8
+from fusecomp.quant.online.schemes import LEAST_TOKENS
 from fusecomp.runtime.choice import Kind
 from fusecomp.runtime.mailbox import NOWHERE
 
 SCHEMES_OF = {"fp8": "fp8", "int4": "int4-zero"}  # as `quantize=` makes them
-CODES_FROM = 16  # tokens from which activations of fp8 become codes
 NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
 # Sums in another order give other codes of fp8 here and there, each of them 3% apart from its neighbour.
@@ -101,7 +101,7 @@ class StepTuner:
             shape = ScaledShape(layer.n, layer.k, layer.groups, FP8, 0, layer.kind)
             return scaled_config(self.target, shape, self.tokens)
         if self._form(name) == WEIGHTS:
-            return quant_config(self.target, quant_shape(layer, self.scheme), self.tokens)
+            return quant_config(self.target, quant_shape_of(self.scheme, layer), self.tokens)
         dense = LinearShape(layer.n, layer.k, layer.groups, layer.kind, "bfloat16")
         config = lowering.choose(self.target, dense, self.tokens)
         assert isinstance(config, LargeConfig), "benchmarks.linear tunes launches of so few tokens"
@@ -111,7 +111,7 @@ class StepTuner:
         """What multiplies in a linear: numbers, codes of both sides, or codes of its weight."""
         if name not in NAMES[:4] or not self.scheme:
             return ""
-        return CODES if self.scheme == FP8 and self.tokens >= CODES_FROM else WEIGHTS
+        return CODES if self.scheme == FP8 and self.tokens >= LEAST_TOKENS else WEIGHTS
 
     def others(self, name: str) -> Iterator[Config]:
         """What may be better than what is committed."""

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import step_tables
 from benchmarks.linear_layers import LAYERS
+from benchmarks.quant_schemes import quant_shape_of
 from benchmarks.step_candidates import (
     attention_candidates,
     brief,
@@ -15,7 +16,6 @@ from benchmarks.step_candidates import (
     code_candidates,
     key_of,
     linear_candidates,
-    quant_shape,
     weight_candidates,
 )
 from fusecomp.lowerings.linear import large_heuristics, lowering
@@ -48,7 +48,7 @@ def test_candidates_differ_and_splits_fill_the_card_at_most_once(layer, tokens):
 def test_what_is_chosen_runs_and_only_that():
     shape = LinearShape(OUT.n, OUT.k, 1, OUT.kind, "bfloat16")
     scaled = ScaledShape(DOWN.n, DOWN.k, 1, "fp8", 0, DOWN.kind)
-    weights = quant_shape(QKV, "int4-zero")
+    weights = quant_shape_of("int4-zero", QKV)
     before = lowering.choose(SM90, shape, 64), activations.scaled_config(SM90, scaled, 64)
     dense, codes, folded = LargeConfig(block_t=64), ScaledConfig(block_t=64), QuantConfig("folded", 8)
     with chosen({key_of(OUT): dense, key_of(DOWN): codes, key_of(QKV): folded}):
@@ -121,7 +121,7 @@ def test_a_faster_launch_replaces_the_entry_of_its_sizes(form, scheme, tmp_path,
         if form == "codes":
             found = scaled_config(SM90, ScaledShape(OUT.n, OUT.k, 1, "fp8", 0, OUT.kind), tokens)
         elif form == "weights":
-            found = quant_config(SM90, quant_shape(OUT, scheme), tokens)
+            found = quant_config(SM90, quant_shape_of(scheme, OUT), tokens)
         else:
             found = lowering.choose(SM90, LinearShape(OUT.n, OUT.k, 1, OUT.kind, "bfloat16"), tokens)
         assert "exact" in found.source and found.num_stages == config["num_stages"]

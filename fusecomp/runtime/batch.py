@@ -6,9 +6,9 @@ The device tensors of every step are views of one set of buffers (`views.py`): a
 
 Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
 decodes is a letter that the step itself takes (`mailbox.py`); the rest is copied when it changed, from one of two
-staging sets (`staging.py`), each with an event: one is filled while the other may still be read. A copy between two
-steps is time in which the device does nothing, tens of us each, so one brings all that
-changed but a mixed step's tokens: tables, lengths, and what rows are sampled by if anything reads it.
+staging sets (`staging.py`), each with an event: one is filled while the other may still be read. In a copy between two
+steps the device does nothing, for tens of us, so one brings all that changed but a mixed step's tokens: tables,
+lengths, and what rows are sampled by if anything reads it (`device_rows.py`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class BatchBuilder:
         S, T, P = self.max_rows, max_num_batched_tokens, max_blocks_per_seq
         shapes = buffer_shapes(S, T, P)
         self._device = device_buffers(shapes, self.device)
-        self._device["block_tables"] = torch.zeros(S, P, dtype=torch.int32, device=self.device)
+        self._device["block_tables"] = self._device["block_tables"].view(S, P)
         self._staging = (Staging(shapes, self.device), Staging(shapes, self.device))
         self._turn = 0
         self._host_meta = torch.zeros(4, dtype=torch.int32)

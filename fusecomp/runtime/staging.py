@@ -92,8 +92,6 @@ class Staging:
             if name not in PACKED
         }
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        # The latest copy of each: its size, and the two views, which need not be made again for the next one.
-        self._copies: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
     def wait(self) -> None:
         if self._event is not None:
@@ -105,9 +103,6 @@ class Staging:
         self.used = False
 
     def copy(self, name: str, to: torch.Tensor, size: int) -> None:
-        """Queue to[:size] = the buffer's first `size` elements; `to` is always the same for a name."""
-        latest = self._copies.get(name)
-        if latest is None or latest[0] != size:
-            latest = self._copies[name] = size, to[:size], self.tensors[name][:size]
-        latest[1].copy_(latest[2], non_blocking=True)
+        """Queue to[:size] = the buffer's first `size` elements."""
+        to[:size].copy_(self.tensors[name][:size], non_blocking=True)
         self.used = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,16 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fusecomp.lowerings.aot import compile_one
-from fusecomp.lowerings.machine_code import waits_for_each_product
 from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import folded, folded_wide, heuristics, quant_aot, tables
+from fusecomp.lowerings.quant import heuristics, tables
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
-    FOLDED_WIDE,
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
@@ -34,7 +28,6 @@ from fusecomp.lowerings.quant.heuristics import (
     unit,
 )
 from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal, run_quant
-from fusecomp.lowerings.quant.quant_aot import LAYOUTS, specialization
 from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
@@ -163,119 +156,6 @@ def test_splits_follow_the_gpu():
 def test_words_share_a_scale(cols, config, words):
     assert reads_words(config, QuantShape(64, 1024, 1, "bfloat16", FP8, 8, 1, cols, False)) == words
     assert not reads_words(config, QuantShape(64, 1026, 1, "bfloat16", FP8, 8, 1, cols, False))
-
-
-@pytest.mark.parametrize(("layout", "tokens"), [(0, 1), (0, 8), (1, 8), (3, 1), (3, 8)])
-def test_codes_are_asked_for_before_the_wait(layout, tokens):
-    """Under dependent launch; for the tile kernel it is Triton's pipeline that puts the copies there."""
-    spec = specialization(SM90, LAYOUTS[layout], 2, tokens, "bfloat16", 2)
-    assert spec.constants.get("EARLY", True)
-    ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
-    first = "ld.global" if spec.kernel.__name__ == "quant_vector_kernel" else "cp.async"
-    assert 0 < ptx.index(first) < ptx.index("griddepcontrol.wait")
-    assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
-
-
-@pytest.mark.parametrize("parts", [1, 4])
-def test_codes_that_go_through_the_pipeline_late_are_asked_of_the_l2_before(monkeypatch, parts):
-    """Each 32 bytes of the tiles named, and of the scales, once; the pipeline begins after the wait."""
-
-    def requests(ahead):
-        config = QuantConfig("folded", 8, 64 // parts, num_stages=3, early=False, sums=True, parts=parts, ahead=ahead)
-        monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
-        resources, compiled = compile_one(specialization(SM90, LAYOUTS[7], 1, 8, "bfloat16", 0), "sm_90")
-        ptx = compiled.asm["ptx"]
-        assert resources.spills == 0
-        assert ptx.rindex("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
-        return ptx.count("prefetch.global.L2")
-
-    assert requests(8) - requests(0) == 64 // parts * 8 * 4 // 128
-
-
-@pytest.mark.parametrize(("layout", "tokens"), [(0, 8), (7, 8), (7, 64)])
-def test_folded_codes_become_operands_in_their_registers(layout, tokens):
-    """By a shift and a mask for two of them, without conversions of integers or a way through shared memory.
-
-    What is stored there are inputs and zero points: fewer bytes than the codes alone would be.
-    """
-    spec = specialization(SM90, LAYOUTS[layout], 1, tokens, "bfloat16", 0)
-    ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
-    tile = spec.constants["BLOCK_R"] * 4 * spec.constants["FOLD"] // (32 * spec.num_warps)
-    tile *= spec.constants.get("PARTS", 1)
-    assert ptx.count("0x000f000f, 0x43004300, 0xEA") == tile // 2
-    assert not re.search(r"cvt\.rn\.(f32|bf16)\.[su]\d", ptx) and "ldmatrix" in ptx
-
-
-@pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
-@pytest.mark.parametrize("tile", [(64, 64, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)], ids=str)
-def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile):
-    """Words of two scales go through the pipeline as codes do, and nothing is laid out anew in shared memory.
-
-    Nor does the assembler wait for one instruction of a product before it issues the next.
-    """
-    block_t, block_r, warps, stages = tile
-    config = QuantConfig(FOLDED_WIDE, block_t, block_r, 128, warps, stages)
-    spec = specialization(SM90, LAYOUTS[layout], 2, block_t, "bfloat16", 0, config)
-    resources, compiled = compile_one(spec, "sm_90")
-    loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
-    assert resources.spills == 0 and "wgmma" in compiled.asm["ptx"] and not waits_for_each_product(compiled)
-    assert "local_alloc" not in loop and "tt.load" not in loop and "convert_layout" not in loop
-    assert loop.count("async_copy_global_to_local") == 6 + (layout == 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scales_multiply_and_round_once(dtype):
-    """The instruction adds -0, which leaves every product, and the sign of a zero, as it is."""
-    text = folded_wide.TIMES.value[dtype == torch.float16]
-    assert "0x80008000" in text and f"fma.rn.{'f16' if dtype == torch.float16 else 'bf16'}x2 $0, $1, $2, o" in text
-    codes = torch.arange(-16, 16).to(dtype)
-    scales = torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype)[:, None]
-    negative_zero = torch.tensor(0x8000 - 0x10000, dtype=torch.int16).view(dtype)
-    assert torch.equal(codes * scales + negative_zero, (codes.double() * scales.double()).to(dtype))
-
-
-@given(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF), st.sampled_from(["bf16", "fp16"]), st.integers(0, 16))
-def test_assembly_means_what_the_codes_do(low, high, dtype, zero):
-    """The instructions' arithmetic on two words, as bits: exact, for every nibble."""
-    word, bias = low | high << 16, {"bf16": 0x4300, "fp16": 0x6400}[dtype]
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
-    for place in range(4):
-        text = folded.BIASED.value[place + 4 * (dtype == "fp16")]
-        shift = re.search(r"shr\.u32 t, \$1, (\d+);", text)
-        mask, added, table = (int(v, 16) for v in re.search(r"(0x\w+), (0x\w+), (0x\w+);", text).groups())
-        assert (mask, added, table) == (0x000F000F, bias << 16 | bias, 0xEA)  # 0xEA: a & b | c
-        bits = (word >> (int(shift[1]) if shift else 0)) & mask | added
-        floats = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(torch_dtype)
-        wanted = [(half >> 4 * place & 15) for half in (low, high)]
-        less = -torch.tensor([bias], dtype=torch.int32).to(torch.int16).view(torch_dtype) - zero
-        assert (floats + less).tolist() == [float(code - zero) for code in wanted]
-
-
-@pytest.mark.parametrize("kind", [INT, FP8])
-@pytest.mark.parametrize("config", [QuantConfig("words", 1, 8, 1024), QuantConfig("words", 1, 4, 2048)], ids=str)
-def test_words_and_inputs_meet_where_they_are_loaded(monkeypatch, kind, config):
-    """Threads exchange nothing as long as there are weights to read: codes and inputs have one layout."""
-    monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
-    spec = specialization(SM90, (kind, 8, 1, 0, False, 0), 2, 1, "bfloat16", 2)
-    resources, compiled = compile_one(spec, "sm_90")
-    loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
-    assert loop.count("tt.load") == 3 and "convert_layout" not in loop and "tt.reduce" not in loop
-    assert resources.spills == 0
-    ptx = compiled.asm["ptx"]
-    assert 0 < ptx.index("ld.global") < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
-
-
-@pytest.mark.parametrize("rows", [64, 128])
-def test_halves_of_16_tokens_share_a_conversion(monkeypatch, rows):
-    """Each code is converted once, for two products of 8 tokens, which take it from the registers it is in."""
-    config = QuantConfig("tile", 16, rows, 256, rows // 16, 3, halves=True)
-    monkeypatch.setattr(quant_aot, "quant_config", lambda *_: config)
-    spec = specialization(SM90, (FP8, 8, 1, 0, False, 0), 2, 16, "bfloat16", 2)
-    resources, compiled = compile_one(spec, "sm_90")
-    ptx, codes = compiled.asm["ptx"], rows * 256 // (32 * config.num_warps)  # of a thread
-    assert resources.spills == 0 and "wgmma" not in ptx
-    assert ptx.count("cvt.rn.f16x2.e4m3x2") == codes // 2
-    assert ptx.count("mma.sync.aligned.m16n8k16") == 2 * codes // 8
 
 
 def test_halves_are_of_whole_rows_of_bytes(monkeypatch):

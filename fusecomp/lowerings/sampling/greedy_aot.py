@@ -25,4 +25,5 @@ def specializations(target: Target) -> Iterator[Specialization]:
                 },
                 num_warps=8,
                 num_stages=1,
+                aligned=("vocab", "stride"),
             )
