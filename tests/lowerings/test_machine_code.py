@@ -69,20 +69,26 @@ def test_folded_codes_become_operands_in_their_registers(layout, tokens):
 
 
 @pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
-@pytest.mark.parametrize("tile", [(64, 64, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)], ids=str)
-def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile):
+@pytest.mark.parametrize("tile", [(64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2)], ids=str)
+@pytest.mark.parametrize("use_tma", [False, True], ids=["pointers", "tma"])
+def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile, use_tma):
     """Words of two scales go through the pipeline as codes do, and nothing is laid out anew in shared memory.
 
-    Nor does the assembler wait for one instruction of a product before it issues the next.
+    Nor does the assembler wait for one instruction of a product before it issues the next. Inputs that TMA reads need
+    no fence before a product, and one wait for the four blocks of a step.
     """
     block_t, block_r, warps, stages = tile
-    config = QuantConfig(FOLDED_WIDE, block_t, block_r, 128, warps, stages)
+    config = QuantConfig(FOLDED_WIDE, block_t, block_r, 128, warps, stages, use_tma=use_tma)
     spec = specialization(SM90, LAYOUTS[layout], 2, block_t, "bfloat16", 0, config)
     resources, compiled = compile_one(spec, "sm_90")
     loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
-    assert resources.spills == 0 and "wgmma" in compiled.asm["ptx"] and not waits_for_each_product(compiled)
+    ptx = compiled.asm["ptx"]
+    assert resources.spills == 0 and "wgmma" in ptx and not waits_for_each_product(compiled)
     assert "local_alloc" not in loop and "tt.load" not in loop and "convert_layout" not in loop
-    assert loop.count("async_copy_global_to_local") == 6 + (layout == 0)
+    assert loop.count("async_copy_global_to_local") == (2 if use_tma else 6) + (layout == 0)
+    assert loop.count("async_tma_copy_global_to_local") == 4 * use_tma and loop.count("wait_barrier") == use_tma
+    assert ("fence.proxy.async" in ptx) != use_tma
+    assert not use_tma or ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS, Target
-from fusecomp.lowerings.quant import heuristics, tables
+from fusecomp.lowerings.paged_attention.heuristics import SM80, SM90, TARGETS, Target
+from fusecomp.lowerings.quant import heuristics, lowering, tables
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
     MAX_SPLITS,
@@ -27,7 +27,7 @@ from fusecomp.lowerings.quant.heuristics import (
     serves_words,
     unit,
 )
-from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal, run_quant
+from fusecomp.lowerings.quant.lowering import explain_choices, input_tiles, launch_quant_linear, refusal, run_quant
 from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
@@ -201,6 +201,31 @@ def test_choices_are_explained():
     ]
     assert "from NVIDIA H100 80GB HBM3 int4 rows=4096 k=4096 tokens=8 (nearest)" in lines[1]
     assert "no multiple of 16" in explain_choices(SM90, QuantShape(64, 64, 1, "bfloat16", INT, 4, 1, 8, False), [1])[0]
+
+
+def test_inputs_that_tma_does_not_read_have_no_descriptor(monkeypatch):
+    """Rows and addresses of 16 bytes, numbers of 16 bits, blocks of 16 bytes, and a GPU that has it."""
+    config, x = QuantConfig("folded wide", 64, 64, 128, use_tma=True), torch.zeros(33, 257, dtype=torch.bfloat16)
+    rows = x[:, :256].contiguous()
+    assert input_tiles(rows, config).block_shape == [64, 32]
+    assert input_tiles(rows, replace(config, use_tma=False)) is None
+    for refused in (x[:, :256], torch.zeros(33, 272, dtype=x.dtype)[:, 1:257], rows.float()):
+        assert input_tiles(refused, config) is None
+    assert input_tiles(rows, replace(config, block_k=16)) is None
+    monkeypatch.setattr(lowering, "target_of", lambda _: SM80)
+    assert input_tiles(rows, config) is None
+
+
+def test_entries_that_name_tma_choose_it_where_a_gpu_has_it(monkeypatch):
+    entry = next(e for e in entries(SM90.table) if e["config"]["kernel"] == "folded wide")
+    shape, tokens = tuned_shape(entry), entry["tokens"]
+    monkeypatch.setattr(heuristics, "entries", lambda _: [entry | {"config": entry["config"] | {"use_tma": True}}])
+    quant_config.cache_clear()
+    try:
+        found = {target: quant_config(target, shape, tokens) for target in (SM80, SM90)}
+    finally:
+        quant_config.cache_clear()
+    assert [config.use_tma for config in found.values()] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fusecomp.lowerings.quant.pieces import scale_numbers, scale_row
 @triton.jit(do_not_specialize=["num_tokens", "per_split"])
 def folded_wide_kernel(
     x,  # [T, K], last dim contiguous
+    x_tiles,  # its descriptor in blocks [BT, W], or None
     q,  # [G * N, K / 4] int16, contiguous: folded codes
     scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type; if PACKED words of two
     zero,  # as scale, integers 0 to 16 of a float type; if PACKED words of two; or None
@@ -49,6 +50,7 @@ def folded_wide_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    USE_TMA: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """A program owns BN features of BT tokens and one split of K. Programs of the same weights are neighbours.
@@ -57,6 +59,8 @@ def folded_wide_kernel(
     weights are rounded to x's dtype, as a dequantized weight is; sums fp32.
     dtypes: x, out one of fp32, fp16, bf16. Words of scales go through the compiler's pipeline, as codes do; loads of
     16 bits and less would each be laid out anew, at the cost of a barrier.
+    With USE_TMA inputs come by x_tiles: no thread copies them, and products need no fence behind such copies. Instead
+    Triton has a barrier before each of the four blocks that a step asks for.
     Bytes: G * N * K / 2 and the scales, T * K * itemsize from the L2 per BN features, and the codes again from the L2
     per BT tokens; 8 * S * G * N * BT of partials if S > 1. FLOPs: 2 * T * G * N * K.
     """
@@ -71,7 +75,7 @@ def folded_wide_kernel(
     srow, column = scale_row(rows, ROWS), tl.zeros([1, 1], tl.int32)
     cols = tl.arange(0, WORDS)
     row_at = q + rows * tl.multiple_of(k // 4, FOLD)
-    # Inputs past T are the last token's; their sums are not stored.
+    # Inputs past T are the last token's, or a descriptor's zeros; their sums are not stored.
     token = tl.minimum(t, num_tokens - 1)
     x_at = x + token * stride_x + cols[:, None]
     if USE_PDL:
@@ -87,8 +91,13 @@ def folded_wide_kernel(
             s, z = packed_scales(scale, zero, srow, column + start // (4 * FOLD), stride_scale, x.dtype.element_ty)
         else:
             s, z = tile_scales(scale, zero, srow, column + start, k, stride_scale, FOLD, COLS)
+        if USE_TMA:
+            blocks = four_blocks(x_tiles, t_block * BLOCK_T, start, FOLD)
         for i in tl.static_range(4):
-            v = tl.load(x_at + start + i * FOLD, eviction_policy="evict_last")
+            if USE_TMA:
+                v = blocks[i].T
+            else:
+                v = tl.load(x_at + start + i * FOLD, eviction_policy="evict_last")
             w = quarter(word, z[i // PER], i, v.dtype, zero is not None, False, ASM)
             acc = tl.dot(times(w, s[i // PER], ASM), v, acc, input_precision="ieee")
         if ASM:  # a product that ends in the next step makes ptxas wait after each instruction of all of them
@@ -98,6 +107,17 @@ def folded_wide_kernel(
         acc, squares, out, args, strides, partials, partials, counters, block, t_block, t_blocks, split, first, t,
         live, n, k, 0.0, stride_out, G, SPLITS, False, EPILOGUE,
     )  # fmt: skip
+
+
+@triton.jit
+def four_blocks(tiles, row, column, APART: tl.constexpr):
+    """A descriptor's blocks from four columns on: loads with no product in between are waited for once."""
+    return (
+        tiles.load([row, column]),
+        tiles.load([row, column + APART]),
+        tiles.load([row, column + 2 * APART]),
+        tiles.load([row, column + 3 * APART]),
+    )
 
 
 @triton.jit

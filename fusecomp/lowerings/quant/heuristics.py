@@ -45,6 +45,7 @@ class QuantConfig:
         halves: tile: tokens are multiplied by a tile in two halves.
         parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
         ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        use_tma: folded wide: inputs are read by the tensor memory accelerator, where it can.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class QuantConfig:
     halves: bool = False
     parts: int = 1
     ahead: int = 0
+    use_tma: bool = False
     source: str = "no table"
 
 
@@ -173,8 +175,9 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
 
 
 def _fit_wide(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
-    """Steps no longer than a folded tile, and fewer stages until those of codes and inputs fit."""
-    config = replace(config, block_k=min(config.block_k, 4 * shape.fold))
+    """Steps no longer than a folded tile, fewer stages until those of codes and inputs fit, no TMA where is none."""
+    use_tma = config.use_tma and target.has_tma
+    config = replace(config, block_k=min(config.block_k, 4 * shape.fold), use_tma=use_tma)
     stage = config.block_k * (config.block_r // 2 + 2 * config.block_t)
     most = max(1, (target.smem_bytes - 4096) // stage)
     return replace(config, num_stages=min(config.num_stages, most))

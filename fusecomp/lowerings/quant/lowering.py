@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
+from fusecomp.lowerings.linear.large_heuristics import tma_reads
 from fusecomp.lowerings.linear.lowering import DTYPES, launch_linear, launch_norm_op
 from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
@@ -123,6 +125,16 @@ def _asm(codes: Tensor, shape: QuantShape) -> bool:
     return codes.is_cuda and target_of(codes).backend == "cuda" and shape.dtype != "float32"
 
 
+def input_tiles(x: Tensor, config: QuantConfig) -> TensorDescriptor | None:
+    """x [T, K] in blocks of a program's tokens by a step's words; None where TMA cannot or shall not read it."""
+    words = config.block_k // 4
+    if not (config.use_tma and target_of(x).has_tma and tma_reads(x)):
+        return None
+    if x.dtype == torch.float32 or words * x.element_size() < ALIGNMENT:
+        return None
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [config.block_t, words])
+
+
 def _quads(x: Tensor) -> Tensor:
     """One token, or a norm's weight, [K] as words of four 16-bit numbers."""
     x = x.reshape(-1)
@@ -205,12 +217,13 @@ def run_quant(
         alike = all(part is None or part.dtype == x.dtype for part in (scale, zero))
         packed = alike and heuristics.packs_scales(shape)
         both = [part.view(torch.int32) if packed and part is not None else part for part in (scale, zero)]
+        x_tiles = input_tiles(x, config)
         launch(
             folded_wide_kernel, (teams * splits,),
-            x, q.view(torch.int16), *both, out, scratch[0], scratch[2], args, strides, tokens, n, k, per_split,
-            x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold, WORDS=config.block_k // 4,
-            SPLITS=splits, AHEAD=config.ahead, PACKED=packed, ASM=_asm(q, shape), ROWS=spec.rows, COLS=spec.cols,
-            **common,
+            x, x_tiles, q.view(torch.int16), *both, out, scratch[0], scratch[2], args, strides, tokens, n, k,
+            per_split, x.stride(0), out.stride(0), columns, BLOCK_T=config.block_t, FOLD=spec.fold,
+            WORDS=config.block_k // 4, SPLITS=splits, AHEAD=config.ahead, PACKED=packed, ASM=_asm(q, shape),
+            ROWS=spec.rows, COLS=spec.cols, USE_TMA=x_tiles is not None, **common,
         )  # fmt: skip
         return
     if config.kernel == FOLDED:

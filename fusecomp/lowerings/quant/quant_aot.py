@@ -66,9 +66,10 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (9, 1, 32, "bfloat16", 2),
 )
 
-WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all
+WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
+    (0, 1, QuantConfig(FOLDED_WIDE, 128, 64, 128, 4, 3, 4, use_tma=True)),
 )
 
 
@@ -78,7 +79,8 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
         if tokens <= _token_limit(target, LAYOUTS[at]):
             yield specialization(target, LAYOUTS[at], groups, tokens, dtype, norm)
     for at, groups, config in WIDE:
-        yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
+        if target.has_tma or not config.use_tma:
+            yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
@@ -155,6 +157,11 @@ def specialization(
             packed = heuristics.packs_scales(shape)
             constants |= {"WORDS": config.block_k // 4, "AHEAD": config.ahead, "PACKED": packed}
             pointers |= {"scale": "i32", **({"zero": "i32"} if zero else {})} if packed else {}
+            constants["USE_TMA"] = config.use_tma
+            if config.use_tma:
+                pointers["x_tiles"] = f"tensordesc<{short}[{config.block_t}, {config.block_k // 4}]>"
+            else:
+                constants["x_tiles"] = None
         elif fold:
             constants |= {"SUMS": config.sums, "AHEAD": config.ahead}
             if config.parts > 1:

@@ -185,12 +185,41 @@ def test_folded(layer, block_t, block_r, splits, early, sums):
 @settings(SETTINGS, max_examples=40)
 @given(
     layers(st.integers(1, 40), folded_specs), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
-    st.sampled_from([64, 128, 256]), st.integers(1, 4),
+    st.sampled_from([64, 128, 256]), st.integers(1, 4), st.booleans(),
 )  # fmt: skip
-def test_folded_wide(layer, block_t, block_r, block_k, splits):
+def test_folded_wide(layer, block_t, block_r, block_k, splits, use_tma):
     x, weight, _, operands, program, spec = layer
     layer = (x, weight, None, operands, replace(program, norm=None), spec)
-    run(layer, QuantConfig("folded wide", block_t, block_r, min(block_k, 4 * spec.fold), splits=splits))
+    block_k = min(block_k, 4 * spec.fold)
+    run(layer, QuantConfig("folded wide", block_t, block_r, block_k, splits=splits, use_tma=use_tma))
+
+
+@pytest.mark.parametrize("tokens", [3, 33, 128])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("name", ["residual", "swiglu"])
+def test_inputs_by_a_descriptor(monkeypatch, tokens, zero, name):
+    """The same bits as by pointers, by which inputs are read that TMA does not take."""
+    used = []
+
+    def launch(*args, **options):
+        used.append(options["USE_TMA"])
+        launch_kernel(*args, **options)
+
+    launch_kernel = lowering.launch
+    monkeypatch.setattr(lowering, "launch", launch)
+    spec, program = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), replace(PROGRAMS[name], dtype="bfloat16")
+    n, k = 40, 512
+    weight = random_weight((program.groups * n, k), spec, torch.bfloat16, zero=zero)
+    operands = [torch.randn(tokens, n).bfloat16() for _ in program.operands]
+    x = torch.randn(tokens, k + 8).bfloat16()[:, :k]
+    for block_r, block_k in ((64, 128), (128, 256)):
+        config = QuantConfig("folded wide", 64, block_r, block_k, splits=2)
+        layer = x, weight, None, operands, program, spec
+        found = run(layer, replace(config, use_tma=True))
+        assert torch.equal(found, run(layer, config))
+        odd = torch.zeros(tokens, k + 9, dtype=x.dtype)[:, 1 : k + 1].copy_(x)
+        assert torch.equal(found, run((odd, *layer[1:]), replace(config, use_tma=True)))
+    assert used == [True, False, False] * 2
 
 
 @settings(SETTINGS, max_examples=60)
