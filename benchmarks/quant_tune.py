@@ -76,17 +76,18 @@ FOLDED = {
     ],
     128: [],
 }  # fmt: skip
-# Of the kernel of many tokens: rows and columns of a step, warps, stages, programs to a multiprocessor.
+# Of the kernel of many tokens: rows and columns of a step, warps, stages, programs to a multiprocessor. Each is tried
+# with and without TMA.
 WIDE = {
     16: [(64, 256, 4, 4, (2, 3)), (64, 128, 4, 4, (2, 4)), (128, 256, 8, 3, (1, 2))],
     32: [(64, 256, 4, 3, (2, 3)), (64, 128, 4, 4, (2, 4)), (128, 128, 8, 4, (1, 2)), (128, 256, 8, 3, (1, 2))],
     64: [
-        (64, 128, 4, 3, (2, 4)), (64, 256, 4, 2, (2,)), (128, 128, 8, 2, (2,)), (128, 128, 8, 3, (1, 2)),
-        (128, 256, 8, 2, (1, 2)), (128, 256, 8, 3, (1,)), (256, 128, 16, 3, (1,)), (256, 256, 16, 2, (1,)),
+        (64, 128, 4, 3, (2,)), (64, 128, 4, 4, (2,)), (64, 256, 4, 2, (2,)), (128, 128, 8, 3, (2,)),
+        (128, 256, 8, 2, (1, 2)),
     ],
     128: [
-        (64, 128, 4, 2, (1, 3)), (64, 128, 4, 3, (1, 2)), (128, 128, 8, 2, (1, 2)), (128, 128, 8, 4, (1,)),
-        (128, 256, 8, 2, (1,)), (256, 128, 16, 3, (1,)), (256, 128, 16, 4, (1,)), (256, 64, 16, 4, (1,)),
+        (64, 128, 4, 2, (3,)), (64, 128, 4, 3, (2,)), (128, 128, 8, 2, (1, 2)), (128, 128, 8, 4, (1,)),
+        (128, 256, 8, 2, (1,)),
     ],
 }  # fmt: skip
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
@@ -131,9 +132,10 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     for size in (64, 128) if block_t == 128 else (block_t,):
         for rows, block_k, warps, stages, loads in WIDE.get(size, ()):
             blocks = math.ceil(shape.n * shape.groups / rows) * math.ceil(tokens / size)
-            for load in loads if block_k <= fold else ():
+            for load, use_tma in itertools.product(loads if block_k <= fold else (), BOTH):
                 splits = split_steps(shape.k // block_k, max(1, min(16, round(132 * load / blocks))))[1]
-                seen[QuantConfig(FOLDED_WIDE, size, rows, block_k, warps, stages, splits, False)] = None
+                config = QuantConfig(FOLDED_WIDE, size, rows, block_k, warps, stages, splits, False, use_tma=use_tma)
+                seen[config] = None
     for rows, parts, stages in PARTS if block_t == 8 else ():
         blocks = math.ceil(shape.n * shape.groups / rows)
         for splits, early in itertools.product((1, 2), (False, True)):
@@ -195,6 +197,7 @@ def brief(c: QuantConfig) -> str:
     tile = f"{'w' if c.kernel == FOLDED_WIDE else c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""
+    flags += " tma" * c.use_tma
     return f"{tile} w{c.num_warps} st{c.num_stages}{' parts' if c.parts > 1 else ''}{flags}"
 
 
@@ -215,7 +218,7 @@ def tune_kind(chain: Chain, name: str, tokens: int, pool: list[QuantConfig], cei
     share = size / results[0][0] / ceiling
     by_kernel = {}
     for s, c in results:
-        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.parts > 1, c.early, c.halves), (s, c))
+        by_kernel.setdefault((c.kernel, c.block_r, c.block_k, c.parts > 1, c.early, c.halves, c.use_tma), (s, c))
     shown = list(dict.fromkeys([*results[:2], *by_kernel.values()]))[:7]
     top = "; ".join(f"{s * 1e6:.2f} {brief(c)}" for s, c in shown)
     print(f"{tokens:3} {name:8}{share:6.1%} {size / results[0][0] / 1e12:.2f} TB/s | {top}", flush=True)
@@ -236,7 +239,7 @@ def refine(chain: Chain, tokens: int, configs: dict[str, Any], found: dict[str, 
     for name, results in found.items():
         sorts: dict = {}
         for _, c in results:
-            sorts.setdefault((c.kernel, c.parts > 1, c.early, c.halves), c)
+            sorts.setdefault((c.kernel, c.parts > 1, c.early, c.halves, c.use_tma), c)
         for config in dict.fromkeys([*(c for _, c in results[:4]), *sorts.values()]):
             if config != configs[name] and (took := seconds({name: config})) < best:
                 best, configs[name] = took, config

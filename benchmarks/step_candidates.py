@@ -163,7 +163,7 @@ def brief(config: Config) -> str:
         tile = (
             f"{config.kernel} {config.block_t}x{config.block_r}x{config.block_k} s{config.splits} w{config.num_warps}"
         )
-        options = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(config, name))
+        options = "".join(f" {name}" for name in ("early", "sums", "halves", "use_tma") if getattr(config, name))
         return f"{tile} st{config.num_stages} p{config.parts} a{config.ahead}{options}"
     if config.method in (LIBRARY, "cublas", "cublas_addmm"):
         return config.method

@@ -24,7 +24,7 @@ from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import SM90, decode_config
 from fusecomp.lowerings.quant import activations, tables
 from fusecomp.lowerings.quant import lowering as quant_lowering
-from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
+from fusecomp.lowerings.quant.heuristics import FOLDED_WIDE, QuantConfig, quant_config
 from fusecomp.lowerings.quant.scaled_heuristics import ScaledConfig, ScaledShape, scaled_config
 from fusecomp.ops.linear import LinearShape
 
@@ -133,4 +133,13 @@ def test_a_faster_launch_replaces_the_entry_of_its_sizes(form, scheme, tmp_path,
 @pytest.mark.parametrize("scheme, tokens", [("fp8", 1), ("fp8", 8), ("int4-zero", 1), ("int4-zero", 128)])
 def test_weights_of_codes_have_candidates(scheme, tokens):
     found = list(weight_candidates(OUT, tokens, scheme))
-    assert len(set(found)) > 5 and all(brief(config) for config in found)
+    assert len(set(found)) > 5 and len({brief(config) for config in found}) == len(found)
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 96, 128, 192])
+@pytest.mark.parametrize("layer", [QKV, OUT, GATE_UP, DOWN], ids=str)
+def test_folded_codes_of_many_tokens_are_tried_with_and_without_tma(layer, tokens):
+    found = [config for config in weight_candidates(layer, tokens, "int4-zero") if config.kernel == FOLDED_WIDE]
+    assert {replace(config, use_tma=not config.use_tma) for config in found} == set(found) and len(found) <= 24
+    assert {config.num_stages for config in found} == ({2, 3, 4} if tokens > 32 else {3, 4})
+    assert {config.block_r for config in found} == {64, 128} and {config.block_k for config in found} == {128, 256}
