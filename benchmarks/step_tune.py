@@ -65,7 +65,7 @@ NAMES = ("qkv", "o", "gate_up", "down", "lm_head")
 MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed kernels; they are bf16
 # Sums in another order give other codes of fp8 here and there, each of them 3% apart from its neighbour.
 MOST_DIFFERENT_CODES = 0.1
-POOL = 1 << 28  # elements of the weights of a check
+POOL = 1 << 28  # elements of the weights of a check, at least
 PROFILED, STEPS = 24, 20
 CODES, WEIGHTS = "codes", "weights"  # what multiplies: codes by codes, or numbers by codes
 
@@ -214,7 +214,7 @@ class StepTuner:
         if not difference <= (MOST_DIFFERENT_CODES if self._form(name) == CODES else MOST_DIFFERENT):
             raise SystemExit(f"{name} by {best}: logits differ by {difference}")
         if layer is not None and isinstance(best, LargeConfig):
-            check(Case(layer, self.tokens, random_pool(POOL)), best)
+            check(Case(layer, self.tokens, random_pool(max(POOL, layer.groups * layer.n * layer.k))), best)
         elif layer is not None and isinstance(best, ScaledConfig):
             case = quant_cases.Case(layer, self.tokens, FP8, quant_cases.random_codes(POOL, FP8))
             if wrong := quant_cases.check(case, best)[1]:

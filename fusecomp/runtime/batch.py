@@ -2,6 +2,9 @@
 
 Legend: T tokens, S rows (padding included), n real rows, P pages per row of the block table, B page size.
 
+Padding computes what nobody reads, but a mixture of experts routes it. Were all of it one token, a few experts would get
+all of it; were every row another, experts would be read that no real row asks for. So `SHARED_ID` rows have one id.
+
 The device tensors of every step are views of one set of buffers (`views.py`): a batch is valid until the next `build`.
 
 Host side: a step gathers the lines of its sequences (`lines.py`) into pinned buffers. What changes at every step of
@@ -28,6 +31,9 @@ from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.views import BatchViews
 
 
+SHARED_ID = 8  # rows of padding that are the same token: fewer than a tile of the experts' kernels has rows
+
+
 def _lists_of(rows: int) -> dict[str, int]:
     """What a step brings that is not all decodes, besides its tokens: how many entries of which list."""
     return {"cu_q_lens": rows + 1, "logit_indices": rows, "seq_lens": rows}
@@ -46,6 +52,7 @@ class BatchBuilder:
         seed: engine seed. A request without a seed draws from this and its order of arrival.
         on_enter: called with each newly admitted sequence before the step's copies are issued.
         mailbox: of the engine; one of its own when None.
+        vocab_size: ids that padding may have.
 
     Attributes:
         mailbox: where steps of decodes find what they are given, and all leave what they sample.
@@ -61,6 +68,7 @@ class BatchBuilder:
         seed: int = 0,
         on_enter: Callable[[SequenceState], None] | None = None,
         mailbox: Mailbox | None = None,
+        vocab_size: int = 1,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_rows = max_num_seqs + MOST_PREFILLS
@@ -80,6 +88,8 @@ class BatchBuilder:
         self._host_meta_np = self._host_meta.numpy()
         self._views = BatchViews(self._device, S)
         self._order = np.arange(S)
+        self._different = np.arange(T) * max(1, vocab_size // T) % vocab_size
+        self._padding_ids = self._different[np.arange(T) // SHARED_ID]
 
         self._lines = Lines(max_num_seqs, P, block_size, seed, on_enter)
 
@@ -157,7 +167,8 @@ class BatchBuilder:
             staging.arrays["logit_indices"][:n] = ends_of_rows - 1
             if shape is not None:
                 used = step.num_tokens
-                tokens[:2, used:] = 0
+                tokens[0, used:] = self._padding_ids[: T - used]
+                tokens[1, used:] = 0
                 tokens[2, used:] = -1
                 seq_lens[n + gap] = T - used
                 cu_q_lens[n + gap + 1 : S + 1] = T
@@ -190,7 +201,8 @@ class BatchBuilder:
             letter["continues"][:count] = self._order[:count] if isinstance(continues, range) else continues
         letter["seq_lens"][:n] = starts + 1
         letter["slots"][:n] = self._lines.slots(rows, starts)
-        letter["ids"][n:size] = letter["seq_lens"][n:size] = 0
+        letter["ids"][n:size] = self._padding_ids[: size - n]
+        letter["seq_lens"][n:size] = 0
         letter["slots"][n:size] = -1
         self._letter = size, count, self._held.moved
 
@@ -234,7 +246,7 @@ class BatchBuilder:
 
     def padding(self, shape: int | MixedShape) -> StepBatch:
         """A batch of nothing but padding, of so many decode rows or of a mixed shape, safe to run for warm-up and
-        capture: it writes no KV slot.
+        capture: it writes no KV slot. Every token is another, as far as there are ids: as in a step that serves.
 
         Its `host_meta` announces the longest possible sequence, so what is sized by it serves every later step.
         """
@@ -245,8 +257,7 @@ class BatchBuilder:
         staging = self._staging[self._turn]
         staging.wait()
         tokens = staging.arrays["tokens"][: 3 * T].reshape(3, T)
-        tokens[:2] = 0
-        tokens[2] = -1
+        tokens[0], tokens[1], tokens[2] = self._different[:T], 0, -1
         staging.arrays["seq_lens"][:rows] = 0
         if mixed:
             staging.arrays["seq_lens"][decodes] = T

@@ -334,6 +334,7 @@ class Engine:
             config.seed,
             self._tables.enter,
             self._mailbox,
+            self.vocab_size,
         )
 
     def _check_packing(self) -> None:

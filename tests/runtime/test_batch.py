@@ -1,6 +1,7 @@
 """Every tensor of every step against a row-by-row reference written from docs/architecture.md."""
 
 import dataclasses
+from itertools import groupby
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.lines import SAMPLING
 from fusecomp.runtime.scheduler import Scheduler, SequenceState
 from fusecomp.runtime.staging import Pack
-from fusecomp.runtime.step_batch import StepBatch, needs_of
+from fusecomp.runtime.step_batch import MixedShape, StepBatch, needs_of
 from tests.runtime.simulation import EOS, PagedModel, alone, next_token, scenarios, simulate
 
 TENSORS = [f.name for f in dataclasses.fields(StepBatch) if f.type == "torch.Tensor"]
@@ -121,11 +122,11 @@ def test_batches_match_the_reference_and_drive_the_model(scenario, data):
         assert seq.output_ids == (expected if seq.finish_reason != "abort" else expected[: seq.num_output_tokens])
 
 
-def engine(params, seqs=4, prompt=(1, 2, 3)):
+def engine(params, seqs=4, prompt=(1, 2, 3), vocab_size=1):
     scheduler = Scheduler(seqs, 64, 64, KVCacheManager(64, 4))
     for i, p in enumerate(params):
         scheduler.add(SequenceState(str(i), list(prompt), p))
-    return scheduler, BatchBuilder(seqs, 64, 16, 4, "cpu", seed=3)
+    return scheduler, BatchBuilder(seqs, 64, 16, 4, "cpu", seed=3, vocab_size=vocab_size)
 
 
 def test_a_bucket_keeps_its_addresses():
@@ -177,6 +178,23 @@ def test_one_copy_brings_all_that_changes_when_a_sequence_ends(temperature, monk
         check(builder.build(step, 4 if step.decode_only else None), step, 4 if step.decode_only else None, 4, 16, 4)
         assert copies == ([others | prompts] if at == 0 else [others] if at in (3, 6) else []), at
         scheduler.update(step, [next_token(s.token_ids) for s in step.seqs], ())
+
+
+def test_eight_rows_of_padding_are_the_same_token():
+    """What a step pads asks for few experts, and no expert for all of it; what is measured is as varied as what serves."""
+    scheduler, builder = engine([SamplingParams(max_tokens=9)], seqs=32, vocab_size=1000)
+    first = scheduler.schedule()
+    mixed = builder.build(first, MixedShape(24, 8, 8)).tokens.clone()
+    assert [len(list(run)) for _, run in groupby(mixed[0, 3:].tolist())] == [8, 8, 5]
+    scheduler.update(first, [5], ())
+    decodes = builder.build(scheduler.schedule(), 32).tokens.clone()
+    assert decodes[0, 0] == 5
+    for tokens, used in ((mixed, 3), (decodes, 1)):
+        assert not tokens[1, used:].any()
+        assert (tokens[2, used:] == -1).all()
+        assert tokens[0].max() < 1000
+    assert [len(list(run)) for _, run in groupby(decodes[0, 1:].tolist())] == [8, 8, 8, 7]
+    assert len(set(builder.padding(32).tokens[0].tolist())) == 32
 
 
 def test_padding_is_inert():
