@@ -2,8 +2,8 @@
 
 Legend: T tokens, S rows (padding included), n real rows, P pages per row of the block table, B page size.
 
-Padding computes what nobody reads, but a mixture of experts routes it. Were all of it one token, a few experts would get
-all of it; were every row another, experts would be read that no real row asks for. So `SHARED_ID` rows have one id.
+Padding computes what nobody reads, but a mixture of experts routes it. Were all of it one token, a few experts would
+get all of it; were every row another, experts would be read that no real row asks for. So `SHARED_ID` rows have one id.
 
 The device tensors of every step are views of one set of buffers (`views.py`): a batch is valid until the next `build`.
 
@@ -29,7 +29,6 @@ from fusecomp.runtime.scheduler import KNOWN, ScheduledStep, SequenceState
 from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.views import BatchViews
-
 
 SHARED_ID = 8  # rows of padding that are the same token: fewer than a tile of the experts' kernels has rows
 
@@ -108,7 +107,8 @@ class BatchBuilder:
 
         Args:
             step: from `Scheduler.schedule`, before the matching `update`.
-            pad_to: rows of the decode bucket, for a step that is all decodes; for any other the shape of its bucket.
+            pad_to: the shape of the step's bucket, which of a step that is all decodes is its rows; of another without
+                a bucket, rows to which its own are padded, no token.
             continues: for a step scheduled ahead, for each decode the row of the step before whose id, in the mailbox,
                 it continues from, or `KNOWN`; a `range` says each its own.
             sealed: of a step of decodes leave what changes at every step to `send` or `feed`, one of which follows.
@@ -123,7 +123,7 @@ class BatchBuilder:
             S, T, gap = shape.rows, shape.tokens, shape.decodes - nd
         else:
             assert not isinstance(pad_to, MixedShape)
-            assert pad_to is None or (step.decode_only and n <= pad_to <= self.max_num_seqs), (n, pad_to)
+            assert pad_to is None or n <= pad_to <= self.max_num_seqs, (n, pad_to)
             S, gap = pad_to or n, 0
             T = S if step.decode_only else step.num_tokens
         assert self.max_num_batched_tokens >= T, T
@@ -164,15 +164,15 @@ class BatchBuilder:
             cu_q_lens[1 : nd + 1] = ends_of_rows[:nd]
             cu_q_lens[nd + 1 : nd + gap + 1] = nd
             cu_q_lens[nd + gap + 1 : n + gap + 1] = ends_of_rows[nd:]
+            cu_q_lens[n + gap + 1 : S + 1] = T
             staging.arrays["logit_indices"][:n] = ends_of_rows - 1
+            staging.arrays["logit_indices"][n:S] = 0
             if shape is not None:
                 used = step.num_tokens
                 tokens[0, used:] = self._padding_ids[: T - used]
                 tokens[1, used:] = 0
                 tokens[2, used:] = -1
                 seq_lens[n + gap] = T - used
-                cu_q_lens[n + gap + 1 : S + 1] = T
-                staging.arrays["logit_indices"][n:S] = 0
             self._held.bring(brought | _lists_of(S), staging, n, placement)
             staging.copy("tokens", self._device["tokens"], 3 * T)
             if continues:

@@ -199,7 +199,8 @@ class Engine:
         """Queue a step's device work; nothing is waited for."""
         wanted = prompt_tokens(step)
         shape = self._graphs.choose(step) if self._graphs and wanted is None else None
-        batch = self._builder.build(step, shape, continues, sealed=True)
+        padded = self._graphs.bucket(len(step.seqs)) if self._graphs and wanted is None and shape is None else shape
+        batch = self._builder.build(step, padded, continues, sealed=True)
         kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()

@@ -259,6 +259,26 @@ def test_padded_steps_give_the_same_tokens(request, monkeypatch, which, blocks):
     assert blocks is None or engine.metrics.preemptions > 0
 
 
+def test_rows_of_a_mixed_step_without_a_graph_are_as_many_as_in_one(model, monkeypatch):  # noqa: F811
+    """Libraries' kernels for so many rows were then met at the start."""
+    monkeypatch.setattr(graphs_module, "MIXED_TOKENS", (32,))
+    config = EngineConfig(max_num_seqs=10, max_num_batched_tokens=96, enforce_eager=True)
+    engine = Engine(model, config, eos_token_ids=(5, 6))
+    expected, _ = serve(engine, 5, False, EVERYTHING)
+    graphs = with_graphs(engine, Rerun(seconds=lambda rows: 1e-6 * rows))
+    engine.overlap, run, rows = True, engine._run, set()
+
+    def counted(batch, shape, half):
+        if shape is None:
+            rows.add(len(batch.seq_lens))
+            assert batch.tokens.shape[1] > 32 >= batch.num_rows
+        return run(batch, shape, half)
+
+    monkeypatch.setattr(engine, "_run", counted)
+    assert serve(engine, 5, False, EVERYTHING)[0] == expected
+    assert len(rows) > 1 and rows <= set(graphs.sizes)
+
+
 def test_an_engine_goes_on_when_captures_run_out_of_memory(model):  # noqa: F811
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, enforce_eager=True)
     engine = Engine(model, config, eos_token_ids=(5, 6))

@@ -136,6 +136,7 @@ def query_block(group: int) -> int:
     return max(16, next_power_of_2(group))
 
 
+@cache
 def decode_config(
     target: Target,
     *,
@@ -181,6 +182,7 @@ def decode_config(
     return _fit_decode(config, target, padded_dim(head_dim), itemsize, quantized=quantized)
 
 
+@cache
 def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: int) -> PrefillConfig:
     """Configuration of one prefill launch.
 
