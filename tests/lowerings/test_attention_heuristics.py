@@ -80,7 +80,7 @@ def test_entries_of_an_fp8_cache_serve_no_other(monkeypatch):
 )
 def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, config):
     """It was measured on so many rows and kv heads, on another GPU than its table; others are chosen as without it."""
-    tuned = [e for e in heuristics.load_table(SM90.table)["decode"] if "group" in e]
+    tuned = [e for e in heuristics.load_table(SM90.table)["decode"] if "group" in e and "kv_itemsize" in e]
     h100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms)
     (entry,) = [e for e in tuned if e["group"] == group]
     assert entry["kv_itemsize"] == 1 and entry["pairs"] == rows * kv_heads
@@ -101,6 +101,16 @@ def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, co
     assert all("H100" not in choose(target).source for target in TARGETS if target.arch != SM90.arch)
     plain = decode_config(h100, **{**SHAPE, "num_kv_heads": kv_heads}, num_rows=rows, capacity=4096, group=group)
     assert "H100" not in plain.source
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(128, 2), (256, 1)])
+def test_rows_with_eight_query_heads_a_kv_head_split_less(rows, splits):
+    """Where as many pairs of fewer query heads, an FP8 cache's and other numbers of rows are split as ever."""
+    shape = {**SHAPE, "num_kv_heads": 4, "capacity": 2048}
+    found = decode_config(SM90, **shape, num_rows=rows, group=8)
+    assert found.num_splits == splits and found.source.endswith("(exact)")
+    for change in ({"group": 4}, {"quantized": True}, {"num_rows": rows - 16}):
+        assert decode_config(SM90, **{**shape, "num_rows": rows, "group": 8, **change}).num_splits > splits
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
