@@ -181,7 +181,8 @@ class BatchBuilder:
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
             return self._batch(self._views.bucket(shape), n)
-        self._host_meta_np[:] = (S if step.decode_only else nd, max_q_len, max_seq_len, S)
+        counts = (S, S) if step.decode_only else (nd, n)
+        self._host_meta_np[:] = (counts[0], max_q_len, max_seq_len, counts[1])
         views = self._views.decodes(S) if step.decode_only else self._views.mixed(S, T)
         return self._batch(views, n)
 

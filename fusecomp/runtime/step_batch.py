@@ -23,7 +23,8 @@ class StepBatch:
         cu_q_lens: [S + 1] int32.
         seq_lens: [S] int32.
         block_tables: [S, P] int32; entries that are never read hold stale but valid block ids.
-        host_meta: [4] int32 on the CPU: num_decodes, max_q_len, max_seq_len, num_rows. Padding rows count as decodes.
+        host_meta: [4] int32 on the CPU: num_decodes, max_q_len, max_seq_len, num_rows. Padding rows count as decodes;
+            not those of a step that is not all decodes, has no bucket and so no token for them.
         temperature: [S] float32; 0 is greedy, also in padding rows.
         top_k: [S] int32; 0 keeps all.
         top_p: [S] float32; 1 keeps all.

@@ -103,13 +103,13 @@ def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, co
     assert "H100" not in plain.source
 
 
-@pytest.mark.parametrize(("rows", "splits"), [(128, 2), (256, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(128, 2), (160, 2), (192, 2), (256, 1)])
 def test_rows_with_eight_query_heads_a_kv_head_split_less(rows, splits):
     """Where as many pairs of fewer query heads, an FP8 cache's and other numbers of rows are split as ever."""
     shape = {**SHAPE, "num_kv_heads": 4, "capacity": 2048}
     found = decode_config(SM90, **shape, num_rows=rows, group=8)
     assert found.num_splits == splits and found.source.endswith("(exact)")
-    for change in ({"group": 4}, {"quantized": True}, {"num_rows": rows - 16}):
+    for change in ({"group": 4}, {"quantized": True}, {"num_rows": rows - 8}):
         assert decode_config(SM90, **{**shape, "num_rows": rows, "group": 8, **change}).num_splits > splits
 
 

@@ -49,7 +49,8 @@ def reference(step, pad_to, block_size):
         out["sampling"].append((0.0, 0, 1.0))
     out["cu_q_lens"] = cu
     decodes = step.num_decodes + (padding if step.decode_only else 0)
-    out["host_meta"] = [decodes, max(step.num_new_tokens), max_seq_len, len(step.seqs) + padding]
+    counted = len(step.seqs) + (padding if step.decode_only else 0)
+    out["host_meta"] = [decodes, max(step.num_new_tokens), max_seq_len, counted]
     return out
 
 
