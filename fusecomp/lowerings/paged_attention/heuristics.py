@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MAX_SPLITS = 128
 ACCUMULATOR_REGISTERS = {2: 64, 4: 16}
 MAX_WARPS = 16
 MAX_CODES = 2048  # of K, and as many of V, that a warp converts in one tile
+CHOICES = 1024  # that are remembered: every layer of a step asks for the same one
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def query_block(group: int) -> int:
     return max(16, next_power_of_2(group))
 
 
-@cache
+@lru_cache(CHOICES)
 def decode_config(
     target: Target,
     *,
@@ -182,7 +183,7 @@ def decode_config(
     return _fit_decode(config, target, padded_dim(head_dim), itemsize, quantized=quantized)
 
 
-@cache
+@lru_cache(CHOICES)
 def prefill_config(target: Target, *, head_dim: int, itemsize: int, max_keys: int) -> PrefillConfig:
     """Configuration of one prefill launch.
 
