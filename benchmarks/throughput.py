@@ -12,25 +12,38 @@ from typing import Any
 
 from benchmarks.idle import WARM_UP_CALLS, Idle, profile_idle
 from benchmarks.session import Result, Session, kernel_table, progress, table
+from benchmarks.step_log import Group, StepLog
 from benchmarks.timing import Samples, compiled_kernels, kernel_times
 
 PREFILL_REPEATS = 7
 PROFILED_STEPS, PROFILED_AT = 8, (8, 200, 600)  # offline: steps profiled together, and the first ones of each window
 
 
-def _drain(session: Session) -> tuple[float, int, int]:
-    """Step until nothing is left; returns wall seconds, steps, and rows that got a token, over all steps."""
-    engine = session.engine
-    steps = advanced = 0
-    start = time.perf_counter()
+def _drain(session: Session) -> tuple[float, StepLog]:
+    """Step until nothing is left; returns wall seconds, and what each step took and gave."""
+    engine, log = session.engine, StepLog()
+    start = last = time.perf_counter()
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        steps += 1
-        advanced += len(outputs)
+        now = time.perf_counter()
+        log.add(now - last, outputs)
+        last = now
         for out in outputs:
             if out.error is not None:
                 raise RuntimeError(f"{out.request_id}: {out.error}")
-    return time.perf_counter() - start, steps, advanced
+    return last - start, log
+
+
+def _where(session: Session, groups: list[Group]) -> str:
+    """A table of groups of steps; keys and values as the read limit has them."""
+    ms = session.engine.kv_bytes_per_token / session.ceilings.read_bytes_per_s * 1e3
+    lines = [
+        ["with prompts" if g.rows is None else f"{g.rows[0]} to {g.rows[1]}", g.steps, g.seconds, g.median_ms,
+         g.tokens * ms]
+        for g in groups
+    ]  # fmt: skip
+    headers = ["sequences of a step", "steps", "s", "median ms", "keys and values at the read limit, ms"]
+    return table(headers, lines)
 
 
 def _profiled(session: Session) -> dict[str, Any] | None:
@@ -65,7 +78,8 @@ def prefill(session: Session) -> Result:
     walls, steps = [], 0
     for turn in range(1 + PREFILL_REPEATS * o.repeat):
         session.add(f"prefill {turn}", session.prompts(lengths, 1000 + turn), [1] * o.prompts)
-        seconds, steps, _ = _drain(session)
+        seconds, log = _drain(session)
+        steps = len(log)
         if turn:  # the first warms up
             walls.append(seconds * 1e3)
     samples = Samples.of(walls)
@@ -101,14 +115,16 @@ def offline(session: Session) -> Result:
     warm = min(8, o.requests)
     session.add("warm", session.prompts([o.lengths[0]] * warm, 1), [8] * warm)
     _drain(session)
-    runs = []
+    runs, where = [], dict[float, str]()
     for turn in range(o.repeat):
         progress(f"offline, {o.requests} requests")
         prompts = session.prompts([n for n, _ in pairs], 2000 + turn)
         before, captures = engine.metrics, _captures(session)
-        session.add(f"offline {turn}", prompts, [n for _, n in pairs])
+        ids = session.add(f"offline {turn}", prompts, [n for _, n in pairs])
         with compiled_kernels() as compiled:
-            wall, steps, advanced = _drain(session)
+            wall, log = _drain(session)
+        groups = log.groups({request: len(prompt) for request, prompt in zip(ids, prompts, strict=True)})
+        where[wall] = _where(session, groups)
         after = engine.metrics
         made = after.generation_tokens - before.generation_tokens
         expected = sum(n for _, n in pairs)
@@ -120,8 +136,9 @@ def offline(session: Session) -> Result:
                 "output_tokens": made,
                 "output_tokens_per_s": made / wall,
                 "total_tokens_per_s": (made + sum(n for n, _ in pairs)) / wall,
-                "steps": steps,
-                "mean_running": advanced / steps,
+                "steps": len(log),
+                "mean_running": log.advanced / len(log),
+                "by_rows": [group.to_dict() for group in groups],
                 "host_share": (after.host_seconds - before.host_seconds) / wall,
                 "preemptions": after.preemptions - before.preemptions,
                 "computed_tokens": after.computed_tokens - before.computed_tokens,
@@ -150,4 +167,4 @@ def offline(session: Session) -> Result:
     line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
     line += [middle["captures"], len(middle["kernels_compiled"]), idle and f"{idle['share']:.2%}"]
     title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
-    return Result(figures, f"{title}\n{table(headers, [line])}")
+    return Result(figures, f"{title}\n{table(headers, [line])}\n{where[middle['wall_s']]}")

@@ -61,7 +61,10 @@ def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
     assert three["bytes"] > one["bytes"]
     assert ("experts_touched" in one) == (shape == "tiny-moe")
     assert figures["prefill"]["tokens_per_s"] > 0 and figures["prefill"]["share_of_matmul"] > 0
-    assert figures["offline"]["output_tokens"] > 0 and figures["offline"]["output_tokens_per_s"] > 0
+    offline = figures["offline"]
+    assert offline["output_tokens"] > 0 and offline["output_tokens_per_s"] > 0
+    assert sum(group["steps"] for group in offline["by_rows"]) == offline["steps"]
+    assert sum(group["seconds"] for group in offline["by_rows"]) == pytest.approx(offline["wall_s"], rel=0.01)
     assert figures["prefix"]["cached_tokens"] == figures["prefix"]["prefix"] // 16 * 16 > 0
     assert figures["prefix"]["ratio"] > 0
     assert result["check"]["prefill_error"] < 1e-5 and result["check"]["decode_error"] < 1e-5
