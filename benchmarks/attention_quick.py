@@ -1,9 +1,9 @@
 """Decode attention over bf16 and FP8 caches in under a minute: `python -m benchmarks.attention_quick --out DIR`.
 
-A handful of shapes, and for each a handful of configurations: built in parallel, compared with the eager reference (the
-shortest context) or the committed configuration, then timed with norm, rotation and cache write inside. The table
-shows microseconds and shares of the read bandwidth measured in the same run; DIR/fp8kv-quick.json has everything, and
-for each class an entry of the tuned table.
+A handful of shapes, and for each a handful of configurations: built in parallel, compared with the eager reference (at
+the shortest context, and at lengths spread over a range where a class has them), then timed with norm, rotation and
+cache write inside. The table shows microseconds and shares of the read bandwidth measured in the same run;
+DIR/fp8kv-quick.json has everything, and for each class an entry of the tuned table. `--only` names others as well.
 """
 
 from __future__ import annotations
@@ -46,27 +46,37 @@ AHEAD = ((64, 4, 2, True), (128, 8, 2, True))
 
 @dataclass(frozen=True)
 class Class:
-    """Shapes that take one table entry, the candidates for it, and how finely each may split a row."""
+    """Shapes that take one table entry, the candidates for it, and how finely each may split a row.
+
+    With `spread` one more shape has lengths from 1 to so many, and the entry serves its query heads a kv head alone.
+    """
 
     layer: Layer
     batch: int
     contexts: tuple[int, ...]
     quantized: bool
     tiles: tuple[tuple[int, int, int, bool], ...]
-    splits: int
+    splits: tuple[int, ...]
     least: tuple[int, ...]
+    spread: int = 0
 
     @property
     def name(self) -> str:
         """As `--only` takes it: kv heads, sequences, and what the cache holds."""
-        return f"{self.layer.kv_heads}x{self.batch}-{'fp8' if self.quantized else 'bf16'}"
+        spread = "-spread" if self.spread else ""
+        return f"{self.layer.kv_heads}x{self.batch}-{'fp8' if self.quantized else 'bf16'}{spread}"
 
     @property
     def shapes(self) -> list[DecodeShape]:
-        return [DecodeShape(self.layer, self.batch, n, quantized=self.quantized) for n in self.contexts]
+        alike = [DecodeShape(self.layer, self.batch, n, quantized=self.quantized) for n in self.contexts]
+        return alike + [replace(alike[0], context=self.spread, ragged=True)] * bool(self.spread)
 
     def kernels(self) -> list[DecodeConfig]:
-        return [DecodeConfig(n, w, s, self.splits, max(n, self.least[0]), ahead) for n, w, s, ahead in self.tiles]
+        return [
+            DecodeConfig(n, w, s, splits, max(n, self.least[0]), ahead)
+            for n, w, s, ahead in self.tiles
+            for splits in self.splits
+        ]
 
     def configs(self) -> list[DecodeConfig]:
         """How finely a row is split is an argument of a kernel."""
@@ -74,17 +84,21 @@ class Class:
 
 
 CLASSES = (
-    Class(LLAMA, 64, (200, 1024, 8192), False, (), 4, (512,)),
-    Class(LLAMA, 64, (200, 1024, 8192), True, SPLIT + AHEAD, 4, (512, 2048)),
-    Class(LLAMA, 1, (200, 1024, 8192), False, (), 32, (64,)),
-    Class(LLAMA, 1, (200, 1024, 8192), True, (SPLIT[0], SPLIT[2], SPLIT[5], *AHEAD), 32, (64, 256)),
-    Class(QWEN, 64, (200, 1024), False, (SPLIT[2], *AHEAD), 4, (64, 256)),
-    Class(QWEN, 64, (200, 1024), True, (*SPLIT[:4], *AHEAD), 4, (64, 256)),
-    Class(LLAMA, 8, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), 8, (64, 256)),
-    Class(LLAMA, 32, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), 8, (64, 512)),
-    Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), 32, (64, 256)),
-    Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), 8, (64, 256)),
+    Class(LLAMA, 64, (200, 1024, 8192), False, (), (4,), (512,)),
+    Class(LLAMA, 64, (200, 1024, 8192), True, SPLIT + AHEAD, (4,), (512, 2048)),
+    Class(LLAMA, 1, (200, 1024, 8192), False, (), (32,), (64,)),
+    Class(LLAMA, 1, (200, 1024, 8192), True, (SPLIT[0], SPLIT[2], SPLIT[5], *AHEAD), (32,), (64, 256)),
+    Class(QWEN, 64, (200, 1024), False, (SPLIT[2], *AHEAD), (4,), (64, 256)),
+    Class(QWEN, 64, (200, 1024), True, (*SPLIT[:4], *AHEAD), (4,), (64, 256)),
+    Class(LLAMA, 8, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), (8,), (64, 256)),
+    Class(LLAMA, 32, (200, 1024, 4096), True, (*SPLIT[:3], AHEAD[0]), (8,), (64, 512)),
+    Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), (32,), (64, 256)),
+    Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), (8,), (64, 256)),
 )  # fmt: skip
+ON_REQUEST = tuple(
+    Class(QWEN, rows, (200, 640), False, SPLIT[:1], (1, 2, 4), (256, 512, 1024), 1600)
+    for rows in (64, 128, 160, 192, 224, 256)
+)
 
 
 def reference(case: FusedCase) -> torch.Tensor:
@@ -97,13 +111,13 @@ def reference(case: FusedCase) -> torch.Tensor:
     return paged_attention_reference(q, new.k, new.v, *rest).double()
 
 
-def check(cases: Sequence[FusedCase], configs: Sequence[DecodeConfig]) -> list[DecodeConfig]:
+def check(case: FusedCase, configs: Sequence[DecodeConfig]) -> list[DecodeConfig]:
     """The configurations that run; each gives what the reference gives.
 
     Raises:
         AssertionError: one does not.
     """
-    case, good = cases[0], []
+    good = []
     for config in configs:
         try:
             case.launch(config)
@@ -121,7 +135,9 @@ def check(cases: Sequence[FusedCase], configs: Sequence[DecodeConfig]) -> list[D
 def measure(one: Class, bandwidth: float, until: float) -> tuple[list[dict], list, dict | None]:
     """Lines of the committed and the best configuration, every time taken, and the best as a table entry."""
     cases = [FusedCase(shape) for shape in one.shapes]
-    check(cases, [cases[0].default(), *one.kernels()])
+    for case in cases:
+        if case is cases[0] or case.shape.ragged:
+            check(case, [case.default(), *one.configs()])
     found = [([timed(case, case.default()) for case in cases], cases[0].default())]
     for config in one.configs():
         if time.time() < until:
@@ -136,6 +152,8 @@ def measure(one: Class, bandwidth: float, until: float) -> tuple[list[dict], lis
               f" {best[1].num_splits}x{best[1].min_split}{' ahead' * best[1].read_ahead}", flush=True)  # fmt: skip
     times = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in sorted(found, key=lambda pair: math.prod(pair[0]))]
     entry = table_entry(one.shapes[0], best[1], lines[1]) if best is not found[0] else None
+    if entry and one.spread:
+        entry["group"] = one.layer.heads // one.layer.kv_heads
     torch.cuda.empty_cache()
     return [line for pair in lines for line in pair], times, entry
 
@@ -150,10 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=40.0, help="time no further configuration after this long")
-    parser.add_argument("--only", help=f"some of {', '.join(c.name for c in CLASSES)}, separated by commas")
+    parser.add_argument(
+        "--only", help=f"some of {', '.join(c.name for c in (*CLASSES, *ON_REQUEST))}, separated by commas"
+    )
     args = parser.parse_args()
     begin = time.time()
-    classes = [c for c in CLASSES if not args.only or c.name in args.only.split(",")]
+    named = args.only.split(",") if args.only else [c.name for c in CLASSES]
+    classes = [c for c in (*CLASSES, *ON_REQUEST) if c.name in named]
     if not classes:
         parser.error(f"--only {args.only} names none")
     jobs = [(replace(c.shapes[0], context=64), config) for c in classes for config in (None, *c.kernels())]

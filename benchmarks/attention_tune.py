@@ -31,6 +31,7 @@ from benchmarks.attention_cases import (
     PrefillShape,
     check_correctness,
 )
+from benchmarks.builds import refusal
 from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig
 
@@ -78,12 +79,14 @@ def build_or_check(job: tuple) -> str:
         except Exception:
             return f"check {CHECKS[config]}: {traceback.format_exc()}"
         return ""
-    try:
-        case = FusedCase(shape) if isinstance(shape, DecodeShape) else PrefillCase(replace(shape, cached=64))
+    case = FusedCase(shape) if isinstance(shape, DecodeShape) else PrefillCase(replace(shape, cached=64))
+
+    def launch() -> None:
         case.launch(config or case.default())
         torch.cuda.synchronize()
-    except Exception as error:  # a candidate that does not fit is reported when it is timed
-        print(f"build {config}: {type(error).__name__}", flush=True)
+
+    if why := refusal(launch):  # a candidate that does not fit is met again when it is timed
+        print(f"build {config}: {why}", flush=True)
     return ""
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks.builds import refusal
 from benchmarks.ceilings import read_bandwidth
 from benchmarks.linear_chain import EPS, MODELS, Chain, Configs, Kind, Model
 from benchmarks.timing import time_replays
@@ -133,18 +134,19 @@ def _prepare(job: Job) -> str:
     name, tokens, config, even = job
     kind = MODELS["llama-8b"].kinds[name]
     n, k = 256, config.block_k * 2 * config.splits - (0 if even else 16)
-    try:
-        x, out, weight = (
-            torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
-            for shape in ((tokens, k), (tokens, n), (kind.groups * n, k))
-        )
-        args, strides = ((out,), (n,)) if kind.epilogue is RESIDUAL else ((), ())
-        norm, eps = (x[0], EPS) if kind.norm else (None, None)
+    x, out, weight = (
+        torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+        for shape in ((tokens, k), (tokens, n), (kind.groups * n, k))
+    )
+    args, strides = ((out,), (n,)) if kind.epilogue is RESIDUAL else ((), ())
+    norm, eps = (x[0], EPS) if kind.norm else (None, None)
+
+    def launch() -> None:
         run_skinny(config, x, weight, out, norm, eps, False, kind.epilogue, args, strides, kind.groups, True)
         torch.cuda.synchronize()
-    except Exception as error:
-        return f"{config}: {type(error).__name__} {str(error)[:200]}"
-    return ""
+
+    why = refusal(launch)
+    return f"{config}: {why}" if why else ""
 
 
 def prepare(jobs: list[Job]) -> set[Job]:

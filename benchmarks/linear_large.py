@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.builds import refusal
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.linear_large_chain import measure_chains
 from benchmarks.linear_layers import DTYPE, LAYERS, MODELS, Layer, random_pool
@@ -121,22 +122,10 @@ def build(job: tuple[Layer, LargeConfig]) -> str:
     weight = torch.empty(layer.groups * layer.n, layer.k, dtype=DTYPE, device="cuda")
     args = make_args(layer.epilogue, 256, layer.n, DTYPE, "cuda")
     stand_ins = {"persistent_kernel": _CompileOnly(persistent_kernel), "launch_pointwise": lambda *_: None}
-    try:
-        with mock.patch.multiple(large, **stand_ins):
-            large.run_matmul(
-                config,
-                x,
-                weight,
-                DTYPE,
-                EPILOGUES[layer.epilogue][0],
-                args,
-                row_strides(args),
-                layer.groups,
-                layer.kind,
-            )
-    except Exception as error:
-        return f"{layer} {config.constants()}: {type(error).__name__} {str(error)[:200]}"
-    return ""
+    hook, strides = EPILOGUES[layer.epilogue][0], row_strides(args)
+    with mock.patch.multiple(large, **stand_ins):
+        why = refusal(lambda: large.run_matmul(config, x, weight, DTYPE, hook, args, strides, layer.groups, layer.kind))
+    return f"{layer} {config.constants()}: {why}" if why else ""
 
 
 def build_all(jobs: list[tuple[Layer, LargeConfig]]) -> None:

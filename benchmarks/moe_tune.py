@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 
+from benchmarks.builds import refusal
 from benchmarks.moe_schemes import SCHEMES, Frame, code_frames, make_layer
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
@@ -96,15 +97,16 @@ def _build(job: Job) -> str:
     """Compile one configuration into Triton's disk cache, in a process of its own; returns why it cannot."""
     keys, scheme, config = dict(job[0]), job[1], job[2]
     tokens, top_k = keys["tokens"], keys["top_k"]
-    try:
-        x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
-        index = torch.zeros(tokens, top_k, dtype=torch.int64, device="cuda")
-        layer = _layer(keys["experts"], keys["hidden"], keys["width"], scheme)
+    x = torch.empty(tokens, keys["hidden"], dtype=torch.bfloat16, device="cuda")
+    index = torch.zeros(tokens, top_k, dtype=torch.int64, device="cuda")
+    layer = _layer(keys["experts"], keys["hidden"], keys["width"], scheme)
+
+    def launch() -> None:
         with compile_ahead(x.device):  # what does not compile is logged, and met again when it is timed
             run_quant_experts(config, x, index, x[:, :top_k].contiguous(), layer, None, device_target(0).has_pdl)
-    except Exception as error:
-        return f"{config.to_entry()}: {type(error).__name__} {str(error)[:200]}"
-    return ""
+
+    why = refusal(launch)
+    return f"{config.to_entry()}: {why}" if why else ""
 
 
 def build_all(shapes: list[tuple[dict[str, int], str]]) -> None:

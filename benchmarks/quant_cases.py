@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.builds import refusal
 from benchmarks.linear_layers import Layer
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.launch import compile_ahead
@@ -128,12 +129,13 @@ def build(job: tuple[Layer, int, str, ScaledConfig]) -> str:
     x_scale = torch.empty((1,) if activation.granularity == TENSOR else (tokens, blocks), device=device)
     operands = [torch.empty(tokens, layer.n, dtype=DTYPE, device=device)] * len(program.operands)
     scale = torch.empty(spec.scales(*q.shape), device=device)
-    try:
+
+    def launch() -> None:
         with compile_ahead(device):
             run_scaled(config, codes, x_scale, q, scale, operands, program, spec, activation)
-    except Exception as error:
-        return f"{layer} {config.constants()}: {type(error).__name__} {str(error)[:200]}"
-    return ""
+
+    why = refusal(launch)
+    return f"{layer} {config.constants()}: {why}" if why else ""
 
 
 def build_all(jobs: list[tuple[Layer, int, str, ScaledConfig]]) -> None:

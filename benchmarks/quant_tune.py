@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.builds import refusal
 from benchmarks.linear import check_race, split_counts
 from benchmarks.linear_chain import MODELS, Chain, Kind
 from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_weight, program_of, quant_shape_of
@@ -159,18 +160,19 @@ def _prepare(job: Job) -> str:
     scheme, name, tokens, config = job
     kind, (spec, zero) = MODELS["llama-8b"].kinds[name], SCHEMES[scheme]
     n = 256
-    try:
-        x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
-        weight = make_weight(kind.groups * n, kind.k, spec, zero)
-        operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
-        norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
-        program = program if norm is not None else replace(program, norm=None)
+    x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
+    weight = make_weight(kind.groups * n, kind.k, spec, zero)
+    operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
+    norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
+    program = program if norm is not None else replace(program, norm=None)
+
+    def launch() -> None:
         if config.kernel != DEQUANTIZE:
             run_quant(config, x, *weight, norm, operands, program, spec, out, True)
         torch.cuda.synchronize()
-    except Exception as error:
-        return f"{config}: {type(error).__name__} {str(error)[-300:]}"
-    return ""
+
+    why = refusal(launch)
+    return f"{config}: {why}" if why else ""
 
 
 def prepare(jobs: list[Job]) -> set[Job]:

@@ -115,7 +115,7 @@ def offline(session: Session) -> Result:
     warm = min(8, o.requests)
     session.add("warm", session.prompts([o.lengths[0]] * warm, 1), [8] * warm)
     _drain(session)
-    runs, where = [], dict[float, str]()
+    runs, groups = [], list[list[Group]]()
     for turn in range(o.repeat):
         progress(f"offline, {o.requests} requests")
         prompts = session.prompts([n for n, _ in pairs], 2000 + turn)
@@ -123,8 +123,7 @@ def offline(session: Session) -> Result:
         ids = session.add(f"offline {turn}", prompts, [n for _, n in pairs])
         with compiled_kernels() as compiled:
             wall, log = _drain(session)
-        groups = log.groups({request: len(prompt) for request, prompt in zip(ids, prompts, strict=True)})
-        where[wall] = _where(session, groups)
+        groups.append(log.groups({request: len(prompt) for request, prompt in zip(ids, prompts, strict=True)}))
         after = engine.metrics
         made = after.generation_tokens - before.generation_tokens
         expected = sum(n for _, n in pairs)
@@ -138,7 +137,7 @@ def offline(session: Session) -> Result:
                 "total_tokens_per_s": (made + sum(n for n, _ in pairs)) / wall,
                 "steps": len(log),
                 "mean_running": log.advanced / len(log),
-                "by_rows": [group.to_dict() for group in groups],
+                "by_rows": [group.to_dict() for group in groups[-1]],
                 "host_share": (after.host_seconds - before.host_seconds) / wall,
                 "preemptions": after.preemptions - before.preemptions,
                 "computed_tokens": after.computed_tokens - before.computed_tokens,
@@ -150,7 +149,8 @@ def offline(session: Session) -> Result:
     if o.profile and session.device.type == "cuda":
         session.add("profiled", session.prompts([n for n, _ in pairs], 3000), [n for _, n in pairs])
         idle = _profiled(session)
-    middle = sorted(runs, key=lambda r: r["wall_s"])[len(runs) // 2]
+    at = sorted(range(len(runs)), key=lambda turn: runs[turn]["wall_s"])[len(runs) // 2]
+    middle = runs[at]
     figures: dict[str, Any] = {
         "requests": o.requests,
         "lengths": list(o.lengths),
@@ -167,4 +167,4 @@ def offline(session: Session) -> Result:
     line += [middle["steps"], middle["mean_running"], f"{middle['host_share']:.1%}", middle["preemptions"]]
     line += [middle["captures"], len(middle["kernels_compiled"]), idle and f"{idle['share']:.2%}"]
     title = f"offline (inputs and outputs U{o.lengths}, running: mean rows that got a token per step)"
-    return Result(figures, f"{title}\n{table(headers, [line])}\n{where[middle['wall_s']]}")
+    return Result(figures, f"{title}\n{table(headers, [line])}\n{_where(session, groups[at])}")

@@ -30,7 +30,7 @@ from fusecomp.runtime.staging import Staging, buffer_shapes, device_buffers
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 from fusecomp.runtime.views import BatchViews
 
-SHARED_ID = 8  # rows of padding that are the same token: fewer than a tile of the experts' kernels has rows
+SHARED_ID = 8  # rows of padding that are the same token: as many as the smallest tile of the experts' kernels has
 
 
 def _lists_of(rows: int) -> dict[str, int]:
@@ -51,7 +51,7 @@ class BatchBuilder:
         seed: engine seed. A request without a seed draws from this and its order of arrival.
         on_enter: called with each newly admitted sequence before the step's copies are issued.
         mailbox: of the engine; one of its own when None.
-        vocab_size: ids that padding may have.
+        vocab_size: V; ids that padding may have are below it.
 
     Attributes:
         mailbox: where steps of decodes find what they are given, and all leave what they sample.
@@ -181,8 +181,8 @@ class BatchBuilder:
         if shape is not None:
             self._host_meta_np[:] = (shape.decodes, T, self.longest, S)
             return self._batch(self._views.bucket(shape), n)
-        counts = (S, S) if step.decode_only else (nd, n)
-        self._host_meta_np[:] = (counts[0], max_q_len, max_seq_len, counts[1])
+        decodes, counted = (S, S) if step.decode_only else (nd, n)
+        self._host_meta_np[:] = (decodes, max_q_len, max_seq_len, counted)
         views = self._views.decodes(S) if step.decode_only else self._views.mixed(S, T)
         return self._batch(views, n)
 

@@ -198,9 +198,11 @@ class Engine:
     def _launch(self, step: ScheduledStep, continues: Sequence[int] | None = None) -> Flight:
         """Queue a step's device work; nothing is waited for."""
         wanted = prompt_tokens(step)
-        shape = self._graphs.choose(step) if self._graphs and wanted is None else None
-        padded = self._graphs.bucket(len(step.seqs)) if self._graphs and wanted is None and shape is None else shape
-        batch = self._builder.build(step, padded, continues, sealed=True)
+        shape = pad_to = None
+        if self._graphs is not None and wanted is None:
+            shape = self._graphs.choose(step)
+            pad_to = shape or self._graphs.bucket(len(step.seqs))
+        batch = self._builder.build(step, pad_to, continues, sealed=True)
         kind = self._choice.kind(batch)
         self._metrics.on_launch(step, time.monotonic())
         start = time.perf_counter()

@@ -291,6 +291,25 @@ def test_gpu(spec, zero):
 
 
 @pytest.mark.gpu
+def test_gpu_inputs_by_a_descriptor():
+    """Launches of an H200's table, at its shapes: the same bits as by pointers, for fewer tokens too."""
+    chosen = [e for e in entries(SM90.table) if e["config"].get("use_tma")]
+    assert chosen
+    for entry in chosen:
+        spec, config = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), QuantConfig(**entry["config"])
+        (n, k), groups = (entry["rows"] // entry["groups"], entry["k"]), entry["groups"]
+        weight = [part.cuda() for part in random_weight((groups * n, k), spec, torch.bfloat16, zero=True)]
+        program = SWIGLU if groups == 2 else Program(1, (), (), "bfloat16")
+        for tokens in (entry["tokens"], entry["tokens"] - 1, 33):
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+            assert input_tiles(x, config) is not None
+            outs = [torch.full((tokens, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
+            for out, use_tma in zip(outs, (True, False), strict=True):
+                run_quant(replace(config, use_tma=use_tma), x, *weight, None, [], program, spec, out, True)
+            assert not outs[0].isnan().any() and torch.equal(*outs), entry
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", [INT, FP8])
 def test_gpu_every_code_of_a_word(kind, dtype):

@@ -1,0 +1,50 @@
+"""Candidates of sweeps: what may be refused, what may not, and that launches which were chosen can be chosen again."""
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.attention_quick import CLASSES, ON_REQUEST
+from benchmarks.builds import SHOWN, refusal
+from fusecomp.lowerings.paged_attention.heuristics import SM90, decode_config
+
+
+def raising(error):
+    def launch():
+        raise error
+
+    return launch
+
+
+def test_a_refusal_says_why():
+    assert refusal(lambda: None) == ""
+    assert refusal(raising(OutOfResources(300, 200, "shared memory"))).startswith("OutOfResources out of resource")
+    long = refusal(raising(RuntimeError("x" * SHOWN + "PassManager::run failed")))
+    assert long.startswith("RuntimeError x") and long.endswith("run failed") and len(long) < SHOWN + 20
+
+
+@pytest.mark.parametrize("error", [TypeError("launch()"), AssertionError("shape"), torch.AcceleratorError("illegal")])
+def test_mistakes_and_lost_devices_are_no_refusals(error):
+    with pytest.raises(type(error)):
+        refusal(raising(error))
+
+
+@pytest.mark.parametrize("one", ON_REQUEST, ids=lambda one: one.name)
+def test_launches_chosen_at_spread_lengths_are_among_those_tried(one):
+    layer = one.layer
+    found = decode_config(
+        SM90, head_dim=layer.head_dim, itemsize=2, num_kv_heads=layer.kv_heads, page_size=layer.page_size,
+        num_rows=one.batch, capacity=1 << 20, group=layer.heads // layer.kv_heads,
+    )  # fmt: skip
+    assert found.source.endswith("(exact)")
+    assert any(
+        (c.block_n, c.num_warps, c.num_stages, c.num_splits, c.min_split, c.read_ahead)
+        == (found.block_n, found.num_warps, found.num_stages, found.num_splits, found.min_split, found.read_ahead)
+        for c in one.configs()
+    )
+    assert one.shapes[-1].ragged and one.shapes[-1].context == 1600
+
+
+def test_classes_are_told_apart_by_name():
+    names = [one.name for one in (*CLASSES, *ON_REQUEST)]
+    assert len(set(names)) == len(names)
