@@ -46,13 +46,14 @@ class DecodeShape:
     layer: Layer
     batch: int
     context: int
-    ragged: bool = False  # lengths spread evenly over 1 .. context
+    ragged: bool = False  # lengths spread evenly over shortest .. context
     quantized: bool = False  # an FP8 cache
+    shortest: int = 1
 
     @property
     def lengths(self) -> torch.Tensor:
         if self.ragged:
-            return torch.linspace(1, self.context, self.batch).int()
+            return torch.linspace(self.shortest, self.context, self.batch).int()
         return torch.full((self.batch,), self.context, dtype=torch.int32)
 
     @property
@@ -226,7 +227,7 @@ def label(shape: DecodeShape | PrefillShape) -> str:
     layer = shape.layer
     head = f"D{layer.head_dim} H{layer.heads}/{layer.kv_heads} B{layer.page_size}{' fp8' * shape.quantized}"
     if isinstance(shape, DecodeShape):
-        return f"decode  {head} batch {shape.batch} context {'1 to ' * shape.ragged}{shape.context}"
+        return f"decode  {head} batch {shape.batch} context {f'{shape.shortest} to ' * shape.ragged}{shape.context}"
     extra = f" cached {shape.cached}" * bool(shape.cached) + f" window {shape.window}" * bool(shape.window)
     return f"prefill {head} {shape.rows} x {shape.new}{extra}"
 

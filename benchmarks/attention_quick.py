@@ -29,7 +29,7 @@ from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
 from fusecomp.ops.attention import paged_attention_reference
 from fusecomp.ops.rope import rotate_reference
 
-LLAMA, QWEN = Layer(), Layer(kv_heads=4, norm=True)
+LLAMA, SMALL, QWEN = Layer(), Layer(head_dim=64), Layer(kv_heads=4, norm=True)
 # Relative error that queries, keys and probabilities rounded to bf16 explain; one key of 200 left out makes 7%.
 ALLOWED = 2e-2
 # Keys of a tile, warps, stages, whether the first tile is read ahead.
@@ -48,7 +48,7 @@ AHEAD = ((64, 4, 2, True), (128, 8, 2, True))
 class Class:
     """Shapes that take one table entry, the candidates for it, and how finely each may split a row.
 
-    With `spread` one more shape has lengths from 1 to so many, and the entry serves its query heads a kv head alone.
+    With `spread` more shapes have unequal lengths: between the two, and from 1 to 4,096.
     """
 
     layer: Layer
@@ -58,18 +58,21 @@ class Class:
     tiles: tuple[tuple[int, int, int, bool], ...]
     splits: tuple[int, ...]
     least: tuple[int, ...]
-    spread: int = 0
+    spread: tuple[int, int] | None = None
+    alone: bool = False  # the entry serves its query heads a kv head alone
 
     @property
     def name(self) -> str:
-        """As `--only` takes it: kv heads, sequences, and what the cache holds."""
-        spread = "-spread" if self.spread else ""
-        return f"{self.layer.kv_heads}x{self.batch}-{'fp8' if self.quantized else 'bf16'}{spread}"
+        """As `--only` takes it: kv heads, sequences, the head dim if it is not 128, and what the cache holds."""
+        layer, spread = self.layer, "-spread" if self.spread else ""
+        dim = "" if layer.head_dim == 128 else f"-d{layer.head_dim}"
+        return f"{layer.kv_heads}x{self.batch}{dim}-{'fp8' if self.quantized else 'bf16'}{spread}"
 
     @property
     def shapes(self) -> list[DecodeShape]:
         alike = [DecodeShape(self.layer, self.batch, n, quantized=self.quantized) for n in self.contexts]
-        return alike + [replace(alike[0], context=self.spread, ragged=True)] * bool(self.spread)
+        ranges = [self.spread, (1, 4096)] if self.spread else []
+        return alike + [replace(alike[0], context=high, ragged=True, shortest=low) for low, high in ranges]
 
     def kernels(self) -> list[DecodeConfig]:
         return [
@@ -95,9 +98,19 @@ CLASSES = (
     Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), (32,), (64, 256)),
     Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), (8,), (64, 256)),
 )  # fmt: skip
+WIDE = (*SPLIT[:1], *SPLIT[2:3], (64, 4, 2, False), SPLIT[5])
+
+
+def served(rows: int) -> tuple[int, int]:
+    """The shortest and longest of the last `rows` of 256 sequences, prompts and outputs uniform in 100..1024."""
+    made = round(100 + 924 * (1 - rows / 256))
+    return 100 + made, 1024 + made
+
+
 ON_REQUEST = tuple(
-    Class(QWEN, rows, (200, 640), False, SPLIT[:1], (1, 2, 4), (256, 512, 1024), 1600)
-    for rows in (64, 128, 160, 192, 224, 256)
+    Class(layer, rows, (200, 640), False, tiles, (1, 2, 4, 8), (256, 512, 1024, 2048), served(rows), layer is QWEN)
+    for layer, tiles in ((LLAMA, WIDE), (SMALL, (*WIDE, (128, 4, 2, False))), (QWEN, WIDE))
+    for rows in (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 )
 
 
@@ -152,7 +165,7 @@ def measure(one: Class, bandwidth: float, until: float) -> tuple[list[dict], lis
               f" {best[1].num_splits}x{best[1].min_split}{' ahead' * best[1].read_ahead}", flush=True)  # fmt: skip
     times = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in sorted(found, key=lambda pair: math.prod(pair[0]))]
     entry = table_entry(one.shapes[0], best[1], lines[1]) if best is not found[0] else None
-    if entry and one.spread:
+    if entry and one.alone:
         entry["group"] = one.layer.heads // one.layer.kv_heads
     torch.cuda.empty_cache()
     return [line for pair in lines for line in pair], times, entry

@@ -6,7 +6,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.attention_quick import CLASSES, ON_REQUEST
 from benchmarks.builds import SHOWN, refusal
-from fusecomp.lowerings.paged_attention.heuristics import SM90, decode_config
+from fusecomp.lowerings.paged_attention.heuristics import SM90, decode_config, load_table
 
 
 def raising(error):
@@ -29,7 +29,22 @@ def test_mistakes_and_lost_devices_are_no_refusals(error):
         refusal(raising(error))
 
 
-@pytest.mark.parametrize("one", ON_REQUEST, ids=lambda one: one.name)
+def chosen_at(one) -> bool:
+    """Whether an entry of the table was chosen at the lengths of a class."""
+    low, high = one.spread
+    label = f"batch {one.batch} context {low} to {high}"
+    return any(
+        label in name and ("H32/4" in name) == (one.layer.kv_heads == 4)
+        for entry in load_table("nvidia_h200")["decode"]
+        if entry["head_dim"] == one.layer.head_dim
+        for name in entry.get("measured", {})
+    )
+
+
+CHOSEN = [one for one in ON_REQUEST if chosen_at(one)]
+
+
+@pytest.mark.parametrize("one", CHOSEN, ids=lambda one: one.name)
 def test_launches_chosen_at_spread_lengths_are_among_those_tried(one):
     layer = one.layer
     found = decode_config(
@@ -42,7 +57,12 @@ def test_launches_chosen_at_spread_lengths_are_among_those_tried(one):
         == (found.block_n, found.num_warps, found.num_stages, found.num_splits, found.min_split, found.read_ahead)
         for c in one.configs()
     )
-    assert one.shapes[-1].ragged and one.shapes[-1].context == 1600
+    low, high = one.spread
+    assert low > 100 and high > 1024 and one.shapes[2].lengths.tolist()[:: one.batch - 1] == [low, high]
+
+
+def test_launches_were_chosen_for_three_kinds_of_layers():
+    assert {(one.layer.head_dim, one.layer.kv_heads) for one in CHOSEN} == {(128, 8), (64, 8), (128, 4)}
 
 
 def test_classes_are_told_apart_by_name():

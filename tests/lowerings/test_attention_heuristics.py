@@ -104,14 +104,23 @@ def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, co
     assert "H100" not in plain.source
 
 
-@pytest.mark.parametrize(("rows", "splits"), [(128, 2), (160, 2), (192, 2), (256, 1)])
-def test_rows_with_eight_query_heads_a_kv_head_split_less(rows, splits):
-    """Where as many pairs of fewer query heads, an FP8 cache's and other numbers of rows are split as ever."""
-    shape = {**SHAPE, "num_kv_heads": 4, "capacity": 2048}
+@pytest.mark.parametrize(("rows", "splits"), [(16, 8), (32, 4), (128, 2), (160, 2), (192, 2), (256, 1)])
+def test_rows_with_eight_query_heads_a_kv_head_have_launches_of_their_own(rows, splits):
+    """As many pairs of fewer query heads, an FP8 cache's and other numbers of rows have others."""
+    shape = {**SHAPE, "num_kv_heads": 4, "capacity": 1 << 20}
     found = decode_config(SM90, **shape, num_rows=rows, group=8)
     assert found.num_splits == splits and found.source.endswith("(exact)")
     for change in ({"group": 4}, {"quantized": True}, {"num_rows": rows - 8}):
-        assert decode_config(SM90, **{**shape, "num_rows": rows, "group": 8, **change}).num_splits > splits
+        other = decode_config(SM90, **{**shape, "num_rows": rows, "group": 8, **change})
+        assert replace(other, source="") != replace(found, source="")
+
+
+def test_short_capacities_split_no_row_at_64_rows_and_more():
+    """An engine for 2,048 tokens at most, as Llama-1B is run offline."""
+    shape = {**SHAPE, "head_dim": 64, "capacity": 2048, "group": 4}
+    assert all(
+        decode_config(SM90, **shape, num_rows=rows).num_splits == 1 for rows in (64, 96, 128, 160, 192, 224, 256)
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
