@@ -29,13 +29,21 @@ def _row(x, m, k, stride_x, mask):
 
 
 @triton.jit
-def scaled(value, weight, bias, k, within, PLUS_ONE: tl.constexpr):
-    # value * weight + bias, each present or None.
-    if weight is not None:
-        scale = tl.load(weight + k, mask=within, other=0.0).to(tl.float32)
+def parameters(weight, bias, k, within):
+    """(weight, bias) in columns k as they are stored, each 0 where it is None: neither waits for the row."""
+    w = 0.0 if weight is None else tl.load(weight + k, mask=within, other=0.0)
+    b = 0.0 if bias is None else tl.load(bias + k, mask=within, other=0.0)
+    return w, b
+
+
+@triton.jit
+def scaled(value, given, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """value * weight + bias of `parameters`, where there are such."""
+    if HAS_WEIGHT:
+        scale = given[0].to(tl.float32)
         value *= scale + 1.0 if PLUS_ONE else scale
-    if bias is not None:
-        value += tl.load(bias + k, mask=within, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += given[1].to(tl.float32)
     return value
 
 
@@ -62,20 +70,21 @@ def norm_kernel(
     once for each statistic and once for the output.
     Bytes: two tensors of T K.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     m = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     columns = tl.arange(0, BLOCK_K)[None, :]
     dtype: tl.constexpr = y.dtype.element_ty
+    within = columns < K
+    given = parameters(weight, bias, columns, within)
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if K <= BLOCK_K:
-        within = columns < K
         mask = (m < num_tokens) & within
         value = _row(x, m, columns, stride_x, mask)
         if CENTERED:
             value = tl.where(within, value - tl.sum(value, 1)[:, None] / K, 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / K + eps)
-        value = scaled(value * scale, weight, bias, columns, within, PLUS_ONE)
+        value = scaled(value * scale, given, weight is not None, bias is not None, PLUS_ONE)
         tl.store(y + m * K + columns, value.to(dtype), mask=mask)
     else:
         mean = tl.zeros((BLOCK_T, 1), tl.float32)
@@ -97,7 +106,8 @@ def norm_kernel(
             k = first + columns
             mask = (m < num_tokens) & (k < K)
             value = _row(x, m, k, stride_x, mask)
-            value = scaled((value - mean) * scale, weight, bias, k, k < K, PLUS_ONE)
+            given = parameters(weight, bias, k, k < K)
+            value = scaled((value - mean) * scale, given, weight is not None, bias is not None, PLUS_ONE)
             tl.store(y + m * K + k, value.to(dtype), mask=mask)
 
 

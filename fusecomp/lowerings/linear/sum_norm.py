@@ -17,7 +17,7 @@ from torch import Tensor
 from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, sum_block
-from fusecomp.lowerings.linear.norm import require_norm, scaled
+from fusecomp.lowerings.linear.norm import parameters, require_norm, scaled
 from fusecomp.lowerings.linear.pointwise import epilogue_of_sums, require_sums
 from fusecomp.ops.norm import LAYER, NormSpec
 
@@ -87,16 +87,17 @@ def sum_norm_kernel(
     """
     n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
     m = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    within = n < N
+    given = parameters(weight, bias, n, within)
     if USE_PDL:
         # What follows moves in when the matmul has ended, not while it runs: waiting there, it would slow it down.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     value = row_of_sums(acc, total, args, strides, num_tokens, m, n, N, G, SPLITS, EPILOGUE)
-    within = n < N
     if CENTERED:
         value = tl.where(within, value - tl.sum(value, 1)[:, None] / N, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, 1)[:, None] / N + eps)
-    value = scaled(value, weight, bias, n, within, PLUS_ONE)
+    value = scaled(value, given, weight is not None, bias is not None, PLUS_ONE)
     tl.store(y + m * N + n, value.to(y.dtype.element_ty), mask=within)
 
 

@@ -11,9 +11,10 @@ second launch.
 
 With NEW_KEY the kernel also does what precedes attention in a decode step: it norms and rotates its queries while it
 reads them, and the split that owns a row's last position norms and rotates the new key, writes it and the new value
-to their page, and starts its softmax from them. No program reads that position from the cache. READ_AHEAD then moves
-a program's first tile before the wait for the kernel that it follows: lengths, block tables and the cache's other
-positions are inputs of the step, which none of its kernels writes. Such a tile stays in registers until the end.
+to their page, and starts its softmax from them. No program reads that position from the cache. Lengths, block tables
+and the cache's other positions are inputs of the step, which none of its kernels writes: a program reads its length and
+its first pages before the wait for the kernel that it follows, and with READ_AHEAD its first tile, which then stays in
+registers until the end.
 
 With CODES the cache is FP8 (`ops/kv_cache.py`): codes are converted to fp16, exactly, as they become operands; a key's
 scale multiplies its scores and a value's its probabilities, so nothing is multiplied once an element.
@@ -112,8 +113,6 @@ def decode_kernel(
     num_splits = tl.num_programs(1)
     row = (pair // G).to(tl.int64)
     g = pair % G
-    if not READ_AHEAD:
-        pdl_wait(USE_PDL)
     pdl_launch(USE_PDL and LAUNCH_EARLY)
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, DP)
@@ -121,11 +120,6 @@ def decode_kernel(
     head_mask = r < R
 
     seq_len = tl.load(seq_lens + row)
-    if not READ_AHEAD:
-        heads, tables, new_head, new_v_1D, slot = load_new(
-            q, k, v, cos, sin, q_norm, k_norm, slots, row, g, stride_qt, stride_qh, stride_kt, stride_kg, stride_vt,
-            stride_vg, stride_cos, stride_sin, R, RP, D, DP, ROT, STYLE, PAIRS, NORM, NEW_KEY,
-        )  # fmt: skip
     keys = seq_len  # that lie in pages
     if NEW_KEY:
         keys = tl.maximum(seq_len - 1, 0)
@@ -158,11 +152,11 @@ def decode_kernel(
             k_base, v_base, pair_base, pages, lo, keys, stride_page, stride_slot, D, DP, PAGE, BLOCK_N, CODES
         )
         pages = tile_pages(table, (lo + 1) * BLOCK_N, keys, PAGE, BLOCK_N)
-        pdl_wait(USE_PDL)
-        heads, tables, new_head, new_v_1D, slot = load_new(
-            q, k, v, cos, sin, q_norm, k_norm, slots, row, g, stride_qt, stride_qh, stride_kt, stride_kg, stride_vt,
-            stride_vg, stride_cos, stride_sin, R, RP, D, DP, ROT, STYLE, PAIRS, NORM, NEW_KEY,
-        )  # fmt: skip
+    pdl_wait(USE_PDL)
+    heads, tables, new_head, new_v_1D, slot = load_new(
+        q, k, v, cos, sin, q_norm, k_norm, slots, row, g, stride_qt, stride_qh, stride_kt, stride_kg, stride_vt,
+        stride_vg, stride_cos, stride_sin, R, RP, D, DP, ROT, STYLE, PAIRS, NORM, NEW_KEY,
+    )  # fmt: skip
 
     heads_RD = rotated(heads, tables, d, eps, q_norm, D, DP, ROT, STYLE, NORM).to(q.dtype.element_ty)
     scaled_RD = heads_RD

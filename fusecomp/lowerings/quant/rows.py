@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.linear.norm import parameters, scaled
 from fusecomp.lowerings.quant.pieces import byte_values
 
 GIVEN, OF_TOKEN, OF_BLOCK, OF_MAXIMA, MAXIMA = range(5)
@@ -27,6 +28,11 @@ def _larger(a, b):
 def largest(value, AXIS: tl.constexpr):
     """Largest magnitude along an axis; NaN if there is one."""
     return tl.reduce(tl.abs(value), AXIS, _larger, keep_dims=True)
+
+
+@triton.jit
+def _sum_and_larger(a, b, c, d):
+    return a + c, tl.maximum(b, d, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -75,19 +81,6 @@ def quotient(value, scale):
 
 
 @triton.jit
-def _normed(value, mean, factor, weight, bias, k, within, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
-    if NORM:
-        value = (value - mean) * factor
-        if weight is not None:
-            w = tl.load(weight + k, mask=within, other=0.0).to(tl.float32)
-            value *= w + 1.0 if PLUS_ONE else w
-        if bias is not None:
-            value += tl.load(bias + k, mask=within, other=0.0).to(tl.float32)
-        value = tl.where(within, value, 0.0)
-    return value
-
-
-@triton.jit
 def _write(
     value, scale, out, scales, m, first, k, within,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
@@ -112,23 +105,29 @@ def _write(
 
 @triton.jit
 def quantize_row(
-    value, scale, weight, bias, out, scales, eps, m, k,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
-    KIND: tl.constexpr, SCALE: tl.constexpr, FAKE: tl.constexpr,
+    value, scale, given, out, scales, eps, m, k,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PLUS_ONE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, FAKE: tl.constexpr,
 ):  # fmt: skip
-    """Writes codes of norm(value [1, BLOCK_K]), a whole row with zeros behind, and scales of its blocks: its scale."""
+    """Writes codes of norm(value [1, BLOCK_K]), a whole row with zeros behind, and scales of its blocks: its scale.
+
+    given: the norm's `parameters`, zeros behind the row.
+    """
     within = k < K
-    mean, factor = tl.zeros([1, 1], tl.float32), tl.full([1, 1], 1.0, tl.float32)
     if NORM == 2:
-        mean = tl.sum(value, 1, keep_dims=True) / K
-    if NORM:
-        rest = tl.where(within, value - mean, 0.0)
-        factor = tl.rsqrt(tl.sum(rest * rest, 1, keep_dims=True) / K + eps)
-    value = _normed(value, mean, factor, weight, bias, k, within, NORM, PLUS_ONE)
+        value = tl.where(within, value - tl.sum(value, 1, keep_dims=True) / K, 0.0)
+    if NORM and SCALE == 1 and not HAS_BIAS:  # the row's only scale: both of its statistics at once
+        weighted = scaled(value, given, HAS_WEIGHT, False, PLUS_ONE)
+        square, most = tl.reduce((value * value, tl.abs(weighted)), 1, _sum_and_larger, keep_dims=True)
+        factor = tl.rsqrt(square / K + eps)
+        value, scale = weighted * factor, scale_of(most * factor, KIND)
+    elif NORM:
+        factor = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / K + eps)
+        value = tl.where(within, scaled(value * factor, given, HAS_WEIGHT, HAS_BIAS, PLUS_ONE), 0.0)
     if SCALE == 4:
         tl.store(scales + m + tl.zeros([1, 1], tl.int32), largest(value, 1))
     else:
-        if SCALE == 1:
+        if SCALE == 1 and (HAS_BIAS or not NORM):
             scale = scale_of(largest(value, 1), KIND)
         _write(value, scale, out, scales, m, 0, k, within, K, BLOCK_K, BLOCK, KIND, SCALE, FAKE)
     return scale
@@ -142,6 +141,16 @@ def store_scale(scales, scale, m, SCALE: tl.constexpr):
     if SCALE % 3 == 0:  # given, or from the maxima
         if m == 0:
             tl.store(scales + tl.zeros([1, 1], tl.int32), scale)
+
+
+@triton.jit
+def _normed(value, mean, factor, weight, bias, k, within, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """The norm of a part of a longer row."""
+    if NORM:
+        given = parameters(weight, bias, k, within)
+        value = scaled((value - mean) * factor, given, weight is not None, bias is not None, PLUS_ONE)
+        value = tl.where(within, value, 0.0)
+    return value
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -172,11 +181,12 @@ def quantize_kernel(
     the codes. A NaN in a row makes its dynamic scale NaN.
     Bytes: T * K * (itemsize + 1) and the scales; if FAKE, 2 * T * K * itemsize.
     """
+    m = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    norm = parameters(weight, bias, columns, columns < K)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
-    m = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_K)[None, :]
     one = tl.full([1, 1], 1.0, tl.float32)
     zero = tl.zeros([1, 1], tl.float32)
     mean, factor, scale = zero, one, one
@@ -191,8 +201,8 @@ def quantize_kernel(
     if K <= BLOCK_K:
         value = tl.load(x + m * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
         scale = quantize_row(
-            value, scale, weight, bias, out, scales, eps, m, columns, K, BLOCK_K, BLOCK, NORM, PLUS_ONE, KIND, SCALE,
-            FAKE,
+            value, scale, norm, out, scales, eps, m, columns, K, BLOCK_K, BLOCK, NORM, weight is not None,
+            bias is not None, PLUS_ONE, KIND, SCALE, FAKE,
         )  # fmt: skip
     else:
         if NORM == 2:

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.linear.norm import require_norm
+from fusecomp.lowerings.linear.norm import parameters, require_norm
 from fusecomp.lowerings.linear.pointwise import require_sums
 from fusecomp.lowerings.linear.sum_norm import Sums, row_of_sums
 from fusecomp.lowerings.quant import pieces, rows
@@ -59,6 +59,7 @@ def sum_quantize_kernel(
     n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
     m = tl.program_id(0).to(tl.int64)
     scale = tl.full([1, 1], 1.0, tl.float32)
+    norm = parameters(weight, bias, n, n < N)
     if USE_PDL:
         # What follows moves in when the matmul has ended, not while it runs: waiting there, it would slow it down.
         gdc_wait()
@@ -68,8 +69,9 @@ def sum_quantize_kernel(
     at = m + tl.zeros([1, 1], tl.int64)
     value = row_of_sums(acc, total, args, strides, num_tokens, at, n, N, G, SPLITS, EPILOGUE)
     scale = quantize_row(
-        value, scale, weight, bias, out, scales, eps, m, n, N, BLOCK_N, BLOCK, NORM, PLUS_ONE, KIND, SCALE, False
-    )
+        value, scale, norm, out, scales, eps, m, n, N, BLOCK_N, BLOCK, NORM, weight is not None, bias is not None,
+        PLUS_ONE, KIND, SCALE, False,
+    )  # fmt: skip
     store_scale(scales, scale, m, SCALE)
 
 
