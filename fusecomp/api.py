@@ -21,6 +21,7 @@ from fusecomp.prompts import prompt_list, prompt_token_ids, with_token_ids
 from fusecomp.request import RequestOutput, SamplingParams
 from fusecomp.results import Asked, Assembler
 from fusecomp.runtime.call import Progress
+from fusecomp.runtime.collection import earlier_objects_spared
 from fusecomp.runtime.detokenizer import Detokenizer
 from fusecomp.runtime.loading import load_model, resolve_folder
 from fusecomp.runtime.session import Session, interrupts_between_steps
@@ -170,7 +171,7 @@ class LLM:
                 if on_output is not None:
                     on_output(progress.index, output)
 
-        with _Bar(len(requests), use_tqdm) as bar:
+        with earlier_objects_spared(), _Bar(len(requests), use_tqdm) as bar:
             self._session.run(requests, errors=errors, on_step=collect, detokenizer=Detokenizer(self._tokenizer))
         return [outputs[index] for index in range(len(requests))]
 
@@ -196,7 +197,8 @@ class LLM:
         return self._stream(requests, assembler)
 
     def _stream(self, requests: list[Any], assembler: Assembler) -> Iterator[RequestOutput]:
-        with self._session.call(requests, "raise", Detokenizer(self._tokenizer), live=True) as call:
+        detokenizer = Detokenizer(self._tokenizer)
+        with earlier_objects_spared(), self._session.call(requests, "raise", detokenizer, live=True) as call:
             assembler.expect(call.all)
             for progress in call.all:
                 assembler.name(progress.index, progress.request_id.split("/")[0])

@@ -338,17 +338,28 @@ def test_kernels_of_every_size_are_met_at_the_start():
     assert shapes_to_meet([], 8192) == []
 
 
-@pytest.mark.parametrize("head_dim, kv_heads, group", [(64, 8, 4), (128, 8, 4), (128, 4, 8), (128, 8, 2), (256, 4, 2)])
-def test_no_number_of_decodes_wants_a_kernel_that_was_not_met(head_dim, kv_heads, group):
+def test_launches_are_chosen_for_sizes_of_graphs():
+    from fusecomp.lowerings.paged_attention.heuristics import FEW_ROWS, rows_of_choice
+
+    sizes = {*range(1, FEW_ROWS + 1), *bucket_sizes(1024)}
+    assert all(rows <= rows_of_choice(rows) and rows_of_choice(rows) in sizes for rows in range(1, 1025))
+    assert {rows_of_choice(size) for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("capacity", [2112, 40960])
+@pytest.mark.parametrize(
+    "head_dim, kv_heads, group", [(64, 8, 4), (128, 8, 4), (128, 4, 8), (128, 8, 2), (256, 4, 2), (128, 3, 8)]
+)
+def test_no_number_of_decodes_wants_a_kernel_that_was_not_met(head_dim, kv_heads, group, capacity):
     """What the decode kernel is specialized on, for every number of decodes beside a prefill."""
     from fusecomp.lowerings.paged_attention import heuristics
 
     def variant(rows: int) -> tuple:
         config = heuristics.decode_config(
             heuristics.SM90, head_dim=head_dim, itemsize=2, num_kv_heads=kv_heads, page_size=16, num_rows=rows,
-            capacity=2112, group=group,
+            capacity=capacity, group=group,
         )  # fmt: skip
-        tiles, early = config.min_tiles(), heuristics.launches_early(rows * kv_heads)
+        tiles, early = config.min_tiles(), heuristics.launches_early(rows, kv_heads)
         splits = heuristics.next_power_of_2(config.num_splits)
         launch = config.block_n, config.num_warps, config.num_stages, splits
         return *launch, early, tiles == 1, tiles % 16 == 0

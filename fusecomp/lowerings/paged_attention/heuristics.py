@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,6 +24,8 @@ MAX_SPLITS = 128
 ACCUMULATOR_REGISTERS = {2: 64, 4: 16}
 MAX_WARPS = 16
 MAX_CODES = 2048  # of K, and as many of V, that a warp converts in one tile
+# Numbers of decodes that launches are chosen for: each up to the first, then these, then multiples of 64.
+FEW_ROWS, ROWS = 16, (24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 CHOICES = 1024  # that are remembered: every layer of a step asks for the same one
 
 
@@ -137,6 +140,16 @@ def query_block(group: int) -> int:
     return max(16, next_power_of_2(group))
 
 
+def rows_of_choice(num_rows: int) -> int:
+    """The rows that a launch of `num_rows` is chosen for: the next of few numbers, those of which graphs are made.
+
+    So any number of rows wants a kernel that one of those wants, and what is met at the start of an engine serves all.
+    """
+    if num_rows > ROWS[-1]:
+        return -(-num_rows // 64) * 64
+    return num_rows if num_rows <= FEW_ROWS else ROWS[bisect_left(ROWS, num_rows)]
+
+
 @lru_cache(CHOICES)
 def decode_config(
     target: Target,
@@ -153,12 +166,12 @@ def decode_config(
     """Configuration of one decode launch.
 
     Args:
-        num_rows: rows of the launch, padding included.
+        num_rows: rows of the launch, padding included; chosen for as many as `rows_of_choice` says.
         capacity: the most keys a row can have, in tokens: pages of the block table times B.
         group: query heads per kv head.
         quantized: the cache is FP8; `itemsize` is that of the queries.
     """
-    pairs = num_rows * num_kv_heads
+    pairs = rows_of_choice(num_rows) * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs, "group": group}
     weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
     if quantized:
@@ -239,13 +252,13 @@ def _fit_prefill(config: PrefillConfig, target: Target, dp: int, itemsize: int) 
     return config
 
 
-def launches_early(pairs: int) -> bool:
-    """Whether a decode launch of `pairs` rows times kv heads lets the next kernel start at its own start.
+def launches_early(num_rows: int, num_kv_heads: int) -> bool:
+    """Whether a decode launch lets the next kernel start at its own start.
 
     A small one leaves most of the GPU to it. A large one would share its multiprocessors unevenly: the next kernel's
     programs take whatever places are free at that moment.
     """
-    return pairs <= 64
+    return rows_of_choice(num_rows) * num_kv_heads <= 64
 
 
 def cache_write_block(num_tokens: int) -> int:

@@ -284,7 +284,7 @@ def run_decode(
         num_warps=config.num_warps, num_stages=config.num_stages,
         NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
         READ_AHEAD=config.read_ahead and new is not None, **hooks(q.dtype, window, softcap, sinks),
-        LAUNCH_EARLY=heuristics.launches_early(num_decodes * num_kv_heads), CODES=codes_of(kv_cache),
+        LAUNCH_EARLY=heuristics.launches_early(num_decodes, num_kv_heads), CODES=codes_of(kv_cache),
         **launch_options(use_pdl),
     )  # fmt: skip
 
