@@ -197,8 +197,7 @@ class LLM:
         return self._stream(requests, assembler)
 
     def _stream(self, requests: list[Any], assembler: Assembler) -> Iterator[RequestOutput]:
-        detokenizer = Detokenizer(self._tokenizer)
-        with earlier_objects_spared(), self._session.call(requests, "raise", detokenizer, live=True) as call:
+        with self._session.call(requests, "raise", Detokenizer(self._tokenizer), live=True) as call:
             assembler.expect(call.all)
             for progress in call.all:
                 assembler.name(progress.index, progress.request_id.split("/")[0])
