@@ -111,10 +111,11 @@ def measure(schemes: list[str], tokens: list[int], ceiling: float) -> list[dict]
             for name in chain.weights:
                 run, count = chain.single(name, x, configs[name], True)
                 cells[name] = chain.weight_bytes(name) / (seconds_of(run, 15) / count) / ceiling
-            rows.append({"scheme": scheme, "tokens": t, "ms": seconds * 1e3, "share": cells})
+            whole = chain.bytes(False) / seconds / ceiling
+            rows.append({"scheme": scheme, "tokens": t, "ms": seconds * 1e3, "chain": whole, "share": cells})
             text = "  ".join(f"{name} {share:.1%}" for name, share in cells.items())
             print(f"{scheme:9} {t:4} tokens {LAYERS} layers {seconds * 1e3:.4f} ms "
-                  f"{chain.bytes(False) / seconds / ceiling:.1%}  alone: {text}", flush=True)  # fmt: skip
+                  f"{whole:.1%}  alone: {text}", flush=True)  # fmt: skip
         del chain
         torch.cuda.empty_cache()
     return rows

@@ -15,6 +15,7 @@ from benchmarks.check import in_float32
 from benchmarks.idle import Idle
 from benchmarks.roofline import Workload, touched_experts
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.targets import RUNS, TARGETS, Place
 from fusecomp.config import EngineConfig
 from fusecomp.errors import RequestError
 from fusecomp.quant.online.transform import quantize_model
@@ -68,6 +69,21 @@ def test_reports(shape: str, capsys: pytest.CaptureFixture) -> None:
     assert figures["prefix"]["cached_tokens"] == figures["prefix"]["prefix"] // 16 * 16 > 0
     assert figures["prefix"]["ratio"] > 0
     assert result["check"]["prefill_error"] < 1e-5 and result["check"]["decode_error"] < 1e-5
+    for target in TARGETS:
+        if RUNS[target.run].module == "benchmarks":
+            assert has_figure(figures, target.place), target
+
+
+def has_figure(value: Any, place: Place) -> bool:
+    """Whether a run has what a target names, of three rows; a CPU has no graphs and no idle time to tell."""
+    for key in place:
+        if isinstance(key, int):
+            (value,) = [entry for entry in value if entry["batch"] == 3]
+        elif key not in value:
+            return False
+        elif (value := value[key]) is None:
+            return True
+    return isinstance(value, float)
 
 
 @pytest.mark.parametrize(("scheme", "share"), [("fp8", 0.5), ("int4", 0.25)])
