@@ -145,7 +145,11 @@ def line(target: Target, results: Mapping[str, Any]) -> str:
     if figure is None or wanted is None:
         return f"  {'no figure':10} {target.what}"
     bound = "at most" if target.at_most else "at least"
-    return f"  {'met' if met else 'missed':10} {target.what}: {figure:,.4g}, {bound} {wanted:,.4g}"
+    return f"  {'met' if met else 'missed':10} {target.what}: {_shown(figure)}, {bound} {_shown(wanted)}"
+
+
+def _shown(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.4g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
