@@ -16,13 +16,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks.attention_cases import DecodeShape, FusedCase, Layer, label, row
 from benchmarks.attention_tune import build_or_check, table_entry, timed
+from benchmarks.builds import refusal
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
@@ -130,13 +131,15 @@ def check(case: FusedCase, configs: Sequence[DecodeConfig]) -> list[DecodeConfig
     Raises:
         AssertionError: one does not.
     """
+
+    def launch(config: DecodeConfig) -> None:
+        case.launch(config)
+        torch.cuda.synchronize()
+
     good = []
     for config in configs:
-        try:
-            case.launch(config)
-            torch.cuda.synchronize()
-        except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
-            print(f"left out {config}: {type(error).__name__}", flush=True)
+        if why := refusal(partial(launch, config)):
+            print(f"left out {config}: {why}", flush=True)
             continue
         expected = reference(case)
         error = float((case.out.double() - expected).norm() / expected.norm())

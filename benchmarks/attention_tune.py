@@ -76,7 +76,7 @@ def build_or_check(job: tuple) -> str:
     if shape is None:
         try:
             check_correctness(config)
-        except Exception:
+        except Exception:  # however it fails: `prepare` tells all checks that did together, and nothing is timed
             return f"check {CHECKS[config]}: {traceback.format_exc()}"
         return ""
     case = FusedCase(shape) if isinstance(shape, DecodeShape) else PrefillCase(replace(shape, cached=64))

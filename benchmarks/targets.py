@@ -27,14 +27,15 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """A command: a module, its arguments, and the file below its output folder that has its JSON."""
+    """A command: a module, its arguments, the file that has its JSON, and whether `--out` takes that file's folder."""
 
     module: str
     arguments: tuple[str, ...]
     file: str = "result.json"
+    names_folder: bool = False
 
     def command(self, folder: Path) -> list[str]:
-        out = folder if self.file == "fp8kv-quick.json" else folder / self.file
+        out = folder if self.names_folder else folder / self.file
         return [sys.executable, "-m", self.module, *self.arguments, "--out", str(out)]
 
 
@@ -80,7 +81,7 @@ RUNS = {
     "30b": _engine("qwen3-30b-a3b", "offline"),
     "30b-fp8": _engine("qwen3-30b-a3b", "decode", "--quantize", "fp8", "--batches", "1,64"),
     "linears": Run("benchmarks.quant_linear", ("--schemes", "fp8,int4-zero", "--tokens", "1,8,16")),
-    "fp8-cache": Run("benchmarks.attention_quick", ("--only", "8x64-bf16,8x64-fp8"), "fp8kv-quick.json"),
+    "fp8-cache": Run("benchmarks.attention_quick", ("--only", "8x64-bf16,8x64-fp8"), "fp8kv-quick.json", True),
 }
 
 
