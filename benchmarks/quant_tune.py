@@ -24,14 +24,18 @@ from benchmarks.linear import check_race, split_counts
 from benchmarks.linear_chain import MODELS, Chain, Kind
 from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_weight, program_of, quant_shape_of
 from benchmarks.timing import time_replays
+from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import split_steps
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
+    FOLDED_HELD,
     FOLDED_WIDE,
     QuantConfig,
+    held_config,
     norm_limit,
     serves_halves,
+    serves_held,
     serves_words,
 )
 from fusecomp.lowerings.quant.lowering import run_quant
@@ -148,6 +152,10 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 if not early:
                     seen[replace(config, ahead=16)] = None
     yield from seen
+    if tokens == 1 and serves_held(shape):
+        for parts, ahead in itertools.product((8, 16), (0, 1, 2)):
+            config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead)
+            yield held_config(config, device_target(0), shape)
 
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
@@ -196,7 +204,8 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 
 def brief(c: QuantConfig) -> str:
-    tile = f"{'w' if c.kernel == FOLDED_WIDE else c.kernel[0]} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
+    letter = {FOLDED_WIDE: "w", FOLDED_HELD: "h"}.get(c.kernel, c.kernel[0])
+    tile = f"{letter} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""
     flags += " tma" * c.use_tma

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.machine_code import waits_for_each_product
 from fusecomp.lowerings.paged_attention.heuristics import SM90
-from fusecomp.lowerings.quant import folded, folded_wide, quant_aot
+from fusecomp.lowerings.quant import folded, folded_held, folded_wide, quant_aot
 from fusecomp.lowerings.quant.heuristics import FOLDED_WIDE, QuantConfig
 from fusecomp.lowerings.quant.quant_aot import LAYOUTS, specialization
 from fusecomp.lowerings.sampling import greedy_aot
@@ -89,6 +90,43 @@ def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile, u
     assert loop.count("async_tma_copy_global_to_local") == 4 * use_tma and loop.count("wait_barrier") == use_tma
     assert ("fence.proxy.async" in ptx) != use_tma
     assert not use_tma or ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
+
+
+@pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
+@pytest.mark.parametrize("warps", [8, 16])
+def test_held_inputs_meet_codes_in_the_lanes_that_read_both(layout, warps):
+    """Between products nothing goes through shared memory but codes, sixteen bytes at a time, and no warp waits.
+
+    Two programs of eight warps, or one of sixteen, have a multiprocessor's registers.
+    """
+    config = QuantConfig("folded held", 1, parts=warps, num_stages=3, ahead=1)
+    spec = specialization(SM90, LAYOUTS[layout], 2, 1, "bfloat16", 2, config)
+    resources, compiled = compile_one(spec, "sm_90")
+    ptx = compiled.asm["ptx"]
+    assert resources.spills == 0 and resources.registers <= 128
+    assert ptx.count("mma.sync.aligned.m16n8k16") == 16 and "ldmatrix" not in ptx
+    for mask in ("0x000f000f", "0x00f000f0"):
+        assert ptx.count(f"{mask}, 0x64006400, 0xEA") == 32
+    products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
+    assert not re.search(r"st\.shared|bar\.sync|shfl|ld\.global", products)
+    step = ptx[ptx.rindex("cp.async.wait_group", 0, ptx.index("mma.sync")) : ptx.rindex("mma.sync")]
+    assert re.findall(r"ld\.shared\S*", step) == ["ld.shared.v4.b32"] * 4
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert "cp.async.bulk.prefetch.L2.global" in before and "st.global" not in before
+
+
+@given(st.integers(0, 0xFFFFFFFF))
+def test_assembly_of_held_inputs_means_what_the_codes_do(word):
+    """1024 plus a code, or sixteen times the next one, of the 16-bit halves of a word and of what it is shifted to."""
+    for shift, second in itertools.product((0, 8), (0, 1)):
+        text = folded_held.CODES.value[second]
+        mask, added, table = (int(v, 16) for v in re.search(r"\$2, (0x\w+), (0x\w+), (0x\w+);", text).groups())
+        assert table == 0xEA  # a & b | c
+        bits = word >> shift & mask | added
+        floats = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(torch.float16)
+        place = shift + 4 * second
+        wanted = [(word >> place & 15), (word >> place + 16 & 15)]
+        assert (floats - 1024).tolist() == [float(code << 4 * second) for code in wanted]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

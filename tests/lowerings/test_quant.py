@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,8 +24,10 @@ from fusecomp.lowerings.quant.heuristics import (
     QuantConfig,
     entries,
     fitting_columns,
+    held_config,
     quant_config,
     reads_words,
+    serves_held,
     serves_words,
     unit,
 )
@@ -124,16 +128,53 @@ def test_zero_points_have_launches_of_their_own():
 
 
 def test_folded_codes_have_one_kernel():
-    """Up to a limit, which is higher where launches are tuned. Other GPUs and fp32 have it too."""
+    """Up to a limit, which is higher where launches are tuned. Other GPUs and fp32 have it too; of one token another."""
     entry = next(e for e in entries(H100.table) if e["bits"] == 4 and e["tokens"] == 8)
     shape = tuned_shape(entry)
     for target, dtype in itertools.product((H100, *TARGETS), ("bfloat16", "float16", "float32")):
         other = replace(shape, dtype=dtype)
         limit = FOLDED_LIMIT if target.backend == "cuda" and dtype != "float32" else TILE_LIMIT[4]
-        kernels = [quant_config(target, other, tokens).kernel for tokens in (1, 33, limit, limit + 1)]
-        assert kernels == ["folded"] * 3 + ["dequantize"]
+        kernels = [quant_config(target, other, tokens).kernel for tokens in (1, 2, 33, limit, limit + 1)]
+        assert kernels[1:] == ["folded"] * 3 + ["dequantize"] and kernels[0] in ("folded", "folded held")
         assert dtype != "float32" or not any(quant_config(target, other, t).sums for t in (1, 33, limit))
     assert quant_config(H100, replace(shape, cols=16, fold=0), 1).source == "no table"
+
+
+@pytest.mark.parametrize("target", [SM90, replace(SM90, num_sms=64), SM80], ids=["H200", "fewer", "A100"])
+@pytest.mark.parametrize("parts", [8, 16])
+def test_held_inputs_fill_the_gpu_once(target, parts):
+    """All programs at once, each with all rows of its part; no warp beyond K, and TMA's requests where it is."""
+    sizes = [(6144, 4096, 1), (14336, 4096, 2), (4096, 14336, 1), (2048, 256, 1), (16, 53248, 1), (65536, 512, 2)]
+    for n, k, groups in sizes:
+        shape = QuantShape(n, k, groups, "bfloat16", INT, 4, 1, 128, True, fold=64)
+        assert serves_held(shape)
+        config = held_config(QuantConfig("folded held", 1, parts=parts, ahead=1), target, shape)
+        programs = math.ceil(n * groups / config.block_r) * config.splits
+        assert config.parts <= parts and (config.parts - 1) * 256 < k <= config.parts * 256 * config.splits
+        assert config.block_r % 16 == 0 and config.ahead == target.has_tma and config.num_warps == config.parts
+        assert config.block_r == 1024 or programs * config.parts <= 16 * target.num_sms
+
+
+def test_held_inputs_serve_whole_products_with_words_of_scales(monkeypatch):
+    """Else one token runs as two do."""
+    entry = next(e for e in entries(SM90.table) if e["config"]["kernel"] == "folded held")
+    shape = tuned_shape(entry)
+    held, two = quant_config(SM90, shape, 1), quant_config(SM90, shape, 2)
+    assert held.kernel == "folded held" and held.source.endswith("(exact)") and two.kernel == "folded"
+    for change in ({"n": shape.n + 8}, {"k": shape.k + 128}, {"cols": 256}, {"rows": 0}, {"dtype": "float32"}):
+        assert quant_config(SM90, replace(shape, **change), 1).kernel == "folded", change
+    ran = []
+    monkeypatch.setattr(lowering, "quant_config", lambda _, __, tokens: held if tokens == 1 else two)
+    monkeypatch.setattr(lowering, "run_quant", lambda config, *_: ran.append(config))
+    spec, x = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), torch.zeros(1, 256, dtype=torch.bfloat16)
+    for dtype, zero in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float8_e4m3fn)):
+        q, scale, zeros = random_weight((32, 256), spec, dtype, zero=True)
+        weight = q, scale, zeros.to(zero)
+        launch_quant_linear(x, *weight, None, None, [], Program(1, (), (), "bfloat16"), spec)
+        with pytest.raises(ValueError, match="held inputs: scales are") if ran[-1] is two else nullcontext():
+            if ran[-1] is two:
+                run_quant(held, x, *weight, None, [], Program(1, (), (), "bfloat16"), spec, x.new_empty(1, 32), False)
+    assert ran == [held, two, two, two]
 
 
 def test_splits_follow_the_gpu():

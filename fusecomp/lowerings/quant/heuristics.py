@@ -19,11 +19,13 @@ from fusecomp.ops.quant_linear import QuantShape
 
 KEY = ("kind", "bits", "zero", "rows", "k", "groups", "tokens")  # of a table's entries
 VECTOR, WORD_VECTOR, TILE, DEQUANTIZE = "vector", "words", "tile", "dequantize"
-FOLDED, FOLDED_WIDE = "folded", "folded wide"
+FOLDED, FOLDED_WIDE, FOLDED_HELD = "folded", "folded wide", "folded held"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
+HELD_ROWS, HELD_COLUMNS = 16, 256  # "folded held": rows of a product, columns of a warp
+HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -35,16 +37,19 @@ class QuantConfig:
 
     Attributes:
         kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
-            "folded wide" for those of many; "dequantize" for a 16-bit weight and `linear`'s own choice.
+            "folded held" for those of one token where it serves them, "folded wide" for those of many; "dequantize" for
+            a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
-        block_r: rows of a weight tile, over all groups.
+        block_r: rows of a weight tile, over all groups; folded held: rows of a program.
         block_k: columns of a weight tile.
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
-        parts: folded: warps of a program share its features, each with one of so many parts of K; 1: they share K.
-        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two.
+        parts: folded, folded held: warps of a program share its features, each with one of so many parts of K; 1: they
+            share K.
+        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two; folded held:
+            products, at most two for each warp.
         use_tma: folded wide: inputs are read by the tensor memory accelerator, where it can.
     """
 
@@ -127,7 +132,9 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{entry['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
-    if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR):
+    if config.kernel == FOLDED_HELD and not serves_held(shape):
+        return _tuned(target, shape, 2)
+    if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR, FOLDED_HELD):
         step = replace(config, block_k=config.block_k * config.parts)
         config = replace(config, splits=scaled_splits(step, entry["rows"], target, wanted["rows"], shape.k))
     return config
@@ -137,6 +144,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
     if config.kernel == WORD_VECTOR and not serves_words(shape):
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
+    if config.kernel == FOLDED_HELD:
+        return held_config(config, target, shape)
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
@@ -183,6 +192,18 @@ def _fit_wide(config: QuantConfig, target: Target, shape: QuantShape) -> QuantCo
     return replace(config, num_stages=min(config.num_stages, most))
 
 
+def held_config(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+    """No more warps than K has columns for, and as many rows a program as keep all programs on the GPU at once."""
+    warps = min(config.parts, next_power_of_2(shape.k // HELD_COLUMNS))
+    splits = math.ceil(shape.k / (warps * HELD_COLUMNS))
+    teams = max(1, target.num_sms * HELD_WARPS // warps // splits)
+    products = math.ceil(shape.n * shape.groups / HELD_ROWS / teams)
+    return replace(
+        config, block_r=min(products * HELD_ROWS, HELD_MOST_ROWS), block_k=HELD_COLUMNS, num_warps=warps, parts=warps,
+        splits=splits, ahead=config.ahead if target.has_tma else 0,
+    )  # fmt: skip
+
+
 def fitting_columns(block_k: int, cols: int) -> int:
     """The widest tile up to block_k that divides, or is divided by, the columns of a scale."""
     while cols and cols % block_k and block_k % cols:
@@ -204,6 +225,12 @@ def unit(shape: QuantShape) -> int:
 def packs_scales(shape: QuantShape) -> bool:
     """Whether a word of two 16-bit scales of a row is that of a folded tile."""
     return shape.dtype != "float32" and shape.cols == 2 * shape.fold > 0
+
+
+def serves_held(shape: QuantShape) -> bool:
+    """Whether the kernel of one token that holds its inputs takes a shape; its scales must have 16 bits, too."""
+    whole = shape.n * shape.groups % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0
+    return packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
 
 
 def serves_words(shape: QuantShape) -> bool:

@@ -28,9 +28,11 @@ from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
+from fusecomp.lowerings.quant.held_launch import has_words, run_held
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
     FOLDED,
+    FOLDED_HELD,
     FOLDED_WIDE,
     VECTOR,
     WORD_VECTOR,
@@ -159,6 +161,8 @@ def launch_quant_linear(
     shape = quant_shape(x.dtype, q, zero, program, spec)
     tokens = x.shape[0]
     config = quant_config(target_of(x), shape, max(1, tokens))
+    if config.kernel == FOLDED_HELD and not has_words(scale, zero):
+        config = quant_config(target_of(x), shape, 2)
     if config.kernel == DEQUANTIZE:
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
@@ -210,6 +214,9 @@ def run_quant(
     teams = blocks * cdiv(tokens, config.block_t)
     step = 4 * spec.fold * config.parts if config.kernel == FOLDED else config.block_k
     per_split, splits = split_steps(cdiv(k, step), config.splits)
+    if config.kernel == FOLDED_HELD:
+        run_held(config, x, q, scale, zero, norm_weight, args, strides, out, eps, common | {"ASM": _asm(q, shape)})
+        return
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     if config.kernel == FOLDED_WIDE:
         assert scheme == 0, "so many tokens are normed by a launch of its own"

@@ -10,13 +10,15 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
-from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.folded_held import folded_held_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED,
+    FOLDED_HELD,
     FOLDED_WIDE,
     TILE,
     VECTOR,
@@ -66,6 +68,11 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (9, 1, 32, "bfloat16", 2),
 )
 
+HELD = (  # layout, groups, dtype, norm, warps
+    (0, 2, "bfloat16", 2, 8),
+    (7, 1, "bfloat16", 0, 8),
+    (0, 1, "float16", 3, 16),
+)
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
@@ -81,6 +88,9 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, config in WIDE:
         if target.has_tma or not config.use_tma:
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
+    for at, groups, dtype, norm, warps in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
+        config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1)
+        yield specialization(target, LAYOUTS[at], groups, 1, dtype, norm, config)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
@@ -126,6 +136,8 @@ def specialization(
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = config or quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
+    if config.kernel == FOLDED_HELD:
+        return _held(target, shape, norm, config)
     norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
@@ -189,6 +201,31 @@ def specialization(
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
+
+
+def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> Specialization:
+    config = heuristics.held_config(config, target, shape)
+    groups, zero, warps = shape.groups, shape.zero, config.parts
+    short = NAMES[shape.dtype]
+    pointers: dict[str, Any] = {
+        "x": short, "q": "i32", "scale": "i32", "out": short, "inputs": "fp16", "input_sums": "fp32",
+        "partials": "fp32", "warp_scales": "fp32", "args": () if groups == 2 else (short,),
+    }  # fmt: skip
+    pointers |= {"zero": "i32"} if zero else {}
+    pointers |= {"norm_weight": short} if norm >= 2 else {}
+    pointers |= {"counters": "i32"} if config.splits > 1 else {}
+    constants: dict[str, Any] = {
+        "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
+        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "SCALES": tl.bfloat16,
+        "ZEROS": tl.bfloat16, "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL,
+        "USE_PDL": target.has_pdl,
+    }  # fmt: skip
+    constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
+    scalars = {"count": "i32", "n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}
+    name = f"quant-held-{short}-g{groups}-w{warps}-zero{zero}-norm{norm}"
+    return Specialization(
+        name, folded_held_kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k")
+    )
 
 
 def _dequantize(target: Target, layout: tuple) -> Specialization:

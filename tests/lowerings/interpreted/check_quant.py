@@ -235,6 +235,35 @@ def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
     run(layer, config)
 
 
+@st.composite
+def held_layers(draw):
+    """One token by whole products of rows, with 16-bit scales of 128 columns, each in its own type."""
+    dtypes = [torch.bfloat16, torch.float16]
+    spec, name = (
+        WeightSpec(INT, 4, 1, 128, draw(st.sampled_from(["bfloat16", "float16"])), 64),
+        draw(st.sampled_from([*PROGRAMS])),
+    )
+    norm = NORMS[draw(st.sampled_from([*NORMS]))]
+    program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
+    n, k = 16 // program.groups * draw(st.integers(1, 5)), 256 * draw(st.integers(1, 9))
+    q, scale, zero = random_weight(
+        (program.groups * n, k), spec, draw(st.sampled_from(dtypes)), zero=draw(st.booleans())
+    )
+    zero = None if zero is None else zero.to(draw(st.sampled_from(dtypes)))
+    torch.manual_seed(draw(st.integers(0, 9)))
+    size = 3.0 if spec.dtype == "float16" else draw(st.sampled_from([0.0, 1e-30, 3.0, 1e6]))
+    x = torch.randn(1, k + 8, dtype=spec.torch_dtype)[:, :k] * size
+    operands = [torch.randn((1, n) if part == FULL else (n,)).to(spec.torch_dtype) for part in program.operands]
+    gain = torch.randn(k).to(spec.torch_dtype) if norm and (norm.plus_one or draw(st.booleans())) else None
+    return x, (q, scale, zero), gain, operands, program, spec
+
+
+@settings(SETTINGS, max_examples=40)
+@given(held_layers(), st.integers(1, 4), st.sampled_from([1, 2, 4]))
+def test_folded_held(layer, products, parts):
+    run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts))
+
+
 @settings(SETTINGS, max_examples=15)
 @given(folded_specs(), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([(), (3,)]))
 def test_unfold(spec, n, blocks, zero, leading):

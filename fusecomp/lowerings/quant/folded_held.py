@@ -1,0 +1,341 @@
+"""Kernel of a linear layer by folded 4-bit integers, for one token, whose programs stay and hold the inputs.
+
+Each warp has 256 columns: its lanes hold their inputs as the matrix units' operand, made once, and it goes over the
+rows of the program with them. Codes go through the compiler's pipeline of copies, each lane reading what it will
+multiply; sums of warps meet in scratch after the last row, so that no warp waits for another's products.
+
+Inputs are multiplied as fp16, each warp's by a power of two that brings them into its range; sums are scaled back.
+Codes are fp16 numbers whose last bits they are: 1024 + code, and 1024 + 16 code where they lie four bits higher, whose
+inputs are a sixteenth. Sums of inputs take off the 1024.
+
+Legend: as in `folded.py`; W warps, L = 32 W lanes, KP = 256 W columns of a program. An operand's dimensions are those
+of the matrix units: g, eight groups of lanes, each a row of the weight or a token; t, four lanes of a group; and what a
+lane holds: r, two rows of one, eight apart; a, halves of a quarter; s, steps of 16 columns; h, p, pairs of columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, store_features
+from fusecomp.lowerings.quant.folded import BIAS_FP16, MIDDLE
+from fusecomp.lowerings.quant.pieces import magic
+
+TILE, ROWS, TOKENS = tl.constexpr(256), tl.constexpr(16), tl.constexpr(8)  # columns of a warp; sizes of a product
+
+
+@triton.jit(do_not_specialize=["count"])
+def folded_held_kernel(
+    x,  # [K], contiguous
+    q,  # [G * N, K / 8] int32, contiguous: two words of four codes each, folded by 64 columns
+    scale,  # [G * N, K / 256] int32, contiguous: two 16-bit scales, each of 128 columns
+    zero,  # as scale, integers 0 to 16, or None
+    out,  # [1, N]
+    norm_weight,  # [K], or None
+    inputs,  # [programs, KP] fp16, scratch
+    input_sums,  # [programs, KP / 64] fp32, scratch
+    partials,  # [programs, BR, W] fp32, scratch
+    warp_scales,  # [programs, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
+    counters,  # [programs / S] int32, zero before and after the launch
+    args,  # tuple of the epilogue's operands
+    strides,  # tuple of their row strides
+    count,  # products, of 16 rows each, that a program makes
+    n,  # a multiple of 16 / G
+    k,  # KP * S at most, a multiple of 256
+    eps,
+    G: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # a power of two, 16 * count at least
+    PARTS: tl.constexpr,  # W
+    SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,  # products of which the L2 is asked for the codes before the wait
+    EVEN_K: tl.constexpr,  # KP * S is K
+    SCALES: tl.constexpr,  # dtype of scales
+    ZEROS: tl.constexpr,  # and of zero points
+    ASM: tl.constexpr,  # an NVIDIA GPU
+    NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """A program owns 16 count / G features and one split of K.
+
+    dtypes: x, norm_weight, out one of fp32, fp16, bf16; scales and zero points 16-bit floats; sums fp32.
+    Bytes: G * N * K / 2 and the scales; per program from the L2 2 * KP of inputs, twice that of scratch, and
+    8 * W * BR of partial sums. FLOPs: 2 * G * N * K.
+
+    Measured on an H200 of 4.70 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 48% of
+    it; alone 56% over 60.5 MB, 46%, 30% and 27% over 30, 13 and 8.7. The loop keeps up with the memory; the rest is
+    what a launch does before and after: about 5 us.
+    """
+    FEATURES: tl.constexpr = ROWS // G
+    COLUMNS: tl.constexpr = PARTS * TILE
+    split, team = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    program = tl.program_id(0).to(tl.int64)
+    first = team.to(tl.int64) * count * FEATURES
+    place = tl.arange(0, 32 * PARTS)
+    group, lane = place // 4 % 8, place % 4
+    tile = split * PARTS + place // 32
+    # Rows g and g + 8 of a product, groups interleaved: as `weight_rows`. Both are of one group.
+    row, width, scale_width = group // G + (group % G).to(tl.int64) * n, tl.multiple_of(k // 8, 32), k // TILE
+    word_at = (q + row * width)[:, None] + (tile * 32 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
+    scale_at = scale + row * scale_width + tile
+    zero_at = scale_at if zero is None else zero + row * scale_width + tile
+    inside = tile * TILE < k
+
+    if USE_PDL:
+        gdc_launch_dependents()
+    start = tl.minimum(first, n - FEATURES)
+    s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
+    z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
+    column = split * COLUMNS + tl.arange(0, COLUMNS)
+    if NORM >= 2:
+        g = tl.load(norm_weight + column, mask=column < k, other=0.0, eviction_policy="evict_last")
+    else:
+        g = 1.0
+    if ASM and AHEAD > 0:
+        _ask_l2(q, first, count, n, k, split, place, G, SPLITS, AHEAD)
+    if USE_PDL:
+        gdc_wait()
+    own, own_sums = inputs + program * COLUMNS, input_sums + program * (COLUMNS // 64)
+    scales_at = warp_scales + team.to(tl.int64) * (SPLITS * 2 * PARTS)
+    _make_inputs(x, g, own, own_sums, scales_at + split * (2 * PARTS), column, k, PARTS, NORM)
+    tl.debug_barrier()  # other lanes read what a lane has stored
+    held = _hold(own, own_sums, place, zero is not None)
+    part_at = partials + program * (BLOCK_R * PARTS) + place // 32
+    for i in range(count):
+        start = tl.minimum(first + i * FEATURES, n - FEATURES)
+        words = _words(word_at + start * width, inside, width, G, EVEN_K)
+        sums = _multiply(words, s, z, held, zero is not None, SCALES, ZEROS, ASM)
+        _store_sums(part_at + i * (ROWS * PARTS), sums, place)
+        # Scales come after the product, into the registers of those that it has read: nothing waits for a copy.
+        start = tl.minimum(first + (i + 1) * FEATURES, n - FEATURES)
+        s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
+        z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
+
+    tl.debug_barrier()  # all of the program's stores precede the release, or the loads, below
+    last = True
+    if SPLITS > 1:
+        last = tl.atomic_add(counters + team, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.store(counters + team, 0)
+        at = partials + team.to(tl.int64) * (SPLITS * BLOCK_R * PARTS)
+        rows = tl.arange(0, BLOCK_R)
+        acc = _sum_of_parts(at + rows * PARTS, scales_at, rows < count * ROWS, PARTS, SPLITS)
+        if NORM > 0:
+            squares = tl.zeros([1], tl.float32)
+            for j in tl.static_range(SPLITS):
+                at = scales_at + (2 * j + 1) * PARTS + tl.arange(0, PARTS)
+                squares += tl.sum(tl.load(at, cache_modifier=".cg"), 0)
+            acc *= rms_scale(squares, k, eps)
+        end = tl.minimum(first + count * FEATURES, n)
+        store_features(acc[:, None], first, end, out, args, strides, G, EPILOGUE)
+
+
+@triton.jit
+def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr):
+    """Ask the L2 for the codes of the first AHEAD products, a row to a lane; of the columns of `split`, about."""
+    FEATURES: tl.constexpr = ROWS // G
+    r, i = place % ROWS, place // ROWS
+    start = tl.minimum(first + i * FEATURES, n - FEATURES)
+    size = k // (32 * SPLITS) * 16  # bytes, sixteen at least
+    at = q.to(tl.int64) + (start + r // G + (r % G).to(tl.int64) * n) * (k // 2) + split * size
+    go = (i < tl.minimum(count, AHEAD)).to(tl.int32)
+    asm: tl.constexpr = (
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+    tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, size + place * 0, go], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _make_inputs(x, g, own, own_sums, scales_at, column, k, PARTS: tl.constexpr, NORM: tl.constexpr):
+    """Stores what inputs are multiplied as, its sums by quarters of tiles, and the warps' scales."""
+    COLUMNS: tl.constexpr = column.shape[0]
+    v = tl.load(x + column, mask=column < k, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    y = v * norm_factor(g, NORM) if NORM >= 2 else v
+    place = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32])
+    if NORM > 0:
+        _store_each(
+            scales_at + PARTS + place // 32,
+            tl.sum(tl.sum(_eights(v * v, PARTS), 2), 1, keep_dims=True),
+            place % 32 == 0,
+        )
+    largest = tl.max(tl.max(_eights(tl.abs(y), PARTS), 2), 1, keep_dims=True)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # to magnitudes in [2^14, 2^15)
+    back = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    _store_each(scales_at + place // 32, back, place % 32 == 0)
+    factor = up * tl.where(place % 32 // 8 % 2 == 1, 0.0625, 1.0)
+    y = (_eights(y, PARTS) * factor[:, :, None]).to(tl.float16)
+    tl.store(own + tl.arange(0, COLUMNS), tl.reshape(y, [COLUMNS]))
+    sums = tl.sum(tl.reshape(tl.sum(y.to(tl.float32), 2), [COLUMNS // 64, 8]), 1, keep_dims=True)
+    place = tl.reshape(tl.arange(0, COLUMNS // 8), [COLUMNS // 64, 8])
+    _store_each(own_sums + place // 8, sums, place % 8 == 0)
+
+
+@triton.jit
+def _eights(v, PARTS: tl.constexpr):
+    """[KP] -> [W, 32, 8]: what a lane loads at once last."""
+    return tl.reshape(v, [PARTS, 32, 8])
+
+
+@triton.jit
+def _store_each(at, v, first):
+    """Stores v [M, 1] at [M, C] places, each by the thread of the first: none changes hands."""
+    tl.store(at, v + tl.zeros(at.shape, tl.float32), mask=first)
+
+
+@triton.jit
+def _hold(own, own_sums, place, HAS_ZERO: tl.constexpr):
+    """Four operands [W, 64, 8], and what sums take off, [W, 16, 8]: of either half a zero point's, and once."""
+    part, lane = place // 32, place % 4
+    at = (own + part * TILE + lane * 8)[:, None] + tl.arange(0, 8)[None, :]
+    only = (place // 4 % 8 == 0)[:, None]  # the other columns of an operand are those of no token
+    y0, y1, y2, y3 = _quarter(at, only), _quarter(at + 64, only), _quarter(at + 128, only), _quarter(at + 192, only)
+    at, only = own_sums + part * 4, lane == 0
+    e0, e1, e2, e3 = _sum_at(at, only), _sum_at(at + 1, only), _sum_at(at + 2, only), _sum_at(at + 3, only)
+    sum0, sum1 = e0 + 16.0 * e1, e2 + 16.0 * e3
+    less0, less1 = (e0 + e1) * -BIAS_FP16, (e2 + e3) * -BIAS_FP16
+    if not HAS_ZERO:
+        less0 -= sum0 * MIDDLE
+        less1 -= sum1 * MIDDLE
+    return y0, y1, y2, y3, _of_token(sum0), _of_token(sum1), _of_token(less0), _of_token(less1)
+
+
+@triton.jit
+def _sum_at(at, only):
+    return tl.load(at, mask=only, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _quarter(at, only):
+    """fp16 [W, 64, 8], the product's operand, of [L, 8] places and those half a quarter behind them.
+
+    The compiler has four columns of a step next to one another in a lane, two of either half of what it multiplies.
+    """
+    low = tl.load(at, mask=only, other=0.0, cache_modifier=".cg")
+    v = tl.join(low, tl.load(at + 32, mask=only, other=0.0, cache_modifier=".cg"))  # L, shp, a
+    PARTS: tl.constexpr = v.shape[0] // 32
+    return tl.reshape(tl.permute(tl.reshape(v, [PARTS, 8, 4, 2, 2, 2, 2]), [0, 6, 4, 2, 3, 5, 1]), [PARTS, 64, 8])
+
+
+@triton.jit
+def _of_token(v):
+    """[L] numbers of the first lanes of groups -> [W, 16, 8], in the places of the product's sums; zero elsewhere."""
+    PARTS: tl.constexpr = v.shape[0] // 32
+    v = tl.join(v, tl.zeros_like(v))
+    v = tl.permute(tl.reshape(tl.join(v, v), [PARTS, 8, 4, 2, 2]), [0, 4, 1, 2, 3])
+    return tl.reshape(v, [PARTS, 16, 8])
+
+
+@triton.jit
+def _words(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
+    """[L, 4, a, r] words of a product."""
+    low = tl.join(_codes_at(at, inside, EVEN_K), _codes_at(at + 16, inside, EVEN_K))
+    at += 8 // G * width
+    return tl.join(low, tl.join(_codes_at(at, inside, EVEN_K), _codes_at(at + 16, inside, EVEN_K)))
+
+
+@triton.jit
+def _codes_at(at, inside, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(at, eviction_policy="evict_first")
+    else:
+        return tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
+    """[L, r] words."""
+    if EVEN_K:
+        return tl.join(tl.load(at), tl.load(at + 8 // G * width))
+    else:
+        return tl.join(tl.load(at, mask=inside, other=0), tl.load(at + 8 // G * width, mask=inside, other=0))
+
+
+@triton.jit
+def _multiply(
+    word, s, z, held, HAS_ZERO: tl.constexpr, SCALES: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """[W, 16, 8] sums of each warp's columns."""
+    y0, y1, y2, y3, sum0, sum1, part, other = held
+    shifted = word >> 8
+    part = tl.dot(_weights(_codes(word, 0, ASM)), y0, part)
+    part = tl.dot(_weights(_codes(word, 1, ASM)), y1, part)
+    other = tl.dot(_weights(_codes(shifted, 0, ASM)), y2, other)
+    other = tl.dot(_weights(_codes(shifted, 1, ASM)), y3, other)
+    if HAS_ZERO:
+        part -= _of_rows(_half(z, 0, ZEROS)) * sum0
+        other -= _of_rows(_half(z, 1, ZEROS)) * sum1
+    return part * _of_rows(_half(s, 0, SCALES)) + other * _of_rows(_half(s, 1, SCALES))
+
+
+# PTX: the first, or the second, nibble of bytes 0 and 2 of a word as the last bits of two floats that are 1024.
+CODES = tl.constexpr(
+    tuple(
+        f"{{ .reg .b32 t; lop3.b32 t, $2, {mask}, 0x64006400, 0xEA; mov.b32 {{$0, $1}}, t; }}"
+        for mask in ("0x000f000f", "0x00f000f0")
+    )
+)
+
+
+@triton.jit
+def _codes(word, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """[L, sh, a, r] words -> [L, sh, a, r, p]: 1024 plus their codes, or plus 16 times the second of each byte."""
+    if ASM:
+        asm: tl.constexpr = CODES[SECOND]
+        low, high = tl.inline_asm_elementwise(
+            asm, "=h,=h,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        MASK: tl.constexpr = 240 if SECOND else 15
+        low = (magic(word & MASK) + BIAS_FP16).to(tl.float16)
+        high = (magic((word >> 16) & MASK) + BIAS_FP16).to(tl.float16)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _weights(v):
+    """[L, sh, a, r, p] -> [W, 16, 64], the product's other operand."""
+    PARTS: tl.constexpr = v.shape[0] // 32
+    v = tl.permute(tl.reshape(v, [PARTS, 8, 4, 2, 2, 2, 2, 2]), [0, 6, 1, 5, 4, 2, 3, 7])
+    return tl.reshape(v, [PARTS, 16, 64])
+
+
+@triton.jit
+def _of_rows(v):
+    """[L, r] numbers of a lane's two rows -> [W, 16, 8], in the places of the product's sums."""
+    PARTS: tl.constexpr = v.shape[0] // 32
+    v = tl.permute(tl.reshape(tl.join(v, v), [PARTS, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
+    return tl.reshape(v, [PARTS, 16, 8])
+
+
+@triton.jit
+def _half(word, SIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """fp32 of one of the two 16-bit numbers of words, the first in the lowest bits."""
+    if tl.bfloat16 == DTYPE:
+        return ((word & -65536) if SIDE else (word << 16)).to(tl.float32, bitcast=True)
+    else:
+        return (word >> (16 * SIDE)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _store_sums(at, acc, place):
+    """Stores the only token's of [W, 16, 8], each lane what it has, where the warps' sums of a row are neighbours."""
+    PARTS: tl.constexpr = acc.shape[0]
+    acc, _ = tl.split(tl.permute(tl.reshape(acc, [PARTS, 2, 8, 4, 2]), [0, 2, 3, 1, 4]))  # W, g, t, r
+    at = (at + place // 4 % 8 * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
+    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 == 0)[:, None])
+
+
+@triton.jit
+def _sum_of_parts(at, scales_at, mask, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+    """[BR] sums over warps, each scaled back, and then over splits."""
+    total = tl.zeros(mask.shape, tl.float32)
+    parts = tl.arange(0, PARTS)[None, :]
+    for j in tl.static_range(SPLITS):
+        part_at = (at + j * (mask.shape[0] * PARTS))[:, None] + parts
+        part = tl.load(part_at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+        total += tl.sum(part * tl.load(scales_at + 2 * j * PARTS + parts, cache_modifier=".cg"), 1)
+    return total

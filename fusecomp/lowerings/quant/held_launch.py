@@ -1,0 +1,69 @@
+"""Launches of `folded_held_kernel`: its scratch and constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fusecomp.lowerings.device import zeroed_counters
+from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.linear.skinny import cdiv
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.quant.folded_held import folded_held_kernel
+from fusecomp.lowerings.quant.heuristics import HELD_COLUMNS, HELD_ROWS, QuantConfig
+
+
+def has_words(scale: Tensor, zero: Tensor | None) -> bool:
+    """Whether two neighbours of scales, and of zero points, make a word of 32 bits."""
+    return all(part is None or part.itemsize == 2 for part in (scale, zero))
+
+
+def run_held(
+    config: QuantConfig,
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    args: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    out: Tensor,
+    eps: float,
+    options: dict[str, Any],
+) -> None:
+    """out[1, N] of x[1, K], whose last dim is contiguous; scales and zero points have 16 bits, K whole tiles of warps.
+
+    Args:
+        args: of the epilogue, as `full_rows` gives them, and their row strides.
+        options: the kernel's other constants, and the launch's options.
+
+    Raises:
+        ValueError: scales or zero points have another width.
+    """
+    if not has_words(scale, zero):
+        raise ValueError(f"held inputs: scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}")
+    n, k, groups = out.shape[1], x.shape[1], options["G"]
+    columns, rows = HELD_COLUMNS * config.parts, next_power_of_2(config.block_r)
+    teams, splits = cdiv(groups * n, config.block_r), cdiv(k, columns)
+    programs = teams * splits
+    inputs = torch.empty(programs * columns, dtype=torch.float16, device=x.device)
+    input_sums, partials, warp_scales = (
+        torch.empty(programs * size, dtype=torch.float32, device=x.device)
+        for size in (columns // 64, rows * config.parts, 2 * config.parts)
+    )
+    launch(
+        folded_held_kernel, (programs,),
+        x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
+        norm_weight, inputs, input_sums, partials, warp_scales,
+        None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
+        eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, EVEN_K=k % columns == 0,
+        SCALES=_triton_dtype(scale), ZEROS=_triton_dtype(scale if zero is None else zero),
+        **options | {"BLOCK_R": rows},
+    )  # fmt: skip
+
+
+def _triton_dtype(part: Tensor) -> tl.dtype:
+    return getattr(tl, str(part.dtype).removeprefix("torch."))
