@@ -34,8 +34,6 @@ def folded_held_kernel(
     zero,  # as scale, integers 0 to 16, or None
     out,  # [1, N]
     norm_weight,  # [K], or None
-    inputs,  # [programs, KP] fp16, scratch
-    input_sums,  # [programs, KP / 64] fp32, scratch
     partials,  # [programs, BR, W] fp32, scratch
     warp_scales,  # [programs, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
     counters,  # [programs / S] int32, zero before and after the launch
@@ -64,8 +62,8 @@ def folded_held_kernel(
     Bytes: G * N * K / 2 and the scales; per program from the L2 2 * KP of inputs, twice that of scratch, and
     8 * W * BR of partial sums. FLOPs: 2 * G * N * K.
 
-    Measured on an H200 of 4.70 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 48% of
-    it; alone 56% over 60.5 MB, 46%, 30% and 27% over 30, 13 and 8.7. The loop keeps up with the memory; the rest is
+    Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 53% of
+    it; alone 60% over 60.6 MB, 48%, 33% and 28% over 30.3, 13 and 8.7. The loop keeps up with the memory; the rest is
     what a launch does before and after: about 5 us.
     """
     FEATURES: tl.constexpr = ROWS // G
@@ -97,11 +95,8 @@ def folded_held_kernel(
         _ask_l2(q, first, count, n, k, split, place, G, SPLITS, AHEAD)
     if USE_PDL:
         gdc_wait()
-    own, own_sums = inputs + program * COLUMNS, input_sums + program * (COLUMNS // 64)
     scales_at = warp_scales + team.to(tl.int64) * (SPLITS * 2 * PARTS)
-    _make_inputs(x, g, own, own_sums, scales_at + split * (2 * PARTS), column, k, PARTS, NORM)
-    tl.debug_barrier()  # other lanes read what a lane has stored
-    held = _hold(own, own_sums, place, zero is not None)
+    held, back, squares = _hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
     part_at = partials + program * (BLOCK_R * PARTS) + place // 32
     for i in range(count):
         start = tl.minimum(first + i * FEATURES, n - FEATURES)
@@ -113,6 +108,10 @@ def folded_held_kernel(
         s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
         z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
 
+    own_at = scales_at + split * (2 * PARTS) + place // 32
+    tl.store(own_at, back, mask=place % 32 == 0)
+    if NORM > 0:
+        tl.store(own_at + PARTS, squares, mask=place % 32 == 0)
     tl.debug_barrier()  # all of the program's stores precede the release, or the loads, below
     last = True
     if SPLITS > 1:
@@ -124,11 +123,11 @@ def folded_held_kernel(
         rows = tl.arange(0, BLOCK_R)
         acc = _sum_of_parts(at + rows * PARTS, scales_at, rows < count * ROWS, PARTS, SPLITS)
         if NORM > 0:
-            squares = tl.zeros([1], tl.float32)
+            total = tl.zeros([1], tl.float32)
             for j in tl.static_range(SPLITS):
                 at = scales_at + (2 * j + 1) * PARTS + tl.arange(0, PARTS)
-                squares += tl.sum(tl.load(at, cache_modifier=".cg"), 0)
-            acc *= rms_scale(squares, k, eps)
+                total += tl.sum(tl.load(at, cache_modifier=".cg"), 0)
+            acc *= rms_scale(total, k, eps)
         end = tl.minimum(first + count * FEATURES, n)
         store_features(acc[:, None], first, end, out, args, strides, G, EPILOGUE)
 
@@ -149,84 +148,101 @@ def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit
-def _make_inputs(x, g, own, own_sums, scales_at, column, k, PARTS: tl.constexpr, NORM: tl.constexpr):
-    """Stores what inputs are multiplied as, its sums by quarters of tiles, and the warps' scales."""
-    COLUMNS: tl.constexpr = column.shape[0]
+def _hold(
+    x, g, column, k, PARTS: tl.constexpr, HAS_ZERO: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """(what a warp holds, what its sums are scaled back by [L], its inputs' sum of squares [L]).
+
+    It holds four operands [W, 64, 8], all columns of which are the token's, and what sums take off, [W, 16, 8]: of
+    either half a zero point's, and once. A lane makes eight inputs and has others' by shuffles within the warp.
+    """
     v = tl.load(x + column, mask=column < k, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    y = v * norm_factor(g, NORM) if NORM >= 2 else v
-    place = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32])
-    if NORM > 0:
-        _store_each(
-            scales_at + PARTS + place // 32,
-            tl.sum(tl.sum(_eights(v * v, PARTS), 2), 1, keep_dims=True),
-            place % 32 == 0,
-        )
-    largest = tl.max(tl.max(_eights(tl.abs(y), PARTS), 2), 1, keep_dims=True)
+    y = tl.reshape(v * norm_factor(g, NORM) if NORM >= 2 else v, [PARTS, 32, 8])
+    lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
+    squares = tl.sum(tl.sum(tl.reshape(v * v, [PARTS, 32, 8]), 2), 1, keep_dims=True)
+    largest = tl.max(tl.max(tl.abs(y), 2), 1, keep_dims=True)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # to magnitudes in [2^14, 2^15)
     back = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    _store_each(scales_at + place // 32, back, place % 32 == 0)
-    factor = up * tl.where(place % 32 // 8 % 2 == 1, 0.0625, 1.0)
-    y = (_eights(y, PARTS) * factor[:, :, None]).to(tl.float16)
-    tl.store(own + tl.arange(0, COLUMNS), tl.reshape(y, [COLUMNS]))
-    sums = tl.sum(tl.reshape(tl.sum(y.to(tl.float32), 2), [COLUMNS // 64, 8]), 1, keep_dims=True)
-    place = tl.reshape(tl.arange(0, COLUMNS // 8), [COLUMNS // 64, 8])
-    _store_each(own_sums + place // 8, sums, place % 8 == 0)
-
-
-@triton.jit
-def _eights(v, PARTS: tl.constexpr):
-    """[KP] -> [W, 32, 8]: what a lane loads at once last."""
-    return tl.reshape(v, [PARTS, 32, 8])
-
-
-@triton.jit
-def _store_each(at, v, first):
-    """Stores v [M, 1] at [M, C] places, each by the thread of the first: none changes hands."""
-    tl.store(at, v + tl.zeros(at.shape, tl.float32), mask=first)
-
-
-@triton.jit
-def _hold(own, own_sums, place, HAS_ZERO: tl.constexpr):
-    """Four operands [W, 64, 8], and what sums take off, [W, 16, 8]: of either half a zero point's, and once."""
-    part, lane = place // 32, place % 4
-    at = (own + part * TILE + lane * 8)[:, None] + tl.arange(0, 8)[None, :]
-    only = (place // 4 % 8 == 0)[:, None]  # the other columns of an operand are those of no token
-    y0, y1, y2, y3 = _quarter(at, only), _quarter(at + 64, only), _quarter(at + 128, only), _quarter(at + 192, only)
-    at, only = own_sums + part * 4, lane == 0
-    e0, e1, e2, e3 = _sum_at(at, only), _sum_at(at + 1, only), _sum_at(at + 2, only), _sum_at(at + 3, only)
+    y = (y * (up * tl.where(lane // 8 % 2 == 1, 0.0625, 1.0))[:, :, None]).to(tl.float16)
+    quarters = tl.sum(tl.reshape(tl.sum(y.to(tl.float32), 2), [PARTS, 4, 8]), 2, keep_dims=True)
+    sums = tl.reshape(tl.broadcast_to(quarters, [PARTS, 4, 8]), [PARTS, 32])
+    words = _pairs(y, PARTS, ASM)
+    e0, e1 = tl.gather(sums, lane * 0, 1), tl.gather(sums, lane * 0 + 8, 1)
+    e2, e3 = tl.gather(sums, lane * 0 + 16, 1), tl.gather(sums, lane * 0 + 24, 1)
     sum0, sum1 = e0 + 16.0 * e1, e2 + 16.0 * e3
     less0, less1 = (e0 + e1) * -BIAS_FP16, (e2 + e3) * -BIAS_FP16
     if not HAS_ZERO:
         less0 -= sum0 * MIDDLE
         less1 -= sum1 * MIDDLE
-    return y0, y1, y2, y3, _of_token(sum0), _of_token(sum1), _of_token(less0), _of_token(less1)
+    held = (
+        _quarter(words, lane, 0, ASM), _quarter(words, lane, 1, ASM), _quarter(words, lane, 2, ASM),
+        _quarter(words, lane, 3, ASM), _of_token(sum0), _of_token(sum1), _of_token(less0), _of_token(less1),
+    )  # fmt: skip
+    return held, _by_lanes(back), _by_lanes(squares)
 
 
 @triton.jit
-def _sum_at(at, only):
-    return tl.load(at, mask=only, other=0.0, cache_modifier=".cg")
+def _by_lanes(v):
+    """[W, 1] -> [L]."""
+    return tl.reshape(tl.broadcast_to(v, [v.shape[0], 32]), [32 * v.shape[0]])
 
 
 @triton.jit
-def _quarter(at, only):
-    """fp16 [W, 64, 8], the product's operand, of [L, 8] places and those half a quarter behind them.
+def _pairs(y, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """fp16 [W, 32, 8] -> four [W, 32] of words, of two neighbours each."""
+    low, high = tl.split(tl.reshape(y, [PARTS, 32, 4, 2]))
+    if ASM:
+        asm: tl.constexpr = "mov.b32 $0, {$1, $2};"
+        word = tl.inline_asm_elementwise(asm, "=r,h,h", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        word = _bits(low) & 0xFFFF | _bits(high) << 16
+    even, odd = tl.split(tl.reshape(word, [PARTS, 32, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _bits(v):
+    return v.to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _quarter(words, lane, J: tl.constexpr, ASM: tl.constexpr):
+    """fp16 [W, 64, 8], the product's operand, of quarter J.
 
     The compiler has four columns of a step next to one another in a lane, two of either half of what it multiplies.
     """
-    low = tl.load(at, mask=only, other=0.0, cache_modifier=".cg")
-    v = tl.join(low, tl.load(at + 32, mask=only, other=0.0, cache_modifier=".cg"))  # L, shp, a
-    PARTS: tl.constexpr = v.shape[0] // 32
-    return tl.reshape(tl.permute(tl.reshape(v, [PARTS, 8, 4, 2, 2, 2, 2]), [0, 6, 4, 2, 3, 5, 1]), [PARTS, 64, 8])
+    PARTS: tl.constexpr = lane.shape[0]
+    word = tl.join(_eight(words, lane % 4 + 8 * J), _eight(words, lane % 4 + (8 * J + 4)))  # W, lanes, h, s, a
+    if ASM:
+        asm: tl.constexpr = "mov.b32 {$0, $1}, $2;"
+        low, high = tl.inline_asm_elementwise(
+            asm, "=h,=h,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        low, high = (
+            word.to(tl.int16).to(tl.float16, bitcast=True),
+            (word >> 16).to(tl.int16).to(tl.float16, bitcast=True),
+        )
+    v = tl.reshape(tl.join(low, high), [PARTS, 8, 4, 2, 2, 2, 2])  # W, g, t, h, s, a, p
+    return tl.reshape(tl.permute(v, [0, 5, 3, 2, 4, 6, 1]), [PARTS, 64, 8])
+
+
+@triton.jit
+def _eight(words, of):
+    """[W, 32, h, s] words of eight columns that lanes `of` have."""
+    first = tl.join(tl.gather(words[0], of, 1), tl.gather(words[1], of, 1))
+    return tl.join(first, tl.join(tl.gather(words[2], of, 1), tl.gather(words[3], of, 1)))
 
 
 @triton.jit
 def _of_token(v):
-    """[L] numbers of the first lanes of groups -> [W, 16, 8], in the places of the product's sums; zero elsewhere."""
-    PARTS: tl.constexpr = v.shape[0] // 32
+    """[W, 32] numbers of lanes -> [W, 16, 8], in the places of the product's sums; zero where no token is."""
     v = tl.join(v, tl.zeros_like(v))
-    v = tl.permute(tl.reshape(tl.join(v, v), [PARTS, 8, 4, 2, 2]), [0, 4, 1, 2, 3])
-    return tl.reshape(v, [PARTS, 16, 8])
+    v = tl.permute(tl.reshape(tl.join(v, v), [v.shape[0], 8, 4, 2, 2]), [0, 4, 1, 2, 3])
+    return tl.reshape(v, [v.shape[0], 16, 8])
 
 
 @triton.jit

@@ -49,15 +49,13 @@ def run_held(
     columns, rows = HELD_COLUMNS * config.parts, next_power_of_2(config.block_r)
     teams, splits = cdiv(groups * n, config.block_r), cdiv(k, columns)
     programs = teams * splits
-    inputs = torch.empty(programs * columns, dtype=torch.float16, device=x.device)
-    input_sums, partials, warp_scales = (
-        torch.empty(programs * size, dtype=torch.float32, device=x.device)
-        for size in (columns // 64, rows * config.parts, 2 * config.parts)
+    partials, warp_scales = (
+        torch.empty(programs * size * config.parts, dtype=torch.float32, device=x.device) for size in (rows, 2)
     )
     launch(
         folded_held_kernel, (programs,),
         x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
-        norm_weight, inputs, input_sums, partials, warp_scales,
+        norm_weight, partials, warp_scales,
         None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
         eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, EVEN_K=k % columns == 0,
         SCALES=_triton_dtype(scale), ZEROS=_triton_dtype(scale if zero is None else zero),
