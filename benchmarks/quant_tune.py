@@ -27,6 +27,7 @@ from benchmarks.timing import time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL
 from fusecomp.lowerings.linear.skinny import split_steps
+from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
     FOLDED_HELD,
@@ -155,7 +156,7 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     if tokens == 1 and serves_held(shape):
         for parts, ahead in itertools.product((8, 16), (0, 1, 2)):
             config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead)
-            yield held_config(config, device_target(0), shape)
+            yield held_config(config, device_target(0) if torch.cuda.is_available() else SM90, shape)
 
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:

@@ -25,6 +25,7 @@ from fusecomp.lowerings.quant.heuristics import (
     entries,
     fitting_columns,
     held_config,
+    held_entries,
     quant_config,
     reads_words,
     serves_held,
@@ -86,17 +87,18 @@ def tuned_shape(entry: dict) -> QuantShape:
 def test_source_says_whether_the_entry_was_measured_for_the_shape():
     assert {(e["kind"], e["bits"]) for e in entries(H100.table)} == {(FP8, 8), (INT, 4)}
     for target in (H100, SM90):
-        for entry in entries(target.table):
+        kept = [(False, entry) for entry in entries(target.table)] + [(True, e) for e in held_entries(target.table)]
+        for held, entry in kept:
             shape, tokens = tuned_shape(entry), entry["tokens"]
-            found, timed = quant_config(target, shape, tokens), "us" in entry or "step_us" in entry
+            found, timed = quant_config(target, shape, tokens, held), "us" in entry or "step_us" in entry
             measured = timed and entry["gpu"] == target.name
             assert found.source.startswith(entry["gpu"])
             assert found.source.endswith("(exact)" if measured else "(nearest)")
             assert found == QuantConfig(**entry["config"], source=found.source)
-            assert quant_config(replace(target, num_sms=100), shape, tokens).kernel == found.kernel
-            assert quant_config(replace(target, name="Some GPU"), shape, tokens).source.endswith("(nearest)")
+            assert quant_config(replace(target, num_sms=100), shape, tokens, held).kernel == found.kernel
+            assert quant_config(replace(target, name="Some GPU"), shape, tokens, held).source.endswith("(nearest)")
             for change in ({"n": shape.n + 16}, {"k": shape.k + 128}, {"rows": 128}):
-                assert quant_config(target, replace(shape, **change), tokens).source.endswith("(nearest)")
+                assert quant_config(target, replace(shape, **change), tokens, held).source.endswith("(nearest)")
 
 
 def test_own_entries_replace_those_of_the_default_gpu(monkeypatch, tmp_path):
@@ -156,15 +158,15 @@ def test_held_inputs_fill_the_gpu_once(target, parts):
 
 
 def test_held_inputs_serve_whole_products_with_words_of_scales(monkeypatch):
-    """Else one token runs as two do."""
-    entry = next(e for e in entries(SM90.table) if e["config"]["kernel"] == "folded held" and "us" in e)
-    shape = tuned_shape(entry)
-    held, two = quant_config(SM90, shape, 1), quant_config(SM90, shape, 2)
-    assert held.kernel == "folded held" and held.source.endswith("(exact)") and two.kernel == "folded"
+    """Else one token runs as others do."""
+    shape = tuned_shape(held_entries(SM90.table)[0])
+    found, two = quant_config(SM90, shape, 1), quant_config(SM90, shape, 1, held=False)
+    assert found.kernel == "folded held" and found.source.endswith("(exact)") and two.kernel == "folded"
+    assert quant_config(SM90, shape, 2).kernel == "folded" and not held_entries(H100.table)
     for change in ({"n": shape.n + 8}, {"k": shape.k + 128}, {"cols": 256}, {"rows": 0}, {"dtype": "float32"}):
         assert quant_config(SM90, replace(shape, **change), 1).kernel == "folded", change
     ran = []
-    monkeypatch.setattr(lowering, "quant_config", lambda _, __, tokens: held if tokens == 1 else two)
+    monkeypatch.setattr(lowering, "quant_config", lambda *_, held=True: found if held else two)
     monkeypatch.setattr(lowering, "run_quant", lambda config, *_: ran.append(config))
     spec, x = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), torch.zeros(1, 256, dtype=torch.bfloat16)
     for dtype, zero in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float8_e4m3fn)):
@@ -173,8 +175,8 @@ def test_held_inputs_serve_whole_products_with_words_of_scales(monkeypatch):
         launch_quant_linear(x, *weight, None, None, [], Program(1, (), (), "bfloat16"), spec)
         with pytest.raises(ValueError, match="held inputs: scales are") if ran[-1] is two else nullcontext():
             if ran[-1] is two:
-                run_quant(held, x, *weight, None, [], Program(1, (), (), "bfloat16"), spec, x.new_empty(1, 32), False)
-    assert ran == [held, two, two, two]
+                run_quant(found, x, *weight, None, [], Program(1, (), (), "bfloat16"), spec, x.new_empty(1, 32), False)
+    assert ran == [found, two, two, two]
 
 
 def test_splits_follow_the_gpu():
@@ -368,3 +370,32 @@ def test_gpu_every_code_of_a_word(kind, dtype):
         run_quant(config, x, q, scale, None, None, [], program, spec, out, True)
         exact = torch.where(i % 8 == at, -2.0 * q.float()[i, i % 8], 0.0)
         assert torch.equal(out[0].float()[numbers], exact[numbers]) and out[0, ~numbers].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gpu_held_inputs(parts, dtype):
+    """Every number of warps, with and without splits, norms, zero points and rows to spare, at every block of rows."""
+    spec = WeightSpec(INT, 4, 1, 128, dtype, 64)
+    cases = itertools.product((256 * parts, 640 * parts // 256 * 256 + 256), (1, 2), (None, False, True), (False, True))
+    for i, (k, groups, plus_one, zero) in enumerate(cases):
+        n, rows = 16 // groups * 13, (16, 48, 128, 208)[i % 4]
+        weight = [
+            None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, spec.torch_dtype, zero=zero)
+        ]
+        norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
+        program = replace(SWIGLU if groups == 2 else Program(1, (), (), dtype), dtype=dtype, norm=norm)
+        x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((1, k), (k,)))
+        gain = None if norm is None else gain
+        config = QuantConfig("folded held", 1, rows, 256, parts, 3, parts=parts, ahead=i % 3)
+        outs = [torch.full((1, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
+        for out in outs:
+            run_quant(config, x, *weight, gain, [], program, spec, out, True)
+        exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))
+        wide = None if gain is None else gain.float()
+        exact = quant_linear_reference(x.float(), *weight, wide, None, [], exact_program, exact_spec)
+        unfused = quant_linear_reference(x, *weight, gain, None, [], program.to_text(), spec.to_text())
+        error, allowed = ((value.float() - exact).norm() for value in (outs[0], unfused))
+        assert error <= 1.5 * allowed, (k, groups, plus_one, zero, rows, float(error), float(allowed))
+        assert torch.equal(*outs)

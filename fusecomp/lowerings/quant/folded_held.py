@@ -58,9 +58,9 @@ def folded_held_kernel(
 ):
     """A program owns 16 count / G features and one split of K.
 
-    dtypes: x, norm_weight, out one of fp32, fp16, bf16; scales and zero points 16-bit floats; sums fp32.
-    Bytes: G * N * K / 2 and the scales; per program from the L2 2 * KP of inputs, twice that of scratch, and
-    8 * W * BR of partial sums. FLOPs: 2 * G * N * K.
+    dtypes: x, norm_weight, scales and zero points fp16 or bf16; out one of these or fp32; sums fp32.
+    Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
+    FLOPs: 2 * G * N * K.
 
     Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 53% of
     it; alone 60% over 60.6 MB, 48%, 33% and 28% over 30.3, 13 and 8.7. The loop keeps up with the memory; the rest is

@@ -41,8 +41,10 @@ def run_held(
         options: the kernel's other constants, and the launch's options.
 
     Raises:
-        ValueError: scales or zero points have another width.
+        ValueError: more than one token, or scales or zero points of another width.
     """
+    if len(x) != 1:
+        raise ValueError(f"held inputs: {len(x)} tokens, of one at most")
     if not has_words(scale, zero):
         raise ValueError(f"held inputs: scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}")
     n, k, groups = out.shape[1], x.shape[1], options["G"]

@@ -37,8 +37,8 @@ class QuantConfig:
 
     Attributes:
         kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
-            "folded held" for those of one token where it serves them, "folded wide" for those of many; "dequantize" for
-            a 16-bit weight and `linear`'s own choice.
+            "folded held" for those of one token where it serves them, "folded wide" for those of many; "dequantize"
+            for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups; folded held: rows of a program.
         block_k: columns of a weight tile.
@@ -74,14 +74,21 @@ def entries(name: str) -> list[dict[str, Any]]:
     return entries_of(name, "", "quant", KEY)
 
 
+def held_entries(name: str) -> list[dict[str, Any]]:
+    """Those of launches that hold their inputs, which only some GPUs have."""
+    return entries_of(name, "", "held", KEY)
+
+
 @cache
-def quant_config(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
-    """Configuration for a shape that `reason` accepts."""
+def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = True) -> QuantConfig:
+    """Configuration for a shape that `reason` accepts; not one that holds inputs unless `held`."""
     tuned = (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda"
     if tokens > (FOLDED_LIMIT if tuned and shape.fold else TILE_LIMIT[shape.bits]):
         return QuantConfig(DEQUANTIZE)
+    if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
+        return held_config(_tuned(target, shape, tokens, held_entries(target.table)), target, shape)
     if tuned:
-        return _fit(_tuned(target, shape, tokens), target, shape)
+        return _fit(_tuned(target, shape, tokens, entries(target.table)), target, shape)
     if shape.fold:
         return _untuned_folded(target, shape, tokens)
     if tokens == 1:
@@ -109,13 +116,13 @@ def _untuned_folded(target: Target, shape: QuantShape, tokens: int) -> QuantConf
     return QuantConfig(FOLDED, block_t, rows, 4 * shape.fold, 4, stages, splits, early=tokens <= SKINNY_LIMIT)
 
 
-def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
-    """The nearest entry of the table: of the kind, of the least tokens that hold them all, then of the shape.
+def _tuned(target: Target, shape: QuantShape, tokens: int, table: list[dict[str, Any]]) -> QuantConfig:
+    """The nearest entry of a table: of the kind, of the least tokens that hold them all, then of the shape.
 
     Of entries as near those measured with zero points, or without, as the weight is.
     """
     kind = INT if shape.bits == 4 else FP8
-    alike = [e for e in entries(target.table) if (e["kind"], e["bits"]) == (kind, shape.bits)]
+    alike = [e for e in table if (e["kind"], e["bits"]) == (kind, shape.bits)]
     bucket = min(e["tokens"] for e in alike if e["tokens"] >= tokens)
     wanted = {"rows": shape.n * shape.groups, "k": shape.k}
 
@@ -132,8 +139,6 @@ def _tuned(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     text = " ".join(f"{key}={entry[key]}" for key in ("rows", "k", "tokens"))
     source = f"{entry['gpu']} {kind}{'' if kind == FP8 else shape.bits} {text} ({'exact' if exact else 'nearest'})"
     config = QuantConfig(**entry["config"], source=source)
-    if config.kernel == FOLDED_HELD and not serves_held(shape):
-        return _tuned(target, shape, 2)
     if distance(entry) and config.kernel not in (VECTOR, WORD_VECTOR, FOLDED_HELD):
         step = replace(config, block_k=config.block_k * config.parts)
         config = replace(config, splits=scaled_splits(step, entry["rows"], target, wanted["rows"], shape.k))
@@ -144,8 +149,6 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """Tiles that keep to the columns of a scale, and fewer stages until those of codes and inputs fit."""
     if config.kernel == WORD_VECTOR and not serves_words(shape):
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
-    if config.kernel == FOLDED_HELD:
-        return held_config(config, target, shape)
     if config.kernel in (VECTOR, WORD_VECTOR):
         return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
     folded = config.kernel == FOLDED
@@ -228,7 +231,7 @@ def packs_scales(shape: QuantShape) -> bool:
 
 
 def serves_held(shape: QuantShape) -> bool:
-    """Whether the kernel of one token that holds its inputs takes a shape; its scales must have 16 bits, too."""
+    """Whether the kernel that holds its inputs takes a shape; scales and zero points must have 16 bits, too."""
     whole = shape.n * shape.groups % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0
     return packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
 

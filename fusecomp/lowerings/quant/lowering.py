@@ -162,7 +162,7 @@ def launch_quant_linear(
     tokens = x.shape[0]
     config = quant_config(target_of(x), shape, max(1, tokens))
     if config.kernel == FOLDED_HELD and not has_words(scale, zero):
-        config = quant_config(target_of(x), shape, 2)
+        config = quant_config(target_of(x), shape, tokens, held=False)
     if config.kernel == DEQUANTIZE:
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)

@@ -18,7 +18,7 @@ def entries_of(name: str, suffix: str, section: str, key: tuple[str, ...]) -> li
     Args:
         name: the GPU's, as `Target.table` gives it.
         suffix: what the file's name has behind that.
-        section: where a table has its entries.
+        section: where a table has its entries, if any.
         key: what tells entries apart; a GPU's own replaces the default GPU's.
     """
     own = TABLES / f"{name}{suffix}.json"
@@ -29,4 +29,4 @@ def entries_of(name: str, suffix: str, section: str, key: tuple[str, ...]) -> li
 
 def _read(path: Path, section: str) -> list[dict[str, Any]]:
     table = json.loads(path.read_text())
-    return [entry | {"gpu": table["gpu"]} for entry in table[section]]
+    return [entry | {"gpu": table["gpu"]} for entry in table.get(section, [])]
