@@ -58,7 +58,7 @@ def folded_held_kernel(
 ):
     """A program owns 16 count / G features and one split of K.
 
-    dtypes: x, norm_weight, scales and zero points fp16 or bf16; out one of these or fp32; sums fp32.
+    dtypes: x and norm_weight bf16, scales and zero points fp16 or bf16; out one of these or fp32; sums fp32.
     Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
     FLOPs: 2 * G * N * K.
 

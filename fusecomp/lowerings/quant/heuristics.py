@@ -231,9 +231,12 @@ def packs_scales(shape: QuantShape) -> bool:
 
 
 def serves_held(shape: QuantShape) -> bool:
-    """Whether the kernel that holds its inputs takes a shape; scales and zero points must have 16 bits, too."""
+    """Whether the kernel that holds its inputs takes a shape; scales and zero points must have 16 bits, too.
+
+    Not of fp16: matrix units sum codes that are 1024 more with fewer digits than its errors leave.
+    """
     whole = shape.n * shape.groups % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0
-    return packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
+    return shape.dtype == "bfloat16" and packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
 
 
 def serves_words(shape: QuantShape) -> bool:

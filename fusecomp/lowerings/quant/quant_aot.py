@@ -71,7 +71,7 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
 HELD = (  # layout, groups, dtype, norm, warps
     (0, 2, "bfloat16", 2, 8),
     (7, 1, "bfloat16", 0, 8),
-    (0, 1, "float16", 3, 16),
+    (0, 1, "bfloat16", 3, 16),
 )
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
