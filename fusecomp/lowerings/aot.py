@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusecomp.lowerings.machine_code import cuda_usage, hip_usage
+from fusecomp.lowerings.machine_code import cuda_usage, hip_usage, scattered_reductions
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
@@ -63,7 +63,7 @@ class Specialization:
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel takes; `spills` counts bytes on sm_*, registers on gfx*, `lost_codes` is a bug
-    of the assembler: see `machine_code.py`."""
+    of the assembler, `scattered` counts reductions that Triton 3.6 makes wrongly: see `machine_code.py`."""
 
     name: str
     target: str
@@ -72,6 +72,7 @@ class Resources:
     registers: int
     spills: int
     lost_codes: int = 0
+    scattered: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -317,7 +318,9 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     config = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     config |= {key: value for key, value in spec.constants.items() if key.startswith("BLOCK")}
     shared = compiled.metadata.shared
-    return Resources(spec.name, target_name, shared, target.smem_bytes, registers, spills, lost, config), compiled
+    scattered = scattered_reductions(compiled.asm["ttgir"])
+    sizes = (shared, target.smem_bytes, registers, spills)
+    return Resources(spec.name, target_name, *sizes, lost, scattered, config), compiled
 
 
 def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:

@@ -3,6 +3,9 @@
 ptxas 12.8, where fp8 codes are both packed four to a register and converted back, reads half of the latter from
 registers that hold something else, or nothing yet. The kernel compiles, and is wrong. Where ptxas cannot follow the
 sums of asynchronous products it waits after each of their instructions, which is slow.
+
+Triton 3.6 reduces over lanes as if those of a dimension were neighbours, or evenly apart. In a layout that it has made
+of others, by reshapes and permutations, they need not be: then it adds numbers of other rows.
 """
 
 from __future__ import annotations
@@ -55,6 +58,34 @@ def lost_codes(sass: str) -> int:
             )
             wrote.update(dict.fromkeys(range(int(written[3]), int(written[3]) + width), written[1]))
     return lost
+
+
+def scattered_reductions(ttgir: str) -> int:
+    """Reductions over a dimension whose lanes are not evenly apart, which Triton 3.6 makes wrongly."""
+    named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = 0
+    for match in re.finditer(r'"tt\.reduce".*?axis = (\d+) : i32.*?\}\) : \((tensor<.*?)\) ->', ttgir, re.DOTALL):
+        layout = re.search(r", (#.*?)>(?:, tensor|$)", match[2])
+        assert layout is not None, match[2]
+        found += not _evenly_apart(_lanes(layout[1], named, int(match[1])))
+    return found
+
+
+def _lanes(layout: str, named: dict[str, str], axis: int) -> list[int]:
+    """How far each bit of a lane's number goes along a dimension of a linear layout; nothing of any other."""
+    while (
+        sliced := re.fullmatch(r"#ttg\.slice<\{dim = (\d+), parent = (#.*)\}>", named.get(layout, layout))
+    ) is not None:
+        axis, layout = axis + (axis >= int(sliced[1])), sliced[2]
+    lanes = re.search(r"#ttg\.linear<.*?lane = \[(\[.*?\])\], warp", named.get(layout, layout))
+    if lanes is None:
+        return []
+    return [int(basis.split(",")[axis]) for basis in re.findall(r"\[([^\[\]]*)\]", lanes[1])]
+
+
+def _evenly_apart(lanes: list[int]) -> bool:
+    bits = [bit for bit, along in enumerate(lanes) if along]
+    return not bits or bits == list(range(bits[0], bits[-1] + 1))
 
 
 def hip_usage(amdgcn: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fusecomp.lowerings.aot import TUNED
-from fusecomp.lowerings.machine_code import lost_codes
+from fusecomp.lowerings.machine_code import lost_codes, scattered_reductions
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -27,7 +28,7 @@ def compile_for(target: str, *options: str) -> list[dict]:
 
 
 def faults_of(found: list[dict], target: str) -> list[dict]:
-    """Kernels that cannot be launched, read codes from a wrong register, or spill where they were tuned.
+    """Kernels that cannot be launched, read codes from a wrong register, may sum others' rows, or spill where tuned.
 
     Prints all that spill (bytes a thread on sm_*, registers on gfx*): see `pytest -rA` or `-s`.
     """
@@ -39,7 +40,10 @@ def faults_of(found: list[dict], target: str) -> list[dict]:
     return [
         k
         for k in found
-        if k["shared_bytes"] > k["shared_limit"] or k["lost_codes"] or (target == TUNED and k["spills"])
+        if k["shared_bytes"] > k["shared_limit"]
+        or k["lost_codes"]
+        or k["scattered"]
+        or (target == TUNED and k["spills"])
     ]
 
 
@@ -60,6 +64,29 @@ def test_lost_codes_are_found(before, lost):
     line = "        /*{:04x}*/                   {} ;   /* 0x00000001ff0b723e */\n"
     unpack = "F2FP.F16.E4M3.UNPACK_B R11, R18.H1"
     assert lost_codes(line.format(0x10, before) + line.format(0x20, unpack)) == lost
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis", "scattered"),
+    [
+        ("lane = [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0]], warp = [[2, 0], [4, 0], [16, 0]]", 0, True),  # seen
+        ("lane = [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0]], warp = [[2, 0], [4, 0], [16, 0]]", 1, True),
+        ("lane = [[0, 1], [0, 2], [0, 4], [1, 0], [8, 0]], warp = [[2, 0], [4, 0], [16, 0]]", 0, False),
+        ("lane = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]], warp = [[1, 0], [2, 0]]", 0, False),
+    ],
+)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_reductions_over_lanes_that_are_not_evenly_apart_are_found(layout, axis, scattered, sliced):
+    """Also of a slice of such a layout, whose first dimension is gone."""
+    if sliced:
+        layout = re.sub(r"\[(\d+), (\d+)\]", r"[0, \1, \2]", layout)
+    of = "#ttg.slice<{dim = 0, parent = #linear}>" if sliced else "#linear"
+    text = (
+        f"#linear = #ttg.linear<{{register = [], {layout}, block = []}}>\n"
+        f'  %2 = "tt.reduce"(%1) <{{axis = {axis} : i32}}> ({{\n    tt.reduce.return %3 : f32\n'
+        f"  }}) : (tensor<16x8xf32, {of}>) -> tensor<8xf32>\n"
+    )
+    assert scattered_reductions(text) == scattered
 
 
 @pytest.mark.parametrize("target", TARGETS)
