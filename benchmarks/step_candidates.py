@@ -137,8 +137,8 @@ def chosen(configs: dict[Key, Config]) -> Iterator[None]:
         found = configs.get((shape.n, shape.k, shape.groups, shape.epilogue))
         return found if isinstance(found, ScaledConfig) else scaled(target, shape, tokens)
 
-    def patched_quant(target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
-        return of_weights.get((shape.n, shape.k, shape.groups)) or quant(target, shape, tokens)
+    def patched_quant(target: Target, shape: QuantShape, tokens: int, held: bool = True) -> QuantConfig:
+        return of_weights.get((shape.n, shape.k, shape.groups)) or quant(target, shape, tokens, held)
 
     def patched_decode(target: Target, **sizes: int) -> DecodeConfig:
         found = configs.get(ATTENTION)

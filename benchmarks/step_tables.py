@@ -26,7 +26,9 @@ def place_of(row: dict[str, Any], gpu: str) -> tuple[Path, str, tuple[str, ...]]
     if row["form"] == "codes":
         return tables.TABLES / f"{table}_scaled.json", "entries", scaled_heuristics.KEY
     if row["form"] == "weights":
-        return tables.TABLES / f"{table}.json", "quant", heuristics.KEY
+        one = row["tokens"] == 1 and SCHEMES[row["scheme"]][0].fold and heuristics.held_entries(table)
+        held = one or row["config"]["kernel"] == heuristics.FOLDED_HELD
+        return tables.TABLES / f"{table}.json", "held" if held else "quant", heuristics.KEY
     return large_heuristics.TABLES / f"{table}_large.json", "entries", ("n", "k", "groups", "kind", "tokens")
 
 
@@ -47,6 +49,8 @@ def entry_of(row: dict[str, Any], case: str, gpu: str) -> dict[str, Any]:
 def merge(path: Path, section: str, key: tuple[str, ...], entries: list[dict[str, Any]]) -> None:
     """Replace or add `entries` in a list of the table at `path`, one line each, and leave the rest of it as it is."""
     text = path.read_text()
+    if section not in json.loads(text):
+        text = text.rstrip().removesuffix("}").rstrip() + f',\n  "{section}": [\n  ]\n}}\n'
     merged = {tuple(entry.get(name) for name in key): entry for entry in (*json.loads(text)[section], *entries)}
     begin = text.index(f'"{section}": [') + len(f'"{section}": [')
     lines = ",\n".join("    " + json.dumps(entry) for entry in merged.values())

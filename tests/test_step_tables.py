@@ -130,6 +130,28 @@ def test_a_faster_launch_replaces_the_entry_of_its_sizes(form, scheme, tmp_path,
         forget()
 
 
+@pytest.mark.parametrize("gpu", [SM90.name, "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("kernel", ["folded held", "folded"])
+def test_launches_of_one_token_go_where_they_are_looked_for(monkeypatch, tmp_path, gpu, kernel):
+    """Where a GPU has launches that hold their inputs, or gets the first, with these; and they are found there."""
+    shutil.copytree(tables.TABLES, tmp_path / "tables")
+    monkeypatch.setattr(tables, "TABLES", tmp_path / "tables")
+    forget()
+    target, shape = replace(SM90, name=gpu), quant_shape_of("int4-zero", OUT)
+    config = {"kernel": kernel, "block_t": 8, "block_r": 16, "num_stages": 5, "parts": 4, "num_warps": 4}
+    row = {**ROW, **sizes(OUT), "tokens": 1, "form": "weights", "scheme": "int4-zero", "config": config}
+    try:
+        path, section, key = step_tables.place_of(row, gpu)
+        assert section == ("held" if kernel == "folded held" or gpu == SM90.name else "quant")
+        step_tables.merge(path, section, key, [step_tables.entry_of(row, "llama-8b, 1 rows", gpu)])
+        forget()
+        found = quant_config(target, shape, 1)
+        assert (found.kernel, found.num_stages, found.parts) == (kernel, 5, 4) and "exact" in found.source
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
 @pytest.mark.parametrize("scheme, tokens", [("fp8", 1), ("fp8", 8), ("int4-zero", 1), ("int4-zero", 128)])
 def test_weights_of_codes_have_candidates(scheme, tokens):
     found = list(weight_candidates(OUT, tokens, scheme))

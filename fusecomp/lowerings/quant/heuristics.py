@@ -75,18 +75,19 @@ def entries(name: str) -> list[dict[str, Any]]:
 
 
 def held_entries(name: str) -> list[dict[str, Any]]:
-    """Those of launches that hold their inputs, which only some GPUs have."""
+    """Those of weights that launches which hold their inputs serve, of either kind; only some GPUs have any."""
     return entries_of(name, "", "held", KEY)
 
 
 @cache
 def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = True) -> QuantConfig:
-    """Configuration for a shape that `reason` accepts; not one that holds inputs unless `held`."""
+    """Configuration for a shape that `reason` accepts; not one that holds its inputs unless `held`."""
     tuned = (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda"
     if tokens > (FOLDED_LIMIT if tuned and shape.fold else TILE_LIMIT[shape.bits]):
         return QuantConfig(DEQUANTIZE)
     if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
-        return held_config(_tuned(target, shape, tokens, held_entries(target.table)), target, shape)
+        found = _tuned(target, shape, tokens, held_entries(target.table))
+        return held_config(found, target, shape) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
     if tuned:
         return _fit(_tuned(target, shape, tokens, entries(target.table)), target, shape)
     if shape.fold:
