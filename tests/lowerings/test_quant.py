@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -157,7 +156,7 @@ def test_held_inputs_fill_the_gpu_once(target, parts):
         assert config.block_r == 1024 or programs * config.parts <= 16 * target.num_sms
 
 
-def test_held_inputs_serve_whole_products_with_words_of_scales(monkeypatch):
+def test_held_inputs_serve_whole_products_with_scales_of_bf16(monkeypatch):
     """Else one token runs as others do."""
     shape = tuned_shape(held_entries(SM90.table)[0])
     found, two = quant_config(SM90, shape, 1), quant_config(SM90, shape, 1, held=False)
@@ -169,13 +168,16 @@ def test_held_inputs_serve_whole_products_with_words_of_scales(monkeypatch):
     monkeypatch.setattr(lowering, "quant_config", lambda *_, held=True: found if held else two)
     monkeypatch.setattr(lowering, "run_quant", lambda config, *_: ran.append(config))
     spec, x = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), torch.zeros(1, 256, dtype=torch.bfloat16)
-    for dtype, zero in itertools.product((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float8_e4m3fn)):
+    program = Program(1, (), (), "bfloat16")
+    for dtype, zero in itertools.product((torch.bfloat16, torch.float16), (torch.bfloat16, torch.float8_e4m3fn)):
         q, scale, zeros = random_weight((32, 256), spec, dtype, zero=True)
         weight = q, scale, zeros.to(zero)
-        launch_quant_linear(x, *weight, None, None, [], Program(1, (), (), "bfloat16"), spec)
-        with pytest.raises(ValueError, match="held inputs: scales are") if ran[-1] is two else nullcontext():
-            if ran[-1] is two:
-                run_quant(found, x, *weight, None, [], Program(1, (), (), "bfloat16"), spec, x.new_empty(1, 32), False)
+        launch_quant_linear(x, *weight, None, None, [], program, spec)
+        if ran[-1] is two:
+            with pytest.raises(ValueError, match="held inputs: scales are"):
+                run_quant(found, x, *weight, None, [], program, spec, x.new_empty(1, 32), False)
+    with pytest.raises(ValueError, match="held inputs: 2 tokens"):
+        run_quant(found, x.expand(2, -1), q, scale, zeros, None, [], program, spec, x.new_empty(2, 32), False)
     assert ran == [found, two, two, two]
 
 
@@ -238,7 +240,7 @@ def test_choices_are_explained():
     shape = QuantShape(4096, 4096, 1, "bfloat16", INT, 4, 1, 128, False, fold=64)
     lines = explain_choices(SM90, shape, [0, 1, 8, 600, 8192])
     assert [line.split(", from")[0] for line in lines] == [
-        "1 tokens: quantized folded held",
+        "1 tokens: quantized folded held where scales are bf16",
         "8 tokens: quantized folded",
         "600 to 8192 tokens: dequantize, then linear",
     ]

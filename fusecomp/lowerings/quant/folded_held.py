@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
 from fusecomp.lowerings.quant.folded import BIAS_FP16
 from fusecomp.lowerings.quant.held_inputs import hold
-from fusecomp.lowerings.quant.pieces import magic
+from fusecomp.lowerings.quant.pieces import half_of, load_codes, magic
 
 TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a product
 
@@ -31,7 +31,7 @@ TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a
 def folded_held_kernel(
     x,  # [K], contiguous
     q,  # [G * N, K / 8] int32, contiguous: two words of four codes each, folded by 64 columns
-    scale,  # [G * N, K / 256] int32, contiguous: two 16-bit scales, each of 128 columns
+    scale,  # [G * N, K / 256] int32, contiguous: two scales of bf16, each of 128 columns
     zero,  # as scale, integers 0 to 16, or None
     out,  # [1, N]
     norm_weight,  # [K], or None
@@ -50,8 +50,6 @@ def folded_held_kernel(
     SPLITS: tl.constexpr,
     AHEAD: tl.constexpr,  # products of which the L2 is asked for the codes before the wait
     EVEN_K: tl.constexpr,  # KP * S is K
-    SCALES: tl.constexpr,  # dtype of scales
-    ZEROS: tl.constexpr,  # and of zero points
     ASM: tl.constexpr,  # an NVIDIA GPU
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -59,13 +57,12 @@ def folded_held_kernel(
 ):
     """A program owns 16 count / G features and one split of K.
 
-    dtypes: x and norm_weight bf16, scales and zero points fp16 or bf16; out one of these or fp32; sums fp32.
+    dtypes: x, norm_weight, scales and zero points bf16; out one of bf16, fp16, fp32; sums fp32.
     Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
     FLOPs: 2 * G * N * K.
 
     Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 53% of
-    it; alone 60% over 60.6 MB, 48%, 33% and 28% over 30.3, 13 and 8.7. The loop keeps up with the memory; the rest is
-    what a launch does before and after: about 5 us.
+    it; alone 60% over 60.6 MB, 48%, 33% and 28% over 30.3, 13 and 8.7: 5 to 9 us more than their bytes take.
     """
     FEATURES: tl.constexpr = ROWS // G
     COLUMNS: tl.constexpr = PARTS * TILE
@@ -102,7 +99,7 @@ def folded_held_kernel(
     for i in range(count):
         start = tl.minimum(first + i * FEATURES, n - FEATURES)
         words = _words(word_at + start * width, inside, width, G, EVEN_K)
-        sums = _multiply(words, s, z, held, zero is not None, SCALES, ZEROS, ASM)
+        sums = _multiply(words, s, z, held, zero is not None, ASM)
         _store_sums(part_at + i * (ROWS * PARTS), sums, place)
         # Scales come after the product, into the registers of those that it has read: nothing waits for a copy.
         start = tl.minimum(first + (i + 1) * FEATURES, n - FEATURES)
@@ -151,17 +148,10 @@ def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.con
 @triton.jit
 def _words(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
     """[L, 4, a, r] words of a product."""
-    low = tl.join(_codes_at(at, inside, EVEN_K), _codes_at(at + 16, inside, EVEN_K))
+    mask = inside[:, None]
+    low = tl.join(load_codes(at, mask, EVEN_K), load_codes(at + 16, mask, EVEN_K))
     at += 8 // G * width
-    return tl.join(low, tl.join(_codes_at(at, inside, EVEN_K), _codes_at(at + 16, inside, EVEN_K)))
-
-
-@triton.jit
-def _codes_at(at, inside, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        return tl.load(at, eviction_policy="evict_first")
-    else:
-        return tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
+    return tl.join(low, tl.join(load_codes(at, mask, EVEN_K), load_codes(at + 16, mask, EVEN_K)))
 
 
 @triton.jit
@@ -174,9 +164,7 @@ def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    word, s, z, held, HAS_ZERO: tl.constexpr, SCALES: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr
-):  # fmt: skip
+def _multiply(word, s, z, held, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
     """[W, 16, 8] sums of each warp's columns."""
     y0, y1, y2, y3, sum0, sum1, part, other = held
     shifted = word >> 8
@@ -185,9 +173,9 @@ def _multiply(
     other = tl.dot(_weights(_codes(shifted, 0, ASM)), y2, other)
     other = tl.dot(_weights(_codes(shifted, 1, ASM)), y3, other)
     if HAS_ZERO:
-        part -= _of_rows(_half(z, 0, ZEROS)) * sum0
-        other -= _of_rows(_half(z, 1, ZEROS)) * sum1
-    return part * _of_rows(_half(s, 0, SCALES)) + other * _of_rows(_half(s, 1, SCALES))
+        part -= _of_rows(half_of(z, 0, tl.bfloat16)) * sum0
+        other -= _of_rows(half_of(z, 1, tl.bfloat16)) * sum1
+    return part * _of_rows(half_of(s, 0, tl.bfloat16)) + other * _of_rows(half_of(s, 1, tl.bfloat16))
 
 
 # PTX: the first, or the second, nibble of bytes 0 and 2 of a word as the last bits of two floats that are 1024.
@@ -228,15 +216,6 @@ def _of_rows(v):
     PARTS: tl.constexpr = v.shape[0] // 32
     v = tl.permute(tl.reshape(tl.join(v, v), [PARTS, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
     return tl.reshape(v, [PARTS, 16, 8])
-
-
-@triton.jit
-def _half(word, SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """fp32 of one of the two 16-bit numbers of words, the first in the lowest bits."""
-    if tl.bfloat16 == DTYPE:
-        return ((word & -65536) if SIDE else (word << 16)).to(tl.float32, bitcast=True)
-    else:
-        return (word >> (16 * SIDE)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

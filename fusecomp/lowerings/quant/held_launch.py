@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import zeroed_counters
@@ -16,9 +15,9 @@ from fusecomp.lowerings.quant.folded_held import folded_held_kernel
 from fusecomp.lowerings.quant.heuristics import HELD_COLUMNS, HELD_ROWS, QuantConfig
 
 
-def has_words(scale: Tensor, zero: Tensor | None) -> bool:
-    """Whether two neighbours of scales, and of zero points, make a word of 32 bits."""
-    return all(part is None or part.itemsize == 2 for part in (scale, zero))
+def in_bf16(scale: Tensor, zero: Tensor | None) -> bool:
+    """Whether scales and zero points are as the kernel reads them, two to a word."""
+    return all(part is None or part.dtype == torch.bfloat16 for part in (scale, zero))
 
 
 def run_held(
@@ -34,18 +33,18 @@ def run_held(
     eps: float,
     options: dict[str, Any],
 ) -> None:
-    """out[1, N] of x[1, K], whose last dim is contiguous; scales and zero points have 16 bits, K whole tiles of warps.
+    """out[1, N] of x[1, K], whose last dim is contiguous; scales and zero points are bf16, K whole tiles of warps.
 
     Args:
         args: of the epilogue, as `full_rows` gives them, and their row strides.
         options: the kernel's other constants, and the launch's options.
 
     Raises:
-        ValueError: more than one token, or scales or zero points of another width.
+        ValueError: more than one token, or scales or zero points that are not bf16.
     """
     if len(x) != 1:
         raise ValueError(f"held inputs: {len(x)} tokens, of one at most")
-    if not has_words(scale, zero):
+    if not in_bf16(scale, zero):
         raise ValueError(f"held inputs: scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}")
     n, k, groups = out.shape[1], x.shape[1], options["G"]
     columns, rows = HELD_COLUMNS * config.parts, next_power_of_2(config.block_r)
@@ -60,10 +59,5 @@ def run_held(
         norm_weight, partials, warp_scales,
         None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
         eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, EVEN_K=k % columns == 0,
-        SCALES=_triton_dtype(scale), ZEROS=_triton_dtype(scale if zero is None else zero),
         **options | {"BLOCK_R": rows},
     )  # fmt: skip
-
-
-def _triton_dtype(part: Tensor) -> tl.dtype:
-    return getattr(tl, str(part.dtype).removeprefix("torch."))

@@ -28,7 +28,7 @@ from fusecomp.lowerings.quant.activations import explain_scaled
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
-from fusecomp.lowerings.quant.held_launch import has_words, run_held
+from fusecomp.lowerings.quant.held_launch import in_bf16, run_held
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
     FOLDED,
@@ -161,7 +161,7 @@ def launch_quant_linear(
     shape = quant_shape(x.dtype, q, zero, program, spec)
     tokens = x.shape[0]
     config = quant_config(target_of(x), shape, max(1, tokens))
-    if config.kernel == FOLDED_HELD and not has_words(scale, zero):
+    if config.kernel == FOLDED_HELD and not in_bf16(scale, zero):
         config = quant_config(target_of(x), shape, tokens, held=False)
     if config.kernel == DEQUANTIZE:
         weight = launch_dequantize(q, scale, zero, spec)
@@ -209,14 +209,14 @@ def run_quant(
     if use_pdl:
         common["launch_pdl"] = True
     norm_weight, eps = norm_weight if scheme >= 2 else None, 0.0 if norm is None else norm.eps
+    if config.kernel == FOLDED_HELD:
+        run_held(config, x, q, scale, zero, norm_weight, args, strides, out, eps, common | {"ASM": _asm(q, shape)})
+        return
     blocks, columns = cdiv(n, config.block_r // groups), spec.scales(groups * n, k)[1]
     exact_norm = scheme > 0 and x.dtype == torch.float16
     teams = blocks * cdiv(tokens, config.block_t)
     step = 4 * spec.fold * config.parts if config.kernel == FOLDED else config.block_k
     per_split, splits = split_steps(cdiv(k, step), config.splits)
-    if config.kernel == FOLDED_HELD:
-        run_held(config, x, q, scale, zero, norm_weight, args, strides, out, eps, common | {"ASM": _asm(q, shape)})
-        return
     scratch = split_scratch(x, teams, splits, config.block_r, config.block_t)
     if config.kernel == FOLDED_WIDE:
         assert scheme == 0, "so many tokens are normed by a launch of its own"
@@ -306,5 +306,7 @@ def explain_choices(target: Target, shape: QuantShape, token_counts: Sequence[in
         counts = [tokens for tokens, _ in run]
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         name = f"quantized {choice.kernel}" if choice.kernel != DEQUANTIZE else "dequantize, then linear"
+        if choice.kernel == FOLDED_HELD:
+            name += " where scales are bf16"  # which a shape does not say
         lines.append(f"{span} tokens: {name}, from {choice.source}")
     return lines

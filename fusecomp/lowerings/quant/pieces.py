@@ -163,6 +163,15 @@ def scaled(part, sums, s, z, acc, HAS_ZERO: tl.constexpr):
 
 
 @triton.jit
+def half_of(pair, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+    """fp32 of one of two 16-bit numbers of int32 words, the first in the lowest bits."""
+    if tl.bfloat16 == DTYPE:
+        return ((pair & -65536) if PLACE else (pair << 16)).to(tl.float32, bitcast=True)
+    else:
+        return (pair >> (16 * PLACE)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def load_codes(at, mask, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(at, eviction_policy="evict_first")

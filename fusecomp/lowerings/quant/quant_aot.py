@@ -68,11 +68,7 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (9, 1, 32, "bfloat16", 2),
 )
 
-HELD = (  # layout, groups, dtype, norm, warps
-    (0, 2, "bfloat16", 2, 8),
-    (7, 1, "bfloat16", 0, 8),
-    (0, 1, "bfloat16", 3, 16),
-)
+HELD = ((0, 2, 2, 8), (7, 1, 0, 8), (0, 1, 3, 16))  # layout, groups, norm, warps
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
@@ -88,9 +84,9 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, config in WIDE:
         if target.has_tma or not config.use_tma:
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
-    for at, groups, dtype, norm, warps in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
+    for at, groups, norm, warps in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
         config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1)
-        yield specialization(target, LAYOUTS[at], groups, 1, dtype, norm, config)
+        yield specialization(target, LAYOUTS[at], groups, 1, "bfloat16", norm, config)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
@@ -216,9 +212,8 @@ def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> 
     pointers |= {"counters": "i32"} if config.splits > 1 else {}
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
-        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "SCALES": tl.bfloat16,
-        "ZEROS": tl.bfloat16, "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL,
-        "USE_PDL": target.has_pdl,
+        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "ASM": True, "NORM": norm,
+        "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
     scalars = {"count": "i32", "n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}

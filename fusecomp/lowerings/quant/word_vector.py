@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, store_features, weight_rows
-from fusecomp.lowerings.quant.pieces import byte_values, load_scales, scale_row
+from fusecomp.lowerings.quant.pieces import byte_values, half_of, load_scales, scale_row
 
 WORD = tl.constexpr(4)  # codes of an int32, and 16-bit inputs of an int64
 # PTX: the four e4m3fn bytes of a word as fp32, by the conversion that GPUs from compute capability 8.9 on have.
@@ -155,12 +155,4 @@ def _byte(word, PLACE: tl.constexpr, KIND: tl.constexpr):
 def _inputs(word, DTYPE: tl.constexpr):
     """fp32 of the four 16-bit numbers of int64 words, the first in the lowest bits."""
     low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-    return _half(low, 0, DTYPE), _half(low, 1, DTYPE), _half(high, 0, DTYPE), _half(high, 1, DTYPE)
-
-
-@triton.jit
-def _half(pair, PLACE: tl.constexpr, DTYPE: tl.constexpr):
-    if tl.bfloat16 == DTYPE:
-        return ((pair & -65536) if PLACE else (pair << 16)).to(tl.float32, bitcast=True)
-    else:
-        return (pair >> (16 * PLACE)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return half_of(low, 0, DTYPE), half_of(low, 1, DTYPE), half_of(high, 0, DTYPE), half_of(high, 1, DTYPE)
