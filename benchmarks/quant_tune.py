@@ -112,7 +112,8 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
             yield QuantConfig("vector", 1, max(rows, shape.groups), block_k, warps)
         for rows, block_k, warps in WORD_TILES if serves_words(shape) else ():
             if shape.k % block_k == 0:
-                yield QuantConfig("words", 1, rows, block_k, warps)
+                for ahead in sorted({0, min(1, shape.k // block_k - 1)}):
+                    yield QuantConfig("words", 1, rows, block_k, warps, ahead=ahead)
         if serves_words(shape):
             return
     for rows, block_k, warps, stages, *choices in BYTES[block_t]:
@@ -154,8 +155,8 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                     seen[replace(config, ahead=16)] = None
     yield from seen
     if tokens == 1 and serves_held(shape):
-        for parts, ahead in itertools.product((8, 16), (0, 1, 2)):
-            config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead)
+        for parts, (ahead, early) in itertools.product((2, 4, 8, 16), ((0, False), (1, False), (0, True))):
+            config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead, early=early)
             yield held_config(config, device_target(0) if torch.cuda.is_available() else SM90, shape)
 
 

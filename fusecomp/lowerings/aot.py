@@ -48,6 +48,7 @@ class Specialization:
         scalars: type of each scalar argument, or a tuple of types.
         aligned: scalars that are multiples of 16, besides strides.
         constants: value of each constexpr argument; `None` for an absent tensor.
+        registers: at most, of a thread; 0: as many as there are.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Specialization:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = ()
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
+    if spec.registers:
+        options["maxnreg"] = spec.registers
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":

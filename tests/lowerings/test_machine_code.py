@@ -28,7 +28,7 @@ def test_greedy_reads_logits_sixteen_bytes_at_a_time():
         assert loads and all(load.startswith("v4.b32") for load in loads), (spec.name, set(loads))
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [(0, 1), (0, 8), (1, 8), (3, 1), (3, 8)])
+@pytest.mark.parametrize(("layout", "tokens"), [(0, 8), (1, 8), (3, 1), (3, 8)])
 def test_codes_are_asked_for_before_the_wait(layout, tokens):
     """Under dependent launch; for the tile kernel it is Triton's pipeline that puts the copies there."""
     spec = specialization(SM90, LAYOUTS[layout], 2, tokens, "bfloat16", 2)
@@ -37,6 +37,16 @@ def test_codes_are_asked_for_before_the_wait(layout, tokens):
     first = "ld.global" if spec.kernel.__name__ == "quant_vector_kernel" else "cp.async"
     assert 0 < ptx.index(first) < ptx.index("griddepcontrol.wait")
     assert "st.global" not in ptx[: ptx.index("griddepcontrol.wait")]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_words_behind_the_first_tile_are_asked_of_the_l2_before_the_wait(ahead):
+    """By requests of whole rows' parts, before anything waits."""
+    config = QuantConfig("words", 1, 8, 1024, 2, ahead=ahead)
+    spec = specialization(SM90, (FP8, 8, 1, 0, False, 0), 1, 1, "bfloat16", 0, config)
+    ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
+    assert ptx.count("cp.async.bulk.prefetch.L2.global") == ahead
+    assert not ahead or ptx.index("prefetch.L2") < ptx.index("griddepcontrol.wait")
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -93,13 +103,13 @@ def test_codes_of_many_tokens_become_operands_in_their_registers(layout, tile, u
 
 
 @pytest.mark.parametrize("layout", [0, 7], ids=["zero points", "symmetric"])
-@pytest.mark.parametrize("warps", [8, 16])
-def test_held_inputs_meet_codes_in_the_lanes_that_read_both(layout, warps):
+@pytest.mark.parametrize(("warps", "early"), [(2, True), (4, False), (16, False), (16, True)])
+def test_held_inputs_meet_codes_in_the_lanes_that_read_both(layout, warps, early):
     """Between products nothing goes through shared memory but codes, sixteen bytes at a time, and no warp waits.
 
-    Two programs of eight warps, or one of sixteen, have a multiprocessor's registers.
+    Sixteen warps, in however many programs, have a multiprocessor's registers.
     """
-    config = QuantConfig("folded held", 1, parts=warps, num_stages=3, ahead=1)
+    config = QuantConfig("folded held", 1, parts=warps, num_stages=3, ahead=1, early=early)
     spec = specialization(SM90, LAYOUTS[layout], 2, 1, "bfloat16", 2, config)
     resources, compiled = compile_one(spec, "sm_90")
     ptx = compiled.asm["ptx"]
@@ -111,8 +121,11 @@ def test_held_inputs_meet_codes_in_the_lanes_that_read_both(layout, warps):
     assert not re.search(r"st\.shared|bar\.sync|shfl|ld\.global", products)
     step = ptx[ptx.rindex("cp.async.wait_group", 0, ptx.index("mma.sync")) : ptx.rindex("mma.sync")]
     assert re.findall(r"ld\.shared\S*", step) == ["ld.shared.v4.b32"] * 4
-    before = ptx[: ptx.index("griddepcontrol.wait")]
-    assert "cp.async.bulk.prefetch.L2.global" in before and "st.global" not in before
+    asks, wait = ptx.index("cp.async.bulk.prefetch.L2.global"), ptx.index("griddepcontrol.wait")
+    assert asks < wait and ptx.index("mma.sync") < ptx.index("st.global")
+    assert (ptx.index("cp.async.cg.shared.global") < wait) == early
+    copies = re.findall(r"async_copy_global_to_local.*contiguity = (\d+).*", compiled.asm["ttgir"])
+    assert copies and set(copies) == {"4"}  # sixteen bytes
 
 
 @given(st.integers(0, 0xFFFFFFFF))

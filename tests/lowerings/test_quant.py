@@ -142,7 +142,7 @@ def test_folded_codes_have_one_kernel():
 
 
 @pytest.mark.parametrize("target", [SM90, replace(SM90, num_sms=64), SM80], ids=["H200", "fewer", "A100"])
-@pytest.mark.parametrize("parts", [8, 16])
+@pytest.mark.parametrize("parts", [2, 4, 16])
 def test_held_inputs_fill_the_gpu_once(target, parts):
     """All programs at once, each with all rows of its part; no warp beyond K, and TMA's requests where it is."""
     sizes = [(6144, 4096, 1), (14336, 4096, 2), (4096, 14336, 1), (2048, 256, 1), (16, 53248, 1), (65536, 512, 2)]

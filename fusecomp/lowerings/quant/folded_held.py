@@ -1,8 +1,8 @@
 """Kernel of a linear layer by folded 4-bit integers, for one token, whose programs stay and hold the inputs.
 
 Each warp has 256 columns: its lanes hold their inputs as the matrix units' operand, made once, and it goes over the
-rows of the program with them. Codes go through the compiler's pipeline of copies, each lane reading what it will
-multiply; sums of warps meet in scratch after the last row, so that no warp waits for another's products.
+rows of the program with them. Codes go through the compiler's pipeline of copies, which read whole lines of memory, to
+the lanes that multiply them; sums of warps meet in scratch after the last row, so that none waits for another's.
 
 Inputs are multiplied as fp16, each warp's by a power of two that brings them into its range; sums are scaled back.
 Codes are fp16 numbers whose last bits they are: 1024 + code, and 1024 + 16 code where they lie four bits higher, whose
@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
 from fusecomp.lowerings.quant.folded import BIAS_FP16
-from fusecomp.lowerings.quant.held_inputs import hold
+from fusecomp.lowerings.quant.held_inputs import hold, nothing
 from fusecomp.lowerings.quant.pieces import half_of, load_codes, magic
 
 TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a product
@@ -50,6 +50,7 @@ def folded_held_kernel(
     SPLITS: tl.constexpr,
     AHEAD: tl.constexpr,  # products of which the L2 is asked for the codes before the wait
     EVEN_K: tl.constexpr,  # KP * S is K
+    EARLY: tl.constexpr,  # inputs are made in the loop, whose pipeline then asks for its first codes before the wait
     ASM: tl.constexpr,  # an NVIDIA GPU
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -70,11 +71,12 @@ def folded_held_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = team.to(tl.int64) * count * FEATURES
     place = tl.arange(0, 32 * PARTS)
-    group, lane = place // 4 % 8, place % 4
+    group = place // 4 % 8
     tile = split * PARTS + place // 32
     # Rows g and g + 8 of a product, groups interleaved: as `weight_rows`. Both are of one group.
     row, width, scale_width = group // G + (group % G).to(tl.int64) * n, tl.multiple_of(k // 8, 32), k // TILE
-    word_at = (q + row * width)[:, None] + (tile * 32 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
+    all_rows, words = tl.arange(0, ROWS), split * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    word_at = q + ((all_rows // G + (all_rows % G).to(tl.int64) * n) * width)[:, None] + words[None, :]
     scale_at = scale + row * scale_width + tile
     zero_at = scale_at if zero is None else zero + row * scale_width + tile
     inside = tile * TILE < k
@@ -91,15 +93,22 @@ def folded_held_kernel(
         g = 1.0
     if ASM and AHEAD > 0:
         _ask_l2(q, first, count, n, k, split, place, G, SPLITS, AHEAD)
-    if USE_PDL:
-        gdc_wait()
     scales_at = warp_scales + team.to(tl.int64) * (SPLITS * 2 * PARTS)
-    held, back, squares = hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
+    if EARLY:
+        held, back, squares = nothing(PARTS, ASM)
+    else:
+        if USE_PDL:
+            gdc_wait()
+        held, back, squares = hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
     part_at = partials + program * (BLOCK_R * PARTS) + place // 32
     for i in range(count):
         start = tl.minimum(first + i * FEATURES, n - FEATURES)
-        words = _words(word_at + start * width, inside, width, G, EVEN_K)
-        sums = _multiply(words, s, z, held, zero is not None, ASM)
+        code = load_codes(word_at + start * width, (words < width)[None, :], EVEN_K)
+        if EARLY and i == 0:
+            if USE_PDL:
+                gdc_wait()
+            held, back, squares = hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
+        sums = _multiply(code, s, z, held, zero is not None, ASM)
         _store_sums(part_at + i * (ROWS * PARTS), sums, place)
         # Scales come after the product, into the registers of those that it has read: nothing waits for a copy.
         start = tl.minimum(first + (i + 1) * FEATURES, n - FEATURES)
@@ -146,15 +155,6 @@ def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit
-def _words(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
-    """[L, 4, a, r] words of a product."""
-    mask = inside[:, None]
-    low = tl.join(load_codes(at, mask, EVEN_K), load_codes(at + 16, mask, EVEN_K))
-    at += 8 // G * width
-    return tl.join(low, tl.join(load_codes(at, mask, EVEN_K), load_codes(at + 16, mask, EVEN_K)))
-
-
-@triton.jit
 def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
     """[L, r] words."""
     if EVEN_K:
@@ -165,13 +165,14 @@ def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _multiply(word, s, z, held, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
-    """[W, 16, 8] sums of each warp's columns."""
+    """[W, 16, 8] sums of each warp's columns, of words [16, 32 W]."""
+    PARTS: tl.constexpr = word.shape[1] // 32
     y0, y1, y2, y3, sum0, sum1, part, other = held
     shifted = word >> 8
-    part = tl.dot(_weights(_codes(word, 0, ASM)), y0, part)
-    part = tl.dot(_weights(_codes(word, 1, ASM)), y1, part)
-    other = tl.dot(_weights(_codes(shifted, 0, ASM)), y2, other)
-    other = tl.dot(_weights(_codes(shifted, 1, ASM)), y3, other)
+    part = tl.dot(_weights(_codes(word, 0, ASM), PARTS), y0, part)
+    part = tl.dot(_weights(_codes(word, 1, ASM), PARTS), y1, part)
+    other = tl.dot(_weights(_codes(shifted, 0, ASM), PARTS), y2, other)
+    other = tl.dot(_weights(_codes(shifted, 1, ASM), PARTS), y3, other)
     if HAS_ZERO:
         part -= _of_rows(half_of(z, 0, tl.bfloat16)) * sum0
         other -= _of_rows(half_of(z, 1, tl.bfloat16)) * sum1
@@ -189,7 +190,7 @@ CODES = tl.constexpr(
 
 @triton.jit
 def _codes(word, SECOND: tl.constexpr, ASM: tl.constexpr):
-    """[L, sh, a, r] words -> [L, sh, a, r, p]: 1024 plus their codes, or plus 16 times the second of each byte."""
+    """[16, 32 W] words -> [16, 32 W, p]: 1024 plus their codes, or plus 16 times the second of each byte."""
     if ASM:
         asm: tl.constexpr = CODES[SECOND]
         low, high = tl.inline_asm_elementwise(
@@ -203,10 +204,9 @@ def _codes(word, SECOND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _weights(v):
-    """[L, sh, a, r, p] -> [W, 16, 64], the product's other operand."""
-    PARTS: tl.constexpr = v.shape[0] // 32
-    v = tl.permute(tl.reshape(v, [PARTS, 8, 4, 2, 2, 2, 2, 2]), [0, 6, 1, 5, 4, 2, 3, 7])
+def _weights(v, PARTS: tl.constexpr):
+    """[16, 32 W, p] -> [W, 16, 64], the product's other operand."""
+    v = tl.permute(tl.reshape(v, [16, PARTS, 2, 4, 2, 2, 2]), [1, 0, 2, 5, 3, 4, 6])  # row, W, a, t, s, h, p
     return tl.reshape(v, [PARTS, 16, 64])
 
 

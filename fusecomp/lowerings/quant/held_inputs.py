@@ -40,11 +40,26 @@ def hold(
     if not HAS_ZERO:
         less0 -= sum0 * MIDDLE
         less1 -= sum1 * MIDDLE
-    held = (
-        _quarter(words, lane, 0, ASM), _quarter(words, lane, 1, ASM), _quarter(words, lane, 2, ASM),
-        _quarter(words, lane, 3, ASM), _of_token(sum0), _of_token(sum1), _of_token(less0), _of_token(less1),
-    )  # fmt: skip
+    held = _held(words, lane, (sum0, sum1, less0, less1), ASM)
     return held, _by_lanes(back), _by_lanes(squares)
+
+
+@triton.jit
+def nothing(PARTS: tl.constexpr, ASM: tl.constexpr):
+    """What is there before `hold`: zeros in the shapes and layouts of what it gives."""
+    lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
+    word = lane * 0
+    none = word.to(tl.float32)
+    one = tl.zeros([32 * PARTS], tl.float32)
+    return _held((word, word, word, word), lane, (none, none, none, none), ASM), one, one
+
+
+@triton.jit
+def _held(words, lane, sums, ASM: tl.constexpr):
+    return (
+        _quarter(words, lane, 0, ASM), _quarter(words, lane, 1, ASM), _quarter(words, lane, 2, ASM),
+        _quarter(words, lane, 3, ASM), _of_token(sums[0]), _of_token(sums[1]), _of_token(sums[2]), _of_token(sums[3]),
+    )  # fmt: skip
 
 
 @triton.jit

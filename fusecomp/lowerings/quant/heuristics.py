@@ -26,6 +26,7 @@ TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequa
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 HELD_ROWS, HELD_COLUMNS = 16, 256  # "folded held": rows of a product, columns of a warp
 HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
+HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -44,12 +45,13 @@ class QuantConfig:
         block_k: columns of a weight tile.
         splits: tile, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
-        early: tile, folded: only codes go through the pipeline, which then begins before the wait for the last kernel.
+        early: tile, folded, folded held: only codes go through the pipeline, which then begins before the wait for the
+            last kernel.
         halves: tile: tokens are multiplied by a tile in two halves.
         parts: folded, folded held: warps of a program share its features, each with one of so many parts of K; 1: they
             share K.
-        ahead: folded: tiles of which the L2 is asked for the codes before the wait, a power of two; folded held:
-            products, at most two for each warp.
+        ahead: words, folded: tiles of which the L2 is asked for the codes before the wait, folded: a power of two;
+            folded held: products, at most two for each warp.
         use_tma: folded wide: inputs are read by the tensor memory accelerator, where it can.
     """
 
@@ -151,7 +153,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     if config.kernel == WORD_VECTOR and not serves_words(shape):
         config = replace(config, kernel=VECTOR, block_r=8, block_k=1024, num_warps=4)
     if config.kernel in (VECTOR, WORD_VECTOR):
-        return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32))
+        ahead = config.ahead if target.has_tma else 0
+        return replace(config, block_k=max(min(config.block_k, next_power_of_2(shape.k)), 32), ahead=ahead)
     folded = config.kernel == FOLDED
     if config.kernel == FOLDED_WIDE:
         return _fit_wide(config, target, shape)

@@ -249,7 +249,8 @@ def run_quant(
         launch(
             word_vector_kernel, (blocks,),
             _quads(x), codes.view(torch.int32), scale, out, None if norm_weight is None else _quads(norm_weight), args,
-            strides, n, k, eps, columns, DTYPE=getattr(tl, shape.dtype),
+            strides, n, k, eps, columns, DTYPE=getattr(tl, shape.dtype), WARPS=config.num_warps,
+            AHEAD=config.ahead if _asm(q, shape) and k % 16 == 0 else 0,
             **{name: value for name, value in common.items() if name not in ("OFFSET", "COLS")},
         )  # fmt: skip
         return

@@ -68,7 +68,8 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
     (9, 1, 32, "bfloat16", 2),
 )
 
-HELD = ((0, 2, 2, 8), (7, 1, 0, 8), (0, 1, 3, 16))  # layout, groups, norm, warps
+# Layout, groups, norm, warps, whether the pipeline begins before the wait.
+HELD = ((0, 2, 2, 4, False), (7, 1, 0, 8, True), (0, 1, 3, 16, True))
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
@@ -84,8 +85,8 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, config in WIDE:
         if target.has_tma or not config.use_tma:
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
-    for at, groups, norm, warps in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
-        config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1)
+    for at, groups, norm, warps, early in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
+        config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1, early=early)
         yield specialization(target, LAYOUTS[at], groups, 1, "bfloat16", norm, config)
     yield _dequantize(target, LAYOUTS[0])
     if full:
@@ -151,7 +152,7 @@ def specialization(
         constants["norm_weight"] = None
     if config.kernel == WORD_VECTOR:
         pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
-        constants["DTYPE"] = getattr(tl, dtype)
+        constants |= {"DTYPE": getattr(tl, dtype), "WARPS": config.num_warps, "AHEAD": config.ahead}
         for name in ("zero", "OFFSET", "COLS"):
             del constants[name]
     elif config.kernel == VECTOR:
@@ -212,15 +213,16 @@ def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> 
     pointers |= {"counters": "i32"} if config.splits > 1 else {}
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
-        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "ASM": True, "NORM": norm,
-        "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
+        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "EARLY": config.early,
+        "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
     scalars = {"count": "i32", "n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}
     name = f"quant-held-{short}-g{groups}-w{warps}-zero{zero}-norm{norm}"
     return Specialization(
-        name, folded_held_kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k")
-    )
+        name, folded_held_kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"),
+        heuristics.HELD_REGISTERS,
+    )  # fmt: skip
 
 
 def _dequantize(target: Target, layout: tuple) -> Specialization:

@@ -2,7 +2,7 @@
 
 As `quant_vector_kernel`, but a thread reads two words of codes and the eight inputs that meet them, in one layout:
 nothing is exchanged between threads until the sums of a row are, after the loop. That takes 256 columns a warp,
-or a multiple.
+or a multiple. Codes behind a program's first tile are asked of the L2 while it waits for the last kernel.
 
 Legend: N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a tile, BN = BR / G.
 """
@@ -45,6 +45,8 @@ def word_vector_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr,  # tiles behind the first for whose codes the L2 is asked before the wait
+    WARPS: tl.constexpr,
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -67,6 +69,8 @@ def word_vector_kernel(
 
     code = _load(tile_at, places < width, EVEN_K, "evict_first")
     s = load_scales(scale, scale_row(rows, ROWS), tl.zeros([1, 1], tl.int32), k, stride_scale, 0, True)  # [BR, 1]
+    if AHEAD > 0:
+        _ask_l2(q, first, n, width, G, BLOCK_R, BLOCK_W, AHEAD, WARPS)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -91,6 +95,23 @@ def word_vector_kernel(
     if NORM > 0:
         y *= rms_scale(tl.sum(squares, 1), k, eps)[:, None]
     store_features(y, first, n, out, args, strides, G, EPILOGUE)
+
+
+@triton.jit
+def _ask_l2(
+    q, first, n, width, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Ask the L2 for a program's codes in the AHEAD tiles behind its first, a row to a lane."""
+    lane = tl.arange(0, 32 * WARPS)
+    row = tl.minimum(first + lane // G, n - 1) + (lane % G).to(tl.int64) * n
+    size = tl.minimum(AHEAD * BLOCK_W, width - BLOCK_W) * 4  # bytes
+    at = (q + row * width + BLOCK_W).to(tl.int64)
+    go = ((lane < BLOCK_R) & (size > 0)).to(tl.int32)
+    asm: tl.constexpr = (
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+    tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, lane * 0 + size, go], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

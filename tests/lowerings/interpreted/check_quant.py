@@ -251,9 +251,9 @@ def held_layers(draw):
 
 
 @settings(SETTINGS, max_examples=40)
-@given(held_layers(), st.integers(1, 4), st.sampled_from([1, 2, 4]))
-def test_folded_held(layer, products, parts):
-    run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts))
+@given(held_layers(), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans())
+def test_folded_held(layer, products, parts, early):
+    run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts, early=early))
 
 
 @settings(SETTINGS, max_examples=15)
