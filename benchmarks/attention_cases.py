@@ -91,6 +91,8 @@ def random_cache(layer: Layer, blocks: int, quantized: bool = False) -> torch.Te
 class DecodeCase:
     """Inputs of one decode shape: several disjoint batches over one cache of shuffled pages."""
 
+    new_key = False
+
     def __init__(self, shape: DecodeShape) -> None:
         self.shape, layer = shape, shape.layer
         pages = -(-shape.context // layer.page_size)
@@ -107,7 +109,7 @@ class DecodeCase:
         return heuristics.decode_config(
             device_target(0), head_dim=layer.head_dim, itemsize=DTYPE.itemsize, num_kv_heads=layer.kv_heads,
             page_size=layer.page_size, num_rows=self.shape.batch, capacity=max(self.shape.context, SERVED),
-            group=layer.heads // layer.kv_heads, quantized=self.shape.quantized,
+            group=layer.heads // layer.kv_heads, quantized=self.shape.quantized, new_key=self.new_key,
         )  # fmt: skip
 
     def launch(self, config: DecodeConfig, i: int = 0) -> None:
@@ -123,6 +125,8 @@ class DecodeCase:
 
 class FusedCase(DecodeCase):
     """The same with what precedes attention in a step: norm, rotation, the write of each row's last key and value."""
+
+    new_key = True
 
     def __init__(self, shape: DecodeShape) -> None:
         super().__init__(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ Config = LargeConfig | ScaledConfig | QuantConfig | DecodeConfig
 Tile = TypeVar("Tile", LargeConfig, ScaledConfig)
 ATTENTION = "attention"
 Key = tuple[int, int, int, str] | str
+MOST_PROGRAMS = 256  # of a launch whose warps are apart, those of splits that a row does not use among them
 FEW_PAIRS = 64  # rows times kv heads up to which an attention launch leaves most of the GPU idle
 
 
@@ -103,8 +105,12 @@ def weight_candidates(layer: Layer, tokens: int, scheme: str) -> Iterator[QuantC
     yield from quant_tune.candidates(quant_shape_of(scheme, layer), tokens)
 
 
-def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[DecodeConfig]:
-    """Other tiles, with and without the first one read ahead; and of few rows, whose splits are many, other splits."""
+def attention_candidates(committed: DecodeConfig, pairs: int, *, apart: bool = False) -> Iterator[DecodeConfig]:
+    """Other tiles, with and without the first one read ahead; and of few rows, whose splits are many, other splits.
+
+    Args:
+        apart: the kernel whose warps are apart serves the shape; it is for few rows.
+    """
     shapes = [(16, 1, 3), (16, 1, 4), (32, 1, 3), (32, 1, 4), (32, 2, 3), (64, 2, 3), (64, 4, 3)]
     ahead = [(32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 2), (128, 4, 2), (128, 8, 2)]
     for block_n, warps, stages in (*shapes, *ahead):
@@ -114,8 +120,13 @@ def attention_candidates(committed: DecodeConfig, pairs: int) -> Iterator[Decode
         for least in splits:
             yield replace(
                 committed, block_n=block_n, num_warps=warps, num_stages=stages, read_ahead=stages == 2,
-                min_split=least, source="",
+                min_split=least, apart=0, source="",
             )  # fmt: skip
+    if apart and pairs <= FEW_PAIRS:
+        splits = max(1, min(32, MOST_PROGRAMS // pairs))
+        for keys, warps, times in itertools.product((16, 32), (4, 8), (1, 2, 4)):
+            tile = keys * warps
+            yield DecodeConfig(tile, warps, 1, splits, times * tile, apart=keys)
 
 
 @contextmanager
@@ -142,7 +153,9 @@ def chosen(configs: dict[Key, Config]) -> Iterator[None]:
 
     def patched_decode(target: Target, **sizes: int) -> DecodeConfig:
         found = configs.get(ATTENTION)
-        return found if isinstance(found, DecodeConfig) else decode(target, **sizes)
+        if isinstance(found, DecodeConfig) and (not found.apart or sizes.get("new_key")):
+            return found
+        return decode(target, **sizes)
 
     with (
         mock.patch.object(heuristics, "decode_config", patched_decode),
@@ -158,7 +171,8 @@ def brief(config: Config) -> str:
     """A configuration in a few letters."""
     if isinstance(config, DecodeConfig):
         splits = f"s{config.num_splits} from {config.min_split}"
-        return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}" + " ahead" * config.read_ahead
+        options = " ahead" * config.read_ahead + f" apart {config.apart}" * bool(config.apart)
+        return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}{options}"
     if isinstance(config, QuantConfig):
         tile = (
             f"{config.kernel} {config.block_t}x{config.block_r}x{config.block_k} s{config.splits} w{config.num_warps}"

@@ -95,7 +95,7 @@ class StepTuner:
             return heuristics.decode_config(
                 self.target, head_dim=step.layers[0][2], itemsize=2, num_kv_heads=step.layers[0][1],
                 page_size=step.block_size, num_rows=self.tokens, capacity=builder.longest,
-                group=config.num_attention_heads // step.layers[0][1],
+                group=config.num_attention_heads // step.layers[0][1], new_key=True,
             )  # fmt: skip
         if self._form(name) == CODES:
             shape = ScaledShape(layer.n, layer.k, layer.groups, FP8, 0, layer.kind)
@@ -118,7 +118,10 @@ class StepTuner:
         layer, committed = self.layers[name], self.committed[name]
         if layer is None:
             assert isinstance(committed, DecodeConfig)
-            yield from attention_candidates(committed, self.tokens * self.run.engine._step.layers[0][1])
+            _, kv_heads, head_dim = self.run.engine._step.layers[0][:3]
+            group = self.session.model.config.num_attention_heads // kv_heads
+            refusal = heuristics.apart_refusal(self.target, head_dim=head_dim, itemsize=2, group=group, quantized=False)
+            yield from attention_candidates(committed, self.tokens * kv_heads, apart=refusal is None)
         elif self._form(name) == CODES:
             yield from code_candidates(layer, self.tokens, self.target.num_sms)
         elif self._form(name) == WEIGHTS:

@@ -18,6 +18,7 @@ from benchmarks.step_candidates import (
     linear_candidates,
     weight_candidates,
 )
+from benchmarks.step_tune import _constants
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.paged_attention import heuristics
@@ -69,9 +70,19 @@ def test_attention_of_few_rows_is_tried_in_other_splits():
     )
     assert len({config.min_split for config in attention_candidates(few, 8)}) > 1
     assert {config.min_split for config in attention_candidates(many, 512)} == {many.min_split}
-    for config in attention_candidates(few, 8):
+    assert not any(config.apart for config in attention_candidates(many, 512, apart=True))
+    tried = list(attention_candidates(few, 8, apart=True))
+    assert {(c.apart, c.num_warps, c.block_n) for c in tried if c.apart} == {
+        (16, 4, 64), (16, 8, 128), (32, 4, 128), (32, 8, 256)
+    }  # fmt: skip
+    for config in tried:
         with chosen({key_of(None): config}):
-            assert heuristics.decode_config(SM90, head_dim=128) is config
+            assert heuristics.decode_config(SM90, head_dim=128, new_key=True) is config
+            assert _constants(config)["apart"] == config.apart and brief(config)
+    with chosen({key_of(None): tried[-1]}):  # the keys are all in the cache
+        assert not heuristics.decode_config(
+            SM90, head_dim=128, itemsize=2, num_kv_heads=8, page_size=16, num_rows=1, capacity=4096
+        ).apart
 
 
 ROW = {"name": "o", "tokens": 64, "step_us": 90.0, "committed_step_us": 100.0, "difference": 0.0}

@@ -23,8 +23,9 @@ from fusecomp.lowerings.machine_code import cuda_usage, hip_usage, scattered_red
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
-from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.paged_attention.lowering import codes_kind, rope_constants
+from fusecomp.lowerings.paged_attention.decode_apart import decode_apart_kernel
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, Target
+from fusecomp.lowerings.paged_attention.lowering import APART_REGISTERS, codes_kind, rope_constants
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
 from fusecomp.ops.rope import Rope
@@ -47,8 +48,8 @@ class Specialization:
         pointers: element type of each pointer argument ("bf16", "i32", ...), a descriptor type, or a tuple of types.
         scalars: type of each scalar argument, or a tuple of types.
         aligned: scalars that are multiples of 16, besides strides.
+        max_registers: of a thread; the assembler's choice by default.
         constants: value of each constexpr argument; `None` for an absent tensor.
-        registers: at most, of a thread; 0: as many as there are.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Specialization:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = ()
-    registers: int = 0
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Case:
     aligned: bool = True  # k and v as TMA wants them
     rope: str = ""  # of `rope_attention`; the plain ops if empty
     quantized: bool = False  # an FP8 cache
+    apart: tuple[int, int] | None = None  # keys of a warp and warps of a decode program whose warps are apart
 
     @property
     def itemsize(self) -> int:
@@ -104,6 +106,7 @@ class Case:
         marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
         marks += ["unaligned"] * (not self.aligned)
         marks += [self.rope.replace(" ", "-")] * bool(self.rope) + ["fp8"] * self.quantized
+        marks += ["apart{}x{}".format(*self.apart)] if self.apart else []
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
@@ -121,6 +124,9 @@ SUBSET = (
     Case(quantized=True),
     Case(head_dim=80, page_size=1, quantized=True, **EVERY_FEATURE),
     Case(rope=QWEN3, group=8, kv_heads=4, num_rows=64, quantized=True),
+    Case(rope="half:128:full", num_rows=1, apart=(32, 8)),
+    Case("fp16", 64, 1, 1, rope="interleaved:32:pairs rms+1:1e-06", num_rows=1, apart=(16, 4), **EVERY_FEATURE),
+    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=1, apart=(16, 8)),
 )
 
 
@@ -170,6 +176,11 @@ def _full_cases() -> Iterator[Case]:
         yield Case(dtype, head_dim, quantized=True, rope=f"half:{head_dim // 2}:full rms:1e-06", **EVERY_FEATURE)
     for page_size, group in itertools.product((1, 32, 64), (1, 7, 32)):
         yield Case(page_size=page_size, group=group, quantized=True, **EVERY_FEATURE)
+    for head_dim, group, *apart in itertools.product((64, 128), (1, 2, 4, 7, 8, 16), (16, 32), (4, 8)):
+        case = Case(head_dim=head_dim, group=group, num_rows=1, apart=(apart[0], apart[1]))
+        yield replace(case, rope=f"half:{head_dim}:full rms:1e-06")
+        yield replace(case, dtype="fp16", page_size=1, rope="half:32:pairs", **EVERY_FEATURE)
+        yield replace(case, rope=f"interleaved:{head_dim}:pairs")
     yield Case(head_dim=64, window=128, sinks=True, group=8)
     yield Case(head_dim=256, window=4096, softcap=50.0, group=2)
 
@@ -247,13 +258,39 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     scalars["stride_table"] = "i32"
     decode = heuristics.decode_config(
         target, head_dim=case.head_dim, itemsize=case.itemsize, num_kv_heads=case.kv_heads, page_size=case.page_size,
-        num_rows=case.num_rows, capacity=CAPACITY, group=case.group, quantized=case.quantized,
+        num_rows=case.num_rows, capacity=CAPACITY, group=case.group, quantized=case.quantized, new_key=bool(case.rope),
     )  # fmt: skip
+    decode_pointers = {**inputs, **weights, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"}
+    decode_scalars = {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"}
+    if case.apart:
+        each, warps = case.apart
+        decode = DecodeConfig(each * warps, warps, 1, 32, each * warps, apart=each)
+    if decode.apart:
+        refusal = heuristics.apart_refusal(
+            target, head_dim=case.head_dim, itemsize=case.itemsize, group=case.group, quantized=case.quantized
+        )
+        if not refusal:
+            own = {key: value for key, value in constants.items() if key != "CODES"}
+            yield Specialization(
+                f"decode-{case}-s{case.num_rows}",
+                decode_apart_kernel,
+                decode_pointers,
+                decode_scalars,
+                {
+                    **hooks, **sinks, **own, "LAUNCH_EARLY": True, "H": heads, "G": case.kv_heads, "D": case.head_dim,
+                    "PAGE": case.page_size, "KEYS": decode.apart, "PARTS": decode.num_warps,
+                    "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits),
+                },
+                decode.num_warps,
+                decode.num_stages,
+                max_registers=APART_REGISTERS,
+            )  # fmt: skip
+        return
     yield Specialization(
         f"decode-{case}-s{case.num_rows}",
         decode_kernel,
-        {**inputs, **weights, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"},
-        {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"},
+        decode_pointers,
+        decode_scalars,
         {
             **shape, **hooks, **sinks, **new, **constants, "NEW_KEY": bool(case.rope), "LAUNCH_EARLY": True,
             "H": heads, "G": case.kv_heads,
@@ -292,6 +329,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
     target = TARGETS[target_name]
     signature: dict[str, Any] = {}
     attrs: dict[tuple[int, ...], list] = {}
+    unaligned = {param.name for param in spec.kernel.params if param.do_not_specialize_on_alignment}
     for index, name in enumerate(spec.kernel.arg_names):
         if name in spec.constants:
             signature[name] = "constexpr"
@@ -301,7 +339,7 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
         elif name in spec.pointers:
             kind = spec.pointers[name]
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
-            if not kind.startswith("tensordesc"):
+            if not kind.startswith("tensordesc") and name not in unaligned:
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = spec.scalars[name]
@@ -309,10 +347,10 @@ def compile_one(spec: Specialization, target_name: str) -> tuple[Resources, Any]
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, spec.constants, attrs)
     options: dict[str, Any] = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.max_registers:
+        options["maxnreg"] = spec.max_registers
     if spec.constants.get("USE_PDL"):
         options["launch_pdl"] = True
-    if spec.registers:
-        options["maxnreg"] = spec.registers
     gpu = GPUTarget(target.backend, target.arch, 32 if target.backend == "cuda" else 64)
     compiled = triton.compile(source, target=gpu, options=options)
     if target.backend == "cuda":

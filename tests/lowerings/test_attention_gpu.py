@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusecomp.lowerings.paged_attention import lowering
+from fusecomp.lowerings.paged_attention import heuristics, lowering
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
 from fusecomp.lowerings.paged_attention.rope import launch_rope_attention
 from fusecomp.ops.rope import Rope
 from tests.lowerings.steps import check_attention, check_rope_attention, make_rope, make_step
@@ -92,14 +93,59 @@ def test_rope_attention(head_dim, rule, kind, mode, quantized):
         assert torch.equal(out, launch_rope_attention(*inputs.arguments(step, options))), "a race"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("head_dim", "warps", "keys", "page_size"),
+    [(128, 8, 32, 16), (128, 8, 16, 1), (128, 4, 32, 64), (128, 4, 16, 8), (64, 8, 32, 32), (64, 4, 16, 16)],
+)
+@pytest.mark.parametrize(
+    ("rule", "mode"),
+    [
+        ("none", "plain"),
+        ("half:64:full", "sinks"),
+        ("half:32:pairs rms:1e-06", "window"),
+        ("interleaved:64:full rms+1:1e-05", "softcap sinks"),
+        ("interleaved:32:pairs", "window"),
+    ],
+)
+def test_warps_apart(monkeypatch, head_dim, warps, keys, page_size, group, rule, mode, dtype):
+    """Ends of rows in every place of a step, of a warp and of a tile; one to many splits; one to many trips."""
+    tile = keys * warps
+    cached = [0, 1, 2, 14, 15, 16, 17, keys, tile - 1, tile, tile + 1, 3 * tile - 1, 777, 4095]
+    step = make_step(
+        [(n, 1) for n in cached], padding=2, heads=2 * group, kv_heads=2, head_dim=head_dim, page_size=page_size,
+        dtype=dtype, device="cuda",
+    )  # fmt: skip
+    inputs = make_rope(step, Rope.parse(rule), table_dtype=dtype)
+    sinks = torch.randn(2 * group, device="cuda") if "sinks" in mode else None
+    options = (head_dim**-0.5, 300 * (mode == "window"), 20.0 * ("softcap" in mode), sinks)
+    original = step.kv_cache.clone()
+    before = replace(step, kv_cache=original)
+    for splits, least in ((1, 1), (3, 2), (32, 1)):
+        config = DecodeConfig(tile, warps, 1, splits, least * tile, apart=keys)
+        monkeypatch.setattr(heuristics, "decode_config", lambda *_, found=config, **__: found)
+        step.kv_cache.copy_(original)
+        out = launch_rope_attention(*inputs.arguments(step, options))
+        check_rope_attention(before, step, inputs, out, options)
+        for _ in range(5):
+            assert torch.equal(out, launch_rope_attention(*inputs.arguments(step, options))), "a race"
+
+
 @caches
-def test_one_graph_of_the_fused_op_serves_any_length(quantized):
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+def test_one_graph_of_the_fused_op_serves_any_length(monkeypatch, quantized, apart):
     """Captured behind ordinary kernels and a memset, replayed with other lengths, bitwise as eager launches."""
     step = make_step(
         [(2047, 1), (500, 1), (1, 1)],
         padding=1, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
         quantized=quantized,
     )  # fmt: skip
+    if apart and quantized:
+        pytest.skip("codes are not served")
+    if apart:
+        config = DecodeConfig(256, 8, 1, 8, 256, apart=32)
+        monkeypatch.setattr(heuristics, "decode_config", lambda *_, **__: config)
     inputs = make_rope(step, Rope("half", 128), table_dtype=torch.float32)
     arguments = inputs.arguments(step, (0.1, 0, 0.0, None))
     launch_rope_attention(*arguments)

@@ -62,6 +62,30 @@ def test_wide_tiles_that_are_read_ahead_serve_small_launches_only():
     assert not decode_config(SM90, **shape, num_rows=1, capacity=4096, group=17).read_ahead
 
 
+def test_warps_apart_serve_new_keys_of_a_plain_16_bit_cache_alone(monkeypatch):
+    """Whatever else is asked for is answered as if the entry were not there."""
+    table = heuristics.load_table(SM90.table)
+    tuned = {"head_dim": 128, "itemsize": 2, "page": 16, "pairs": 8}
+    tuned["config"] = {"block_n": 256, "num_warps": 8, "num_stages": 1, "num_splits": 32, "min_split": 256, "apart": 32}
+    others = [e for e in table["decode"] if e["pairs"] != 8 or e["head_dim"] != 128]
+    choose = decode_config.__wrapped__  # what is remembered is another table's
+    shape = {**SHAPE, "num_rows": 1, "capacity": 4096, "group": 4}
+    refused = [
+        (SM90, {**shape, "new_key": False}), (SM90, {**shape, "new_key": True, "quantized": True}),
+        (heuristics.GFX942, {**shape, "new_key": True}), (replace(SM90, arch=75), {**shape, "new_key": True}),
+        *((SM90, {**shape, "new_key": True, **change})
+          for change in ({"group": 17}, {"itemsize": 4}, {"head_dim": 96}, {"head_dim": 256})),
+    ]  # fmt: skip
+    monkeypatch.setattr(heuristics, "load_table", lambda _: {**table, "decode": others})
+    without = [choose(target, **wanted) for target, wanted in refused]
+    monkeypatch.setattr(heuristics, "load_table", lambda _: {**table, "decode": [tuned, *others]})
+    assert [choose(target, **wanted) for target, wanted in refused] == without
+    found = choose(SM90, **shape, new_key=True)
+    assert (found.apart, found.block_n, found.num_warps, found.min_tiles()) == (32, 256, 8, 1)
+    assert found.num_splits == 16 and found.source.endswith("(exact)")
+    assert choose(SM90, **{**shape, "head_dim": 64, "group": 16}, new_key=True).apart in (0, 32)
+
+
 def test_entries_of_an_fp8_cache_serve_no_other(monkeypatch):
     table = heuristics.load_table(SM90.table)
     tuned = {"head_dim": 128, "itemsize": 2, "kv_itemsize": 1, "page": 16, "pairs": 256}

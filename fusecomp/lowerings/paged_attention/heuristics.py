@@ -23,6 +23,7 @@ MAX_SPLITS = 128
 # hold their operands in registers too.
 ACCUMULATOR_REGISTERS = {2: 64, 4: 16}
 MAX_WARPS = 16
+APART_DIMS, APART_GROUP = (64, 128), 16  # head dims, and query heads of a kv head, that warps apart can do
 MAX_CODES = 2048  # of K, and as many of V, that a warp converts in one tile
 # Numbers of decodes that launches are chosen for: each up to the first, then these, then multiples of 64.
 FEW_ROWS, ROWS = 16, (24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
@@ -73,6 +74,7 @@ class DecodeConfig:
     num_splits: int
     min_split: int  # keys below which a row is not split further
     read_ahead: bool = False  # where the rows' last keys are new, read the first tile before waiting for the step
+    apart: int = 0  # keys of a warp of `decode_apart_kernel`, block_n / num_warps; 0: `decode_kernel`
     source: str = ""
 
     def min_tiles(self) -> int:
@@ -107,12 +109,27 @@ def load_table(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str, float]) -> tuple[dict, str]:
+def apart_refusal(target: Target, *, head_dim: int, itemsize: int, group: int, quantized: bool) -> str | None:
+    """Why `decode_apart_kernel` cannot serve rows whose last keys are new, or None if it can."""
+    if target.backend != "cuda" or int(target.arch) < 80:
+        return "its loads are operands of NVIDIA's matrix units, of compute capability 8.0 and above"
+    if head_dim not in APART_DIMS:
+        return f"head dim {head_dim} is none of {APART_DIMS}"
+    if itemsize != 2 or quantized:
+        return "a cache that is not of 16 bits"
+    if group > APART_GROUP:
+        return f"{group} query heads per kv head, more than {APART_GROUP}"
+    return None
+
+
+def _nearest(
+    target: Target, kind: str, wanted: dict[str, int], weight: dict[str, float], *, apart: bool = False
+) -> tuple[dict, str]:
     """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
 
     The weights put the dtype before the head dim before the rest: tiles must first of all fit. Entries of an FP8 cache
-    say so by `kv_itemsize`, and serve no other. An entry with a `group` serves the shape it was measured on alone, on
-    Hopper cards, and may name another `gpu` than its table does.
+    say so by `kv_itemsize`, and serve no other; those whose warps are apart serve where `apart`. One with a `group`
+    serves the shape it was measured on alone, on Hopper cards, and may name another `gpu` than its table does.
     """
 
     def value(entry: dict, key: str) -> int:
@@ -123,6 +140,8 @@ def _nearest(target: Target, kind: str, wanted: dict[str, int], weight: dict[str
 
     def serves(entry: dict) -> bool:
         if "kv_itemsize" in entry and "kv_itemsize" not in weight:
+            return False
+        if entry["config"].get("apart") and not apart:
             return False
         alone = target.arch == SM90.arch and entry.get("group") == wanted.get("group") and distance(entry) == 0
         return "group" not in entry or alone
@@ -162,6 +181,7 @@ def decode_config(
     capacity: int,
     group: int = 1,
     quantized: bool = False,
+    new_key: bool = False,
 ) -> DecodeConfig:
     """Configuration of one decode launch.
 
@@ -170,13 +190,15 @@ def decode_config(
         capacity: the most keys a row can have, in tokens: pages of the block table times B.
         group: query heads per kv head.
         quantized: the cache is FP8; `itemsize` is that of the queries.
+        new_key: the launch norms, rotates and writes the rows' last keys too.
     """
     pairs = rows_of_choice(num_rows) * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs, "group": group}
     weight = {"itemsize": 8.0, "head_dim": 4.0, "page": 0.5, "pairs": 0.1}
     if quantized:
         wanted["kv_itemsize"], weight["kv_itemsize"] = 1, 2.0
-    entry, source = _nearest(target, "decode", wanted, weight)
+    refusal = apart_refusal(target, head_dim=head_dim, itemsize=itemsize, group=group, quantized=quantized)
+    entry, source = _nearest(target, "decode", wanted, weight, apart=new_key and refusal is None)
     config = DecodeConfig(**entry["config"], source=source)
     if quantized and "kv_itemsize" not in entry:
         config = _for_codes(config, padded_dim(head_dim), itemsize)
@@ -184,6 +206,8 @@ def decode_config(
     programs = config.num_splits * entry["pairs"] * target.num_sms / SM90.num_sms
     splits = min(programs / pairs, capacity / config.min_split, MAX_SPLITS)
     config = replace(config, num_splits=math.ceil(max(splits, 1)))
+    if config.apart:
+        return config
     # The table was tuned for up to 16 query heads per kv head; taller accumulators go to more warps.
     warps = query_block(group) * padded_dim(head_dim) // (32 * ACCUMULATOR_REGISTERS[itemsize])
     if query_block(group) > 16 and padded_dim(head_dim) > 128:  # the queries themselves fill as many registers again

@@ -24,6 +24,7 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention import fp8, heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
+from fusecomp.lowerings.paged_attention.decode_apart import decode_apart_kernel
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig, Target
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
 from fusecomp.ops.kv_cache import KVLayout, is_quantized
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+APART_REGISTERS = 255  # of a thread: else the assembler spills to make room for more programs, of which there are few
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and strides
 
 
@@ -231,13 +233,15 @@ def require_support(q: Tensor, kv_cache: Tensor, scale: float, window: int, soft
         raise ValueError(f"paged_attention: {reason}")
 
 
-def decode_config(q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_decodes: int) -> DecodeConfig:
-    """The heuristics' choice for the decodes of a step with queries q [T, H, D]."""
+def decode_config(
+    q: Tensor, kv_cache: Tensor, block_tables: Tensor, num_decodes: int, *, new_key: bool = False
+) -> DecodeConfig:
+    """The heuristics' choice for the decodes of a step with queries q [T, H, D]; `new_key` as theirs."""
     layout = KVLayout.of(kv_cache, q.shape[2])
     return heuristics.decode_config(
         target_of(q), head_dim=layout.head_dim, itemsize=q.element_size(), num_kv_heads=layout.heads,
         page_size=layout.page_size, num_rows=num_decodes, capacity=block_tables.shape[1] * layout.page_size,
-        group=q.shape[1] // layout.heads, quantized=layout.quantized,
+        group=q.shape[1] // layout.heads, quantized=layout.quantized, new_key=new_key,
     )  # fmt: skip
 
 
@@ -259,6 +263,9 @@ def run_decode(
     """Decode rows 0 .. num_decodes of the step into out[0 .. num_decodes].
 
     With `new`, q is not rotated yet and the cache lacks the rows' last keys: the kernel does both.
+
+    Raises:
+        ValueError: a configuration whose warps are apart, without `new` or for what `apart_refusal` excludes.
     """
     _log_source(config.source)
     if use_pdl is None:
@@ -267,24 +274,34 @@ def run_decode(
     num_kv_heads, page_size, head_dim = layout.heads, layout.page_size, layout.head_dim
     num_heads = q.shape[1]
     group = num_heads // num_kv_heads
+    kernel: Any = decode_kernel
+    own: dict[str, Any] = {
+        "DP": heuristics.padded_dim(head_dim), "BLOCK_R": heuristics.query_block(group), "BLOCK_N": config.block_n,
+        "NEW_KEY": new is not None, "READ_AHEAD": config.read_ahead and new is not None, "CODES": codes_of(kv_cache),
+    }  # fmt: skip
+    if config.apart:
+        reason = heuristics.apart_refusal(
+            target_of(q), head_dim=head_dim, itemsize=q.element_size(), group=group, quantized=layout.quantized
+        )
+        if reason or new is None:
+            raise ValueError(f"paged_attention: warps cannot be apart: {reason or 'the keys are all in the cache'}")
+        kernel, own = decode_apart_kernel, {"KEYS": config.apart, "PARTS": config.num_warps}
+        own["maxnreg"] = APART_REGISTERS
     pre, post = pieces.score_factors(scale, softcap)
     splits = config.num_splits
     partials = num_decodes * num_heads * splits if splits > 1 else 0
     part_acc = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(partials, dtype=torch.float32, device=q.device)
     launch(
-        decode_kernel, (num_decodes * num_kv_heads, splits),
+        kernel, (num_decodes * num_kv_heads, splits),
         q, kv_cache, out, part_acc, part_lse, arrivals(kv_cache, num_decodes * num_kv_heads), seq_lens, block_tables,
         sinks, *(new.tensors() if new else NewTokens.ABSENT), pre, post, new.rope.eps if new else 0.0, window,
         config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
-        H=num_heads, G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=page_size,
-        BLOCK_R=heuristics.query_block(group), BLOCK_N=config.block_n,
-        MAX_SPLITS=heuristics.next_power_of_2(splits),
+        H=num_heads, G=num_kv_heads, D=head_dim, PAGE=page_size, MAX_SPLITS=heuristics.next_power_of_2(splits),
         num_warps=config.num_warps, num_stages=config.num_stages,
-        NEW_KEY=new is not None, **rope_constants(new.rope if new else Rope()), USE_PDL=use_pdl,
-        READ_AHEAD=config.read_ahead and new is not None, **hooks(q.dtype, window, softcap, sinks),
-        LAUNCH_EARLY=heuristics.launches_early(num_decodes, num_kv_heads), CODES=codes_of(kv_cache),
+        **rope_constants(new.rope if new else Rope()), **own, **hooks(q.dtype, window, softcap, sinks),
+        USE_PDL=use_pdl, LAUNCH_EARLY=heuristics.launches_early(num_decodes, num_kv_heads),
         **launch_options(use_pdl),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Launches of norm, rotation, cache write and attention as one op: the CUDA implementation of `rope_attention`.
 
-A step of decodes only is one kernel, `decode_kernel` with NEW_KEY. Any other step runs `rope_cache_kernel` and then the
-decode and prefill kernels on the rotated queries and keys. The choice reads `host_meta` alone, so a captured CUDA
-graph keeps it.
+A step of decodes only is one kernel, `decode_kernel` with NEW_KEY or `decode_apart_kernel`. Any other step runs
+`rope_cache_kernel` and then the decode and prefill kernels on the rotated queries and keys. The choice reads
+`host_meta` alone, so a captured CUDA graph keeps it.
 
 Legend: T tokens, S rows, H query heads, G kv heads, D head dim.
 """
@@ -124,6 +124,6 @@ def launch_rope_attention(
     lowering.require_support(q, kv_cache, scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_decodes:
-        config = lowering.decode_config(q, kv_cache, block_tables, num_decodes)
+        config = lowering.decode_config(q, kv_cache, block_tables, num_decodes, new_key=True)
         lowering.run_decode(config, q, kv_cache, out, seq_lens, block_tables, num_decodes, *mode, new=new)
     return out

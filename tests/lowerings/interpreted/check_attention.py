@@ -50,6 +50,13 @@ def poisoned_memory():
 
 
 @contextmanager
+def decoded_by(config: DecodeConfig):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heuristics, "decode_config", lambda *_, **__: config)
+        yield
+
+
+@contextmanager
 def small_tiles(block_m: int, block_n: int, use_tma: bool, read_ahead: bool = False):
     """Tiny tiles and three splits, so that tiny shapes reach every branch."""
     with pytest.MonkeyPatch.context() as patch:

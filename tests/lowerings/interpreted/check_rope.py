@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import device
+from fusecomp.lowerings.paged_attention import lowering
 from fusecomp.lowerings.paged_attention import rope as rope_lowering
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
 from fusecomp.ops.rope import Rope
-from tests.lowerings.interpreted.check_attention import DTYPES, SETTINGS, cases, poisoned_memory, small_tiles
+from tests.lowerings.interpreted.check_attention import (
+    DTYPES,
+    SETTINGS,
+    cases,
+    decoded_by,
+    poisoned_memory,
+    small_tiles,
+)
 from tests.lowerings.steps import check_rope_attention, make_rope, make_step
 
 __all__ = ["poisoned_memory"]  # a fixture that every test uses
@@ -67,6 +76,74 @@ def test_decode(data, case):
 )
 def test_split_decode(data, case, block_n, read_ahead):
     check(data, case, block_n=block_n, read_ahead=read_ahead)
+
+
+@st.composite
+def apart(draw):
+    """A decode launch whose warps are apart, and a shape that it serves, with rows around its tiles and splits."""
+    keys, warps = draw(st.sampled_from([16, 32])), draw(st.sampled_from([4, 8]))
+    tile = keys * warps
+    config = DecodeConfig(tile, warps, 1, draw(st.sampled_from([1, 3])), tile * draw(st.integers(1, 2)), apart=keys)
+    near = st.sampled_from([tile, 2 * tile, 3 * tile]).flatmap(lambda n: st.integers(n - 2, n + 2))
+    cached = draw(st.lists(st.one_of(st.integers(0, 18), near, st.integers(0, 4 * tile)), min_size=1, max_size=4))
+    heads = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    shape = {
+        "padding": draw(st.integers(0, 2)), "heads": 2 * heads, "kv_heads": 2,
+        "head_dim": draw(st.sampled_from([64, 128])), "page_size": draw(st.sampled_from([1, 8, 16, 32, 64])),
+        "dtype": draw(st.sampled_from([torch.float16, torch.bfloat16])), "seed": draw(st.integers(0, 1000)),
+    }  # fmt: skip
+    options = {
+        "window": draw(st.sampled_from([0, 0, 1, 33, tile + 5])), "softcap": draw(st.sampled_from([0.0, 0.0, 5.0])),
+        "sinks": torch.randn(2 * heads) if draw(st.booleans()) else None,
+    }  # fmt: skip
+    return config, ([(n, 1) for n in cached], shape, options)
+
+
+@settings(SETTINGS, max_examples=40)
+@given(data=st.data(), launch=apart())
+def test_decode_whose_warps_are_apart(data, launch):
+    config, case = launch
+    with decoded_by(config):
+        check(data, case, block_n=0)
+
+
+@pytest.mark.parametrize("keys", [16, 32])
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("splits", [1, 2, 16])
+def test_every_length_whose_warps_are_apart(keys, warps, splits):
+    """Rows without a key, with ends in each place of a step and of a warp, in several tiles and splits."""
+    tile = keys * warps
+    lengths = [0, 1, 2, 14, 15, 16, 17, keys, keys + 1, tile - 2, tile - 1, tile, tile + 1, 3 * tile + 40]
+    shape = {"heads": 4, "kv_heads": 1, "head_dim": 64, "page_size": 16, "dtype": torch.bfloat16, "seed": 0}
+    with decoded_by(DecodeConfig(tile, warps, 1, splits, tile, apart=keys)):
+        run([(n, 1) for n in lengths], {**shape, "padding": 1}, {"window": 0, "softcap": 0.0, "sinks": None},
+            Rope("half", 64))  # fmt: skip
+
+
+def test_warps_apart_write_nothing_without_a_slot():
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": torch.float16}
+    step = make_step([(20, 1), (150, 1)], **shape)
+    inputs = make_rope(step, Rope("half", 64), table_dtype=torch.float32)
+    with decoded_by(DecodeConfig(64, 4, 1, 2, 64, apart=16)):
+        expected = rope_lowering.launch_rope_attention(
+            *inputs.arguments(replace(step, kv_cache=step.kv_cache.clone()), (0.2, 0, 0.0, None))
+        )
+        before = step.kv_cache.clone()
+        step.slots.fill_(-1)
+        out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
+    assert torch.equal(out, expected)
+    assert torch.equal(before.nan_to_num(7.0), step.kv_cache.nan_to_num(7.0))
+
+
+def test_warps_apart_refuse_what_they_do_not_serve():
+    config = DecodeConfig(64, 4, 1, 2, 64, apart=16)
+    step = make_step([(20, 1)], heads=2, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float16)
+    with decoded_by(config), pytest.raises(ValueError, match="in the cache"):
+        lowering.launch_paged_attention(*step.attention_inputs(), 0.2, 0, 0.0, None)
+    wide = make_step([(20, 1)], heads=2, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
+    inputs = make_rope(wide, Rope("half", 64), table_dtype=torch.float32)
+    with decoded_by(config), pytest.raises(ValueError, match="16 bits"):
+        rope_lowering.launch_rope_attention(*inputs.arguments(wide, (0.2, 0, 0.0, None)))
 
 
 @settings(SETTINGS, max_examples=8)
