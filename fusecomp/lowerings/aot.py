@@ -276,7 +276,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
                 f"decode-{case}-s{case.num_rows}",
                 decode_apart_kernel,
                 decode_pointers,
-                decode_scalars,
+                decode_scalars | {"num_pages": "i32"},
                 {
                     **hooks, **sinks, **own, "LAUNCH_EARLY": True, "H": heads, "G": case.kv_heads, "D": case.head_dim,
                     "PAGE": case.page_size, "KEYS": decode.apart, "PARTS": decode.num_warps,

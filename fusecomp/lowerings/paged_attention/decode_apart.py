@@ -21,7 +21,7 @@ from fusecomp.lowerings.paged_attention.pieces import load_heads, load_tables, p
 
 
 @triton.jit(
-    do_not_specialize=["min_tiles", "stride_table"],
+    do_not_specialize=["min_tiles", "stride_table", "num_pages"],
     # Nor of what the end reads and writes: a thread has single numbers there, all in one layout.
     do_not_specialize_on_alignment=["seq_lens", "block_tables", "arrivals", "out", "part_acc", "part_lse", "v"],
 )
@@ -60,6 +60,7 @@ def decode_apart_kernel(
     stride_g,
     stride_slot,
     stride_table,
+    num_pages,  # P
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,  # 64 or 128
@@ -93,7 +94,10 @@ def decode_apart_kernel(
     row = (pair // G).to(tl.int64)
     g = pair % G
     pdl_launch(USE_PDL and LAUNCH_EARLY)
-    seq_len = tl.load(seq_lens + row)
+    table = block_tables + row * stride_table
+    # Of a row's first tile, whatever its length, and asked for first: volatile, lest the compiler moves them behind it.
+    page, other = _pages(table, 0, num_pages, PAGE, KEYS, PARTS)
+    seq_len = tl.load(seq_lens + row, volatile=True)
     keys = tl.maximum(seq_len - 1, 0)  # that lie in pages
     first = 0
     if WINDOWED:
@@ -111,10 +115,12 @@ def decode_apart_kernel(
         lo += split * per_split
         hi = tl.minimum(lo + per_split, hi)
     k_base = kv_cache + g.to(tl.int64) * stride_g
-    table = block_tables + row * stride_table
+    if MAX_SPLITS > 1 or WINDOWED:
+        if lo > 0:
+            page, other = _pages(table, lo * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
     # Nothing of this step is in these keys.
     k_DN, v_WND = _load_tile(
-        k_base, stride_v, table, lo * BLOCK_N, keys, stride_page, stride_slot, D, PAGE, KEYS, PARTS
+        k_base, stride_v, table, page, other, lo * BLOCK_N, keys, stride_page, stride_slot, D, PAGE, KEYS, PARTS
     )
     r = tl.arange(0, 16)
     head = g * R + r % RP
@@ -162,7 +168,10 @@ def decode_apart_kernel(
     acc_WRD = tl.dot(_weights(p_WRN.to(v_WND.dtype)), v_WND, tl.zeros([PARTS, 16, D], tl.float32))
     for tile in range(lo + 1, hi):
         start = tile * BLOCK_N
-        k_DN, v_WND = _load_tile(k_base, stride_v, table, start, keys, stride_page, stride_slot, D, PAGE, KEYS, PARTS)
+        page, other = _pages(table, start, num_pages, PAGE, KEYS, PARTS)
+        k_DN, v_WND = _load_tile(
+            k_base, stride_v, table, page, other, start, keys, stride_page, stride_slot, D, PAGE, KEYS, PARTS
+        )
         x_WRN = _scores(q_RD, k_DN, start, first, keys, pre, post, PARTS, WINDOWED, SCORE)
         m_new = tl.maximum(m_WR, tl.max(x_WRN, 2))
         p_WRN = tl.exp2(x_WRN - m_new[:, :, None])
@@ -249,6 +258,8 @@ def _load_tile(
     k_base,
     stride_v,
     table,
+    page,
+    other,
     start,
     keys,
     stride_page,
@@ -266,12 +277,10 @@ def _load_tile(
     place = tl.arange(0, 32 * PARTS)
     first = start + place // 32 * KEYS
     group, lane = place // 4 % 8, place % 4
-    page = _page(table, first, keys, PAGE)
     k_at = k_base + lane * 8
     v_at = k_base + stride_v + group * 8
     x = _keys_of(k_at, table, page, first + group, keys, stride_page, stride_slot, D, PAGE)
     if KEYS == 32:
-        other = _page(table, first + 16, keys, PAGE)
         x = tl.join(x, _keys_of(k_at, table, other, first + group + 16, keys, stride_page, stride_slot, D, PAGE))
     y = _values_of(v_at, table, page, first + 2 * lane, keys, stride_page, stride_slot, D, PAGE)
     if KEYS == 32:
@@ -284,12 +293,17 @@ def _load_tile(
 
 
 @triton.jit
-def _page(table, pos, keys, PAGE: tl.constexpr):
-    """[L] page ids of 16 keys from `pos` on, where these are of one page."""
+def _pages(table, start, num_pages, PAGE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr):
+    """[L] page ids of a warp's first 16 keys, and of the 16 behind, of a tile, where each are of one page.
+
+    Beyond a row's keys they are of some page or other, which is not read.
+    """
+    pos = start + tl.arange(0, 32 * PARTS) // 32 * KEYS
     if PAGE % 16 == 0:
-        return tl.load(table + pos // PAGE, mask=pos < keys, other=0)
+        at, other = tl.minimum(pos // PAGE, num_pages - 1), tl.minimum((pos + 16) // PAGE, num_pages - 1)
+        return tl.load(table + at, volatile=True), tl.load(table + other, volatile=True)
     else:
-        return 0
+        return pos, pos
 
 
 @triton.jit

@@ -286,6 +286,7 @@ def run_decode(
         if reason or new is None:
             raise ValueError(f"paged_attention: warps cannot be apart: {reason or 'the keys are all in the cache'}")
         kernel, own = decode_apart_kernel, {"KEYS": config.apart, "PARTS": config.num_warps}
+        own["num_pages"] = block_tables.shape[1]
         own["maxnreg"] = APART_REGISTERS
     pre, post = pieces.score_factors(scale, softcap)
     splits = config.num_splits
