@@ -96,17 +96,14 @@ def test_rope_attention(head_dim, rule, kind, mode, quantized):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize(
-    ("head_dim", "warps", "keys", "page_size"),
-    [(128, 8, 32, 16), (128, 8, 16, 1), (128, 4, 32, 64), (128, 4, 16, 8), (64, 8, 32, 32), (64, 4, 16, 16)],
-)
-@pytest.mark.parametrize(
-    ("rule", "mode"),
+    ("head_dim", "warps", "keys", "page_size", "rule", "mode"),
     [
-        ("none", "plain"),
-        ("half:64:full", "sinks"),
-        ("half:32:pairs rms:1e-06", "window"),
-        ("interleaved:64:full rms+1:1e-05", "softcap sinks"),
-        ("interleaved:32:pairs", "window"),
+        (128, 8, 32, 16, "half:64:full", "sinks"),
+        (128, 8, 16, 1, "half:32:pairs rms:1e-06", "window"),
+        (128, 4, 32, 64, "interleaved:32:pairs", "window"),
+        (128, 4, 16, 8, "none", "plain"),
+        (64, 8, 32, 32, "interleaved:64:full rms+1:1e-05", "softcap sinks"),
+        (64, 4, 16, 16, "half:64:full rms:1e-06", "plain"),
     ],
 )
 def test_warps_apart(monkeypatch, head_dim, warps, keys, page_size, group, rule, mode, dtype):

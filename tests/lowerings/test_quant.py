@@ -375,8 +375,9 @@ def test_gpu_every_code_of_a_word(kind, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
-def test_gpu_held_inputs(parts):
+def test_gpu_held_inputs(parts, early):
     """Every number of warps, with and without splits, norms, zero points and rows to spare, at every block of rows."""
     spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
     cases = itertools.product((256 * parts, 640 * parts // 256 * 256 + 256), (1, 2), (None, False, True))
@@ -389,7 +390,7 @@ def test_gpu_held_inputs(parts):
         program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
         x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((1, k), (k,)))
         gain = None if norm is None else gain
-        config = QuantConfig("folded held", 1, rows, 256, parts, 3, parts=parts, ahead=i % 3)
+        config = QuantConfig("folded held", 1, rows, 256, parts, 3, early=early, parts=parts, ahead=i % 3)
         outs = [torch.full((1, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
         for out in outs:
             run_quant(config, x, *weight, gain, [], program, spec, out, True)
