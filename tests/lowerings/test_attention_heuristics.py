@@ -107,7 +107,7 @@ def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, co
     """It was measured on so many rows and kv heads, on another GPU than its table; others are chosen as without it."""
     tuned = [e for e in heuristics.load_table(SM90.table)["decode"] if "group" in e and "kv_itemsize" in e]
     h100 = Target("NVIDIA H100 80GB HBM3", "cuda", 90, SM90.smem_bytes, SM90.num_sms)
-    (entry,) = [e for e in tuned if e["group"] == group]
+    (entry,) = [e for e in tuned if e["group"] == group and e.get("gpu") == h100.name]
     assert entry["kv_itemsize"] == 1 and entry["pairs"] == rows * kv_heads
 
     def choose(target, **change):
@@ -126,6 +126,13 @@ def test_an_entry_with_a_group_serves_that_shape_alone(rows, kv_heads, group, co
     assert all("H100" not in choose(target).source for target in TARGETS if target.arch != SM90.arch)
     plain = decode_config(h100, **{**SHAPE, "num_kv_heads": kv_heads}, num_rows=rows, capacity=4096, group=group)
     assert "H100" not in plain.source
+
+
+def test_64_rows_of_an_fp8_cache_have_splits_of_their_own():
+    shape = {**SHAPE, "num_kv_heads": 8, "group": 4, "capacity": 8192, "quantized": True}
+    found = decode_config(SM90, **shape, num_rows=64)
+    assert (found.block_n, found.num_splits, found.min_split) == (32, 4, 512) and found.source.endswith("(exact)")
+    assert decode_config(SM90, **shape, num_rows=128).min_split != 512
 
 
 @pytest.mark.parametrize(("rows", "splits"), [(16, 8), (32, 4), (128, 2), (160, 2), (192, 2), (256, 1)])
