@@ -101,6 +101,9 @@ def decode_apart_kernel(
     Bytes: as `decode_kernel`; through shared memory the queries once a warp and 4 * W * RP * D of sums.
     FLOPs: 4 * sum(seq_lens) * H * D. Bound by latencies: of a program's loads, and of the hand-over between splits.
     A row of length 0 gives zeros.
+
+    Measured on an H200 in steps of one row (benchmarks/step_tune.py): per layer of Llama-8B 4.2 us less than
+    `decode_kernel` at context 200 and 3.3 at 4,096; per layer of Qwen3-30B-A3B 3.1 less at 200.
     """
     BLOCK_N: tl.constexpr = PARTS * KEYS
     R: tl.constexpr = H // G
