@@ -212,7 +212,7 @@ def decode_apart_kernel(
         top = tl.maximum(top, wide(tl.split(sums[i])[0], dim))
     p = tl.exp2(x - top)
     l = l * tl.exp2(m - top) + p
-    acc = p * new_v.to(tl.float32)
+    acc = p * tl.where(owner, new_v.to(tl.float32), 0.0)
     for i in tl.static_range(PARTS):
         m_own, l_own = tl.split(sums[i])
         weight = tl.exp2(wide(m_own, dim) - top)

@@ -22,7 +22,7 @@ from tests.lowerings.interpreted.check_attention import (
     poisoned_memory,
     small_tiles,
 )
-from tests.lowerings.steps import check_rope_attention, make_rope, make_step
+from tests.lowerings.steps import NOT_A_NUMBER, check_rope_attention, make_rope, make_step
 
 __all__ = ["poisoned_memory"]  # a fixture that every test uses
 
@@ -133,6 +133,18 @@ def test_warps_apart_write_nothing_without_a_slot():
         out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
     assert torch.equal(out, expected)
     assert torch.equal(before.nan_to_num(7.0), step.kv_cache.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_warps_apart_give_zeros_for_a_row_without_a_token_whatever_it_brings(splits):
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": torch.bfloat16}
+    step = make_step([(20, 1)], padding=1, **shape)
+    inputs = make_rope(step, Rope("half", 64), table_dtype=torch.float32)
+    for x in (step.q, step.k, step.v):
+        x[-1] = NOT_A_NUMBER
+    with decoded_by(DecodeConfig(64, 4, 1, splits, 64, apart=16)):
+        out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
+    assert torch.isfinite(out).all() and out[0].any() and not out[-1].any()
 
 
 def test_warps_apart_refuse_what_they_do_not_serve():
