@@ -129,8 +129,9 @@ def test_warps_apart(monkeypatch, head_dim, warps, keys, page_size, group, rule,
             assert torch.equal(out, launch_rope_attention(*inputs.arguments(step, options))), "a race"
 
 
-@caches
-@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+@pytest.mark.parametrize(
+    ("quantized", "apart"), [(False, False), (True, False), (False, True)], ids=["plain", "fp8", "apart"]
+)
 def test_one_graph_of_the_fused_op_serves_any_length(monkeypatch, quantized, apart):
     """Captured behind ordinary kernels and a memset, replayed with other lengths, bitwise as eager launches."""
     step = make_step(
@@ -138,8 +139,6 @@ def test_one_graph_of_the_fused_op_serves_any_length(monkeypatch, quantized, apa
         padding=1, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda",
         quantized=quantized,
     )  # fmt: skip
-    if apart and quantized:
-        pytest.skip("codes are not served")
     if apart:
         config = DecodeConfig(256, 8, 1, 8, 256, apart=32)
         monkeypatch.setattr(heuristics, "decode_config", lambda *_, **__: config)

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.machine_code import waits_for_each_product
+from fusecomp.lowerings.paged_attention.attention_aot import Case
+from fusecomp.lowerings.paged_attention.attention_aot import specializations as specializations_of_attention
+from fusecomp.lowerings.paged_attention.decode_apart import decode_apart_kernel
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant import folded, folded_held, folded_wide, quant_aot
 from fusecomp.lowerings.quant.heuristics import FOLDED_WIDE, QuantConfig
@@ -47,6 +50,20 @@ def test_words_behind_the_first_tile_are_asked_of_the_l2_before_the_wait(ahead):
     ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
     assert ptx.count("cp.async.bulk.prefetch.L2.global") == ahead
     assert not ahead or ptx.index("prefetch.L2") < ptx.index("griddepcontrol.wait")
+
+
+def test_warps_apart_hold_their_first_tile_before_the_wait_and_exchange_nothing_between_products():
+    """All of 32 keys and values a warp, sixteen bytes a load, asked for behind a row's pages and length alone."""
+    case = Case(rope="half:128:full", num_rows=1, apart=(32, 8))
+    spec = next(s for s in specializations_of_attention(case, SM90) if s.kernel is decode_apart_kernel)
+    resources, compiled = compile_one(spec, "sm_90")
+    ptx = compiled.asm["ptx"]
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert resources.spills == 0 and before.count("ld.global.v4.b32") == 32
+    assert before.count("ld.volatile.global") == 5  # pages of the first tile, a length, pages of another first tile
+    assert not re.search(r"st\.(shared|global)|bar\.sync|shfl|ldmatrix", before)
+    products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
+    assert "shared" not in products and "bar.sync" not in products
 
 
 @pytest.mark.parametrize("parts", [1, 4])

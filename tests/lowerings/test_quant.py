@@ -33,14 +33,11 @@ from fusecomp.lowerings.quant.heuristics import (
 )
 from fusecomp.lowerings.quant.lowering import explain_choices, input_tiles, launch_quant_linear, refusal, run_quant
 from fusecomp.ops.linear import Program
-from fusecomp.ops.norm import NormSpec
-from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
-from fusecomp.ops.quant_linear import QuantShape, quant_linear_reference
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
+from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.patterns.quant_examples import random_weight
 
 ROOT = Path(__file__).parents[2]
-SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
-SWIGLU = Program(2, (), SILU, "bfloat16")
 KINDS = ((INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4))
 
 
@@ -292,112 +289,3 @@ def test_refusals(change, reason):
     odd = WeightSpec(INT, 4, 1, 8, "bfloat16")
     assert "no multiple of 16" in refusal(*random_weight((32, 64), odd, torch.bfloat16), odd)
     assert heuristics.reason(QuantShape(32, 64, 1, "bfloat16", INT, 4, 1, 8, False))
-
-
-GPU_CASES = [
-    (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), False),
-    (WeightSpec(INT, 4, 1, 128, "bfloat16", 64), True),
-    (WeightSpec(INT, 4, 1, 32, "bfloat16", 32), True),
-    (WeightSpec(INT, 4, 1, 0, "float16", 64), False),
-    (WeightSpec(INT, 4, 1, 64, "float16", 32), True),
-    (WeightSpec(INT, 4, 1, 16, "bfloat16"), True),
-    (WeightSpec(INT, 8, 1, 0, "bfloat16"), False),
-    (WeightSpec(FP8, 8, 1, 0, "bfloat16"), False),
-    (WeightSpec(FP8, 8, 1, 0, "float16"), False),
-    (WeightSpec(FP8, 8, 128, 128, "bfloat16"), False),
-    (WeightSpec(FP4, 4, 1, 32, "bfloat16"), False),
-    (WeightSpec(NF4, 4, 1, 64, "bfloat16"), False),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("spec", "zero"), GPU_CASES, ids=lambda v: v.describe() if isinstance(v, WeightSpec) else v)
-def test_gpu(spec, zero):
-    """Error against fp32 at most 1.5 times that of the dequantized layer in its dtype, of every size of launch."""
-    widest = 4096 + (256 if spec.fold else 96)
-    for (n, k), tokens in itertools.product(((192, 1024), (100, widest)), (1, 2, 7, 16, 33, 64, 130, 600)):
-        weight = [
-            None if part is None else part.cuda() for part in random_weight((2 * n, k), spec, torch.float32, zero=zero)
-        ]
-        weight[1] = weight[1].to(spec.torch_dtype)
-        torch.manual_seed(0)
-        x, gain = (torch.randn(shape, device="cuda", dtype=spec.torch_dtype) for shape in ((tokens, k), (k,)))
-        program = replace(SWIGLU, dtype=spec.dtype, norm=NormSpec("rms", 1e-5))
-        found = launch_quant_linear(x, *weight, gain, None, [], program, spec)
-        exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))
-        exact = quant_linear_reference(
-            x.float(), *weight, gain.float(), None, [], exact_program, exact_spec
-        )  # fmt: skip
-        dense = dequantize_reference(*weight, spec.to_text())
-        y = torch.nn.functional.rms_norm(x, (k,), gain, 1e-5) @ dense.T
-        unfused = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
-        error, allowed = ((value.float() - exact).norm() for value in (found, unfused))
-        assert error <= 1.5 * allowed, (n, k, tokens, float(error), float(allowed))
-
-
-@pytest.mark.gpu
-def test_gpu_inputs_by_a_descriptor():
-    """Launches of an H200's table, at its shapes: the same bits as by pointers, for fewer tokens too."""
-    chosen = [e for e in entries(SM90.table) if e["config"].get("use_tma")]
-    assert chosen
-    for entry in chosen:
-        spec, config = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), QuantConfig(**entry["config"])
-        (n, k), groups = (entry["rows"] // entry["groups"], entry["k"]), entry["groups"]
-        weight = [part.cuda() for part in random_weight((groups * n, k), spec, torch.bfloat16, zero=True)]
-        program = SWIGLU if groups == 2 else Program(1, (), (), "bfloat16")
-        for tokens in (entry["tokens"], entry["tokens"] - 1, 33):
-            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-            assert input_tiles(x, config) is not None
-            outs = [torch.full((tokens, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
-            for out, use_tma in zip(outs, (True, False), strict=True):
-                run_quant(replace(config, use_tma=use_tma), x, *weight, None, [], program, spec, out, True)
-            assert not outs[0].isnan().any() and torch.equal(*outs), entry
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", [INT, FP8])
-def test_gpu_every_code_of_a_word(kind, dtype):
-    """Each row has one code in one column, whose input alone is not zero."""
-    spec, i = WeightSpec(kind, 8, 1, 0, dtype), torch.arange(256, device="cuda")
-    codes = torch.zeros(256, 1024, dtype=torch.uint8, device="cuda")
-    codes[i, i % 8] = i.to(torch.uint8)
-    q, scale = codes.view(spec.codes_dtype), torch.ones(256, 1, device="cuda")
-    numbers = ~q.float().isnan().any(1)
-    for at in range(8):
-        x = torch.zeros(1, 1024, dtype=spec.torch_dtype, device="cuda")
-        x[0, at] = -2.0
-        out = torch.full((1, 256), float("nan"), dtype=spec.torch_dtype, device="cuda")
-        config, program = QuantConfig("words", 1, 4, 1024), Program(1, (), (), dtype)
-        run_quant(config, x, q, scale, None, None, [], program, spec, out, True)
-        exact = torch.where(i % 8 == at, -2.0 * q.float()[i, i % 8], 0.0)
-        assert torch.equal(out[0].float()[numbers], exact[numbers]) and out[0, ~numbers].isnan().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
-def test_gpu_held_inputs(parts, early):
-    """Every number of warps, with and without splits, norms, zero points and rows to spare, at every block of rows."""
-    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
-    cases = itertools.product((256 * parts, 640 * parts // 256 * 256 + 256), (1, 2), (None, False, True))
-    for i, (k, groups, plus_one) in enumerate(cases):
-        n, rows, zero = 16 // groups * 13, (16, 48, 128, 208)[i % 4], i // 2 % 2 == 0
-        weight = [
-            None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, spec.torch_dtype, zero=zero)
-        ]
-        norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
-        program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
-        x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((1, k), (k,)))
-        gain = None if norm is None else gain
-        config = QuantConfig("folded held", 1, rows, 256, parts, 3, early=early, parts=parts, ahead=i % 3)
-        outs = [torch.full((1, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
-        for out in outs:
-            run_quant(config, x, *weight, gain, [], program, spec, out, True)
-        exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))
-        wide = None if gain is None else gain.float()
-        exact = quant_linear_reference(x.float(), *weight, wide, None, [], exact_program, exact_spec)
-        unfused = quant_linear_reference(x, *weight, gain, None, [], program.to_text(), spec.to_text())
-        error, allowed = ((value.float() - exact).norm() for value in (outs[0], unfused))
-        assert error <= 1.5 * allowed, (k, groups, plus_one, zero, rows, float(error), float(allowed))
-        assert torch.equal(*outs)

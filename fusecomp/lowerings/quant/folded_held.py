@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
 from fusecomp.lowerings.quant.folded import BIAS_FP16
 from fusecomp.lowerings.quant.held_inputs import hold, nothing
-from fusecomp.lowerings.quant.pieces import half_of, load_codes, magic
+from fusecomp.lowerings.quant.pieces import ask_l2_for, half_of, load_codes, magic
 
 TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a product
 
@@ -148,10 +148,7 @@ def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.con
     size = k // (32 * SPLITS) * 16  # bytes, sixteen at least
     at = q.to(tl.int64) + (start + r // G + (r % G).to(tl.int64) * n) * (k // 2) + split * size
     go = (i < tl.minimum(count, AHEAD)).to(tl.int32)
-    asm: tl.constexpr = (
-        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-    )
-    tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, size + place * 0, go], dtype=tl.int32, is_pure=False, pack=1)
+    ask_l2_for(at, size + place * 0, go)
 
 
 @triton.jit

@@ -172,6 +172,15 @@ def half_of(pair, PLACE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def ask_l2_for(at, size, go):
+    """Ask the L2 for `size` bytes from each address on, multiples of 16 both, where `go` is not 0; by TMA."""
+    asm: tl.constexpr = (
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+    tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, size, go], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_codes(at, mask, EVEN_K: tl.constexpr):
     if EVEN_K:
         return tl.load(at, eviction_policy="evict_first")

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, store_features, weight_rows
-from fusecomp.lowerings.quant.pieces import byte_values, half_of, load_scales, scale_row
+from fusecomp.lowerings.quant.pieces import ask_l2_for, byte_values, half_of, load_scales, scale_row
 
 WORD = tl.constexpr(4)  # codes of an int32, and 16-bit inputs of an int64
 # PTX: the four e4m3fn bytes of a word as fp32, by the conversion that GPUs from compute capability 8.9 on have.
@@ -108,10 +108,7 @@ def _ask_l2(
     size = tl.minimum(AHEAD * BLOCK_W, width - BLOCK_W) * 4  # bytes
     at = (q + row * width + BLOCK_W).to(tl.int64)
     go = ((lane < BLOCK_R) & (size > 0)).to(tl.int32)
-    asm: tl.constexpr = (
-        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-    )
-    tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, lane * 0 + size, go], dtype=tl.int32, is_pure=False, pack=1)
+    ask_l2_for(at, lane * 0 + size, go)
 
 
 @triton.jit

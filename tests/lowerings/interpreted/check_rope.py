@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -120,21 +121,6 @@ def test_every_length_whose_warps_are_apart(keys, warps, splits):
             Rope("half", 64))  # fmt: skip
 
 
-def test_warps_apart_write_nothing_without_a_slot():
-    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": torch.float16}
-    step = make_step([(20, 1), (150, 1)], **shape)
-    inputs = make_rope(step, Rope("half", 64), table_dtype=torch.float32)
-    with decoded_by(DecodeConfig(64, 4, 1, 2, 64, apart=16)):
-        expected = rope_lowering.launch_rope_attention(
-            *inputs.arguments(replace(step, kv_cache=step.kv_cache.clone()), (0.2, 0, 0.0, None))
-        )
-        before = step.kv_cache.clone()
-        step.slots.fill_(-1)
-        out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
-    assert torch.equal(out, expected)
-    assert torch.equal(before.nan_to_num(7.0), step.kv_cache.nan_to_num(7.0))
-
-
 @pytest.mark.parametrize("splits", [1, 2])
 def test_warps_apart_give_zeros_for_a_row_without_a_token_whatever_it_brings(splits):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": torch.bfloat16}
@@ -170,17 +156,26 @@ def test_prefill(data, case):
     check(data, case, block_n=0)
 
 
-def test_a_slot_of_minus_one_writes_nothing():
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "launch"),
+    [
+        (32, torch.float32, nullcontext()),
+        (64, torch.float16, decoded_by(DecodeConfig(64, 4, 1, 2, 64, apart=16))),
+    ],
+    ids=["", "warps apart"],
+)
+def test_a_slot_of_minus_one_writes_nothing(head_dim, dtype, launch):
     """A row may have a length and no slot: its token is attended to from registers and not kept."""
-    shape = {"heads": 4, "kv_heads": 2, "head_dim": 32, "page_size": 16, "dtype": torch.float32}
-    step = make_step([(20, 1), (33, 1)], **shape)
-    inputs = make_rope(step, Rope("half", 32), table_dtype=torch.float32)
-    expected = rope_lowering.launch_rope_attention(
-        *inputs.arguments(replace(step, kv_cache=step.kv_cache.clone()), (0.2, 0, 0.0, None))
-    )
-    before = step.kv_cache.clone()
-    step.slots.fill_(-1)
-    out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": head_dim, "page_size": 16, "dtype": dtype}
+    step = make_step([(20, 1), (150, 1)], **shape)
+    inputs = make_rope(step, Rope("half", head_dim), table_dtype=torch.float32)
+    with launch:
+        expected = rope_lowering.launch_rope_attention(
+            *inputs.arguments(replace(step, kv_cache=step.kv_cache.clone()), (0.2, 0, 0.0, None))
+        )
+        before = step.kv_cache.clone()
+        step.slots.fill_(-1)
+        out = rope_lowering.launch_rope_attention(*inputs.arguments(step, (0.2, 0, 0.0, None)))
     assert torch.equal(out, expected)
     assert torch.equal(before.nan_to_num(7.0), step.kv_cache.nan_to_num(7.0))
 
