@@ -30,11 +30,13 @@ from fusecomp.lowerings.linear.skinny import split_steps
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
+    DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
     QuantConfig,
     held_config,
     norm_limit,
+    serves_digits,
     serves_halves,
     serves_held,
     serves_words,
@@ -65,6 +67,11 @@ BYTES = {
     64: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
     128: [(64, 128, 4, 4, NO, NO), (128, 128, 8, 3, NO, NO), (128, 128, 4, 3, NO, NO)],
 }  # fmt: skip
+# Of fp8 whose inputs are cut to digits: rows and columns of a tile, warps, stages.
+DIGIT_TILES = (
+    (64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 512, 4, 2), (64, 512, 8, 3),
+    (128, 256, 8, 3), (128, 256, 4, 3), (128, 128, 4, 4), (128, 128, 8, 5),
+)  # fmt: skip
 # Of folded codes, by tokens of a program: rows of a tile, warps, stages, programs to a multiprocessor, `early`, `sums`.
 FOLDED = {
     8: [(64, 4, 4, (2, 3, 4), True, True), (64, 4, 4, (2, 3, 4), False, True)],
@@ -106,6 +113,10 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     if shape.fold:
         yield from folded_candidates(shape, tokens)
         return
+    if tokens <= 32 and serves_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
+        for rows, block_k, warps, stages in DIGIT_TILES:
+            for splits in split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, block_k):
+                yield QuantConfig(DIGITS, block_t, rows, block_k, warps, stages, splits)
     if tokens == 1:
         columns = 2048 if shape.bits == 4 else 1024
         for rows, block_k, warps in ((4, columns, 4), (8, columns, 4), (8, columns // 2, 2), (8, 2 * columns, 4)):

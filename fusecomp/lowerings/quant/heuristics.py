@@ -18,7 +18,7 @@ from fusecomp.ops.quant import FP8, INT
 from fusecomp.ops.quant_linear import QuantShape
 
 KEY = ("kind", "bits", "zero", "rows", "k", "groups", "tokens")  # of a table's entries
-VECTOR, WORD_VECTOR, TILE, DEQUANTIZE = "vector", "words", "tile", "dequantize"
+VECTOR, WORD_VECTOR, TILE, DIGITS, DEQUANTIZE = "vector", "words", "tile", "digits", "dequantize"
 FOLDED, FOLDED_WIDE, FOLDED_HELD = "folded", "folded wide", "folded held"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
@@ -27,6 +27,8 @@ FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 HELD_ROWS, HELD_COLUMNS = 16, 256  # "folded held": rows of a product, columns of a warp
 HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
 HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
+DIGITS_ARCH = 90  # compute capability, times ten, from which fp8 products are as fast as their operands are read
+DIGIT_COLUMNS = 128  # "digits": a scale serves a multiple of these
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -37,13 +39,14 @@ class QuantConfig:
     """Configuration of one launch.
 
     Attributes:
-        kernel: "vector" for one token, or "words" where it serves them; "tile" for more; "folded" for folded codes,
+        kernel: "vector" for one token, or "words" where it serves them; "tile" for more, or "digits" where it
+            serves them; "folded" for folded codes,
             "folded held" for those of one token where it serves them, "folded wide" for those of many; "dequantize"
             for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups; folded held: rows of a program.
         block_k: columns of a weight tile.
-        splits: tile, folded: programs that share the same features, each with its part of K.
+        splits: tile, digits, folded: programs that share the same features, each with its part of K.
         sums: folded: codes are multiplied plus a bias, which sums of inputs take off.
         early: tile, folded, folded held: only codes go through the pipeline, which then begins before the wait for the
             last kernel.
@@ -81,6 +84,11 @@ def held_entries(name: str) -> list[dict[str, Any]]:
     return entries_of(name, "", "held", KEY)
 
 
+def digit_entries(name: str) -> list[dict[str, Any]]:
+    """Those of weights that launches which cut their inputs to digits serve, of any kind; only some GPUs have any."""
+    return entries_of(name, "", "digits", KEY)
+
+
 @cache
 def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = True) -> QuantConfig:
     """Configuration for a shape that `reason` accepts; not one that holds its inputs unless `held`."""
@@ -90,6 +98,8 @@ def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = Tr
     if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
         found = _tuned(target, shape, tokens, held_entries(target.table))
         return held_config(found, target, shape) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
+    if serves_digits(target, shape) and any(e["tokens"] >= tokens for e in digit_entries(target.table)):
+        return _fit(_tuned(target, shape, tokens, digit_entries(target.table)), target, shape)
     if tuned:
         return _fit(_tuned(target, shape, tokens, entries(target.table)), target, shape)
     if shape.fold:
@@ -178,6 +188,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
         config = replace(config, num_warps=max(config.num_warps, config.block_r // 16))
 
     def need(c: QuantConfig) -> int:
+        if c.kernel == DIGITS:  # codes, and digits once
+            return (c.num_stages * c.block_r + 2 * c.block_t) * c.block_k
         # Bytes of a column and token: with the norm inside, the tile kernel stages its weight beside the inputs.
         if folded:  # a tile of codes less, and inputs once if threads load them or norm them
             inputs = 2 * c.block_t * (1 if c.early else c.num_stages - (c.parts > 1 and c.block_t > 8))
@@ -246,6 +258,13 @@ def serves_held(shape: QuantShape) -> bool:
 def serves_words(shape: QuantShape) -> bool:
     """Whether the kernel of one token that reads words of four codes takes a shape."""
     return shape.bits == 8 and not shape.cols and not shape.zero and shape.dtype != "float32" and shape.k % 4 == 0
+
+
+def serves_digits(target: Target, shape: QuantShape) -> bool:
+    """Whether the kernel that cuts inputs to fp8 digits takes a shape."""
+    alike = shape.kind == FP8 and shape.dtype == "bfloat16" and not shape.zero
+    matrix_units = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= DIGITS_ARCH
+    return matrix_units and alike and shape.cols % DIGIT_COLUMNS == 0
 
 
 def serves_halves(shape: QuantShape) -> bool:

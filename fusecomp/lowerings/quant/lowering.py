@@ -25,12 +25,14 @@ from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.activations import explain_scaled
+from fusecomp.lowerings.quant.digits import digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
 from fusecomp.lowerings.quant.held_launch import in_bf16, run_held
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
+    DIGITS,
     FOLDED,
     FOLDED_HELD,
     FOLDED_WIDE,
@@ -259,6 +261,14 @@ def run_quant(
             quant_vector_kernel, (blocks,),
             x, codes, scale, zero, out, norm_weight, args, strides, n, k, eps, columns,
             UNIT=heuristics.unit(shape), **common,
+        )  # fmt: skip
+        return
+    if config.kernel == DIGITS:
+        launch(
+            digits_kernel, (teams * splits,),
+            x, codes, scale, out, norm_weight, *scratch, args, strides, tokens, n, k, per_split, eps, x.stride(0),
+            out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
+            **{name: value for name, value in common.items() if name != "OFFSET"},
         )  # fmt: skip
         return
     codes, words = _words(config, codes, shape)

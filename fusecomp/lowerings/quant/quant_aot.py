@@ -12,11 +12,13 @@ from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import heuristics, pieces
+from fusecomp.lowerings.quant.digits import digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
 from fusecomp.lowerings.quant.folded_held import folded_held_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
 from fusecomp.lowerings.quant.heuristics import (
+    DIGITS,
     FOLDED,
     FOLDED_HELD,
     FOLDED_WIDE,
@@ -70,6 +72,11 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
 
 # Layout, groups, norm, warps, whether the pipeline begins before the wait.
 HELD = ((0, 2, 2, 4, False), (7, 1, 0, 8, True), (0, 1, 3, 16, True))
+DIGIT = (  # layout, groups, norm, launch; compiled for all GPUs that it serves
+    ((FP8, 8, 1, 0, False, 0), 2, 2, QuantConfig(DIGITS, 8, 128, 256, 8, 3)),
+    ((FP8, 8, 1, 0, False, 0), 1, 0, QuantConfig(DIGITS, 16, 64, 256, 4, 3, 4)),
+    ((FP8, 8, 128, 128, False, 0), 1, 3, QuantConfig(DIGITS, 8, 64, 128, 4, 4, 8)),
+)
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
@@ -85,6 +92,8 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, config in WIDE:
         if target.has_tma or not config.use_tma:
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
+    for layout, groups, norm, config in DIGIT if arch_of(target) >= heuristics.DIGITS_ARCH else ():
+        yield specialization(target, layout, groups, config.block_t, "bfloat16", norm, config)
     for at, groups, norm, warps, early in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
         config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1, early=early)
         yield specialization(target, LAYOUTS[at], groups, 1, "bfloat16", norm, config)
@@ -98,6 +107,11 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
                     yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
                 yield specialization(target, layout, 1, tokens, "float32", 2)
+
+
+def arch_of(target: Target) -> int:
+    """Compute capability of an NVIDIA GPU, times ten; 0 of others."""
+    return target.arch if isinstance(target.arch, int) and target.backend == "cuda" else 0
 
 
 def _token_limit(target: Target, layout: tuple) -> int:
@@ -176,6 +190,9 @@ def specialization(
             if config.parts > 1:
                 even = k % (4 * fold * config.parts) == 0
                 constants |= {"PARTS": config.parts, "EVEN_K": even, "ONE": tokens == 1}
+        elif config.kernel == DIGITS:
+            for name in ("ASM", "EXACT_NORM", "EARLY", "OFFSET", "zero"):
+                del constants[name]
         else:
             constants["HALVES"] = config.halves
             words = constants["WORDS"] = heuristics.reads_words(config, shape)
@@ -191,10 +208,11 @@ def specialization(
             constants.pop(name, None)
         pointers.pop("part_squares", None)
         del scalars["eps"]
-    name = f"quant-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
+    label = "digits" if config.kernel == DIGITS else "quant"
+    name = f"{label}-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
     kernels = {
         VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel,
-        FOLDED_WIDE: folded_wide_kernel,
+        FOLDED_WIDE: folded_wide_kernel, DIGITS: digits_kernel,
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))

@@ -18,6 +18,7 @@ from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
+from tests.lowerings.interpreted.float8 import multiply_float8
 
 SETTINGS = settings(
     deadline=None,
@@ -37,6 +38,7 @@ NORMS = {"none": None, "rms": NormSpec("rms", 1e-5), "plus one": NormSpec("rms",
 
 
 multiply_bfloat16()
+multiply_float8()
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +172,58 @@ def test_tokens(layer, block_t, block_r, block_k, splits, early):
 )  # fmt: skip
 def test_tokens_in_halves(layer, block_r, block_k, splits, early):
     run(layer, QuantConfig("tile", 16, block_r, block_k, splits=splits, early=early, halves=True))
+
+
+@st.composite
+def digit_layers(draw):
+    """fp8 by rows, tensors or blocks, and bf16 inputs of tokens whose sizes are far apart, one of them zero."""
+    rows, cols = draw(st.sampled_from([(1, 0), (0, 0), (128, 128), (1, 256)]))
+    name, count, k = draw(st.sampled_from([*PROGRAMS])), draw(st.integers(1, 20)), 16 * draw(st.integers(1, 40))
+    spec = WeightSpec(FP8, 8, rows, cols, "bfloat16")
+    norm = NORMS[draw(st.sampled_from([*NORMS]))]
+    program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
+    n = draw(st.integers(1, 50))
+    q, scale, _ = random_weight((program.groups * n, k), spec, torch.float32, seed=draw(st.integers(0, 9)))
+    torch.manual_seed(0)
+    sizes = torch.tensor([1.0, 1e-30, 0.0, 1e15, 3e-3])[torch.arange(count) % 5, None]
+    x = (torch.randn(count, k + 8)[:, :k] * torch.logspace(-6, 0, k) * sizes).bfloat16()
+    operands = [torch.randn((count, n) if part == FULL else (n,)).bfloat16() for part in program.operands]
+    norm_weight = torch.randn(k).bfloat16() if norm and (norm.plus_one or draw(st.booleans())) else None
+    return x, (q, scale, None), norm_weight, operands, program, spec
+
+
+@settings(SETTINGS, max_examples=30)
+@given(
+    digit_layers(), st.sampled_from([8, 16]), st.sampled_from([16, 64]), st.sampled_from([32, 128]), st.integers(1, 4)
+)
+def test_digits(layer, block_t, block_r, block_k, splits):
+    """By token, for sums over tokens would be those of the largest."""
+    x, weight, norm_weight, operands, program, spec = layer
+    config = QuantConfig("digits", block_t, block_r, block_k, splits=splits)
+    found = run(layer, config)
+    for t in range(len(x)):
+        rows = [o[t : t + 1] if part == FULL else o for o, part in zip(operands, program.operands, strict=True)]
+        check(found[t : t + 1], (x[t : t + 1], weight, norm_weight, rows, program, spec))
+
+
+def test_digits_hold_every_input():
+    """Every bf16 number within 2^12 of the largest, exactly; none that is no number becomes one."""
+    bits = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    weight = (torch.eye(128).to(torch.float8_e4m3fn), torch.ones(128, 1), None)
+    spec, program = WeightSpec(FP8, 8, 1, 0, "bfloat16"), PROGRAMS["plain"]
+    for largest in (1.0, 1e-20, 1e20):
+        near = bits[(bits.abs() <= largest) & (bits.abs() > largest * 2.0**-12)].float()
+        x = torch.cat([near, torch.zeros(-len(near) % 127)]).view(-1, 127)
+        x = torch.cat([torch.full((len(x), 1), largest), x], 1).bfloat16()
+        found = torch.empty(len(x), 128)
+        run_quant(QuantConfig("digits", 8, 64, 128), x, *weight, None, [], program, spec, found, False)
+        assert torch.equal(found, x.float())
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(3, 128).bfloat16()
+        x[1, 5] = bad
+        found = torch.empty(3, 128)
+        run_quant(QuantConfig("digits", 8, 64, 128), x, *weight, None, [], program, spec, found, False)
+        assert found[1].isnan().all() and torch.equal(found[::2], x[::2].float())
 
 
 @settings(SETTINGS, max_examples=60)
