@@ -32,7 +32,7 @@ from fusecomp.patterns.outer import OuterProduct
 from fusecomp.patterns.quant import QuantExperts, QuantLinear
 from fusecomp.patterns.quant_activations import FakeQuantize, NormQuantize, QuantizeRoundTrip, ScaledLinear
 from fusecomp.patterns.rope import RopeAttention
-from fusecomp.patterns.routed_experts import RoutedExperts
+from fusecomp.patterns.routed_experts import RoutedExperts, RoutedQuantExperts
 from fusecomp.patterns.router import Router
 from fusecomp.patterns.router_linear import RouterLinear
 from fusecomp.patterns.rows import SelectedRows
@@ -52,6 +52,7 @@ FUSE: tuple[Pattern, ...] = (
     QuantLinear(),  # after all that a linear takes in, whatever its weight
     QuantExperts(),
     RoutedExperts(),  # after quantized experts, which need ids
+    RoutedQuantExperts(),
     ExpertsLinear(),
     ScaledLinear(),  # after the weights: both sides are codes by then
     NormQuantize(),

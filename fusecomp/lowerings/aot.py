@@ -120,6 +120,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         full: every case; otherwise those of CI, and of each kernel at most so many, the first and the last among them.
     """
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
+    from fusecomp.lowerings.experts.routed_aot import routed_specializations
     from fusecomp.lowerings.feed_aot import specializations as feed_specializations
     from fusecomp.lowerings.invariant_aot import invariant_specializations
     from fusecomp.lowerings.linear.epilogue_aot import specializations as epilogue_specializations
@@ -140,7 +141,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         route_specializations(target),
         feed_specializations(target),
     )
-    experts = experts_specializations(target, full=full)
+    experts = itertools.chain(experts_specializations(target, full=full), routed_specializations(target))
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))
     invariant = invariant_specializations(target, full=full)
     every = itertools.chain(attention, linear, others, experts, quantized, invariant)

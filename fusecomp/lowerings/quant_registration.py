@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.launch import computed
-from fusecomp.lowerings.registration import run_linear, run_norm
+from fusecomp.lowerings.registration import run_linear, run_norm, run_router, unit_stride
 from fusecomp.ops.library import implement, record_fallback, require_any_order
 from fusecomp.ops.linear import Program
 from fusecomp.ops.linear_pair import QUANT_ARGS
@@ -23,6 +23,8 @@ from fusecomp.ops.quant import (
     quantize_reference,
 )
 from fusecomp.ops.quant_linear import is_codes
+
+ROUTER_ARGS, NORM = 8, 5  # arguments of a router besides x, and which of them describes its norm
 
 if TYPE_CHECKING:
     from fusecomp.lowerings.quant.pair import ScaledCall
@@ -207,6 +209,17 @@ def _quant_experts(*args: Any) -> Tensor:
     return computed(launch_quant_experts(*args))
 
 
+def _routed_quant_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from fusecomp.lowerings.experts.quant_routed import launch_routed_quant_experts
+
+    require_any_order("routed_quant_experts")
+    x, router, experts = unit_stride(x), args[:ROUTER_ARGS], args[ROUTER_ARGS:]
+    if (found := launch_routed_quant_experts(x, *args)) is not None:
+        return computed(found[0]), computed(found[1])
+    y, ids, weights = run_router(x, *router)
+    return y, _quant_experts(y if router[NORM] else x, ids, weights, *experts)
+
+
 @cache
 def register() -> None:
     """Bind what this file has, once per process."""
@@ -216,3 +229,4 @@ def register() -> None:
     implement("quant_linear", _quant_linear, "CUDA")
     implement("quant_linear_pair", _quant_linear_pair, "CUDA")
     implement("quant_experts", _quant_experts, "CUDA")
+    implement("routed_quant_experts", _routed_quant_experts, "CUDA")

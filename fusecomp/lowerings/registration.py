@@ -25,7 +25,7 @@ from fusecomp.ops.router import RouteSpec, route_reference, router_reference
 from fusecomp.ops.sampling import greedy_reference
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     """`x` with a contiguous last dim. Inductor is free to choose layouts, and now and then picks another."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -33,7 +33,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     from fusecomp.lowerings.paged_attention.lowering import launch_cache_write
 
-    launch_cache_write(_unit_stride(k), _unit_stride(v), kv_cache, slots)
+    launch_cache_write(unit_stride(k), unit_stride(v), kv_cache, slots)
 
 
 def _attention_refusal(q: Tensor, k: Tensor, kv_cache: Tensor, scale: float, window: int, softcap: float) -> str | None:
@@ -78,7 +78,7 @@ def _paged_attention(
         from fusecomp.lowerings.paged_attention.invariant import launch_invariant_attention
 
         return computed(launch_invariant_attention(q, *args))
-    return computed(launch_paged_attention(q, _unit_stride(k), _unit_stride(v), *args))
+    return computed(launch_paged_attention(q, unit_stride(k), unit_stride(v), *args))
 
 
 def _rope_attention(
@@ -109,8 +109,8 @@ def _rope_attention(
     if reason:
         record_fallback("rope_attention", reason)
         return rope_attention_reference(q, k, v, cos, sin, q_norm, k_norm, *rest)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
-    cos, sin, q_norm, k_norm = (None if x is None else _unit_stride(x) for x in (cos, sin, q_norm, k_norm))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    cos, sin, q_norm, k_norm = (None if x is None else unit_stride(x) for x in (cos, sin, q_norm, k_norm))
     if batch_invariant():
         from fusecomp.lowerings.paged_attention.invariant import launch_invariant_rope_attention
 
@@ -171,7 +171,7 @@ def _greedy(logits: Tensor) -> Tensor:
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         record_fallback("greedy", f"dtype {logits.dtype} is none of fp32, fp16, bf16")
         return greedy_reference(logits)
-    return computed(launch_greedy(_unit_stride(logits)))
+    return computed(launch_greedy(unit_stride(logits)))
 
 
 def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
@@ -182,12 +182,12 @@ def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tens
     if reason := supports(logits.dtype, logits.shape[1], parsed):
         record_fallback("route", reason)
         return route_reference(logits, bias, spec)
-    bias = None if bias is None else _unit_stride(bias)
-    ids, weights = launch_route(_unit_stride(logits), bias, parsed, uses_pdl(logits))
+    bias = None if bias is None else unit_stride(bias)
+    ids, weights = launch_route(unit_stride(logits), bias, parsed, uses_pdl(logits))
     return computed(ids), computed(weights)
 
 
-def _router(
+def run_router(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -198,6 +198,7 @@ def _router(
     logits: str,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`fusecomp::router` on CUDA; what its kernels refuse runs the reference, counted."""
     from fusecomp.lowerings.route.lowering import launch_router_op, supports
 
     normed, parsed = NormSpec.from_text(norm) if norm else None, RouteSpec.from_text(spec)
@@ -205,7 +206,7 @@ def _router(
         record_fallback("router", reason)
         return router_reference(x, weight, bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     y, ids, weights = launch_router_op(
-        _unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed
+        unit_stride(x), weight, bias, norm_weight, norm_bias, route_bias, normed, getattr(torch, logits), parsed
     )  # fmt: skip
     return computed(y), computed(ids), computed(weights)
 
@@ -226,11 +227,11 @@ def _routed_experts(
     from fusecomp.lowerings.experts.routed import launch_routed_experts
 
     given = (router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
-    given_all = (_unit_stride(x), *given, *args)
+    given_all = (unit_stride(x), *given, *args)
     found = None if batch_invariant() else launch_routed_experts(*given_all, later=later)
     if found is not None:
         return computed(found[0]), computed(found[1])
-    y, ids, weights = _router(x, *given)
+    y, ids, weights = run_router(x, *given)
     return y, _experts(y if norm else x, ids, weights, *args)
 
 
@@ -252,7 +253,7 @@ def register() -> None:
     implement("norm", run_norm, "CUDA")
     implement("greedy", _greedy, "CUDA")
     implement("route", _route, "CUDA")
-    implement("router", _router, "CUDA")
+    implement("router", run_router, "CUDA")
     implement("experts", _experts, "CUDA")
     implement("routed_experts", _routed_experts, "CUDA")
     implement("experts_linear", _experts_linear, "CUDA")

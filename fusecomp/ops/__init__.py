@@ -15,6 +15,7 @@ from fusecomp.ops import (
     quant_linear,
     rope,
     routed_experts,
+    routed_quant_experts,
     router,
     sampling,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "record_fallback",
     "rope",
     "routed_experts",
+    "routed_quant_experts",
     "router",
     "sampling",
     "take_fallbacks",

@@ -105,11 +105,22 @@ def _router(x: Any, weight: Any, *args: Any) -> Cost:
 
 def _routed_experts(x: Any, router: Any, *args: Any) -> Cost:
     """As `experts`, with the router's weight and, where there is one, the norm's result; what is chosen stays."""
-    norm, spec, up, down = args[4], RouteSpec.from_text(args[6]), args[7], args[9]
+    chosen, more = _routing(x, router, *args)
+    return _experts(x, chosen, None, args[7], None, args[9]) + more
+
+
+def _routed_quant_experts(x: Any, router: Any, *args: Any) -> Cost:
+    """As `quant_experts`, with what `routed_experts` adds."""
+    chosen, more = _routing(x, router, *args)
+    return _quant_experts(x, chosen, None, *args[7:]) + more
+
+
+def _routing(x: Any, router: Any, *args: Any) -> tuple[Any, Cost]:
+    """What stands for the experts chosen [T, K], of which K counts, and the cost of the router in front of them."""
+    norm, spec = args[4], RouteSpec.from_text(args[6])
     E, C = (int(size) for size in router.shape)
-    chosen = torch.empty(0, spec.k, device="meta")
     rows = (sympy.Integer(E * C) + (T * C if norm else 0)) * x.element_size()
-    return _experts(x, chosen, None, up, None, down) + Cost(rows, 2 * T * E * C)
+    return torch.empty(0, spec.k, device="meta"), Cost(rows, 2 * T * E * C)
 
 
 def _linear(x: Any, weight: Any, norm_weight: Any, norm_bias: Any, operands: Any, program: str) -> Cost:
@@ -201,6 +212,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "fake_quantize": _fake_quantize,
     "quant_linear": _quant_linear,
     "quant_experts": _quant_experts,
+    "routed_quant_experts": _routed_quant_experts,
 }
 
 

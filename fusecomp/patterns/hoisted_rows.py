@@ -32,7 +32,7 @@ from fusecomp.patterns.rows import SELECTIONS, row_arguments
 # What is worth moving a choice over.
 PRODUCTS = (
     OPS.linear.default, OPS.quant_linear.default, OPS.experts.default, OPS.quant_experts.default,
-    OPS.routed_experts.default, OPS.experts_linear.default,
+    OPS.routed_experts.default, OPS.routed_quant_experts.default, OPS.experts_linear.default,
 )  # fmt: skip
 # Of token tensors [T, ...]; what else they take are parameters.
 CANONICAL = (*PRODUCTS, OPS.norm.default, OPS.route.default, OPS.router.default)

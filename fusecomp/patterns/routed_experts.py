@@ -1,11 +1,14 @@
-"""Canonical router + experts -> canonical `routed_experts`: what is chosen need not leave the chip."""
+"""Canonical router + experts -> canonical `routed_experts`: what is chosen need not leave the chip.
+
+The same of experts whose weights are codes is a pattern of its own.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -17,7 +20,8 @@ from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import RESHAPES, is_call, skip_reshapes
 
-EXPERTS, ROUTER, ROUTED = OPS.experts.default, OPS.router.default, OPS.routed_experts.default
+ROUTER = OPS.router.default
+CHOSEN_ARGS = 3  # rows, ids and weights, before what the experts are
 RESULTS = ("rows", "ids", "weights")
 
 
@@ -28,16 +32,22 @@ class RoutedCandidate:
     Attributes:
         node: the experts.
         router: the op that chooses.
+        form_args: arguments of the experts between what is chosen and the residual.
     """
 
     node: Node
     router: Node
+    form_args: int
 
     @property
-    def given(self) -> list[Any]:
-        """What the experts read besides rows and what is chosen, the residual under its reshapes."""
-        form, residual = list(self.node.args[3:11]), self.node.args[11:]
-        return form + [skip_reshapes(value) for value in residual if isinstance(value, Node)]
+    def form(self) -> list[Any]:
+        """Weights and what is done with them."""
+        return list(self.node.args[CHOSEN_ARGS : CHOSEN_ARGS + self.form_args])
+
+    @property
+    def residual(self) -> list[Node]:
+        """The residual under its reshapes, if there is one."""
+        return [skip_reshapes(v) for v in self.node.args[CHOSEN_ARGS + self.form_args :] if isinstance(v, Node)]
 
 
 class RoutedExperts(Pattern):
@@ -48,11 +58,14 @@ class RoutedExperts(Pattern):
 
     name = "routed_experts"
     numerics = TOLERANCE
+    experts: ClassVar[Any] = OPS.experts.default
+    routed: ClassVar[Any] = OPS.routed_experts.default
+    form_args: ClassVar[int] = 8
 
     def find(self, graph: torch.fx.Graph) -> Iterable[RoutedCandidate]:
         for node in list(graph.nodes):
-            if is_call(node, EXPERTS) and (router := _result_of(node.args[1])):
-                yield RoutedCandidate(node, router[0])
+            if is_call(node, self.experts) and (router := _result_of(node.args[1])):
+                yield RoutedCandidate(node, router[0], self.form_args)
 
     def guard(self, candidate: RoutedCandidate, context: PassContext) -> str | None:
         node, router = candidate.node, candidate.router
@@ -64,7 +77,7 @@ class RoutedExperts(Pattern):
             return "the experts read other rows than the router"
         if fake_value(up).shape[0] != fake_value(router.args[1]).shape[0]:
             return f"of the router's {fake_value(router.args[1]).shape[0]} experts some are elsewhere"
-        if later := _not_before(router, [arg for arg in candidate.given if isinstance(arg, Node)]):
+        if later := _not_before(router, [arg for arg in candidate.form if isinstance(arg, Node)] + candidate.residual):
             return f"the experts also read a result of {op_name(later)}, which comes after the router"
         for which, reader in _other_readers(router, node):
             return f"the {RESULTS[which]} chosen are also read by {op_name(reader)}"
@@ -72,10 +85,9 @@ class RoutedExperts(Pattern):
 
     def emit(self, candidate: RoutedCandidate, gm: GraphModule, context: PassContext) -> str:
         node, router = candidate.node, candidate.router
-        form, residual = candidate.given[:8], candidate.given[8:]
         with gm.graph.inserting_before(router):
-            rows = [functional.as_rows(value, fake_value(node).shape[1]) for value in residual]
-            new = functional.call(gm.graph, ROUTED, (*router.args, *form, *rows), node)
+            rows = [functional.as_rows(value, fake_value(node).shape[1]) for value in candidate.residual]
+            new = functional.call(gm.graph, self.routed, (*router.args, *candidate.form, *rows), node)
             y, out = (functional.call(gm.graph, operator.getitem, (new, i), node) for i in range(2))
         replace_and_prune(node, out)
         for result in list(router.users):
@@ -87,6 +99,20 @@ class RoutedExperts(Pattern):
         from fusecomp.patterns.routed_experts_examples import routed_experts_examples
 
         return routed_experts_examples()
+
+
+class RoutedQuantExperts(RoutedExperts):
+    """The same of quantized experts."""
+
+    name = "routed_quant_experts"
+    experts = OPS.quant_experts.default
+    routed = OPS.routed_quant_experts.default
+    form_args = 14
+
+    def examples(self) -> list[Example]:
+        from fusecomp.patterns.routed_experts_examples import routed_quant_experts_examples
+
+        return routed_quant_experts_examples()
 
 
 def _result_of(value: Any) -> tuple[Node, int] | None:

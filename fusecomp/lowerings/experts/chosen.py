@@ -7,6 +7,9 @@ A router of 128 x 2048 with its norm and its experts of 768, in a chain of layer
 token and 53.9 at two, against 32.2 and 57.0 by the launches of `route/` and `vector.py`; measured when the down
 projection still took its experts one by one from the choice. No faster from four tokens on.
 
+Weights that are codes have scales and maybe zero points, and are multiplied as in `vector.py`. CODES says which they
+are: what KIND is there, where here it is the router's.
+
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows,
 N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns, BN, BD of a tile, KP = K padded to a
 power of two. GATING: see `pieces.py`.
@@ -20,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.later import ask_for
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
+from fusecomp.lowerings.experts.quant_pieces import sum_code_products
 from fusecomp.lowerings.experts.vector import _products
 from fusecomp.lowerings.route.pieces import choose, expert_numbers
 
@@ -81,7 +85,9 @@ def up_chosen_kernel(
     x,  # [T, C], last dim contiguous
     logits,  # [T, E] fp32
     route_bias,  # [E] or None
-    weight,  # [E, N, C] contiguous
+    weight,  # [E, N, C] contiguous; codes: also bytes of two
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, N] contiguous, or None
     hidden,  # [R, F]
     stride_x,
@@ -106,7 +112,11 @@ def up_chosen_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # a power of two, at least D
+    BLOCK_D: tl.constexpr,  # of numbers: a power of two, at least D
+    CODES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """BN whole rows of one expert's weight by one token per program. Bytes: R * N * D * itemsize. FLOPs: 2 * R * N * D.
@@ -121,18 +131,27 @@ def up_chosen_kernel(
     if USE_PDL:
         gdc_wait()  # before the next line: then the down projection may read the logits without waiting
         gdc_launch_dependents()
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    inside = cols < D
-    v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
+    if CODES < 0:
+        cols = tl.arange(0, BLOCK_D)[None, :]
+        inside = cols < D
+        v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
     rank, _, e = _choice(
         logits + token * E, route_bias, DTYPE, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G,
         CHOSEN, BLOCK_G, BLOCK_S,
     )  # fmt: skip
     expert = tl.max(tl.where(rank == row % K, e, 0)).to(tl.int64)
     rows = weight_rows(block, N, GATING, BLOCK_N, True)
-    at = weight + expert * (N * D) + rows.to(tl.int64)[:, None] * D + cols
-    w = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
-    y = _dots(w, v)
+    if CODES >= 0:
+        x_at = x + token * stride_x + tl.zeros([1, 1], tl.int64)
+        y = sum_code_products(
+            weight, scale, zero, expert + tl.zeros([1, 1], tl.int64), rows[None, :], x_at, tl.full([1, 1], 1, tl.int1),
+            N, D, BLOCK_D, CODES, OFFSET, ROWS, COLS, True, False,
+        )  # fmt: skip
+        y = tl.reshape(y, [BLOCK_N])
+    else:
+        at = weight + expert * (N * D) + rows.to(tl.int64)[:, None] * D + cols
+        w = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+        y = _dots(w, v)
     if bias is not None:
         y += tl.load(bias + expert * N + rows).to(tl.float32)
     y = activated(y[:, None], GATING, True, ACT, ALPHA, LIMIT)
@@ -145,7 +164,9 @@ def down_chosen_kernel(
     hidden,  # [R, F]
     logits,  # [T, E] fp32
     route_bias,  # [E] or None
-    weight,  # [E, C, F] contiguous
+    weight,  # [E, C, F] contiguous; codes: also bytes of two
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
     bias,  # [E, C] contiguous, or None
     residual,  # [T, C], last dim contiguous, or None
     out,  # [T, C] contiguous
@@ -170,6 +191,10 @@ def down_chosen_kernel(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CODES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """As `down_vector_kernel`, by experts and weights that are chosen here."""
@@ -184,15 +209,22 @@ def down_chosen_kernel(
     k = tl.arange(0, KP)[:, None]
     live, hit = k < K, (rank == k) & (rank < K)  # what is not chosen has rank K
     expert = tl.sum(tl.where(hit, e, 0), 1)[:, None].to(tl.int64)
-    scale = tl.sum(tl.where(hit, weights, 0.0), 1)[:, None].to(WEIGHT_DTYPE).to(tl.float32)
+    share = tl.sum(tl.where(hit, weights, 0.0), 1)[:, None].to(WEIGHT_DTYPE).to(tl.float32)
     feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(feature, N - 1)[None, :]
-    y = _products(
-        weight + expert * (N * D) + inside.to(tl.int64) * D, hidden + (token * K + k) * D, live, D, BLOCK_D, USE_PDL,
-    )  # fmt: skip
+    if CODES >= 0:
+        y = sum_code_products(
+            weight, scale, zero, expert, inside, hidden + (token * K + k) * D, live, N, D, BLOCK_D, CODES, OFFSET, ROWS,
+            COLS, False, USE_PDL,
+        )  # fmt: skip
+    else:
+        y = _products(
+            weight + expert * (N * D) + inside.to(tl.int64) * D, hidden + (token * K + k) * D, live, D, BLOCK_D,
+            USE_PDL,
+        )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + expert * N + inside, mask=live, other=0.0).to(tl.float32)
-    total = tl.sum(y * scale, 0)
+    total = tl.sum(y * share, 0)
     if residual is not None:
         total += tl.load(residual + token * stride_r + feature, mask=feature < N, other=0.0).to(tl.float32)
     tl.store(out + token * N + feature, total.to(out.dtype.element_ty), mask=feature < N)

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import triton.language as tl
-
 from fusecomp.lowerings.aot import Specialization
-from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.codes import code_constants
 from fusecomp.lowerings.experts.combine import MAX_DEPENDENT_TOKENS, combine_block, combine_kernel
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
@@ -20,11 +17,9 @@ from fusecomp.lowerings.experts.heuristics import (
     experts_config,
     invariant_experts_config,
     load_table,
-    routed_config,
 )
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
-from fusecomp.lowerings.experts.routed import logits_warps
 from fusecomp.lowerings.experts.routing import (
     CHUNK,
     SINGLE_LAUNCH_ROWS,
@@ -38,10 +33,8 @@ from fusecomp.lowerings.experts.routing import (
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import pieces
-from fusecomp.lowerings.route.pieces import constants as route_constants
 from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
-from fusecomp.ops.router import SIGMOID, SOFTMAX, SUM, TOP2, RouteSpec
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CODE_TYPES = {pieces.INT8: "i8", pieces.NATIVE_FP8: "fp8e4nv"}
@@ -93,7 +86,7 @@ class Shape:
         return f"{self.dtype}-{size}-{self.act}-g{self.gating}{marks}"
 
 
-def _gpt_oss(tokens: int) -> Shape:
+def gpt_oss_shape(tokens: int) -> Shape:
     return Shape(32, 4, 2880, 2880, tokens, act="gpt_oss(1.702,7.0)", gating=2, biased=True, transposed=True)
 
 
@@ -101,27 +94,18 @@ SUBSET = (
     Shape(128, 8, 2048, 768, 1),
     Shape(128, 8, 2048, 768, 64),
     Shape(8, 2, 4096, 14336, 8192),
-    _gpt_oss(1),
-    _gpt_oss(64),
-    _gpt_oss(4096),
+    gpt_oss_shape(1),
+    gpt_oss_shape(64),
+    gpt_oss_shape(4096),
     Shape(60, 4, 1001, 703, 9, dtype="fp32", act="gelu", gating=0, biased=True),
     *(Shape(128, 8, 2048, 768, tokens, codes=codes) for codes in ("fp8", "int4-zero") for tokens in (1, 64, 4096)),
-    *(replace(_gpt_oss(tokens), transposed=False, codes="mxfp4") for tokens in (1, 64)),
+    *(replace(gpt_oss_shape(tokens), transposed=False, codes="mxfp4") for tokens in (1, 64)),
     Shape(128, 8, 2048, 768, 64, codes="fp8-block"),
     *(Shape(128, 8, 2048, 768, tokens, invariant=True) for tokens in (1, 512, 8192)),
-    replace(_gpt_oss(4096), invariant=True),
+    replace(gpt_oss_shape(4096), invariant=True),
     Shape(8, 2, 4096, 14336, 8192, codes="fp8-block"),
     Shape(60, 4, 1024, 704, 1, dtype="fp16", act="gelu", gating=0, codes="nf4"),
     Shape(60, 4, 1024, 704, 9, dtype="fp32", act="gelu", gating=0, codes="int8-zero"),
-)
-
-
-# Qwen3-30B-A3B; DeepSeek V3's router in front of wide rows; gpt-oss's in front of experts that lie the other way.
-ROUTED = (
-    (Shape(128, 8, 2048, 768, 1), RouteSpec(SOFTMAX, 8, SUM, dtype="bfloat16"), True),
-    (Shape(256, 8, 7168, 2048, 1), RouteSpec(SIGMOID, 8, SUM, 1e-20, 0.0, 8, 4, TOP2, 2.5), True),
-    (Shape(512, 10, 2048, 512, 1, dtype="fp16"), RouteSpec(SOFTMAX, 10, SUM, dtype="float16"), True),
-    (replace(_gpt_oss(1), transposed=False), RouteSpec("logits", 4, "softmax", dtype="bfloat16"), False),
 )
 
 
@@ -139,19 +123,17 @@ def experts_specializations(target: Target, *, full: bool) -> Iterator[Specializ
         shapes += [replace(plain, dtype="fp32", tokens=tokens) for tokens in (1, 64)]
     for shape in shapes:
         yield from specializations(target, shape)
-    for shape, spec, normed in ROUTED:
-        yield from routed_specializations(target, shape, spec, normed)
 
 
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     """What one call launches."""
-    config = _config(target, shape)
+    config = config_of(target, shape)
     if config.method == DEQUANTIZE:
         yield from specializations(target, replace(shape, codes=""))
         return
     act = Activation.parse(shape.act, shape.gating > 0)
     activation = {"GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
-    common: dict[str, Any] = {"USE_PDL": target.has_pdl, **_layout(target, shape)[1]}
+    common: dict[str, Any] = {"USE_PDL": target.has_pdl, **layout_of(target, shape)[1]}
     if config.method == "grouped":
         common["TRANSPOSED"] = shape.transposed
     ups = {"K": shape.top_k, "N": shape.rows, "D": shape.hidden, **activation, **common}
@@ -162,7 +144,8 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
         yield from _grouped(target, shape, config, ups, downs)
 
 
-def _config(target: Target, shape: Shape) -> ExpertsConfig:
+def config_of(target: Target, shape: Shape) -> ExpertsConfig:
+    """What the heuristics choose."""
     if shape.codes:
         spec = LAYOUTS[shape.codes][0]
         sizes = (shape.experts, shape.top_k, shape.hidden, shape.width)
@@ -174,7 +157,7 @@ def _config(target: Target, shape: Shape) -> ExpertsConfig:
     )  # fmt: skip
 
 
-def _layout(target: Target, shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+def layout_of(target: Target, shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
     """Pointers and constants of the weight and, if it is codes, of its scales and zero points."""
     if not shape.codes:
         none = {"scale": None, "zero": None, "KIND": PLAIN, "OFFSET": 0.0, "ROWS": 0, "COLS": 0}
@@ -187,7 +170,7 @@ def _layout(target: Target, shape: Shape) -> tuple[dict[str, Any], dict[str, Any
 
 def _vector(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
     dtype = shape.dtype
-    pointers, none = _bias({"index": "i64", "hidden": dtype, **_layout(target, shape)[0]}, shape)
+    pointers, none = bias_of({"index": "i64", "hidden": dtype, **layout_of(target, shape)[0]}, shape)
     for name, kernel, tiles, own, scalars, constants in (
         ("up", up_vector_kernel, config.up, {"x": dtype}, {"stride_x": "i32"}, ups),
         ("down", down_vector_kernel, config.down, {"routing_weights": dtype, "residual": dtype, "out": dtype},
@@ -200,50 +183,12 @@ def _vector(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, down
         )  # fmt: skip
 
 
-def routed_specializations(target: Target, shape: Shape, spec: RouteSpec, normed: bool) -> Iterator[Specialization]:
-    """What one call launches with its router inside."""
-    config = routed_config(
-        target, experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, width=shape.width, tokens=shape.tokens,
-        itemsize=2,
-    )  # fmt: skip
-    assert config is not None
-    dtype, columns, pdl = shape.dtype, next_power_of_2(shape.hidden), {"USE_PDL": target.has_pdl}
-    given = {"norm_weight": dtype, "y": dtype} if normed else {}
-    absent: dict[str, Any] = {"bias": None, **({} if normed else {"norm_weight": None, "y": None})}
-    threads = 32 * logits_warps(columns)
-    absent |= {"LATER": threads * 256, "THREADS": threads, **({} if target.has_pdl else {"later": None})}
-    given |= {"later": dtype} if target.has_pdl else {}
-    yield Specialization(
-        f"experts-logits-{shape}", logits_kernel, {"x": dtype, "weight": dtype, "logits": "fp32", **given},
-        {"eps": "fp32", "stride_x": "i32"},
-        {"E": shape.experts, "D": shape.hidden, "BLOCK_D": columns, "NORM": normed, "PLUS_ONE": False, **absent, **pdl},
-        logits_warps(columns), num_stages=3,
-    )  # fmt: skip
-    number = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-    act = Activation.parse(shape.act, shape.gating > 0)
-    choice: dict[str, Any] = {**route_constants(spec, shape.experts), "DTYPE": number, **pdl}
-    pointers, none = _bias({"logits": "fp32", "route_bias": "fp32", "weight": dtype, "hidden": dtype}, shape)
-    yield Specialization(
-        f"experts-up-chosen-{shape}", up_chosen_kernel, {**pointers, "x": dtype}, {"stride_x": "i32"},
-        {**choice, "N": shape.rows, "D": shape.hidden, "GATING": shape.gating, "ACT": act.name, "ALPHA": act.alpha,
-         "LIMIT": act.limit, "BLOCK_N": config.up.block_n, "BLOCK_D": columns, **none},
-        config.up.num_warps, num_stages=3,
-    )  # fmt: skip
-    yield Specialization(
-        f"experts-down-chosen-{shape}", down_chosen_kernel, {**pointers, "residual": dtype, "out": dtype},
-        {"stride_r": "i32"},
-        {**choice, "WEIGHT_DTYPE": number, "KP": next_power_of_2(shape.top_k), "N": shape.hidden, "D": shape.width,
-         "BLOCK_N": config.down.block_n, "BLOCK_D": config.down.block_d, **none},
-        config.down.num_warps, num_stages=3,
-    )  # fmt: skip
-
-
 def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, downs: dict) -> Iterator[Specialization]:
     yield from _routing(target, shape, config.block_t)
     dtype = shape.dtype
     tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
-    weight = _layout(target, shape)[0]
-    pointers, none = _bias({"plan": "i32", "hidden": dtype, **weight}, shape)
+    weight = layout_of(target, shape)[0]
+    pointers, none = bias_of({"plan": "i32", "hidden": dtype, **weight}, shape)
     described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
@@ -287,7 +232,7 @@ def _routing(target: Target, shape: Shape, block_t: int) -> Iterator[Specializat
     )  # fmt: skip
 
 
-def _bias(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+def bias_of(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
     """(pointers, constants) with the bias among the former or, absent, the latter."""
     return ({**pointers, "bias": shape.dtype}, {}) if shape.biased else (pointers, {"bias": None})
 

@@ -67,17 +67,32 @@ def quant_experts_config(target: Target, shape: CodesShape, tokens: int) -> Expe
     }  # fmt: skip
     table = load_codes_table(target.table)
     if entry := _nearest(table["entries"], shape, wanted):
-        gpu = entry.get("gpu", table["gpu"])
-        exact = gpu == target.name and all(entry[key] == value for key, value in wanted.items())
-        exact = exact and entry["codes"] == shape.codes
-        found = " ".join(f"{key}={entry[key]}" for key in KEYS[1:])
-        source = f"{gpu} experts of {entry['codes']} {found} ({'exact' if exact else 'nearest'})"
-        config = replace(ExpertsConfig.from_entry(entry["config"]), source=source)
+        config = _measured(entry, table, target, shape, wanted)
     else:
         config = _derived(experts_config(target, itemsize=shape.itemsize, **wanted), shape)
     if config.method == DEQUANTIZE:
         return config
     return _fit(config, target, shape)
+
+
+@cache
+def routed_codes_config(target: Target, shape: CodesShape, tokens: int) -> ExpertsConfig | None:
+    """Configuration of `routed.run_chosen` for experts of codes; None where router and experts are launched apart.
+
+    Only where the GPU's own table has an entry of the same layout and a shape not far from this one; every program
+    chooses for itself, so it serves no more tokens than it was measured with.
+    """
+    table = load_codes_table(target.table)
+    if table["gpu"] != target.name or shape.kind == NF4:  # whose comparisons leave the choice too few registers
+        return None
+    wanted = {
+        "experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "width": shape.width, "tokens": tokens,
+    }  # fmt: skip
+    same = [entry for entry in table.get("routed", ()) if entry["codes"] == shape.codes]
+    entry = _nearest(same, shape, wanted)
+    if entry is None or entry["config"]["method"] != "vector":
+        return None
+    return _fit(_measured(entry, table, target, shape, wanted), target, shape)
 
 
 def _nearest(entries: list[dict[str, Any]], shape: CodesShape, wanted: dict[str, int]) -> dict[str, Any] | None:
@@ -96,6 +111,18 @@ def _nearest(entries: list[dict[str, Any]], shape: CodesShape, wanted: dict[str,
         and far(entry) <= FAR
     ]
     return min(near, key=far, default=None)
+
+
+def _measured(
+    entry: dict[str, Any], table: dict[str, Any], target: Target, shape: CodesShape, wanted: dict[str, int]
+) -> ExpertsConfig:
+    """The configuration of an entry, and where it comes from."""
+    gpu = entry.get("gpu", table["gpu"])
+    exact = gpu == target.name and all(entry[key] == value for key, value in wanted.items())
+    exact = exact and entry["codes"] == shape.codes
+    found = " ".join(f"{key}={entry[key]}" for key in KEYS[1:])
+    source = f"{gpu} experts of {entry['codes']} {found} ({'exact' if exact else 'nearest'})"
+    return replace(ExpertsConfig.from_entry(entry["config"]), source=source)
 
 
 def _derived(config: ExpertsConfig, shape: CodesShape) -> ExpertsConfig:

@@ -1,11 +1,14 @@
 """CUDA implementation of `routed_experts`: three launches for very few tokens, else those of `router` and `experts`.
 
+The three launches serve experts of codes too, which `quant_routed.py` hands over.
+
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
+from fusecomp.lowerings.experts.codes import Codes, kernel_weight
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
 from fusecomp.lowerings.experts.later import asked_bytes
 from fusecomp.lowerings.experts.launch import Experts
@@ -48,6 +52,16 @@ class Router:
     logits: torch.dtype
     spec: RouteSpec
 
+    @staticmethod
+    def of(
+        weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+        route_bias: Tensor | None, norm: str, logits: str, spec: str,
+    ) -> Router:  # fmt: skip
+        """From the arguments of the canonical ops."""
+        normed = NormSpec.from_text(norm) if norm else None
+        wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
+        return Router(weight, bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
+
 
 def launch_routed_experts(
     x: Tensor,
@@ -76,9 +90,7 @@ def launch_routed_experts(
     Args:
         later: a weight that is read after the experts: see `later.py`.
     """
-    normed = NormSpec.from_text(norm) if norm else None
-    wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
-    gate = Router(router, router_bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
+    gate = Router.of(router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
     config = chosen_config(x, gate, layer) if len(x) else None
     if config is None:
@@ -89,22 +101,27 @@ def launch_routed_experts(
 
 def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
     """How `run_chosen` runs this call; None if it does not."""
-    experts, _, hidden, width = layer.sizes
-    norm = router.norm
-    if (
-        layer.transposed
-        or supports_router(x, router.weight, router.spec)
-        or supports_experts(x, layer.up, layer.up_bias, layer.down, layer.down_bias)
-        or (norm is not None and (norm.kind != RMS or router.norm_bias is not None))
-        or experts > MAX_EXPERTS
-        or router.spec.k > MAX_CHOSEN
-        or hidden > MAX_COLUMNS
-    ):
+    if supports_experts(x, layer.up, layer.up_bias, layer.down, layer.down_bias) or not served(x, router, layer):
         return None
+    experts, _, hidden, width = layer.sizes
     return routed_config(
         target_of(x), experts=experts, top_k=router.spec.k, hidden=hidden, width=width, tokens=len(x),
         itemsize=x.element_size(),
     )  # fmt: skip
+
+
+def served(x: Tensor, router: Router, layer: Experts) -> bool:
+    """Whether the three launches serve such a router in front of such experts, whatever their weights are."""
+    experts, _, hidden, _ = layer.sizes
+    norm = router.norm
+    return not (
+        layer.transposed
+        or supports_router(x, router.weight, router.spec)
+        or (norm is not None and (norm.kind != RMS or router.norm_bias is not None))
+        or experts > MAX_EXPERTS
+        or router.spec.k > MAX_CHOSEN
+        or hidden > MAX_COLUMNS
+    )
 
 
 def run_chosen(
@@ -121,7 +138,7 @@ def run_chosen(
     y is norm(x), or empty without a norm, where the experts read x.
 
     Args:
-        config: from `chosen_config`.
+        config: from `chosen_config`, or of codes from `quant_routed.chosen_codes_config`.
         x, residual: [T, C], last dim contiguous.
         use_pdl: programmatic dependent launch; needs an NVIDIA GPU of compute capability 9.0 or more.
         later: a weight that is read after the experts, or None.
@@ -144,20 +161,35 @@ def run_chosen(
         THREADS=32 * warps, num_warps=warps, **options,
     )  # fmt: skip
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
+    weight, scale, zero, layout = chosen_weight(layer.up, layer.up_codes)
     launch(
         up_chosen_kernel, (tokens * spec.k * triton.cdiv(rows, up.block_n),),
-        y, logits, router.route_bias, layer.up, layer.up_bias, hidden, y.stride(0), N=rows, D=hidden_size,
-        BLOCK_N=up.block_n, BLOCK_D=columns, num_warps=up.num_warps, **layer.act_constants(),
-        **choice, **options,
+        y, logits, router.route_bias, weight, scale, zero, layer.up_bias, hidden, y.stride(0), N=rows, D=hidden_size,
+        BLOCK_N=up.block_n, BLOCK_D=columns if layer.up_codes is None else up.block_d, num_warps=up.num_warps,
+        **layer.act_constants(), **layout, **choice, **options,
     )  # fmt: skip
+    weight, scale, zero, layout = chosen_weight(layer.down, layer.down_codes)
     launch(
         down_chosen_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
-        hidden, logits, router.route_bias, layer.down, layer.down_bias, residual, out,
+        hidden, logits, router.route_bias, weight, scale, zero, layer.down_bias, residual, out,
         0 if residual is None else residual.stride(0), WEIGHT_DTYPE=triton_dtype(getattr(torch, spec.dtype)),
         KP=next_power_of_2(spec.k), N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d,
-        num_warps=down.num_warps, **choice, **options,
+        num_warps=down.num_warps, **layout, **choice, **options,
     )  # fmt: skip
     return y if norm else x.new_empty(0), out
+
+
+def chosen_weight(
+    weight: Tensor, codes: Codes | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, int | float]]:
+    """`kernel_weight`, with the constants as `chosen.py` names them."""
+    *tensors, constants = kernel_weight(weight, codes)
+    return *tensors, layout_constants(constants)  # type: ignore[return-value]
+
+
+def layout_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Those of a layout of codes; KIND is the router's in these kernels."""
+    return {"CODES" if name == "KIND" else name: value for name, value in constants.items()}
 
 
 def logits_warps(columns: int) -> int:
