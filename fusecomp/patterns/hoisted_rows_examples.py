@@ -12,8 +12,9 @@ from fusecomp._compat import mark_unbacked
 from fusecomp.ops import OPS
 from fusecomp.ops.linear import FULL, ROW, Program
 from fusecomp.ops.norm import RMS, NormSpec
-from fusecomp.ops.quant import FP8, TENSOR, TOKEN, ActivationSpec
+from fusecomp.ops.quant import FP8, INT, TENSOR, TOKEN, ActivationSpec, WeightSpec
 from fusecomp.patterns.base import Example
+from fusecomp.patterns.quant_examples import texts
 from fusecomp.patterns.routed_experts_examples import DTYPES, NORM, SPECS
 
 T, S, C, N, E, WIDTH = 7, 6, 16, 24, 5, 8
@@ -28,6 +29,7 @@ PROGRAMS = {
         "residual": ((FULL,), ADD, None),
     }.items()
 }
+CODES = texts(WeightSpec(INT, 8, 1, 0, "float32"))
 WHOLE = ActivationSpec(FP8, 8, TENSOR).to_text()
 BY_TOKEN = ActivationSpec(FP8, 8, TOKEN).to_text()
 
@@ -68,6 +70,14 @@ class _Layer:
         form = (self.up, None, self.down, None, "silu", True, False, False)
         args = (self.scale, None, None, NORM, self.text, SPECS[self.dtype])
         return OPS.routed_experts(x, self.router, None, *args, *form, x)[1]
+
+    def quant_experts(self, x: Tensor) -> Tensor:
+        up, down = ((64 * w.float()).round().clamp(-127, 127).to(torch.int8) for w in (self.up, self.down))
+        scales = (torch.full((E, n, 1), 1 / 64, dtype=self.dtype) for n in (2 * WIDTH, C))
+        form = (up, next(scales), None, None, down, next(scales), None, None, "silu", True, False, False)
+        args = (self.scale, None, None, NORM, self.text, SPECS[self.dtype])
+        codes = CODES[self.dtype]
+        return OPS.routed_quant_experts(x, self.router, None, *args, *form, codes, codes, x)[1]
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.linear(self.linear(x, self.wide, "norm"), self.back, "residual", x)
@@ -124,6 +134,7 @@ def hoisted_rows_examples() -> list[Example]:
         _case("index_select", lambda layer, x: layer.mlp(layer.project(x)).index_select(0, layer.index)),
         _case("last token", lambda layer, x: layer.mlp(layer.project(x))[-1:]),
         _case("experts", lambda layer, x: layer.experts(layer.project(x))[layer.index]),
+        _case("experts of codes", lambda layer, x: layer.quant_experts(layer.project(x))[layer.index]),
         _case("pointwise", lambda layer, x: (layer.mlp(layer.project(x)).sigmoid() * layer.scale + 1)[layer.index]),
         _case("halves", lambda layer, x: torch.cat(layer.project(x).chunk(2, 1)[::-1], 1).relu()[layer.index]),
         _case("heads", lambda layer, x: layer.project(x.view(1, -1, 4, 4).flatten(2))[layer.index]),

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from fusecomp.ops.norm import RMS, NormSpec
+from fusecomp.ops.routed_experts import routed_experts_reference
+from fusecomp.ops.routed_quant_experts import routed_quant_experts_reference
 from fusecomp.ops.router import LOGITS, OVER_CHOSEN, SIGMOID, SOFTMAX, SUM, TOP2, RouteSpec
-from tests.lowerings.experts_cases import FORMS, Layer, make_layer
+from tests.lowerings.experts_cases import CONTRACT, FORMS, Layer, make_layer, relative_rms
+from tests.lowerings.quant_experts_cases import LAYOUTS, make_codes
 
 # Name: (router, whether a norm is in front, whether logits and choice are biased, form of the experts).
 MIXTURES: dict[str, tuple[RouteSpec, bool, bool, dict[str, Any]]] = {
@@ -22,6 +25,11 @@ MIXTURES: dict[str, tuple[RouteSpec, bool, bool, dict[str, Any]]] = {
     "gpt-oss": (RouteSpec(LOGITS, 2, OVER_CHOSEN), False, True, {**FORMS["gpt-oss"], "transposed": False}),
     "not gated": (RouteSpec(SOFTMAX, 1), False, False, {**FORMS["not gated"], "bias": True}),
 }
+
+
+# What the three launches do not read.
+CODE_LAYOUTS = [layout for layout in LAYOUTS if layout != "nf4"]
+UP, DOWN = 8, 10  # weights among the arguments of `routed_experts` but x
 
 
 def make_mixture(name: str, T=1, E=8, C=64, width=48, *, dtype=torch.float32, device="cpu", transposed=False) -> tuple:
@@ -44,3 +52,42 @@ def make_mixture(name: str, T=1, E=8, C=64, width=48, *, dtype=torch.float32, de
     texts = [NormSpec(RMS, 1e-6).to_text() if normed else "", str(dtype).removeprefix("torch."), spec.to_text()]
     weights = [layer.up, layer.up_bias, layer.down, layer.down_bias, layer.act, layer.gated, layer.interleaved]
     return x, *given, *texts, *weights, layer.transposed, layer.residual
+
+
+def make_quant_mixture(name: str, T=1, E=8, C=64, width=48, *, layout="fp8", dtype=torch.float32, device="cpu"):
+    """The arguments of `routed_quant_experts`, and those of `routed_experts` in fp64 by the same weights."""
+    x, *args = make_mixture(name, T, E, C, width, dtype=dtype, device=device)
+    spec, zero = LAYOUTS[layout]
+    codes = [make_codes(tuple(args[at].shape), spec, zero, dtype, seed) for seed, at in enumerate((UP, DOWN))]
+    up, down = ((*c.parts(x.device), args[at + 1]) for c, at in zip(codes, (UP, DOWN), strict=True))
+    *form, residual = args[DOWN + 2 :]
+    text = replace(spec, dtype=str(dtype).removeprefix("torch.")).to_text()
+    wide = widened(args)
+    wide[UP], wide[DOWN] = (c.numbers(torch.float64).to(device) for c in codes)
+    return (x, *args[:UP], *up, *down, *form, text, text, residual), (x.double(), *wide)
+
+
+def widened(args: list[Any]) -> list[Any]:
+    """Arguments of `routed_experts` but x, in fp64."""
+    wide = [a.double() if isinstance(a, Tensor) else a for a in args]
+    name = args[6]
+    return [*wide[:6], "float64", args[7].replace(name, "float64"), *wide[8:]]
+
+
+def check_mixture(args: tuple, exact: tuple, found: tuple[Tensor, Tensor]) -> None:
+    """Error against fp64 at most `CONTRACT` times that of the reference in the dtype of x, for both results.
+
+    Args:
+        args: of `routed_quant_experts`.
+        exact: those of `routed_experts` in fp64, by the same weights.
+    """
+    x = args[0]
+    wanted, plain = routed_experts_reference(*exact), routed_quant_experts_reference(*args)
+    # In fp32 the order of sums is all there is: one chain of the products of both matmuls (see `linear_cases`).
+    columns = exact[1 + UP].shape[2] + exact[1 + DOWN].shape[2]
+    chain = torch.finfo(x.dtype).eps * (columns / 24) ** 0.5 if x.dtype == torch.float32 else 0.0
+    for actual, unfused, right in zip(found, plain, wanted, strict=True):
+        assert (actual.dtype, actual.shape) == (x.dtype, right.shape)
+        if right.numel():
+            allowed = max(relative_rms(unfused, right), torch.finfo(x.dtype).eps / 4)
+            assert relative_rms(actual, right) <= CONTRACT * allowed + chain
