@@ -291,13 +291,17 @@ def write_table(path: Path, environment: dict, entries: list[dict], codes: bool 
     kept = load_codes_table(path.stem.removesuffix("_codes")) if codes else load_table(DEFAULT_TABLE)
     before = [{"gpu": kept["gpu"]} | entry for entry in kept["entries"]] if codes else kept["entries"]
     merged = {tuple(entry[key] for key in keys): entry for entry in (*before, *entries)}
-    body = ",\n".join("    " + json.dumps(merged[key]) for key in sorted(merged))
-    head = f'  "gpu": {json.dumps(environment["gpu"])},\n  "measured": {json.dumps(environment)},\n'
-    text = "{\n" + head + '  "entries": [\n' + body + "\n  ]"
-    if not codes:
-        routed = ",\n".join("    " + json.dumps(entry) for entry in kept["routed"])
-        text += ',\n  "routed": [\n' + routed + "\n  ]"
-    path.write_text(text + "\n}\n")
+    # Another card's say nothing about this one.
+    routed = kept.get("routed", []) if not codes or kept["gpu"] == environment["gpu"] else []
+    path.write_text(table_text(environment["gpu"], environment, [merged[key] for key in sorted(merged)], routed))
+
+
+def table_text(gpu: str, measured: dict, entries: list[dict], routed: list[dict]) -> str:
+    """A table with one line per entry; "routed" are those of router and experts in one, if there are any."""
+    parts = [f'  "gpu": {json.dumps(gpu)}', f'  "measured": {json.dumps(measured)}']
+    for name, lines in (("entries", entries), *((("routed", routed),) if routed else ())):
+        parts.append(f'  "{name}": [\n' + ",\n".join("    " + json.dumps(line) for line in lines) + "\n  ]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ and their kernels on a GPU."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import moe_routed
 from fusecomp.lowerings import register
 from fusecomp.lowerings.experts import quant_heuristics, quant_routed
-from fusecomp.lowerings.experts.heuristics import VECTOR_ELEMENTS, ExpertsConfig, Tiles, load_table, routed_config
+from fusecomp.lowerings.experts.heuristics import (
+    TABLES,
+    VECTOR_ELEMENTS,
+    ExpertsConfig,
+    Tiles,
+    fit_registers,
+    load_table,
+    routed_config,
+)
 from fusecomp.lowerings.experts.later import BYTES, MAX_TOKENS, asked_bytes
 from fusecomp.lowerings.experts.quant_heuristics import load_codes_table, routed_codes_config
 from fusecomp.lowerings.experts.quant_routed import launch_routed_quant_experts
@@ -208,6 +218,31 @@ def test_committed_entries_of_codes_are_as_they_run(target):
         sizes = {key: entry[key] for key in QWEN3}
         config = routed_codes_config(target, codes_shape_of(kind, bits, cols, **sizes), entry["tokens"])
         assert config == ExpertsConfig.from_entry(entry["config"])
+
+
+class TestBenchmark:
+    ROWS = (
+        {"tokens": 1, "us": {"apart": 20.0, "inside": 17.0}}, {"tokens": 2, "us": {"apart": 30.0, "inside": 29.9}},
+        {"tokens": 4, "us": {"apart": 40.0, "inside": 30.0}},
+    )  # fmt: skip
+
+    def test_what_is_tried_runs_as_it_is(self):
+        for lanes, pool in ((1, moe_routed.UP), (8, moe_routed.DOWN)):
+            assert all(fit_registers(Tiles(*tiles), lanes) == Tiles(*tiles) for tiles in pool)
+
+    def test_entries_end_where_launches_apart_are_as_fast(self):
+        rows = [row | {"scheme": "fp8", "config": {}} for row in self.ROWS]
+        assert [entry["tokens"] for entry in moe_routed.routed_entries(rows)] == [1]
+        assert moe_routed.routed_entries(rows[1:]) == []
+
+    def test_a_written_table_is_the_one_before_with_entries(self, tmp_path):
+        path, committed = tmp_path / "nvidia_h200_codes.json", TABLES / "nvidia_h200_codes.json"
+        entries = moe_routed.routed_entries([self.ROWS[0] | {"scheme": "fp8", "config": {"method": "vector"}}])
+        moe_routed.write_routed(path, {"gpu": "NVIDIA H200"}, ["fp8"], entries)
+        before, after = (json.loads(p.read_text()) for p in (committed, path))
+        others = [entry for entry in before.get("routed", ()) if entry["codes"] != "fp8"]
+        assert after == before | {"routed": [entry for entry in after["routed"] if entry in [*others, *entries]]}
+        assert after["routed"] and all(entry in after["routed"] for entry in [*others, *entries])
 
 
 class TestWhatCodesAreServed:
