@@ -173,13 +173,18 @@ class Chain:
         return config if config.method == "vector" else ExpertsConfig("vector", Tiles(*UP[0]), Tiles(*DOWN[0]))
 
 
-def build(chain: Chain) -> None:
-    """Compile what a sweep will launch, in threads."""
-    x, start = chain.input(1), ExpertsConfig("vector", Tiles(*UP[0]), Tiles(*DOWN[0]))
-    with compile_ahead(x.device):  # what does not compile is logged, and met again when it is timed
-        for name, pool in (("up", UP), ("down", DOWN)):
-            for tiles in pool:
-                chain.inside(replace(start, **{name: Tiles(*tiles)}))(0, x)
+def build(chain: Chain, counts: list[int], sweep: bool) -> None:
+    """Compile what will be launched, in threads."""
+    first = ExpertsConfig("vector", Tiles(*UP[0]), Tiles(*DOWN[0]))
+    pools = (("up", UP), ("down", DOWN)) if sweep else ()
+    configs = [replace(first, **{name: Tiles(*tiles)}) for name, pool in pools for tiles in pool]
+    with compile_ahead(torch.device("cuda")):  # what does not compile is logged, and met again when it is timed
+        for tokens in counts:
+            chain.apart(0, chain.input(tokens))
+            config = chain.start(tokens) if sweep else routed_codes_config(device_target(0), chain.shape, tokens)
+            configs += [config] if config else []
+        for config in configs:
+            chain.inside(config)(0, chain.input(1))
 
 
 def tune(chain: Chain, tokens: int) -> ExpertsConfig:
@@ -270,8 +275,7 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     for at, scheme in enumerate(args.scheme):
         chain = Chain(scheme)
-        if args.tune:
-            build(chain)
+        build(chain, args.tokens, args.tune)
         found = [measure(scheme, chain, tokens, args.tune, ceiling) for tokens in sorted(args.tokens)]
         rows, entries = rows + found, entries + routed_entries(found)
         if args.tune and args.out:

@@ -270,9 +270,9 @@ def gpt_oss(tmp_path):
 
 FOLDS = {
     "gptq": {"quant_linear": 12},
-    "packed experts": {"quant_experts": 2},
-    "gpt-oss": {"quant_experts": 2},
-    "gptq experts act-order": {"quant_experts": 0},
+    "packed experts": {"quant_experts": 2, "routed_quant_experts": 2},
+    "gpt-oss": {"quant_experts": 2, "routed_quant_experts": 2},
+    "gptq experts act-order": {"quant_experts": 0, "routed_quant_experts": 0},
 }
 
 
