@@ -2,8 +2,8 @@
 
 What is converted are the inputs, which are few: each becomes two fp8 digits of a power of two that a step's inputs of a
 token share, digit + digit / 16. Two e4m3 digits of four bits and a sign hold the eight bits of bf16. Both products are
-made at once, for a digit is a column of the narrow operand; it and the codes come from shared memory, so that no
-register holds a weight.
+made at once, for a digit is a column of the narrow operand; it and the codes come from shared memory, where TMA puts
+them, so that no register holds a weight or its address.
 
 Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a weight tile,
 BN = BR / G, BT tokens of an accumulator, S splits of K.
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.linear.skinny_pieces import load_norm, norm_factor, weight_rows
+from fusecomp.lowerings.linear.skinny_pieces import load_norm, norm_factor
 from fusecomp.lowerings.linear.skinny_tile import add_squares, finish_tile, load_tokens, spread, tile_place
-from fusecomp.lowerings.quant.pieces import load_codes, load_scales, scale_row
+from fusecomp.lowerings.quant.pieces import load_scales, scale_row
 from fusecomp.lowerings.quant.rows import fp8_bytes
 
 SECOND = tl.constexpr(16.0)  # a second digit is of a unit that many times smaller
@@ -26,7 +26,7 @@ SECOND = tl.constexpr(16.0)  # a second digit is of a unit that many times small
 @triton.jit(do_not_specialize=["num_tokens", "per_split"])
 def digits_kernel(
     x,  # [T, K] bf16, last dim contiguous
-    q,  # [G * N, K] e4m3fn, or its bytes, contiguous
+    q_tiles,  # descriptor of codes [G * N, K], e4m3fn or their bytes, in blocks of BN by BK
     scale,  # [ceil(G * N / ROWS), ceil(K / COLS)] contiguous, a float type
     out,  # [T, N], last dim contiguous
     norm_weight,  # [K], or None
@@ -69,56 +69,60 @@ def digits_kernel(
     )
     t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
     live = t < num_tokens
-    rows = weight_rows(first, n, BLOCK_R, G)[:, None]
-    srow = scale_row(rows, ROWS)
+    first = first.to(tl.int32)
+    rows = tl.minimum(first + tl.arange(0, BLOCK_N), n - 1)[:, None]  # the group's; features past N are not stored
     cols = tl.arange(0, BLOCK_K)
-    tile_at = q + rows * k + cols[None, :]
     x_at = x + t * stride_x + cols[:, None]
+    LAST: tl.constexpr = G - 1
 
-    acc = tl.zeros([BLOCK_R, 2 * BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_N, 2 * BLOCK_T], tl.float32)
+    other = acc  # of the second group, if there is one
     squares = tl.zeros([BLOCK_K // 8, BLOCK_T], tl.float32)
     start = lo * BLOCK_K
     if USE_PDL:
         gdc_launch_dependents()
     v = tl.load(x_at, mask=live & (num_tokens < 0), other=0.0)  # nothing, in the layout of the inputs' loads
-    g = _norm_of(norm_weight, k, cols, k, BLOCK_T, NORM)
-    v1, v2, g1, g2 = v, v, g, g
-    s = load_scales(scale, srow, start + tl.zeros([1, 1], tl.int32), k, stride_scale, COLS, True)
+    g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+    s = _scales(scale, rows, start, k, stride_scale, ROWS, COLS)
+    other_s = _scales(scale, rows + LAST * n, start, k, stride_scale, ROWS, COLS)
     for tile in range(lo, hi):
         # The pipeline asks for the codes of its first stages before the loop, hence the wait is within: it and all
         # loads of inputs stand in branches, which the pipeline leaves in their place.
         start = tile * BLOCK_K
-        code = load_codes(tile_at + start, start + cols[None, :] < k, EVEN_K)
+        code = q_tiles.load([first, start])
+        if G == 2:
+            other_code = q_tiles.load([first + n, start])
         if tile == lo:
             if USE_PDL:
                 gdc_wait()
-            v = load_tokens(x_at + start, start + cols[:, None], live, k, False)
-            v1 = load_tokens(x_at + (start + BLOCK_K), start + BLOCK_K + cols[:, None], live, k, False)
-            v2 = load_tokens(x_at + (start + 2 * BLOCK_K), start + 2 * BLOCK_K + cols[:, None], live, k, False)
-            g = _norm_of(norm_weight, start, cols, k, BLOCK_T, NORM)
-            g1 = _norm_of(norm_weight, start + BLOCK_K, cols, k, BLOCK_T, NORM)
-            g2 = _norm_of(norm_weight, start + 2 * BLOCK_K, cols, k, BLOCK_T, NORM)
+            v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
         squares = add_squares(squares, v, NORM > 0)
         y = v.to(tl.float32)
         if NORM > 0:
             y *= norm_factor(g, NORM)
         both, unit = two_digits(y, KIND)
-        s_now = s
-        v, g = v1, g1
-        v1, g1 = v2, g2
-        start += BLOCK_K
-        if tile + 3 < hi:
-            v2 = load_tokens(x_at + (start + 2 * BLOCK_K), start + 2 * BLOCK_K + cols[:, None], live, k, EVEN_K)
-            g2 = _norm_of(norm_weight, start + 2 * BLOCK_K, cols, k, BLOCK_T, NORM)
-        if COLS > 0:
-            if tile + 1 < hi:
-                s = load_scales(scale, srow, start + tl.zeros([1, 1], tl.int32), k, stride_scale, COLS, True)
+        s_now, other_now = s, other_s
+        if tile + 1 < hi:
+            start += BLOCK_K
+            v = load_tokens(x_at + start, start + cols[:, None], live, k, EVEN_K)
+            g = load_norm(norm_weight, spread(start + cols, BLOCK_T), k, EVEN_K, NORM)
+            if COLS > 0:
+                s = _scales(scale, rows, start, k, stride_scale, ROWS, COLS)
+            if COLS > 0 and G == 2:
+                other_s = _scales(scale, rows + LAST * n, start, k, stride_scale, ROWS, COLS)
         part = tl.dot(code.to(tl.float8e4nv, bitcast=True), both, out_dtype=tl.float32)
         acc += part * (unit * s_now if COLS > 0 else unit)
-    high, low = tl.split(tl.reshape(acc, [BLOCK_R, BLOCK_T, 2]))
-    acc = high + low
+        if G == 2:
+            part = tl.dot(other_code.to(tl.float8e4nv, bitcast=True), both, out_dtype=tl.float32)
+            other += part * (unit * other_now if COLS > 0 else unit)
+    acc = _sum_of_digits(acc)
     if COLS == 0:
         acc *= s
+    if G == 2:
+        other = _sum_of_digits(other)
+        if COLS == 0:
+            other *= other_s
+        acc = tl.reshape(tl.permute(tl.join(acc, other), [0, 2, 1]), [BLOCK_R, BLOCK_T])
 
     finish_tile(
         acc, squares, out, args, strides, partials, part_squares, counters, block, t_block, t_blocks, split, first, t,
@@ -127,9 +131,16 @@ def digits_kernel(
 
 
 @triton.jit
-def _norm_of(norm_weight, start, cols, k, BLOCK_T: tl.constexpr, NORM: tl.constexpr):
-    """The norm's weight in a step, as `load_norm`; past K what is multiplied is zero."""
-    return load_norm(norm_weight, spread(start + cols, BLOCK_T), k, False, NORM)
+def _scales(scale, rows, start, k, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[BN, 1] scales of a step's columns, which share them."""
+    return load_scales(scale, scale_row(rows, ROWS), start + tl.zeros([1, 1], tl.int32), k, stride, COLS, True)
+
+
+@triton.jit
+def _sum_of_digits(acc):
+    """[BN, BT] of [BN, 2 BT]."""
+    high, low = tl.split(tl.reshape(acc, [acc.shape[0], acc.shape[1] // 2, 2]))
+    return high + low
 
 
 @triton.jit

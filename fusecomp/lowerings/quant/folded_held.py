@@ -49,6 +49,7 @@ def folded_held_kernel(
     PARTS: tl.constexpr,  # W
     SPLITS: tl.constexpr,
     AHEAD: tl.constexpr,  # products of which the L2 is asked for the codes before the wait
+    ASK_SCALES: tl.constexpr,  # it is asked for all scales and zero points, which need rows of whole 16 bytes
     EVEN_K: tl.constexpr,  # KP * S is K
     EARLY: tl.constexpr,  # inputs are made in the loop, whose pipeline then asks for its first codes before the wait
     ASM: tl.constexpr,  # an NVIDIA GPU
@@ -83,6 +84,8 @@ def folded_held_kernel(
 
     if USE_PDL:
         gdc_launch_dependents()
+    if ASK_SCALES:
+        _ask_scales(scale, zero, first, count, n, scale_width, split, place, G, SPLITS)
     start = tl.minimum(first, n - FEATURES)
     s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
     z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
@@ -149,6 +152,23 @@ def _ask_l2(q, first, count, n, k, split, place, G: tl.constexpr, SPLITS: tl.con
     at = q.to(tl.int64) + (start + r // G + (r % G).to(tl.int64) * n) * (k // 2) + split * size
     go = (i < tl.minimum(count, AHEAD)).to(tl.int32)
     ask_l2_for(at, size + place * 0, go)
+
+
+@triton.jit
+def _ask_scales(scale, zero, first, count, n, width, split, place, G: tl.constexpr, SPLITS: tl.constexpr):
+    """Ask the L2 for a split's share of its team's rows of scales and zero points: memory takes longer than a product.
+
+    The first lanes ask for what is one behind the other: the rows of a group.
+    """
+    FEATURES: tl.constexpr = ROWS // G
+    share = tl.cdiv(count * FEATURES, SPLITS)
+    begin = tl.minimum(first + split * share, n)
+    size = (tl.minimum(begin + share, n) - begin).to(tl.int32) * (4 * width) + place * 0
+    at = (begin + (place % G).to(tl.int64) * n) * (4 * width)
+    go = (place < G) & (size > 0)
+    ask_l2_for(at + scale.to(tl.int64), size, go.to(tl.int32))
+    if zero is not None:
+        ask_l2_for(at + zero.to(tl.int64), size, go.to(tl.int32))
 
 
 @triton.jit

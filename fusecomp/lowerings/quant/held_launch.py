@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusecomp.lowerings.device import zeroed_counters
+from fusecomp.lowerings.device import target_of, zeroed_counters
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.skinny import cdiv
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.quant.folded_held import folded_held_kernel
-from fusecomp.lowerings.quant.heuristics import HELD_COLUMNS, HELD_REGISTERS, HELD_ROWS, QuantConfig
+from fusecomp.lowerings.quant.heuristics import HELD_ASKED, HELD_COLUMNS, HELD_REGISTERS, HELD_ROWS, QuantConfig
 
 
 def in_bf16(scale: Tensor, zero: Tensor | None) -> bool:
@@ -58,6 +58,6 @@ def run_held(
         x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
         norm_weight, partials, warp_scales,
         None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
-        eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, EARLY=config.early, EVEN_K=k % columns == 0,
+        eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, ASK_SCALES=options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0, EARLY=config.early, EVEN_K=k % columns == 0,
         **options | {"BLOCK_R": rows}, **({"maxnreg": HELD_REGISTERS} if options["ASM"] else {}),
     )  # fmt: skip

@@ -25,10 +25,11 @@ FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own c
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
 HELD_ROWS, HELD_COLUMNS = 16, 256  # "folded held": rows of a product, columns of a warp
+HELD_ASKED = 1024  # columns whose scales are 16 bytes, the least that the L2 is asked for
 HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
 HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
-DIGITS_ARCH = 90  # compute capability, times ten, from which fp8 products are as fast as their operands are read
-DIGIT_COLUMNS = 128  # "digits": a scale serves a multiple of these
+DIGITS_ARCH = 90  # compute capability, times ten; compiled for 10.0, the kernel spills
+DIGIT_COLUMNS, DIGIT_ALIGNED = 128, 16  # "digits": a scale serves a multiple of these columns, and K is one, for TMA
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -263,8 +264,8 @@ def serves_words(shape: QuantShape) -> bool:
 def serves_digits(target: Target, shape: QuantShape) -> bool:
     """Whether the kernel that cuts inputs to fp8 digits takes a shape."""
     alike = shape.kind == FP8 and shape.dtype == "bfloat16" and not shape.zero
-    matrix_units = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= DIGITS_ARCH
-    return matrix_units and alike and shape.cols % DIGIT_COLUMNS == 0
+    whole = shape.cols % DIGIT_COLUMNS == 0 and shape.k % DIGIT_ALIGNED == 0
+    return target.arch == DIGITS_ARCH and alike and whole
 
 
 def serves_halves(shape: QuantShape) -> bool:

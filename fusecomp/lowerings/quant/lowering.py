@@ -264,9 +264,10 @@ def run_quant(
         )  # fmt: skip
         return
     if config.kernel == DIGITS:
+        tiles = TensorDescriptor(codes, list(codes.shape), [k, 1], [config.block_r // groups, config.block_k])
         launch(
             digits_kernel, (teams * splits,),
-            x, codes, scale, out, norm_weight, *scratch, args, strides, tokens, n, k, per_split, eps, x.stride(0),
+            x, tiles, scale, out, norm_weight, *scratch, args, strides, tokens, n, k, per_split, eps, x.stride(0),
             out.stride(0), columns, BLOCK_T=config.block_t, SPLITS=splits,
             **{name: value for name, value in common.items() if name != "OFFSET"},
         )  # fmt: skip

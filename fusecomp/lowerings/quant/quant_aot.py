@@ -72,10 +72,10 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
 
 # Layout, groups, norm, warps, whether the pipeline begins before the wait.
 HELD = ((0, 2, 2, 4, False), (7, 1, 0, 8, True), (0, 1, 3, 16, True))
-DIGIT = (  # layout, groups, norm, launch; compiled for all GPUs that it serves
+DIGIT = (  # layout, groups, norm, launch; only for GPUs that it serves
     ((FP8, 8, 1, 0, False, 0), 2, 2, QuantConfig(DIGITS, 8, 128, 256, 8, 3)),
     ((FP8, 8, 1, 0, False, 0), 1, 0, QuantConfig(DIGITS, 16, 64, 256, 4, 3, 4)),
-    ((FP8, 8, 128, 128, False, 0), 1, 3, QuantConfig(DIGITS, 8, 64, 128, 4, 4, 8)),
+    ((FP8, 8, 128, 128, False, 0), 2, 3, QuantConfig(DIGITS, 16, 128, 128, 8, 4, 2)),
 )
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
@@ -92,7 +92,7 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, config in WIDE:
         if target.has_tma or not config.use_tma:
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
-    for layout, groups, norm, config in DIGIT if arch_of(target) >= heuristics.DIGITS_ARCH else ():
+    for layout, groups, norm, config in DIGIT if target.arch == heuristics.DIGITS_ARCH else ():
         yield specialization(target, layout, groups, config.block_t, "bfloat16", norm, config)
     for at, groups, norm, warps, early in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
         config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1, early=early)
@@ -107,11 +107,6 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
                     yield specialization(target, layout, groups, tokens, dtype, norm)
             for tokens in (1, 32):
                 yield specialization(target, layout, 1, tokens, "float32", 2)
-
-
-def arch_of(target: Target) -> int:
-    """Compute capability of an NVIDIA GPU, times ten; 0 of others."""
-    return target.arch if isinstance(target.arch, int) and target.backend == "cuda" else 0
 
 
 def _token_limit(target: Target, layout: tuple) -> int:
@@ -193,6 +188,7 @@ def specialization(
         elif config.kernel == DIGITS:
             for name in ("ASM", "EXACT_NORM", "EARLY", "OFFSET", "zero"):
                 del constants[name]
+            pointers["q_tiles"] = f"tensordesc<{pointers.pop('q')}[{config.block_r // groups}, {config.block_k}]>"
         else:
             constants["HALVES"] = config.halves
             words = constants["WORDS"] = heuristics.reads_words(config, shape)
@@ -231,7 +227,7 @@ def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> 
     pointers |= {"counters": "i32"} if config.splits > 1 else {}
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
-        "AHEAD": config.ahead, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "EARLY": config.early,
+        "AHEAD": config.ahead, "ASK_SCALES": target.has_tma, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "EARLY": config.early,
         "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
