@@ -30,6 +30,7 @@ from fusecomp.lowerings.linear.skinny import split_steps
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
+    DIGIT_ROWS,
     DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
@@ -69,8 +70,8 @@ BYTES = {
 }  # fmt: skip
 # Of fp8 whose inputs are cut to digits: rows and columns of a tile, warps, stages.
 DIGIT_TILES = (
-    (64, 256, 4, 3), (64, 256, 4, 4), (64, 512, 4, 2), (64, 128, 4, 6), (128, 256, 8, 3), (128, 256, 4, 3), (128, 128, 8, 6),
-    (128, 512, 8, 2), (256, 128, 8, 3),
+    (64, 256, 4, 3), (64, 256, 4, 4), (64, 512, 4, 2), (64, 128, 4, 6), (128, 256, 8, 3), (128, 256, 4, 3),
+    (128, 128, 8, 6), (128, 512, 8, 2), (256, 128, 8, 3),
 )  # fmt: skip
 # Of folded codes, by tokens of a program: rows of a tile, warps, stages, programs to a multiprocessor, `early`, `sums`.
 FOLDED = {
@@ -115,7 +116,7 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
         return
     if tokens <= 32 and serves_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
         for rows, block_k, warps, stages in DIGIT_TILES:
-            if rows < 64 * shape.groups:  # the least that the matrix units take from shared memory
+            if rows < DIGIT_ROWS * shape.groups:
                 continue
             for splits in split_counts(Kind(shape.n, shape.k, None, groups=shape.groups), rows, block_k):
                 yield QuantConfig(DIGITS, block_t, rows, block_k, warps, stages, splits)

@@ -21,6 +21,7 @@ from fusecomp.lowerings.quant.heuristics import (
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
+    digit_entries,
     entries,
     fitting_columns,
     held_config,
@@ -83,9 +84,11 @@ def tuned_shape(entry: dict) -> QuantShape:
 def test_source_says_whether_the_entry_was_measured_for_the_shape():
     assert {(e["kind"], e["bits"]) for e in entries(H100.table)} == {(FP8, 8), (INT, 4)}
     for target in (H100, SM90):
-        kept = [(False, entry) for entry in entries(target.table)] + [(True, e) for e in held_entries(target.table)]
-        for held, entry in kept:
-            shape, tokens = tuned_shape(entry), entry["tokens"]
+        # Inputs of fp16 are not held, nor cut to digits.
+        kept = [("float16", entry) for entry in entries(target.table)]
+        kept += [("bfloat16", entry) for entry in held_entries(target.table) + digit_entries(target.table)]
+        for dtype, entry in kept:
+            shape, tokens, held = replace(tuned_shape(entry), dtype=dtype), entry["tokens"], dtype == "bfloat16"
             found, timed = quant_config(target, shape, tokens, held), "us" in entry or "step_us" in entry
             measured = timed and entry["gpu"] == target.name
             assert found.source.startswith(entry["gpu"])
@@ -151,6 +154,22 @@ def test_held_inputs_fill_the_gpu_once(target, parts):
         assert config.parts <= parts and (config.parts - 1) * 256 < k <= config.parts * 256 * config.splits
         assert config.block_r % 16 == 0 and config.ahead == target.has_tma and config.num_warps == config.parts
         assert config.block_r == 1024 or programs * config.parts <= 16 * target.num_sms
+
+
+def test_digits_serve_few_tokens_of_bf16_where_they_were_tuned():
+    """From two tokens on, up to the last entry; scales of blocks take steps as wide; else the tile kernel."""
+    entry = next(e for e in digit_entries(SM90.table) if e["tokens"] == 8)
+    shape, most = tuned_shape(entry), max(e["tokens"] for e in digit_entries(SM90.table))
+    kernels = [quant_config(SM90, shape, tokens).kernel for tokens in (1, 2, 8, most, most + 1)]
+    assert kernels == ["words", "digits", "digits", "digits", "tile"]
+    assert quant_config(SM90, replace(shape, n=1000, k=1600), 5).kernel == "digits"
+    blocks = quant_config(SM90, replace(shape, rows=128, cols=128), 8)
+    assert blocks.kernel == "digits" and 128 % blocks.block_k == 0
+    for change in ({"cols": 64}, {"k": 4104}, {"kind": INT}, {"dtype": "float16"}, {"dtype": "float32"}):
+        assert quant_config(SM90, replace(shape, **change), 8).kernel == "tile", change
+    for target in TARGETS:
+        assert (quant_config(target, shape, 8).kernel == "digits") == (target == SM90)
+    assert not digit_entries(H100.table)
 
 
 def test_held_inputs_serve_whole_products_with_scales_of_bf16(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant.heuristics import (
     QuantConfig,
+    digit_entries,
     entries,
 )
 from fusecomp.lowerings.quant.lowering import input_tiles, launch_quant_linear, run_quant
@@ -62,6 +63,38 @@ def test_gpu(spec, zero):
         unfused = torch.nn.functional.silu(y[:, :n]) * y[:, n:]
         error, allowed = ((value.float() - exact).norm() for value in (found, unfused))
         assert error <= 1.5 * allowed, (n, k, tokens, float(error), float(allowed))
+
+
+def test_gpu_digits():
+    """Launches of an H200's table, at its shapes: each token's error, whatever its size; an infinity is no number."""
+    spec = WeightSpec(FP8, 8, 1, 0, "bfloat16")
+    for entry in digit_entries(SM90.table):
+        config, k, groups = QuantConfig(**entry["config"]), entry["k"], entry["groups"]
+        assert config.kernel == "digits"
+        n = entry["rows"] // groups
+        q, scale, _ = (None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, torch.float32))
+        program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=NormSpec("rms", 1e-30))
+        gain = torch.randn(k, device="cuda", dtype=torch.bfloat16)
+        for tokens in (entry["tokens"], entry["tokens"] - 1, 2):
+            sizes = torch.tensor([1.0, 1e-12, 1e12, 3e-3], device="cuda")[torch.arange(tokens) % 4, None]
+            x = (torch.randn(tokens, k, device="cuda") * sizes).bfloat16()
+            outs = [torch.full((tokens, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(3)]
+            bad = x.clone()
+            bad[-1, 7] = float("inf")
+            for rows, out in zip((x, x, bad), outs, strict=True):
+                run_quant(config, rows, q, scale, None, gain, [], program, spec, out, True)
+            dense = q.float() * scale
+            exact, unfused = (_normed(x.to(d), gain.to(d), dense.to(d), n, groups) for d in (torch.float32, x.dtype))
+            error, allowed = ((y.float() - exact).norm(dim=1) for y in (outs[0], unfused))
+            assert (error <= 1.5 * allowed).all(), (entry, tokens, error / allowed)
+            assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0][:-1], outs[2][:-1])
+            assert outs[2][-1].isnan().all()
+
+
+def _normed(x, gain, weight, n, groups):
+    """The unfused layer."""
+    y = torch.nn.functional.rms_norm(x, (x.shape[1],), gain, 1e-30) @ weight.T
+    return torch.nn.functional.silu(y[:, :n]) * y[:, n:] if groups == 2 else y
 
 
 def test_gpu_inputs_by_a_descriptor():

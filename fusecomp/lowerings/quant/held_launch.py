@@ -53,11 +53,13 @@ def run_held(
     partials, warp_scales = (
         torch.empty(programs * size * config.parts, dtype=torch.float32, device=x.device) for size in (rows, 2)
     )
+    asks = options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0
     launch(
         folded_held_kernel, (programs,),
         x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
         norm_weight, partials, warp_scales,
         None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
-        eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, ASK_SCALES=options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0, EARLY=config.early, EVEN_K=k % columns == 0,
-        **options | {"BLOCK_R": rows}, **({"maxnreg": HELD_REGISTERS} if options["ASM"] else {}),
+        eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, ASK_SCALES=asks, EARLY=config.early,
+        EVEN_K=k % columns == 0, **options | {"BLOCK_R": rows},
+        **({"maxnreg": HELD_REGISTERS} if options["ASM"] else {}),
     )  # fmt: skip

@@ -29,7 +29,8 @@ HELD_ASKED = 1024  # columns whose scales are 16 bytes, the least that the L2 is
 HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
 HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
 DIGITS_ARCH = 90  # compute capability, times ten; compiled for 10.0, the kernel spills
-DIGIT_COLUMNS, DIGIT_ALIGNED = 128, 16  # "digits": a scale serves a multiple of these columns, and K is one, for TMA
+# "digits": a scale serves a multiple of these columns; K is one, for TMA; rows of a group of a tile, at least.
+DIGIT_COLUMNS, DIGIT_ALIGNED, DIGIT_ROWS = 128, 16, 64
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -86,7 +87,7 @@ def held_entries(name: str) -> list[dict[str, Any]]:
 
 
 def digit_entries(name: str) -> list[dict[str, Any]]:
-    """Those of weights that launches which cut their inputs to digits serve, of any kind; only some GPUs have any."""
+    """Those of launches that cut their inputs to digits; only some GPUs have any. One token has a faster kernel."""
     return entries_of(name, "", "digits", KEY)
 
 
@@ -99,7 +100,7 @@ def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = Tr
     if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
         found = _tuned(target, shape, tokens, held_entries(target.table))
         return held_config(found, target, shape) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
-    if serves_digits(target, shape) and any(e["tokens"] >= tokens for e in digit_entries(target.table)):
+    if tokens > 1 and serves_digits(target, shape) and any(e["tokens"] >= tokens for e in digit_entries(target.table)):
         return _fit(_tuned(target, shape, tokens, digit_entries(target.table)), target, shape)
     if tuned:
         return _fit(_tuned(target, shape, tokens, entries(target.table)), target, shape)
@@ -169,6 +170,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     folded = config.kernel == FOLDED
     if config.kernel == FOLDED_WIDE:
         return _fit_wide(config, target, shape)
+    if config.kernel == DIGITS:
+        config = replace(config, block_r=max(config.block_r, DIGIT_ROWS * shape.groups))
     if config.halves and not serves_halves(shape):
         config = replace(config, halves=False)
     if (shape.kind, shape.bits, shape.dtype) == (INT, 8, "float16") and config.block_r > 64:  # ptxas spills some

@@ -227,7 +227,8 @@ def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> 
     pointers |= {"counters": "i32"} if config.splits > 1 else {}
     constants: dict[str, Any] = {
         "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
-        "AHEAD": config.ahead, "ASK_SCALES": target.has_tma, "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0, "EARLY": config.early,
+        "AHEAD": config.ahead, "ASK_SCALES": target.has_tma, "EARLY": config.early,
+        "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0,
         "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
