@@ -74,7 +74,7 @@ def _engine(shape: str, *arguments: str) -> Run:
 
 
 RUNS = {
-    "8b-fp8": _engine("llama-8b", "decode", "prefill", "offline", "--quantize", "fp8", "--batches", "1,64,256"),
+    "8b-fp8": _engine("llama-8b", "decode", "prefill", "offline", "--quantize", "fp8", "--batches", "1,8,64,256"),
     "8b": _engine("llama-8b", "decode", "offline", "prefix", "--batches", "64,128", "--profile"),
     "8b-int4": _engine("llama-8b", "decode", "--quantize", "int4", "--batches", "1,64,128"),
     "1b": _engine("llama-1b", "decode", "offline", "--batches", "64", "--repeat", "3", "--profile"),
