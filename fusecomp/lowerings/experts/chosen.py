@@ -5,7 +5,8 @@ registers, from the logits. The down projection does it while the up projection 
 
 A router of 128 x 2048 with its norm and its experts of 768, in a chain of layers on an H100 (bf16): 30.5 us at one
 token and 53.9 at two, against 32.2 and 57.0 by the launches of `route/` and `vector.py`; measured when the down
-projection still took its experts one by one from the choice. No faster from four tokens on.
+projection still took its experts one by one from the choice. No faster from four tokens on. Of fp8 on an H200 of
+4.60 TB/s 16.99 us instead of 17.26 at one token, no faster at two.
 
 Weights that are codes have scales and maybe zero points, and are multiplied as in `vector.py`. CODES says which they
 are: what KIND is there, where here it is the router's.

@@ -62,6 +62,9 @@ def digits_kernel(
     A token with an input that is no number has none in its output.
     Bytes: G * N * K and the scales, 2 * T * K from the L2 per BN features, 8 * S * G * N * BT of partials if S > 1.
     FLOPs: 4 * T * G * N * K, of fp8.
+
+    Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain): 74% and 66% of it at 8
+    and 16 tokens; alone, gate and up 82% and 75%.
     """
     BLOCK_N: tl.constexpr = BLOCK_R // G
     t_block, t_blocks, split, block, first, lo, hi = tile_place(

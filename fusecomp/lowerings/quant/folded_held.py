@@ -63,8 +63,8 @@ def folded_held_kernel(
     Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
     FLOPs: 2 * G * N * K.
 
-    Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 56% of
-    it; alone 64% over 60.6 MB, 53%, 35% and 29% over 30.3, 13 and 8.7: 4 to 8 us more than their bytes take.
+    Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 56.5% of
+    it; alone 66% over 60.6 MB, 54%, 37% and 28% over 30.3, 13 and 8.7: 4 to 8 us more than their bytes take.
     """
     FEATURES: tl.constexpr = ROWS // G
     COLUMNS: tl.constexpr = PARTS * TILE
