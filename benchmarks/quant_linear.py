@@ -29,7 +29,7 @@ from benchmarks.quant_tune import job, prepare, seconds_of, tune
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
 from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, norm_limit, quant_config
-from fusecomp.lowerings.quant.lowering import launch_dequantize, run_quant
+from fusecomp.lowerings.quant.launches import launch_dequantize, run_quant
 from fusecomp.ops.quant import dequantize_reference
 
 

@@ -42,7 +42,7 @@ from fusecomp.lowerings.quant.heuristics import (
     serves_held,
     serves_words,
 )
-from fusecomp.lowerings.quant.lowering import run_quant
+from fusecomp.lowerings.quant.launches import run_quant
 from fusecomp.ops.quant_linear import QuantShape
 
 Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, configuration

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def _dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
-    from fusecomp.lowerings.quant.lowering import launch_dequantize, refusal
+    from fusecomp.lowerings.quant.launches import launch_dequantize
+    from fusecomp.lowerings.quant.lowering import refusal
 
     parsed = WeightSpec.from_text(spec)
     if reason := refusal(q, scale, zero, parsed):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fusecomp.lowerings.paged_attention.heuristics import SM80, SM90, TARGETS, Target
-from fusecomp.lowerings.quant import heuristics, lowering, tables
+from fusecomp.lowerings.quant import heuristics, launches, lowering, tables
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
     MAX_SPLITS,
@@ -32,7 +32,8 @@ from fusecomp.lowerings.quant.heuristics import (
     serves_words,
     unit,
 )
-from fusecomp.lowerings.quant.lowering import explain_choices, input_tiles, launch_quant_linear, refusal, run_quant
+from fusecomp.lowerings.quant.launches import input_tiles, run_quant
+from fusecomp.lowerings.quant.lowering import explain_choices, launch_quant_linear, refusal
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape
@@ -42,8 +43,9 @@ ROOT = Path(__file__).parents[2]
 KINDS = ((INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4))
 
 
-def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_quant.py"]
+@pytest.mark.parametrize("name", ["quant", "folded"])
+def test_interpreted(name):
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/check_{name}.py"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -273,7 +275,7 @@ def test_inputs_that_tma_does_not_read_have_no_descriptor(monkeypatch):
     for refused in (x[:, :256], torch.zeros(33, 272, dtype=x.dtype)[:, 1:257], rows.float()):
         assert input_tiles(refused, config) is None
     assert input_tiles(rows, replace(config, block_k=16)) is None
-    monkeypatch.setattr(lowering, "target_of", lambda _: SM80)
+    monkeypatch.setattr(launches, "target_of", lambda _: SM80)
     assert input_tiles(rows, config) is None
 
 

@@ -24,7 +24,7 @@ from fusecomp.lowerings.experts.quant_heuristics import (
     quant_experts_config,
 )
 from fusecomp.lowerings.experts.quant_lowering import launch_quant_experts, supports
-from fusecomp.lowerings.paged_attention.heuristics import SM90, TARGETS
+from fusecomp.lowerings.paged_attention.heuristics import SM80, SM90, TARGETS
 from fusecomp.ops import take_fallbacks
 from fusecomp.ops.experts import CodesShape, codes_shape, quant_experts_reference
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
@@ -94,7 +94,9 @@ def test_choices_are_explained():
     assert [line.split(", from")[0] for line in lines] == [
         "1 tokens: vector experts of codes",
         "64 tokens: grouped experts of codes",
+        "1 tokens: three launches that choose inside, where the router is part of them",
     ]
+    assert lines[-1].endswith("(exact)") and len(explain_choices(SM80, shape, [1, 64])) == 2
 
 
 def test_shape_is_its_text():

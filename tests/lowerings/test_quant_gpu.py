@@ -14,7 +14,8 @@ from fusecomp.lowerings.quant.heuristics import (
     digit_entries,
     entries,
 )
-from fusecomp.lowerings.quant.lowering import input_tiles, launch_quant_linear, run_quant
+from fusecomp.lowerings.quant.launches import input_tiles, run_quant
+from fusecomp.lowerings.quant.lowering import launch_quant_linear
 from fusecomp.ops.linear import Program
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference

@@ -141,7 +141,7 @@ def test_choices_are_explained():
     lines = explain_choices(SM90, shape, [1, 8, 64, 8192])
     assert [line.split(" tokens: ")[0] for line in lines if "codes by codes" in line] == ["64", "8192"]
     assert any(line.startswith("1 tokens: quantized words") for line in lines)
-    assert any(line.startswith("8 tokens: quantized tile") for line in lines)
+    assert any(line.startswith("8 tokens: quantized digits") for line in lines)
     refused = explain_choices(SM80, shape, [1, 64])
     assert "has no products of fp8" in refused[0] and any(line.startswith("64 tokens: quantized") for line in refused)
     assert explain_scaled(SM90, replace(shape, least=0), [1, 2])[1] == [1]

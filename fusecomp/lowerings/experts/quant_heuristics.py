@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -171,11 +171,20 @@ def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[in
     for cols in (shape.up_cols, shape.down_cols):
         if cols % LEAST_COLUMNS:
             return [f"any tokens: dequantized, then experts: {columns_reason(cols)}"]
-    named = [(tokens, quant_experts_config(target, shape, tokens)) for tokens in sorted(set(token_counts)) if tokens]
+    counts = sorted(set(token_counts) - {0})
     lines = []
-    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
-        counts = [tokens for tokens, _ in run]
-        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    for choice, span in _spans([(tokens, quant_experts_config(target, shape, tokens)) for tokens in counts]):
         name = "dequantize, then experts" if choice.method == DEQUANTIZE else f"{choice.method} experts of codes"
         lines.append(f"{span} tokens: {name}, from {choice.source}")
+    routed = [(t, config) for t in counts if (config := routed_codes_config(target, shape, t)) is not None]
+    for choice, span in _spans(routed):
+        name = "three launches that choose inside, where the router is part of them"
+        lines.append(f"{span} tokens: {name}, from {choice.source}")
     return lines
+
+
+def _spans(named: Sequence[tuple[int, ExpertsConfig]]) -> Iterator[tuple[ExpertsConfig, str]]:
+    """Each choice and the run of token counts that it serves: "8 to 16"."""
+    for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
+        counts = [tokens for tokens, _ in run]
+        yield choice, str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

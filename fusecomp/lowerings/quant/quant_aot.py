@@ -28,7 +28,7 @@ from fusecomp.lowerings.quant.heuristics import (
     QuantConfig,
     quant_config,
 )
-from fusecomp.lowerings.quant.lowering import code_kind
+from fusecomp.lowerings.quant.launches import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel

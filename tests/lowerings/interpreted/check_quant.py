@@ -6,36 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecomp.lowerings import device
 from fusecomp.lowerings.quant import lowering
-from fusecomp.lowerings.quant.heuristics import QuantConfig, fitting_columns
-from fusecomp.lowerings.quant.lowering import launch_dequantize, launch_quant_linear, run_quant
-from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
+from fusecomp.lowerings.quant.heuristics import QuantConfig
+from fusecomp.lowerings.quant.launches import launch_dequantize, run_quant
+from fusecomp.lowerings.quant.lowering import launch_quant_linear
+from fusecomp.ops.linear import FULL, Program
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import multiply_float8
-
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
-PROGRAMS = {
-    "plain": Program(1, (), (), "float32"),
-    "residual": Program(1, (FULL,), (("add", "i0", "a0"),), "float32"),
-    "bias": Program(1, (ROW,), (("add", "a0", "i0"),), "float32"),
-    "swiglu": Program(2, (), SILU, "float32"),
-}
-NORMS = {"none": None, "rms": NormSpec("rms", 1e-5), "plus one": NormSpec("rms", 1e-5, True)}
-
+from tests.lowerings.quant_cases import NORMS, PROGRAMS, SETTINGS, check, layers, run, specs
 
 multiply_bfloat16()
 multiply_float8()
@@ -47,86 +31,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@st.composite
-def specs(draw):
-    """Every kind of codes, by rows, tensors, groups and blocks."""
-    kind, bits = draw(st.sampled_from([(INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4)]))
-    rows, cols = draw(st.sampled_from([(1, 0), (0, 0), (1, 16), (1, 32), (1, 128), (16, 32), (3, 48)]))
-    return WeightSpec(kind, bits, rows, cols, draw(st.sampled_from(["float32", "float16", "bfloat16"])))
-
-
-@st.composite
-def folded_specs(draw):
-    """Folded integers, by rows, groups within a block and groups of several."""
-    fold, columns = draw(st.sampled_from([32, 64])), draw(st.sampled_from([0, 1, 2, 4, 8]))
-    dtype = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
-    return WeightSpec(INT, 4, draw(st.sampled_from([1, 1, 0, 3])), columns * fold, dtype, fold)
-
-
-@st.composite
-def layers(draw, tokens, of=specs):
-    """(x, weight, norm weight, operands, program, spec)."""
-    spec, name = draw(of()), draw(st.sampled_from([*PROGRAMS]))
-    count, n = draw(tokens), draw(st.integers(1, 50))
-    if spec.fold:
-        k = 4 * spec.fold * draw(st.integers(1, 5))
-    else:
-        k = 2 * draw(st.integers(1, 100) | st.sampled_from([8, 16, 40, 64, 72, 96]))
-    norm = NORMS[draw(st.sampled_from([*NORMS]))]
-    program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
-    shape = (program.groups * n, k)
-    zero = spec.kind == INT and draw(st.booleans())
-    weight = list(random_weight(shape, spec, torch.float32, zero=zero, seed=draw(st.integers(0, 9))))
-    if zero and draw(st.booleans()):
-        weight[2] = weight[2].to(draw(st.sampled_from([torch.bfloat16, torch.float8_e4m3fn])))
-    if spec.kind == FP4 and draw(st.booleans()):
-        weight[1] = torch.randint(120, 126, weight[1].shape, dtype=torch.uint8)
-    else:
-        weight[1] = weight[1].to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
-    torch.manual_seed(0)
-    x = torch.randn(count, k + 8, dtype=spec.torch_dtype)[:, :k] * 3
-    operands = [torch.randn((count, n + 3) if part == FULL else (n,)).to(spec.torch_dtype) for part in program.operands]
-    operands = [o[:, :n] if o.dim() == 2 else o for o in operands]
-    norm_weight = torch.randn(k).to(spec.torch_dtype) if norm and (norm.plus_one or draw(st.booleans())) else None
-    return x, tuple(weight), norm_weight, operands, program, spec
-
-
-def check(found, layer) -> None:
-    """Error against fp32 at most 1.5 times that of the unfused layer, or two roundings of its inputs."""
-    x, (q, scale, zero), norm_weight, operands, program, spec = layer
-    exact_program = replace(program, dtype="float64").to_text()
-    weight = dequantize_reference(q, scale, zero, replace(spec, dtype="float64").to_text())
-    doubles = [o.double() for o in operands]
-    norm = None if norm_weight is None else norm_weight.double()
-    exact = linear_reference(x.double(), weight, norm, None, doubles, exact_program)
-    rounded = dequantize_reference(q, scale, zero, spec.to_text())
-    unfused = linear_reference(x, rounded, norm_weight, None, operands, program.to_text()).double()
-    assert found.isfinite().all()
-    # Sums may cancel: the size of their terms says what a rounding of an input amounts to.
-    size = linear_reference(
-        x.double().abs(), weight.abs(), None if norm is None else norm.abs(), None, doubles, exact_program
-    )
-    eps = torch.finfo(x.dtype).eps
-    floor = (4 if x.dtype == torch.float32 else 2) * eps * (size.norm() / max(1, x.shape[1]) ** 0.5 + exact.norm())
-    error, allowed = (found.double() - exact).norm(), 1.5 * (unfused - exact).norm()
-    assert error <= max(allowed, floor), (error, allowed, floor)
-
-
-def run(layer, config):
-    x, (q, scale, zero), norm_weight, operands, program, spec = layer
-    tokens, n = x.shape[0], q.shape[0] // program.groups
-    buffer = torch.full((tokens + 1, n + 3), float("nan"), dtype=spec.torch_dtype)
-    out = buffer[:tokens, :n]
-    if config.kernel == "tile":
-        config = replace(config, block_k=fitting_columns(config.block_k, spec.cols))
-    run_quant(config, x, q, scale, zero, norm_weight, operands, program, spec, out, False)
-    assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
-    for counters in device._arrival_counters.values():
-        assert not counters.any(), "a launch left its counters raised"
-    check(out, layer)
-    return out
 
 
 @settings(SETTINGS, max_examples=20)
@@ -224,99 +128,6 @@ def test_digits_hold_every_input():
         found = torch.empty(3, 128)
         run_quant(QuantConfig("digits", 8, 64, 128), x, *weight, None, [], program, spec, found, False)
         assert found[1].isnan().all() and torch.equal(found[::2], x[::2].float())
-
-
-@settings(SETTINGS, max_examples=60)
-@given(
-    layers(st.integers(1, 40), folded_specs), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.integers(1, 4),
-    st.booleans(), st.booleans(),
-)  # fmt: skip
-def test_folded(layer, block_t, block_r, splits, early, sums):
-    sums &= layer[0].dtype != torch.float32  # which the bias would cost bits, hence `quant_config` does not choose it
-    run(layer, QuantConfig("folded", block_t, block_r, splits=splits, early=early, sums=sums))
-
-
-@settings(SETTINGS, max_examples=40)
-@given(
-    layers(st.integers(1, 40), folded_specs), st.sampled_from([16, 32]), st.sampled_from([16, 64]),
-    st.sampled_from([64, 128, 256]), st.integers(1, 4), st.booleans(),
-)  # fmt: skip
-def test_folded_wide(layer, block_t, block_r, block_k, splits, use_tma):
-    x, weight, _, operands, program, spec = layer
-    layer = (x, weight, None, operands, replace(program, norm=None), spec)
-    block_k = min(block_k, 4 * spec.fold)
-    run(layer, QuantConfig("folded wide", block_t, block_r, block_k, splits=splits, use_tma=use_tma))
-
-
-@pytest.mark.parametrize("tokens", [3, 33, 128])
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("name", ["residual", "swiglu"])
-def test_inputs_by_a_descriptor(monkeypatch, tokens, zero, name):
-    """The same bits as by pointers, by which inputs are read that TMA does not take."""
-    used = []
-
-    def launch(*args, **options):
-        used.append(options["USE_TMA"])
-        launch_kernel(*args, **options)
-
-    launch_kernel = lowering.launch
-    monkeypatch.setattr(lowering, "launch", launch)
-    spec, program = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), replace(PROGRAMS[name], dtype="bfloat16")
-    n, k = 40, 512
-    weight = random_weight((program.groups * n, k), spec, torch.bfloat16, zero=zero)
-    operands = [torch.randn(tokens, n).bfloat16() for _ in program.operands]
-    x = torch.randn(tokens, k + 8).bfloat16()[:, :k]
-    for block_r, block_k in ((64, 128), (128, 256)):
-        config = QuantConfig("folded wide", 64, block_r, block_k, splits=2)
-        layer = x, weight, None, operands, program, spec
-        found = run(layer, replace(config, use_tma=True))
-        assert torch.equal(found, run(layer, config))
-        odd = torch.zeros(tokens, k + 9, dtype=x.dtype)[:, 1 : k + 1].copy_(x)
-        assert torch.equal(found, run((odd, *layer[1:]), replace(config, use_tma=True)))
-    assert used == [True, False, False] * 2
-
-
-@settings(SETTINGS, max_examples=60)
-@given(
-    layers(st.sampled_from([1, 1, 2, 7, 9, 20]), folded_specs), st.sampled_from([8, 16]), st.sampled_from([16, 32]),
-    st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([2, 4]),
-)  # fmt: skip
-def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
-    sums &= layer[0].dtype != torch.float32
-    config = QuantConfig(
-        "folded", block_t, block_r, splits=splits, early=early, sums=sums, parts=parts, num_warps=parts
-    )
-    run(layer, config)
-
-
-@st.composite
-def held_layers(draw):
-    """One token by whole products of rows, in bf16, with scales of 128 columns."""
-    spec, name = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), draw(st.sampled_from([*PROGRAMS]))
-    norm = NORMS[draw(st.sampled_from([*NORMS]))]
-    program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
-    n, k = 16 // program.groups * draw(st.integers(1, 5)), 256 * draw(st.integers(1, 9))
-    weight = random_weight((program.groups * n, k), spec, torch.bfloat16, zero=draw(st.booleans()))
-    torch.manual_seed(draw(st.integers(0, 9)))
-    x = torch.randn(1, k + 8).bfloat16()[:, :k] * draw(st.sampled_from([0.0, 1e-30, 3.0, 1e6]))
-    operands = [torch.randn((1, n) if part == FULL else (n,)).bfloat16() for part in program.operands]
-    gain = torch.randn(k).bfloat16() if norm and (norm.plus_one or draw(st.booleans())) else None
-    return x, tuple(weight), gain, operands, program, spec
-
-
-@settings(SETTINGS, max_examples=40)
-@given(held_layers(), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans())
-def test_folded_held(layer, products, parts, early):
-    run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts, early=early))
-
-
-@settings(SETTINGS, max_examples=15)
-@given(folded_specs(), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([(), (3,)]))
-def test_unfold(spec, n, blocks, zero, leading):
-    q, scale, zeros = random_weight((*leading, n, 4 * spec.fold * blocks), spec, torch.float32, zero=zero)
-    found, exact = launch_dequantize(q, scale, zeros, spec), dequantize_reference(q, scale, zeros, spec.to_text())
-    eps = 0.0 if spec.dtype in ("float32", "float16") else torch.finfo(spec.torch_dtype).eps
-    assert torch.allclose(found.float(), exact.float(), rtol=eps, atol=0.0)
 
 
 @settings(SETTINGS, max_examples=15)
