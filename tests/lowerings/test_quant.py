@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fusecomp.lowerings.paged_attention.heuristics import SM80, SM90, TARGETS, Target
-from fusecomp.lowerings.quant import heuristics, launches, lowering, tables
+from fusecomp.lowerings.quant import held_launch, heuristics, launches, lowering, tables
+from fusecomp.lowerings.quant.held_launch import in_bf16
 from fusecomp.lowerings.quant.heuristics import (
     FOLDED_LIMIT,
     MAX_SPLITS,
@@ -172,6 +173,20 @@ def test_digits_serve_few_tokens_of_bf16_where_they_were_tuned():
     for target in TARGETS:
         assert (quant_config(target, shape, 8).kernel == "digits") == (target == SM90)
     assert not digit_entries(H100.table)
+
+
+@pytest.mark.parametrize(("k", "begin", "asks"), [(1024, 0, True), (1024, 2, False), (1024, 8, True), (768, 0, False)])
+def test_held_inputs_ask_for_scales_that_tma_can_address(monkeypatch, k, begin, asks):
+    """They begin at a multiple of 16 bytes, and so does each row."""
+    asked = []
+    monkeypatch.setattr(held_launch, "launch", lambda *_, **options: asked.append(options["ASK_SCALES"]))
+    q, *parts = random_weight((32, k), WeightSpec(INT, 4, 1, 128, "bfloat16", 64), torch.bfloat16, zero=True)
+    scale, zero = (torch.empty(part.numel() + begin, dtype=part.dtype)[begin:].view(part.shape) for part in parts)
+    x, out = torch.zeros(1, k, dtype=torch.bfloat16), torch.empty(1, 32, dtype=torch.bfloat16)
+    config = held_config(QuantConfig("folded held", 1, parts=2), SM90, tuned_shape(held_entries(SM90.table)[0]))
+    held_launch.run_held(config, x, q, scale, zero, None, (), (), out, 0.0, {"G": 1, "ASM": True})
+    assert asked == [asks]
+    assert in_bf16(scale, zero) and not in_bf16(scale.view(-1)[1:], zero)
 
 
 def test_held_inputs_serve_whole_products_with_scales_of_bf16(monkeypatch):

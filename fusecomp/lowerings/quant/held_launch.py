@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, zeroed_counters
-from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.skinny import cdiv
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.quant.folded_held import folded_held_kernel
@@ -17,7 +17,8 @@ from fusecomp.lowerings.quant.heuristics import HELD_ASKED, HELD_COLUMNS, HELD_R
 
 def in_bf16(scale: Tensor, zero: Tensor | None) -> bool:
     """Whether scales and zero points are as the kernel reads them, two to a word."""
-    return all(part is None or part.dtype == torch.bfloat16 for part in (scale, zero))
+    given = [part for part in (scale, zero) if part is not None]
+    return all(part.dtype == torch.bfloat16 and part.storage_offset() % 2 == 0 for part in given)
 
 
 def run_held(
@@ -40,12 +41,13 @@ def run_held(
         options: the kernel's other constants, and the launch's options.
 
     Raises:
-        ValueError: more than one token, or scales or zero points that are not bf16.
+        ValueError: more than one token, or scales or zero points that are no words of two bf16.
     """
     if len(x) != 1:
         raise ValueError(f"held inputs: {len(x)} tokens, of one at most")
     if not in_bf16(scale, zero):
-        raise ValueError(f"held inputs: scales are {scale.dtype}, zero points {None if zero is None else zero.dtype}")
+        found = "; ".join(f"{p.dtype} from element {p.storage_offset()} on" for p in (scale, zero) if p is not None)
+        raise ValueError(f"held inputs: scales are no words of two bf16: {found}")
     n, k, groups = out.shape[1], x.shape[1], options["G"]
     columns, rows = HELD_COLUMNS * config.parts, next_power_of_2(config.block_r)
     teams, splits = cdiv(groups * n, config.block_r), cdiv(k, columns)
@@ -53,7 +55,8 @@ def run_held(
     partials, warp_scales = (
         torch.empty(programs * size * config.parts, dtype=torch.float32, device=x.device) for size in (rows, 2)
     )
-    asks = options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0
+    aligned = all(part is None or part.data_ptr() % ALIGNMENT == 0 for part in (scale, zero))
+    asks = options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0 and aligned
     launch(
         folded_held_kernel, (programs,),
         x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,

@@ -143,8 +143,9 @@ def _run_wide(c: _Call) -> None:
     assert c.common["NORM"] == 0, "so many tokens are normed by a launch of its own"
     config, spec, (n, k) = c.config, c.spec, (c.shape.n, c.shape.k)
     programs, per_split, splits, scratch = c.splits(config.block_k)
-    alike = all(part is None or part.dtype == c.x.dtype for part in (c.scale, c.zero))
-    packed = alike and heuristics.packs_scales(c.shape)
+    given = [part for part in (c.scale, c.zero) if part is not None]
+    words = all(part.dtype == c.x.dtype and part.storage_offset() % 2 == 0 for part in given)
+    packed = words and heuristics.packs_scales(c.shape)
     both = [part.view(torch.int32) if packed and part is not None else part for part in (c.scale, c.zero)]
     x_tiles = input_tiles(c.x, config)
     launch(

@@ -79,6 +79,23 @@ def test_inputs_by_a_descriptor(monkeypatch, tokens, zero, name):
     assert used == [True, False, False] * 2
 
 
+def test_scales_half_a_word_off():
+    """They are no words then, and read one by one; the same bits."""
+    spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
+    q, scale, zero = random_weight((40, 512), spec, torch.bfloat16, zero=True)
+    off = torch.empty(scale.numel() + 1, dtype=scale.dtype)[1:].view(scale.shape).copy_(scale)
+    layer = (
+        torch.randn(5, 512).bfloat16(),
+        (q, scale, zero),
+        None,
+        [],
+        replace(PROGRAMS["plain"], dtype="bfloat16"),
+        spec,
+    )
+    config = QuantConfig("folded wide", 64, 64, 128)
+    assert torch.equal(run(layer, config), run((layer[0], (q, off, zero), *layer[2:]), config))
+
+
 @settings(SETTINGS, max_examples=60)
 @given(
     layers(st.sampled_from([1, 1, 2, 7, 9, 20]), folded_specs), st.sampled_from([8, 16]), st.sampled_from([16, 32]),
