@@ -114,7 +114,7 @@ def candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
     if shape.fold:
         yield from folded_candidates(shape, tokens)
         return
-    if tokens <= 32 and serves_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
+    if 1 < tokens <= 32 and serves_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
         for rows, block_k, warps, stages in DIGIT_TILES:
             if rows < DIGIT_ROWS * shape.groups:
                 continue

@@ -5,6 +5,7 @@ Legend: T tokens, K experts per token, E experts, C hidden size, F expert interm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -91,3 +92,23 @@ def check_mixture(args: tuple, exact: tuple, found: tuple[Tensor, Tensor]) -> No
         if right.numel():
             allowed = max(relative_rms(unfused, right), torch.finfo(x.dtype).eps / 4)
             assert relative_rms(actual, right) <= CONTRACT * allowed + chain
+
+
+def check_replays(layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Of a chain of layers, each of which reads what the one before wrote: bitwise equal under dependent launch."""
+
+    def chain() -> Tensor:
+        rows = x
+        for _ in range(4):
+            rows = layer(rows)
+        return rows
+
+    expected = chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(50):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, expected)

@@ -41,14 +41,6 @@ _create_reshape = InterpreterBuilder.create_reshape
 InterpreterBuilder.create_reshape = lambda self, *arguments: _contiguous(_create_reshape(self, *arguments))
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @contextmanager
 def decoded_by(config: DecodeConfig):
     with pytest.MonkeyPatch.context() as patch:

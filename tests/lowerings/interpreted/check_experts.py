@@ -34,14 +34,6 @@ multiply_bfloat16()
 round_to_nearest()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is filled with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 VECTOR = ExpertsConfig("vector", Tiles(8, 32), Tiles(4, 32))
 IN_TURN = ExpertsConfig("vector", Tiles(8, 8), Tiles(4, 8))  # more than `AHEAD` tiles from 33 columns on
 GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 16)

@@ -21,14 +21,6 @@ from tests.lowerings.quant_cases import NORMS, PROGRAMS, SETTINGS, folded_specs,
 multiply_bfloat16()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @settings(SETTINGS, max_examples=60)
 @given(
     layers(st.integers(1, 40), folded_specs), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.integers(1, 4),

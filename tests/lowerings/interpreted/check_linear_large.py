@@ -29,14 +29,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 multiply_bfloat16()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def assert_as_exact(found: torch.Tensor, exact: torch.Tensor, unfused: torch.Tensor) -> None:
     """At most 1.5 times the unfused error, or one rounding: the interpreter truncates where a GPU rounds to nearest."""
     error, allowed = ((y.double() - exact).norm() / exact.norm() for y in (found, unfused))

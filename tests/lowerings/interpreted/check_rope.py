@@ -20,12 +20,9 @@ from tests.lowerings.interpreted.check_attention import (
     SETTINGS,
     cases,
     decoded_by,
-    poisoned_memory,
     small_tiles,
 )
 from tests.lowerings.steps import NOT_A_NUMBER, check_rope_attention, make_rope, make_step
-
-__all__ = ["poisoned_memory"]  # a fixture that every test uses
 
 
 def run(rows, shape, options, rope, table_dtype=torch.float32, weights=True):

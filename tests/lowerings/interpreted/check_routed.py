@@ -21,14 +21,6 @@ multiply_bfloat16()
 round_to_nearest()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(("tokens", "hidden", "block_n"), [(1, 64, 16), (3, 40, 32)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_is_the_reference(name, tokens, hidden, block_n, monkeypatch):

@@ -1,4 +1,4 @@
-"""Interpreted kernels without the work that Triton's interpreter repeats.
+"""Interpreted kernels on poisoned memory, and without the work that Triton's interpreter repeats.
 
 Calls of device functions do not patch the language again, and what the interpreter derives from a type alone, anew for
 every value, is derived once: the sizes of a block, the shape of a tensor, NumPy's dtype. Work whose result nobody reads
@@ -12,6 +12,8 @@ import functools
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -88,3 +90,11 @@ def compute_what_is_read() -> None:
 patch_once()
 derive_once()
 compute_what_is_read()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is filled with NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
