@@ -102,7 +102,7 @@ class DecodeCase:
         self.tables = order.view(self.batches, shape.batch, pages)
         self.q = torch.randn(layer.heads, shape.batch, layer.head_dim, dtype=DTYPE, device="cuda").transpose(0, 1)
         self.out = torch.empty(shape.batch, layer.heads, layer.head_dim, dtype=DTYPE, device="cuda")
-        self.seq_lens = shape.lengths[torch.randperm(shape.batch)].cuda()
+        self.seq_lens = shape.lengths.sort(descending=True).values.cuda()  # as the scheduler has them
 
     def default(self) -> DecodeConfig:
         layer = self.shape.layer

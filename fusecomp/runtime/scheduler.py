@@ -7,7 +7,7 @@ deterministic: the same calls give the same steps.
 Sequences are ranked by (priority, arrival), lower first; both lists, of running and of waiting ones, are kept in this
 order. One call of `schedule`:
     1. every running decode gets one token, in rank order; when blocks run out, the running sequence of the last rank is
-       preempted: it gives its blocks up and waits at its rank;
+       preempted: it gives its blocks up and waits at its rank. In the step the longest comes first;
     2. if the first prefill has no block left, or the first waiting sequence no row or too few blocks, running sequences
        of a strictly lower priority are preempted for it, last rank first, if that helps;
     3. the remaining tokens go to running prefills and waiting sequences by priority; of one priority, prefills come
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Container, Sequence
+from operator import attrgetter
 
 from fusecomp.errors import CapacityError, RequestError
 from fusecomp.runtime.kv_cache import KVCacheManager
@@ -48,6 +49,7 @@ from fusecomp.runtime.sequence import INVALID_TOKEN, UNKNOWN_TOKEN, ScheduledEnt
 from fusecomp.runtime.swap_space import SwapSpace
 
 KNOWN = -1  # in place of a row: the token is on the host already
+NUM_COMPUTED = attrgetter("num_computed_tokens")
 __all__ = ["INVALID_TOKEN", "ScheduledEntry", "ScheduledStep", "Scheduler", "SequenceState", "Status"]
 
 
@@ -81,6 +83,8 @@ class Scheduler:
         self._live: dict[str, SequenceState] = {}
         self._num_arrivals = 0
         self._launched: ScheduledStep | None = None  # in flight, its rows moved on by `_move_on`
+        self._ranked: list[SequenceState] = []  # the latest step's decodes, and again by length
+        self._longest: list[SequenceState] = []
 
     @property
     def num_waiting(self) -> int:
@@ -194,6 +198,7 @@ class Scheduler:
                 if seqs and seqs[-1] is victim:  # both lists are in rank order
                     seqs.pop()
                     starts.pop()
+        seqs, starts = self._longest_first(seqs, starts)
         num_decodes = len(seqs)
         num_new = [1] * num_decodes
         samples = [True] * num_decodes
@@ -238,6 +243,16 @@ class Scheduler:
             seqs, starts, num_new, samples, num_decodes, num_tokens, num_preempted, *self.swap.take_moves()
         )
 
+    def _longest_first(self, ranked: list[SequenceState], starts: list[int]) -> tuple[list[SequenceState], list[int]]:
+        """Decodes and their starts by what they read: attention's longest rows, which begin first, do not end alone.
+
+        Decodes of which none ended and none joined since the last step are as much longer, each.
+        """
+        if ranked != self._ranked:
+            order = sorted(range(len(ranked)), key=starts.__getitem__, reverse=True)
+            self._ranked, self._longest = ranked, [ranked[i] for i in order]
+        return self._longest.copy(), list(map(NUM_COMPUTED, self._longest))
+
     def schedule_ahead(self, step: ScheduledStep) -> tuple[ScheduledStep, Sequence[int]] | None:
         """The step after `step`, which is launched, before the tokens that `step` samples are known.
 
@@ -252,7 +267,9 @@ class Scheduler:
         if waiting and running and waiting[0].priority < running[-1].priority:
             return None
         nobody_comes = not waiting or not self._places.free_rows
-        if self._launched is None and nobody_comes and step.decode_only and step.seqs == running and all(step.samples):
+        still = [seq.status for seq in step.seqs].count(Status.RUNNING)
+        same_rows = still == len(step.seqs) == len(running)
+        if self._launched is None and nobody_comes and step.decode_only and same_rows and all(step.samples):
             if (due := self._move_decodes_on(step)) is not None:
                 return self._repeated(step, due)
         else:

@@ -91,7 +91,8 @@ class ScheduledEntry(NamedTuple):
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """The rows of one step, decodes first. Parallel lists, one item a row, because the batch builder reads columns.
+    """The rows of one step, decodes first, the longest before others. Parallel lists, one item a row, because the
+    batch builder reads columns.
 
     Attributes:
         seqs: the sequence of each row.

@@ -56,7 +56,7 @@ def test_a_waiting_request_takes_the_row_of_a_lower_priority():
     assert step(scheduler) == [("a", 1), ("urgent", 5)]
     assert (low.status, low.num_preemptions) == (Status.WAITING, 1)
     add(scheduler, "equal", 5, priority=1)
-    assert step(scheduler) == [("urgent", 1), ("a", 1)], "an equal priority waits"
+    assert step(scheduler) == [("a", 1), ("urgent", 1)], "an equal priority waits"
 
 
 def test_a_waiting_request_takes_the_blocks_of_lower_priorities_if_they_suffice():

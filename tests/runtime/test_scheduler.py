@@ -34,7 +34,29 @@ def test_decodes_then_running_prefills_then_newcomers():
     assert rows(step) == [("a", 3, 1, True), ("b", 5, 7, True)]
     assert (step.num_decodes, step.decode_only, step.num_tokens) == (1, False, 8)
     scheduler.update(step, [9, 9], ())
-    assert rows(scheduler.schedule()) == [("a", 4, 1, True), ("b", 12, 1, True), ("c", 0, 2, True)]
+    assert rows(scheduler.schedule()) == [("b", 12, 1, True), ("a", 4, 1, True), ("c", 0, 2, True)]
+
+
+def test_the_longest_decode_comes_first():
+    """Of those as long the first in rank; whoever ends or joins, and where steps are repeated ahead."""
+    scheduler = make(max_num_seqs=6, budget=64)
+    for name, length in {"a": 3, "b": 9, "c": 5, "d": 9, "e": 2}.items():
+        scheduler.add(sequence(name, length, max_tokens=3 if name == "b" else 8))
+    scheduler.update(scheduler.schedule(), [7] * 5, ())
+    step = scheduler.schedule()
+    assert [seq.request_id for seq in step.seqs] == ["b", "d", "c", "a", "e"]
+    following, continues = scheduler.schedule_ahead(step)
+    assert following.seqs is step.seqs and continues == range(5)
+    scheduler.update(step, [7] * 5, ())
+    after, continues = scheduler.schedule_ahead(following)
+    assert [seq.request_id for seq in after.seqs] == ["d", "c", "a", "e"] and continues == [1, 2, 3, 4]
+    scheduler.update(following, [7] * 5, ())
+    scheduler.add(sequence("f", 7))
+    scheduler.update(after, [7] * 4, ())
+    scheduler.update(scheduler.schedule(), [7] * 5, ())
+    assert [(e.seq.request_id, e.start) for e in scheduler.schedule().entries] == [
+        ("d", 13), ("c", 9), ("a", 7), ("f", 7), ("e", 6)
+    ]  # fmt: skip
 
 
 def test_out_of_blocks_preempts_the_youngest_and_recomputes_it():
