@@ -16,7 +16,7 @@ from fusecomp.lowerings.paged_attention.attention_aot import Case
 from fusecomp.lowerings.paged_attention.attention_aot import specializations as specializations_of_attention
 from fusecomp.lowerings.paged_attention.decode_apart import decode_apart_kernel
 from fusecomp.lowerings.paged_attention.heuristics import SM90
-from fusecomp.lowerings.quant import folded, folded_held, folded_wide, quant_aot
+from fusecomp.lowerings.quant import folded_held, folded_pieces, folded_wide, quant_aot
 from fusecomp.lowerings.quant.heuristics import FOLDED_WIDE, QuantConfig
 from fusecomp.lowerings.quant.quant_aot import LAYOUTS, specialization
 from fusecomp.lowerings.sampling import greedy_aot
@@ -176,7 +176,7 @@ def test_assembly_means_what_the_codes_do(low, high, dtype, zero):
     word, bias = low | high << 16, {"bf16": 0x4300, "fp16": 0x6400}[dtype]
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
     for place in range(4):
-        text = folded.BIASED.value[place + 4 * (dtype == "fp16")]
+        text = folded_pieces.BIASED.value[place + 4 * (dtype == "fp16")]
         shift = re.search(r"shr\.u32 t, \$1, (\d+);", text)
         mask, added, table = (int(v, 16) for v in re.search(r"(0x\w+), (0x\w+), (0x\w+);", text).groups())
         assert (mask, added, table) == (0x000F000F, bias << 16 | bias, 0xEA)  # 0xEA: a & b | c

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
-from fusecomp.lowerings.quant.folded import BIAS_FP16
+from fusecomp.lowerings.quant.folded_pieces import BIAS_FP16
 from fusecomp.lowerings.quant.held_inputs import hold, nothing
 from fusecomp.lowerings.quant.pieces import ask_l2_for, half_of, load_codes, magic
 

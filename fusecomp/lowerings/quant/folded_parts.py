@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, weight_rows
 from fusecomp.lowerings.linear.skinny_tile import finish_tile, sum_squares_of, tile_place
-from fusecomp.lowerings.quant.folded import (
+from fusecomp.lowerings.quant.folded_pieces import (
     less_of,
     multiply,
     norms,

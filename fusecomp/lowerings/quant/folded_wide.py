@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_pieces import weight_rows
 from fusecomp.lowerings.linear.skinny_tile import finish_tile, tile_place
-from fusecomp.lowerings.quant.folded import prefetch_codes, quarter, tile_scales
+from fusecomp.lowerings.quant.folded_pieces import prefetch_codes, quarter, tile_scales
 from fusecomp.lowerings.quant.pieces import scale_numbers, scale_row
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor
-from fusecomp.lowerings.quant.folded import BIAS_FP16, MIDDLE
+from fusecomp.lowerings.quant.folded_pieces import BIAS_FP16, MIDDLE
 
 
 @triton.jit
