@@ -19,8 +19,9 @@ from benchmarks.builds import refusal
 from benchmarks.linear_layers import Layer
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.launch import compile_ahead
-from fusecomp.lowerings.quant.activations import launch_quantize, library_serves, run_scaled
+from fusecomp.lowerings.quant.activations import launch_quantize, library_serves
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig
+from fusecomp.lowerings.quant.scaled_launch import run_scaled
 from fusecomp.ops.linear import FULL, Program, linear_reference
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import (

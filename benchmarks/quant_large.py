@@ -44,8 +44,9 @@ from benchmarks.quant_cases import (
 from benchmarks.timing import time_chain, time_replays
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.quant import activations, scaled_heuristics
-from fusecomp.lowerings.quant.activations import launch_quantize, run_scaled, scaled_shape
+from fusecomp.lowerings.quant.activations import launch_quantize, scaled_shape
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig, scaled_config
+from fusecomp.lowerings.quant.scaled_launch import run_scaled
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import (
     FP8,

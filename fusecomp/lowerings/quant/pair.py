@@ -21,13 +21,11 @@ from fusecomp.lowerings.quant.activations import (
     choose,
     launch_quantize,
     launch_scaled_linear,
-    leaves_sums,
     refusal,
-    run_product,
-    run_scaled,
     scaled_shape,
 )
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
+from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product, run_scaled
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
 from fusecomp.ops.linear import LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape

@@ -232,4 +232,4 @@ def test_quantized_linears(monkeypatch, activation, config, tokens):
 
 
 def test_library_of_codes_leaves_its_sums():
-    assert activations.leaves_sums(ScaledConfig(LIBRARY)) and not activations.leaves_sums(FUSED)
+    assert pair.leaves_sums(ScaledConfig(LIBRARY)) and not pair.leaves_sums(FUSED)

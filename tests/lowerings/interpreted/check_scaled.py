@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fusecomp.lowerings import device, quant_registration
 from fusecomp.lowerings.quant import activations
-from fusecomp.lowerings.quant.activations import launch_fake_quantize, launch_quantize, run_scaled
+from fusecomp.lowerings.quant.activations import launch_fake_quantize, launch_quantize
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig
+from fusecomp.lowerings.quant.scaled_launch import run_scaled
 from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
