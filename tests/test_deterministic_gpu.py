@@ -128,7 +128,7 @@ def test_linear_rows(shape, dtype):
 @pytest.mark.parametrize(("head_dim", "group", "window"), [(128, 4, 0), (64, 4, 0), (128, 8, 600), (256, 1, 0)])
 def test_attention_rows(head_dim, group, window, quantized):
     from fusecomp.lowerings.paged_attention import lowering
-    from fusecomp.lowerings.paged_attention.invariant import launch_invariant_attention
+    from fusecomp.lowerings.paged_attention.invariant_launch import launch_invariant_attention
     from tests.lowerings.steps import check_attention, make_step
 
     rows = [(1500, 1), (3, 1), (700, 300), (0, 513)]

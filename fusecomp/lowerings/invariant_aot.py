@@ -11,7 +11,8 @@ from fusecomp.lowerings.linear.invariant import SPLIT_LIMIT, invariant_config, i
 from fusecomp.lowerings.linear.skinny_heuristics import DEFAULT_TABLE, SECTION, load_table
 from fusecomp.lowerings.paged_attention import heuristics, pieces
 from fusecomp.lowerings.paged_attention.heuristics import Target
-from fusecomp.lowerings.paged_attention.invariant import invariant_attention, invariant_attention_kernel
+from fusecomp.lowerings.paged_attention.invariant import invariant_attention_kernel
+from fusecomp.lowerings.paged_attention.invariant_launch import invariant_attention
 from fusecomp.lowerings.paged_attention.lowering import codes_kind
 
 LAYERS = ((4096, 4096, 1, "bf16"), (14336, 4096, 2, "bf16"), (4096, 14330, 1, "fp16"), (64, 96, 1, "fp32"))

@@ -75,7 +75,7 @@ def _paged_attention(
         record_fallback("paged_attention", reason)
         return paged_attention_reference(q, k, v, *args)
     if batch_invariant():
-        from fusecomp.lowerings.paged_attention.invariant import launch_invariant_attention
+        from fusecomp.lowerings.paged_attention.invariant_launch import launch_invariant_attention
 
         return computed(launch_invariant_attention(q, *args))
     return computed(launch_paged_attention(q, unit_stride(k), unit_stride(v), *args))
@@ -112,7 +112,7 @@ def _rope_attention(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     cos, sin, q_norm, k_norm = (None if x is None else unit_stride(x) for x in (cos, sin, q_norm, k_norm))
     if batch_invariant():
-        from fusecomp.lowerings.paged_attention.invariant import launch_invariant_rope_attention
+        from fusecomp.lowerings.paged_attention.invariant_launch import launch_invariant_rope_attention
 
         return computed(launch_invariant_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))
     return computed(launch_rope_attention(q, k, v, cos, sin, q_norm, k_norm, *rest))

@@ -13,7 +13,7 @@ import pytest
 from fusecomp.lowerings.experts.heuristics import invariant_experts_config
 from fusecomp.lowerings.linear.invariant import BLOCKS_T, invariant_config, token_tile
 from fusecomp.lowerings.paged_attention.heuristics import TARGETS
-from fusecomp.lowerings.paged_attention.invariant import SEGMENT, invariant_attention
+from fusecomp.lowerings.paged_attention.invariant_launch import SEGMENT, invariant_attention
 
 ROOT = Path(__file__).parents[2]
 TOKENS = (1, 2, 16, 17, 64, 65, 200, 8192)
