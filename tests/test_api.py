@@ -19,6 +19,7 @@ from fusecomp.config import EngineConfig
 from fusecomp.errors import ConfigError, RequestError
 from tests.conftest import ENGINE_OPTIONS
 
+pytestmark = pytest.mark.xdist_group("api")
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
 

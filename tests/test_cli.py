@@ -17,6 +17,7 @@ import torch
 from fusecomp import cli
 from fusecomp.config import EngineConfig
 
+pytestmark = pytest.mark.xdist_group("cli")
 ENGINE = ["--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager", "--device", "cpu"]
 ENGINE += ["--kv-cache-bytes", str(1 << 20)]
 GREEDY = ["--temperature", "0", "--max-tokens", "6"]

@@ -11,7 +11,19 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.verify import model_error, pack, within_contract
 from models.registry import FAMILIES, WINDOW, build
-from tests.serving import CONFIG, EAGER, NAMES, VARIANTS, engine, hf_greedy, hf_last_logits, model, serve, tokens
+from tests.serving import (
+    BLOCK_SIZES,
+    CONFIG,
+    EAGER,
+    NAMES,
+    VARIANTS,
+    engine,
+    hf_greedy,
+    hf_last_logits,
+    model,
+    serve,
+    tokens,
+)
 
 pytestmark = pytest.mark.xdist_group("families")
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -23,6 +35,13 @@ low_precision = pytest.mark.parametrize(
     ids=lambda value: str(value).removeprefix("torch."),
 )
 MAX_TOKENS = 20
+# What Inductor compiles at each change: dense, sparse, norms of q and k, a window in some layers, low precision.
+BY_INDUCTOR = [
+    ("llama", torch.float32),
+    ("mixtral", torch.float32),
+    ("qwen3-mixed", torch.float32),
+    ("qwen3-moe", torch.bfloat16),
+]
 # One token, both sides of the window, of every block size and of the longest step, and more than a step.
 LENGTHS = (1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 65)
 
@@ -47,13 +66,26 @@ def test_matches_are_exactly_those_of_the_registry(name, dtype):
 
 @compiled
 def test_the_fuse_stage_matches_and_verifies_everywhere(name, dtype, request):
-    """With the eager references of the fused ops; the engine has compared itself with fp32 before serving.
-
-    Inductor compiles every family in fp32, whose tokens are compared below, and two of them in low precision.
-    """
-    if dtype != torch.float32 and name not in ("llama", "qwen3-moe"):
+    """With the eager references of the fused ops; the engine has compared itself with fp32 before serving."""
+    if (name, dtype) not in BY_INDUCTOR:
         request.getfixturevalue("without_codegen")
-    family, report = FAMILIES[name], engine(name, dtype, "always").report
+    check_fused(name, dtype, engine(name, dtype, "always"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, d) for n, f in FAMILIES.items() for d in f.dtypes if (n, d) not in BY_INDUCTOR], ids=str
+)
+def test_inductor_compiles_the_others(name, dtype):
+    config = CONFIG.replace(block_size=BLOCK_SIZES[name], verify="first", fuse="always", enforce_eager=False)
+    served_by = Engine(build(name, dtype), config)
+    check_fused(name, dtype, served_by)
+    if dtype == torch.float32:
+        check_tokens(name, served_by)
+
+
+def check_fused(name, dtype, served_by):
+    family, report = FAMILIES[name], served_by.report
     assert report.counts() == family.expected_total(fused=True, dtype=dtype)
     refusals = family.refusals(dtype)
     assert Counter(miss.pattern for miss in report.near_misses) == dict.fromkeys(refusals, family.layers)

@@ -11,6 +11,7 @@ from fusecomp.errors import ConfigError, RequestError
 from fusecomp.request import RequestOutputKind
 from tests.conftest import ENGINE_OPTIONS
 
+pytestmark = pytest.mark.xdist_group("faults")
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 PROMPTS = [[5, 6, 7], [9, 9], [33, 8, 61, 4, 19, 120]]
 

@@ -19,6 +19,7 @@ from fusecomp.errors import CapacityError, ConfigError, FallbackError, FallbackW
 from fusecomp.runtime import session
 from tests.conftest import ENGINE_OPTIONS
 
+pytestmark = pytest.mark.xdist_group("hf")
 PROMPTS = [[5, 17, 42, 99, 7], [33, 8], [250, 61, 61, 4, 19, 120, 11]]
 
 

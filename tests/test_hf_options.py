@@ -14,6 +14,8 @@ import fusecomp
 from tests.conftest import ENGINE_OPTIONS
 from tests.test_hf import PROMPTS, Recorder, batch, middle_token
 
+pytestmark = pytest.mark.xdist_group("hf-options")
+
 
 @pytest.fixture(scope="module")
 def stock(tiny_folder):

@@ -104,25 +104,29 @@ def test_the_fuse_stage_changes_no_token(name):
     }
 
 
-def check_perplexity(name: str, served_by: LLM, **tolerance: float) -> None:
-    card = json.loads((MODELS / name / "figures.json").read_text(encoding="utf-8"))["heldout_txt_first_windows"]
+def score(name: str, served_by: LLM, count: int) -> perplexity.Score:
+    """Over the first windows of the held-out text."""
     windows, _ = perplexity.heldout_windows(tokenizer(name), perplexity.HELDOUT.read_text(encoding="utf-8"))
-    windows = windows[: card["windows"]]
-    assert sum(map(len, windows)) - len(windows) == card["tokens"]
-    score = perplexity.Score(*perplexity.score_engine(served_by._session.engine, windows), 0)
-    assert score.perplexity == pytest.approx(card["perplexity"], **tolerance)
+    return perplexity.Score(*perplexity.score_engine(served_by._session.engine, windows[:count]), 0)
+
+
+@cache
+def card(name: str) -> dict:
+    return json.loads((MODELS / name / "figures.json").read_text(encoding="utf-8"))["heldout_txt_first_windows"]
 
 
 @checkpoints
 def test_fp32_perplexity_is_the_cards(name):
-    check_perplexity(name, llm(name), rel=1e-4)
+    found = score(name, llm(name), card(name)["windows"])
+    assert found.tokens == card(name)["tokens"]
+    assert found.perplexity == pytest.approx(card(name)["perplexity"], rel=1e-4)
 
 
 @checkpoints
-def test_bf16_perplexity_is_the_cards_within_half_a_percent(name):
-    """The card's figure is of the same weights run in fp32."""
-    served_by = llm(name, "bfloat16")
-    check_perplexity(name, served_by, rel=5e-3)
+def test_bf16_costs_at_most_half_a_percent_of_perplexity(name):
+    """Against fp32, whose perplexity is the card's, over a quarter of its windows: bf16 is slow on a CPU."""
+    served_by, few = llm(name, "bfloat16"), card(name)["windows"] // 4
+    assert score(name, served_by, few).perplexity == pytest.approx(score(name, llm(name), few).perplexity, rel=5e-3)
     report = served_by.fusion_report
     assert report.counts() == expected(name)
     assert (report.graphs, report.graph_breaks, report.recompiles) == (1, 0, 0)
@@ -131,6 +135,6 @@ def test_bf16_perplexity_is_the_cards_within_half_a_percent(name):
 @checkpoints
 def test_fp8_keys_and_values_cost_at_most_half_a_percent_of_perplexity(name):
     served_by = llm(name, kv_cache_dtype="fp8")
-    check_perplexity(name, served_by, rel=5e-3)
+    assert score(name, served_by, card(name)["windows"]).perplexity == pytest.approx(card(name)["perplexity"], rel=5e-3)
     assert {m.numerics for m in served_by.fusion_report.matches if m.pattern == "paged_attention"} == {"quantizing"}
     assert served_by._session.engine.kv_bytes_per_token * 3 < llm(name)._session.engine.kv_bytes_per_token

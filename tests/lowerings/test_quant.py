@@ -1,15 +1,11 @@
-"""Quantized linears: their kernels under the interpreter, their configurations, and how a call falls back."""
+"""Quantized linears: their configurations, and how a call falls back."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,17 +36,7 @@ from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.patterns.quant_examples import random_weight
 
-ROOT = Path(__file__).parents[2]
 KINDS = ((INT, 4), (INT, 8), (FP8, 8), (FP4, 4), (NF4, 4))
-
-
-@pytest.mark.parametrize("name", ["quant", "folded"])
-def test_interpreted(name):
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/lowerings/interpreted/check_{name}.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -31,7 +26,6 @@ from tests.lowerings.routed_cases import (
     widened,
 )
 
-ROOT = Path(__file__).parents[2]
 QWEN3 = {"experts": 128, "top_k": 8, "hidden": 2048, "width": 768}
 
 
@@ -64,14 +58,6 @@ def test_reference_with_the_linear_that_follows():
     assert torch.equal(z, OPS.linear(out, *rest))
     costs = op_cost("routed_experts", (x, *args)) + op_cost("linear", (out, *rest))
     assert op_cost("experts_linear", (x, *args, *rest)) == costs
-
-
-def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "tests/lowerings/interpreted/check_routed.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 class TestAskedAhead:

@@ -17,10 +17,17 @@ from fusecomp.testing.patterns import new_context, run_fused
 from models.registry import FAMILIES, build
 from tests.serving import CONFIG, VARIANTS, hf_greedy, model, serve, tokens
 
+# Each rule in fp32, whose tokens are compared, and one with and one without norms in bf16.
+RULES = [
+    rule
+    if rule.values[1] == torch.float32 or rule.values[0] in ("llama", "qwen3")
+    else pytest.param(*rule.values, marks=pytest.mark.slow)
+    for rule in VARIANTS
+]
 FUSED = CONFIG.replace(enforce_eager=False, fuse="always", disabled_patterns=("linear", "norm", "merged_linear"))
 
 
-@pytest.mark.parametrize(("name", "dtype"), VARIANTS, ids=lambda value: str(value).removeprefix("torch."))
+@pytest.mark.parametrize(("name", "dtype"), RULES, ids=lambda value: str(value).removeprefix("torch."))
 def test_every_layer_of_a_family_matches(name, dtype, without_codegen):
     family, params = FAMILIES[name], SamplingParams(temperature=0, max_tokens=6)
     engine = Engine(build(name, dtype), FUSED)

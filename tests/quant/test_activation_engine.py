@@ -81,7 +81,7 @@ STATIC = {
 
 
 @pytest.mark.parametrize("case", STATIC)
-def test_static_scales_are_shared_where_they_are_equal(tmp_path, case):
+def test_static_scales_are_shared_where_they_are_equal(tmp_path, case, without_codegen):
     """Then q, k and v, and gate and up, are one linear; otherwise the report says what stands against it."""
     pack, strategy, shared, merged, refusals = STATIC[case]
     checkpoint = make(tmp_path, "llama", pack, ct(ints(8, strategy), INT_STATIC, "int-quantized"))

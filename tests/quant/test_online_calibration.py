@@ -13,6 +13,7 @@ from models.corpus import HELDOUT_HEADER, bucket, line_runs
 FIRST_WINDOWS = 2
 # Against the same model in fp32, over the held-out text: the project's bars.
 WITHIN = {"fp8": 0.005, "int8": 0.01, "int4": 0.04}
+BY_HAND = (("pico-llama", "int8"), ("pico-moe", "int4"))  # each model and each scheme is in another one, too
 
 
 def test_no_held_out_text_is_in_it():
@@ -52,8 +53,15 @@ def plain_perplexity(name: str) -> float:
     return perplexity.measure(f"models/{name}", limit=FIRST_WINDOWS).perplexity
 
 
-@pytest.mark.parametrize("scheme", WITHIN)
-@pytest.mark.parametrize("name", ["pico-llama", "pico-moe"])
+@pytest.mark.xdist_group("calibration")
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, marks=pytest.mark.slow if (name, scheme) in BY_HAND else ())
+        for name in ("pico-llama", "pico-moe")
+        for scheme in WITHIN
+    ],
+)
 def test_perplexity(name, scheme):
     """On the first windows; figures over the whole text are in docs/models.md."""
     quantized = perplexity.measure(f"models/{name}", limit=FIRST_WINDOWS, scheme=scheme).perplexity

@@ -25,6 +25,7 @@ from fusecomp.runtime.engine import Engine
 from fusecomp.runtime.identity import Undescribable, identity
 from fusecomp.runtime.program import CALL, INPUT, ITEM, STEP, STEP_INPUTS, Plan, StepProgram
 
+pytestmark = pytest.mark.xdist_group("programs")
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, kv_cache_bytes=1 << 20)
 PROMPTS = [[5], [7, 11, 13, 90, 2], list(range(1, 21))]
 

@@ -14,30 +14,35 @@ import pytest
 from fusecomp.config import EngineConfig
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
-from fusecomp.runtime.loading import load_model
 from fusecomp.runtime.scheduler import SequenceState
+from models.registry import build
 
-PICO = Path(__file__).parents[2] / "models" / "pico-llama"
-BLOCK = 16
+pytestmark = pytest.mark.xdist_group("soak")
+BLOCKS, BLOCK = 40, 16
 
 
 @cache
 def engine() -> Engine:
-    model, _ = load_model(PICO, "float32", "cpu")
-    config = EngineConfig(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=128, enforce_eager=True)
-    per_block = 2 * 2 * 32 * 8 * 4 * BLOCK
-    return Engine(model, config.replace(kv_cache_bytes=40 * per_block), eos_token_ids=(3, 4, 5))
+    model = build("llama")
+    sizes = model.config
+    per_block = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * 4 * BLOCK
+    config = EngineConfig(
+        max_model_len=96, max_num_seqs=16, max_num_batched_tokens=128, kv_cache_bytes=BLOCKS * per_block,
+        block_size=BLOCK, enforce_eager=True,
+    )  # fmt: skip
+    return Engine(model, config, eos_token_ids=(3, 4, 5))
 
 
 def serve(served_by: Engine, rng: random.Random, count: int) -> None:
     """`count` requests, some with common prefixes, priorities or a cancellation, arriving in bursts."""
-    prefixes = [[rng.randrange(6, 500) for _ in range(40)] for _ in range(5)]
+    words = range(6, served_by.vocab_size)
+    prefixes = [rng.choices(words, k=40) for _ in range(5)]
     sent = ended = 0
     live: set[str] = set()
     while sent < count or served_by.has_unfinished_requests():
         for _ in range(min(rng.choice([0, 0, 1, 4, 12]), count - sent)):
             common = rng.choice(prefixes)[: rng.choice([0, 10, 33, 40])]
-            prompt = common + [rng.randrange(6, 500) for _ in range(rng.randint(1, 12))]
+            prompt = common + rng.choices(words, k=rng.randint(1, 12))
             params = SamplingParams(temperature=rng.choice([0, 1.0]), max_tokens=rng.choice([1, 3, 10, 30]))
             served_by.add_request(str(sent), prompt, params, priority=rng.choice([0, 0, 0, 1]))
             live.add(str(sent))
@@ -92,8 +97,8 @@ def test_nothing_is_left_behind(count, overlap):
     assert (now.running, now.waiting, now.kv_usage) == (0, 0, 0)
     assert now.preemptions > before.preemptions
     assert now.prefix_cache_hits > before.prefix_cache_hits
-    assert scheduler.kv.num_free == scheduler.kv.num_blocks == 40
-    assert scheduler.kv.pool.num_known <= 40
+    assert scheduler.kv.num_free == scheduler.kv.num_blocks == BLOCKS
+    assert scheduler.kv.pool.num_known <= BLOCKS
     assert not scheduler.kv._blocks
     assert not scheduler.prefix.makers
     assert sorted(scheduler._places.free_rows) == list(range(16))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -14,8 +16,9 @@ def _float32(handle: TensorHandle) -> TensorHandle:
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+@functools.cache
 def multiply_bfloat16() -> None:
-    """Let dot multiply the numbers, and not their bits as integers; once per process."""
+    """Let dot multiply the numbers, and not their bits as integers; once in a process, whoever asks."""
     create_dot = InterpreterBuilder.create_dot
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, _float32(a), _float32(b), *rest)
 

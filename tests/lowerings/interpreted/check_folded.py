@@ -1,4 +1,4 @@
-"""Kernels of folded 4-bit integers under Triton's interpreter; `tests/lowerings/test_quant.py` runs this file."""
+"""Kernels of folded 4-bit integers under Triton's interpreter; `tests/lowerings/test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 

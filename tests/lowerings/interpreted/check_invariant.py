@@ -1,6 +1,6 @@
 """Batch-invariant kernels under Triton's interpreter: right, and bitwise the same for a token in any step.
 
-`tests/lowerings/test_invariant.py` runs this file. The interpreter multiplies matrices by numpy's library, whose sums
+`tests/lowerings/test_interpreted.py` runs this file. The interpreter multiplies matrices by numpy's library, whose sums
 may depend on the other columns; here they are taken one product after the other, as matrix units do step by step.
 """
 

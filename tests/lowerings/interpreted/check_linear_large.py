@@ -1,4 +1,4 @@
-"""The large-M linear's kernels under Triton's interpreter; `tests/lowerings/test_linear_large.py` runs this file."""
+"""The large-M linear's kernels under Triton's interpreter; `tests/lowerings/test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 

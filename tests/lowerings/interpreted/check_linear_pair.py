@@ -1,6 +1,6 @@
 """Two linears as one op under Triton's interpreter: bit for bit what they are in turn, in a launch less.
 
-`tests/lowerings/test_linear_pair.py` runs this file.
+`tests/lowerings/test_interpreted.py` runs this file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The experts' kernels on codes under Triton's interpreter; `tests/lowerings/test_experts.py` runs this file.
+"""The experts' kernels on codes under Triton's interpreter; `tests/lowerings/test_interpreted.py` runs this file.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """

@@ -1,4 +1,4 @@
-"""Router and experts in three launches under Triton's interpreter. `tests/lowerings/test_routed.py` runs this file."""
+"""Router and experts in three launches under Triton's interpreter; `tests/lowerings/test_interpreted.py` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes of activations and their products under Triton's interpreter; `tests/lowerings/test_scaled.py` runs it."""
+"""Codes of activations and their products under Triton's interpreter; `tests/lowerings/test_interpreted.py` runs it."""
 
 from __future__ import annotations
 

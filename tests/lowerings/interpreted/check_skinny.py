@@ -1,4 +1,4 @@
-"""The skinny matmul under Triton's interpreter. `tests/lowerings/test_skinny.py` runs this file."""
+"""The skinny matmul under Triton's interpreter. `tests/lowerings/test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 

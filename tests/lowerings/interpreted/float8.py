@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -16,8 +18,9 @@ def _float32(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(_VALUES[handle.data], tl.float32)
 
 
+@functools.cache
 def multiply_float8() -> None:
-    """Let dot multiply the numbers that fp8 codes stand for, and integers in int32; once per process."""
+    """Let dot multiply the numbers that fp8 codes stand for, and integers in int32; once in a process, whoever asks."""
     create_dot = InterpreterBuilder.create_dot
 
     def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
@@ -30,8 +33,9 @@ def multiply_float8() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+@functools.cache
 def fuse_multiply_add() -> None:
-    """Let fma round once, as a GPU does; once per process."""
+    """Let fma round once, as a GPU does; once in a process, whoever asks."""
 
     def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
