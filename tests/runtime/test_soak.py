@@ -1,4 +1,7 @@
-"""Thousands of requests through one engine: nothing is left behind, neither blocks nor memory nor file handles."""
+"""Thousands of requests through one engine: nothing is left behind, neither blocks nor memory nor file handles.
+
+At each change some hundreds through a tiny model; the thousands, through a trained one, are slow.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,18 @@ import pytest
 from fusecomp.config import EngineConfig
 from fusecomp.request import SamplingParams
 from fusecomp.runtime.engine import Engine
+from fusecomp.runtime.loading import load_model
 from fusecomp.runtime.scheduler import SequenceState
 from models.registry import build
 
 pytestmark = pytest.mark.xdist_group("soak")
+PICO = Path(__file__).parents[2] / "models" / "pico-llama"
 BLOCKS, BLOCK = 40, 16
 
 
 @cache
-def engine() -> Engine:
-    model = build("llama")
+def engine(trained: bool) -> Engine:
+    model = load_model(PICO, "float32", "cpu")[0] if trained else build("llama")
     sizes = model.config
     per_block = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * 4 * BLOCK
     config = EngineConfig(
@@ -75,10 +80,12 @@ def handles() -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("count", [250, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("trained", "count"), [(False, 250), pytest.param(True, 5000, marks=pytest.mark.slow)], ids=["tiny", "pico"]
+)
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
-def test_nothing_is_left_behind(count, overlap):
-    served_by, rng = engine(), random.Random(count)
+def test_nothing_is_left_behind(trained, count, overlap):
+    served_by, rng = engine(trained), random.Random(count)
     served_by.overlap = overlap
     serve(served_by, rng, max(100, count // 5))  # allocators and caches find their size
     gc.collect()
