@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -17,15 +17,10 @@ from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillC
 from fusecomp.ops.kv_cache import KVLayout, fill_random
 from tests.lowerings import reference
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
+from tests.lowerings.searches import SETTINGS as SEARCH
 from tests.lowerings.steps import Step, check_attention, make_step, padded
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # under the interpreter to shrink a failure takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
+SETTINGS = settings(SEARCH, suppress_health_check=[*SEARCH.suppress_health_check, HealthCheck.filter_too_much])
 HEAD_DIMS = [32, 64, 80, 96, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.experts import lowering, routing
@@ -19,14 +19,8 @@ from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
 from fusecomp.ops.experts import ACTIVATIONS
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
+from tests.lowerings.searches import SETTINGS
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -16,7 +16,8 @@ from fusecomp.ops.linear import FULL
 from fusecomp.ops.quant import INT, WeightSpec, dequantize_reference
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
-from tests.lowerings.quant_cases import NORMS, PROGRAMS, SETTINGS, folded_specs, layers, run
+from tests.lowerings.quant_cases import NORMS, PROGRAMS, folded_specs, layers, run
+from tests.lowerings.searches import SETTINGS
 
 multiply_bfloat16()
 

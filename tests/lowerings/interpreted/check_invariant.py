@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -31,15 +31,9 @@ from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
 from tests.lowerings import experts_cases
 from tests.lowerings.interpreted.bfloat16 import _float32
 from tests.lowerings.linear_cases import EPILOGUES, Linear
+from tests.lowerings.searches import SETTINGS
 from tests.lowerings.steps import check_attention, make_rope, make_step
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

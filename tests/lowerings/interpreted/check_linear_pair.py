@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.errors import FallbackError
@@ -37,15 +37,9 @@ from fusecomp.ops.quant_linear import quant_shape
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
+from tests.lowerings.searches import SETTINGS as SEARCH
 
-SETTINGS = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+SETTINGS = settings(SEARCH, max_examples=25)
 SWIGLU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
 PROGRAMS = {
     "plain": Program(1, (), (), "float32"),

@@ -19,7 +19,8 @@ from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_refere
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import multiply_float8
-from tests.lowerings.quant_cases import NORMS, PROGRAMS, SETTINGS, check, layers, run, specs
+from tests.lowerings.quant_cases import NORMS, PROGRAMS, check, layers, run, specs
+from tests.lowerings.searches import SETTINGS
 
 multiply_bfloat16()
 multiply_float8()

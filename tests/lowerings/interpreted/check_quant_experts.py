@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.experts import quant_lowering
@@ -21,14 +21,8 @@ from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, naive, routings
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
 from tests.lowerings.quant_experts_cases import LAYOUTS, check_quant_contract, make_quant_layer
+from tests.lowerings.searches import SETTINGS
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 multiply_bfloat16()

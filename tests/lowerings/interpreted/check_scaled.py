@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import device, quant_registration
@@ -15,7 +15,7 @@ from fusecomp.lowerings.quant.activations import launch_fake_quantize, launch_qu
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, TILE, ScaledConfig
 from fusecomp.lowerings.quant.scaled_launch import run_scaled
 from fusecomp.ops.library import take_fallbacks
-from fusecomp.ops.linear import FULL, ROW, Program, linear_reference
+from fusecomp.ops.linear import FULL, linear_reference
 from fusecomp.ops.norm import NormSpec, norm_reference
 from fusecomp.ops.quant import (
     BLOCK,
@@ -33,21 +33,9 @@ from fusecomp.ops.quant_linear import quant_linear_reference
 from fusecomp.patterns.quant_examples import random_weight
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
+from tests.lowerings.quant_cases import PROGRAMS
+from tests.lowerings.searches import SETTINGS
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-SILU = (("neg", "a0"), ("exp", "t0"), ("add", "t1", 1), ("div", "a0", "t2"), ("mul", "t3", "a1"))
-PROGRAMS = {
-    "plain": Program(1, (), (), "float32"),
-    "residual": Program(1, (FULL,), (("add", "i0", "a0"),), "float32"),
-    "bias": Program(1, (ROW,), (("add", "a0", "i0"),), "float32"),
-    "swiglu": Program(2, (), SILU, "float32"),
-}
 NORMS = [None, NormSpec("rms", 1e-5), NormSpec("rms", 1e-5, True), NormSpec("layer", 1e-5)]
 STATIC = torch.tensor([0.02])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings import device
@@ -12,14 +12,8 @@ from fusecomp.lowerings.linear import skinny
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.linear_cases import EPILOGUES, Linear
+from tests.lowerings.searches import SETTINGS
 
-SETTINGS = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NORMS = ["none", "unit", "weight", "plus one"]
 

@@ -7,25 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, logits_process
 
 import fusecomp
 from tests.conftest import ENGINE_OPTIONS
-from tests.test_hf import PROMPTS, Recorder, batch, middle_token
+from tests.hf.hf_cases import PROMPTS, Recorder, batch, middle_token
 
-pytestmark = pytest.mark.xdist_group("hf-options")
-
-
-@pytest.fixture(scope="module")
-def stock(tiny_folder):
-    return LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def fused(tiny_folder):
-    model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    return fusecomp.fuse(model, **ENGINE_OPTIONS, strict=True)
+pytestmark = pytest.mark.xdist_group("hf")
 
 
 def greedy_ids(stock, row, count=16):
@@ -174,7 +163,7 @@ def test_a_failing_criterion_leaves_the_engine_usable(stock, fused):
 
 @pytest.fixture(scope="module", params=["pico-llama", "pico-moe"])
 def pico(request):
-    folder = Path(__file__).parents[1] / "models" / request.param
+    folder = Path(__file__).parents[2] / "models" / request.param
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     stock, fused = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
