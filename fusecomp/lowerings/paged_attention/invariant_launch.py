@@ -18,7 +18,7 @@ from fusecomp.lowerings.paged_attention import heuristics, lowering, pieces
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.paged_attention.invariant import invariant_attention_kernel
 from fusecomp.lowerings.paged_attention.lowering import NewTokens
-from fusecomp.ops.kv_cache import KVLayout, is_quantized
+from fusecomp.ops.kv_cache import KVLayout
 from fusecomp.ops.rope import Rope
 
 SEGMENT = 512  # keys; a multiple of every tile
@@ -105,7 +105,7 @@ def launch_invariant_attention(
             block_tables.stride(0),
             H=q.shape[1], G=layout.heads, D=layout.head_dim, DP=heuristics.padded_dim(layout.head_dim),
             PAGE=layout.page_size, QUERIES=config.queries, BLOCK_N=config.block_n, SEGMENT=config.segment,
-            SHARED=shared, CODES=codes(kv_cache), USE_PDL=use_pdl, num_warps=config.num_warps,
+            SHARED=shared, CODES=lowering.codes_of(kv_cache), USE_PDL=use_pdl, num_warps=config.num_warps,
             num_stages=config.num_stages, enable_fp_fusion=False,
             **lowering.hooks(q.dtype, window, softcap, sinks), **lowering.launch_options(use_pdl),
         )  # fmt: skip
@@ -120,11 +120,6 @@ def launch_invariant_attention(
     if num_rows > num_decodes:
         run(num_decodes, num_rows - num_decodes, triton.cdiv(max_q_len, config.queries), 0)
     return out
-
-
-def codes(kv_cache: Tensor) -> int:
-    """CODES for a cache, as the other kernels have it."""
-    return lowering.codes_kind(target_of(kv_cache), is_quantized(kv_cache), native=kv_cache.is_cuda)
 
 
 def launch_invariant_rope_attention(
