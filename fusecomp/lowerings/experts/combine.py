@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch, rounding_options
 
 # More are launched in order: their programs would take the multiprocessors of the matmul they wait for.
@@ -55,7 +56,7 @@ def combine_kernel(
         total += tl.where((expert >= 0) & (expert < E), part * scale, 0.0)
     if residual is not None:
         total += tl.load(residual + token * stride_r + feature, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + token * N + feature, total.to(out.dtype.element_ty), mask=mask)
+    store_rows(out + token * N + feature, total.to(out.dtype.element_ty), mask, tl.num_programs(0) // BLOCKS)
 
 
 def combine_block(tokens: int, hidden: int, num_sms: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from fusecomp.lowerings.experts.heuristics import (
     invariant_experts_config,
     load_table,
 )
+from fusecomp.lowerings.experts.launch import signalled_blocks
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routing import (
@@ -189,6 +190,8 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     tile = {"BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap}
     weight = layout_of(target, shape)[0]
     pointers, none = bias_of({"plan": "i32", "hidden": dtype, **weight}, shape)
+    signals = signalled_blocks(config, shape.tokens * shape.top_k, shape.rows, target.has_pdl)
+    ups, downs = {**ups, "SIGNAL": signals > 0}, {**downs, "UP_BLOCKS": signals}
     described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},

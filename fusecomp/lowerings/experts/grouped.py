@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import multiply_codes
+from fusecomp.lowerings.keep import KEEP
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -52,9 +53,10 @@ def up_kernel(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SIGNAL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """hidden = activation(x[tokens of the plan's rows] @ up^T + bias)."""
+    """hidden = activation(x[tokens of the plan's rows] @ up^T + bias). SIGNAL: each tile counts its finished blocks."""
     if USE_PDL:
         # In this order, so that the down projection, which the second line lets begin, may read the plan at once.
         gdc_wait()
@@ -86,7 +88,10 @@ def up_kernel(
         y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
         feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
         at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
-        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
+        if SIGNAL:
+            tl.debug_barrier()  # one thread signals for all
+            tl.atomic_add(finished_blocks(plan, capacity, tile, BLOCK_T), 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -113,9 +118,13 @@ def down_kernel(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    UP_BLOCKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written."""
+    """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written.
+
+    UP_BLOCKS: those that `up_kernel` signals for each tile, which are all that is waited for; or 0, for it to end.
+    """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if USE_PDL:
         gdc_launch_dependents()
@@ -126,10 +135,15 @@ def down_kernel(
     if USE_PDL:
         if tile < num_tiles:
             _prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
-        gdc_wait()
+        if UP_BLOCKS == 0:
+            gdc_wait()
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
         expert, first, row = next_expert, next_first, next_row
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
+        if UP_BLOCKS > 0:
+            # Every program of the up projection has begun before any of these, so that this ends.
+            while tl.atomic_add(finished_blocks(plan, capacity, tile, BLOCK_T), 0, sem="acquire") < UP_BLOCKS:
+                pass
         next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         live = row >= 0
@@ -147,7 +161,7 @@ def down_kernel(
         acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
         feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
         at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
-        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask)
+        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
 
 
 @triton.jit
@@ -172,6 +186,12 @@ def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
     row_at = plan + 4 + 2 * capacity + tile * BLOCK_T + tl.arange(0, BLOCK_T)
     expert, first = tl.load(at, cache_modifier=".cg"), tl.load(at + 1, cache_modifier=".cg")
     return expert, first, tl.load(row_at, cache_modifier=".cg")
+
+
+@triton.jit
+def finished_blocks(plan, capacity, tile, BLOCK_T: tl.constexpr):
+    """Where a tile counts the blocks of the up projection that are done."""
+    return plan + 4 + (2 + BLOCK_T) * capacity + tile
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from fusecomp.lowerings.experts.codes import Codes, kernel_weight
 from fusecomp.lowerings.experts.combine import launch_combine
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
-from fusecomp.lowerings.experts.routing import launch_routing
+from fusecomp.lowerings.experts.routing import SINGLE_LAUNCH_ROWS, launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
@@ -150,6 +150,7 @@ def run_grouped(
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     sms = target_of(x).num_sms
+    signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
     common = {
         "BLOCK_T": config.block_t, "GROUP_T": config.group_t, "SWAP": config.swap, "TRANSPOSED": layer.transposed,
         "USE_PDL": use_pdl, **rounding_options(),
@@ -162,15 +163,15 @@ def run_grouped(
     launch(
         up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
         x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
-        D=hidden_size, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout, **_constants(config.up),
-        **common,
+        D=hidden_size, SIGNAL=signals > 0, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout,
+        **_constants(config.up), **common,
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
         down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
         hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
+        UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
@@ -186,6 +187,16 @@ def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transp
     strides = [shape[1] * shape[2], shape[2], 1]
     block_d = tiles.block_d * weight.shape[2] // columns
     return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, block_d])
+
+
+def signalled_blocks(config: ExpertsConfig, routed_rows: int, rows: int, use_pdl: bool) -> int:
+    """UP_BLOCKS of `down_kernel`, whose programs begin when the last of the up projection's have, and wait for tiles.
+
+    With many rows, or persistent programs, those that wait would be in the way of those that work.
+    """
+    if not use_pdl or config.up.per_sm or routed_rows > SINGLE_LAUNCH_ROWS:
+        return 0
+    return triton.cdiv(rows, config.up.block_n)
 
 
 def _programs(tiles: Tiles, items: int, sms: int) -> int:

@@ -7,9 +7,10 @@ Legend: T tokens, K experts per token, E experts, R = T * K routed rows (row r i
 of a tile.
 
 A plan is one int32 buffer: [0] the number of tiles, [1:4] unused; then for each of `capacity` tiles (expert, first
-place), and for each its BT rows, -1 past the expert's last. Rows are sorted by expert, equal experts in the order of
-their rows, sentinels left out; a place is an index into the sorted rows. Tiles are padded here alone: what the matmuls
-compute lies densely, at the places. All that a tile needs is found from its number: its loads wait for no other.
+place), for each its BT rows, -1 past the expert's last, and for each 0, where `up_kernel` counts what it has done. Rows
+are sorted by expert, equal experts in the order of their rows, sentinels left out; a place is an index into the sorted
+rows. Tiles are padded here alone: what the matmuls compute lies densely, at the places. All that a tile needs is found
+from its number: its loads wait for no other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 
 HEADER = 4
-TILE = 2
+TILE, COUNT = 2, 1  # numbers of a tile before its rows and behind all rows
 SINGLE_LAUNCH_ROWS = 4096
 CHUNK = 512
 
@@ -142,6 +143,7 @@ def _describe(plan, expert, rows, first, tile, capacity, BLOCK_T: tl.constexpr, 
         at = plan + 4 + (tile + each) * 2
         tl.store(at, tl.full([BINS], 0, tl.int32) + expert, mask=each < tiles)
         tl.store(at + 1, first + each * BLOCK_T, mask=each < tiles)
+        tl.store(plan + 4 + capacity * (2 + BLOCK_T) + tile + each, tl.full([BINS], 0, tl.int32), mask=each < tiles)
     padding = rows + tl.arange(0, BLOCK_T)
     at = plan + 4 + capacity * 2 + tile * BLOCK_T + padding
     tl.store(at, tl.full([BLOCK_T], -1, tl.int32), mask=padding < tiles * BLOCK_T)
@@ -173,7 +175,7 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
     """(plan, capacity) of top_k_index [T, K] contiguous."""
     num_rows = index.numel()
     capacity = tile_capacity(num_rows, experts, block_t)
-    plan = torch.empty(HEADER + (TILE + block_t) * capacity, dtype=torch.int32, device=index.device)
+    plan = torch.empty(HEADER + (TILE + block_t + COUNT) * capacity, dtype=torch.int32, device=index.device)
     if num_rows > SINGLE_LAUNCH_ROWS:
         bins, chunks = routing_bins(experts), triton.cdiv(num_rows, CHUNK)
         counts = torch.empty((chunks, bins), dtype=torch.int32, device=index.device)

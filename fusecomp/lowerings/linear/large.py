@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
+from fusecomp.lowerings.keep import store_policy
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig, tma_reads
@@ -135,7 +136,7 @@ def _launch_persistent(
     constants = {
         "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl,
-        "EPILOGUE": epilogue,
+        "POLICY": store_policy(out, large_heuristics.KEPT_TOKENS), "EPILOGUE": epilogue,
     }  # fmt: skip
     tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
     programs = min(tiles_t * tiles_n * config.splits, target_of(x).num_sms * config.per_sm)

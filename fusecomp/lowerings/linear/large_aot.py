@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.large_heuristics import PLAIN, LargeConfig, norm_block, pointwise_block, sum_block
@@ -50,7 +51,8 @@ def specializations(target: Target) -> Iterator[Specialization]:
             {
                 "N": n, "K": k, "G": groups, "BLOCK_T": config.block_t, "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k, "GROUP_T": config.group_t, "SPLITS": config.splits, "PIECES": config.pieces,
-                "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": pdl,
+                "SWAP": config.swap, "POLICY": KEEP.value if config.splits > 1 else "", "USE_TMA": config.use_tma,
+                "USE_PDL": pdl,
                 "EPILOGUE": plain if config.splits > 1 else RESIDUAL if groups == 1 else SWIGLU, **x_tiles,
             },
             config.num_warps,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.linear.large_heuristics import norm_block
 from fusecomp.ops.mode import batch_invariant
@@ -85,7 +86,7 @@ def norm_kernel(
             value = tl.where(within, value - tl.sum(value, 1)[:, None] / K, 0.0)
         scale = tl.rsqrt(tl.sum(value * value, 1)[:, None] / K + eps)
         value = scaled(value * scale, given, weight is not None, bias is not None, PLUS_ONE)
-        tl.store(y + m * K + columns, value.to(dtype), mask=mask)
+        store_rows(y + m * K + columns, value.to(dtype), mask, num_tokens)
     else:
         mean = tl.zeros((BLOCK_T, 1), tl.float32)
         if CENTERED:
@@ -108,7 +109,7 @@ def norm_kernel(
             value = _row(x, m, k, stride_x, mask)
             given = parameters(weight, bias, k, k < K)
             value = scaled((value - mean) * scale, given, weight is not None, bias is not None, PLUS_ONE)
-            tl.store(y + m * K + k, value.to(dtype), mask=mask)
+            store_rows(y + m * K + k, value.to(dtype), mask, num_tokens)
 
 
 def launch_norm(

@@ -86,6 +86,7 @@ def _finish(
     PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     SWAP: tl.constexpr,
+    POLICY: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     # Write accs, G tiles [ROWS, COLUMNS]: features by tokens when swapped, tokens by features otherwise. The store
@@ -102,11 +103,11 @@ def _finish(
             lefts, rights = (left, left1), (right, right1)
         _finish(
             lefts, out, args, strides, split, first_t, first_n, num_tokens, stride_o,
-            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, EPILOGUE,
+            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, POLICY, EPILOGUE,
         )  # fmt: skip
         _finish(
             rights, out, args, strides, split, next_t, next_n, num_tokens, stride_o,
-            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, EPILOGUE,
+            N, G, ROWS, HALF, PIECES // 2, SPLITS, SWAP, POLICY, EPILOGUE,
         )  # fmt: skip
     else:
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -116,10 +117,10 @@ def _finish(
         if SPLITS > 1:
             target = out + (split * num_tokens + m) * (G * N) + n  # m is int64
             for g in tl.static_range(G):
-                tl.store(target + g * N, accs[g], mask=mask)
+                tl.store(target + g * N, accs[g], mask=mask, eviction_policy=POLICY)
         else:
             result = EPILOGUE(accs, args, strides, m, n, mask)
-            tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
+            tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -215,6 +216,7 @@ def persistent_kernel(
     SWAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     USE_PDL: tl.constexpr,
+    POLICY: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     """out[T, N] = EPILOGUE(x @ w^T), or with SPLITS > 1 the fp32 sums out[S, T, G * N] of each split, no EPILOGUE.
@@ -222,7 +224,8 @@ def persistent_kernel(
     x [T, K] with row stride stride_x, w [G * N, K] contiguous, both of one 16-bit or fp32 type; fp32 accumulation; out
     [T, N] with row stride stride_o. With USE_TMA x_tiles and w_tiles describe them: x in blocks [BLOCK_T, BLOCK_K], w
     in [BLOCK_N, BLOCK_K], or for two groups, seen as [2, N, K], in [2, BLOCK_N, BLOCK_K].
-    SWAP (one group only) puts the features on the row side of the MMA and the tokens on its column side.
+    SWAP (one group only) puts the features on the row side of the MMA and the tokens on its column side. POLICY: of
+    stores, see `keep.py`.
 
     Program p of P does items p, p + P, ...: one split of one tile each, GROUP_T tiles of tokens sharing each weight
     tile before the next one, so that a wave of programs reads few distinct tiles. The loads of the next item are in
@@ -250,5 +253,5 @@ def persistent_kernel(
             )  # fmt: skip
         _finish(
             _groups(acc, G, BLOCK_T, BLOCK_N), out, args, strides, split, first_t, first_n, num_tokens, stride_o,
-            N, G, ROWS, COLUMNS, PIECES, SPLITS, SWAP, EPILOGUE,
+            N, G, ROWS, COLUMNS, PIECES, SPLITS, SWAP, POLICY, EPILOGUE,
         )  # fmt: skip

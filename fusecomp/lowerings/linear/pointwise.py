@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import pointwise_block
 
@@ -67,7 +68,7 @@ def pointwise_kernel(
     n = (tl.program_id(0) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
     mask = (m < num_tokens) & (n < N)
     result = epilogue_of_sums(acc, args, strides, num_tokens, m, n, mask, N, G, SPLITS, EPILOGUE)
-    tl.store(out + m * stride_o + n, result.to(out.dtype.element_ty), mask=mask)
+    store_rows(out + m * stride_o + n, result.to(out.dtype.element_ty), mask, num_tokens)
 
 
 def require_sums(acc: Tensor, num_tokens: int, n: int, groups: int) -> int:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.keep import KEEP
+
 
 @triton.jit
 def plain(accs, args, strides, m, n, mask):
@@ -44,7 +46,7 @@ def store_features(y, first, n, out, args, strides, G: tl.constexpr, EPILOGUE: t
     features = (first + tl.arange(0, y.shape[0] // G))[:, None]
     mask = features < n
     y = EPILOGUE(split_groups(y, G), args, strides, tl.zeros([1, 1], tl.int64), features, mask)
-    tl.store(out + features, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + features, y.to(out.dtype.element_ty), mask=mask, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -111,7 +113,7 @@ def sum_of_splits(
     part_at = partials + tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     part_squares_at = part_squares + tl.arange(0, BLOCK_T)
     mine = team * SPLITS + split
-    tl.store(part_at + mine * (BLOCK_R * BLOCK_T), acc)
+    tl.store(part_at + mine * (BLOCK_R * BLOCK_T), acc, eviction_policy=KEEP)
     if SUM_SQUARES:
         tl.store(part_squares_at + mine * BLOCK_T, sum_squares)
     tl.debug_barrier()  # all of the program's stores precede the release below

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.linear.skinny_pieces import (
     load_norm,
     load_weight,
@@ -218,7 +219,7 @@ def finish_tile(
         features = (first + tl.arange(0, BLOCK_N))[:, None]
         mask = (features < n) & live
         y = EPILOGUE(split_groups(acc, G), args, strides, t, features, mask)
-        tl.store(out + t * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
+        store_rows(out + t * stride_out + features, y.to(out.dtype.element_ty), mask, t_blocks * BLOCK_T)
 
 
 @triton.jit

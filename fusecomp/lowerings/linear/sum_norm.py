@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K, sum_block
 from fusecomp.lowerings.linear.norm import parameters, require_norm, scaled
@@ -55,7 +56,7 @@ def row_of_sums(
     within = n < N
     stored = epilogue_of_sums(acc, args, strides, num_tokens, m, n, within, N, G, SPLITS, EPILOGUE)
     stored = stored.to(total.dtype.element_ty)
-    tl.store(total + m * N + n, stored, mask=within)
+    store_rows(total + m * N + n, stored, within, num_tokens)
     return tl.where(within, stored.to(tl.float32), 0.0)
 
 
@@ -98,7 +99,7 @@ def sum_norm_kernel(
         value = tl.where(within, value - tl.sum(value, 1)[:, None] / N, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, 1)[:, None] / N + eps)
     value = scaled(value, given, weight is not None, bias is not None, PLUS_ONE)
-    tl.store(y + m * N + n, value.to(y.dtype.element_ty), mask=within)
+    store_rows(y + m * N + n, value.to(y.dtype.element_ty), within, num_tokens)
 
 
 def fits_a_row(n: int) -> bool:

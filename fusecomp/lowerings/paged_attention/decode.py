@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.paged_attention import fp8
 from fusecomp.lowerings.paged_attention.decode_pieces import attend, combine, load_keys, load_new
 from fusecomp.lowerings.paged_attention.pieces import pdl_launch, pdl_wait, rotated, tile_pages
@@ -225,11 +226,11 @@ def decode_kernel(
         acc_RD = acc_RD * (unit * 0.0009765625)
     if MAX_SPLITS == 1 or used == 1:
         to = out + row * (H * D) + head[:, None] * D + d[None, :]
-        tl.store(to, acc_RD.to(out.dtype.element_ty), mask=head_mask[:, None] & (d < D)[None, :])
+        tl.store(to, acc_RD.to(out.dtype.element_ty), mask=head_mask[:, None] & (d < D)[None, :], eviction_policy=KEEP)
     else:
         place = pair.to(tl.int64) * num_splits + split
         part = part_acc + (place * R + r)[:, None] * D + d[None, :]
-        tl.store(part, acc_RD, mask=head_mask[:, None] & (d < D)[None, :])
+        tl.store(part, acc_RD, mask=head_mask[:, None] & (d < D)[None, :], eviction_policy=KEEP)
         tl.store(part_lse + place * R + r, m + tl.log2(l), mask=head_mask)
         tl.debug_barrier()  # all of the program's stores precede the release below
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")

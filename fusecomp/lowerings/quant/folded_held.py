@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
 from fusecomp.lowerings.quant.folded_pieces import BIAS_FP16
 from fusecomp.lowerings.quant.held_inputs import hold, nothing
@@ -241,7 +242,7 @@ def _store_sums(at, acc, place):
     PARTS: tl.constexpr = acc.shape[0]
     acc, _ = tl.split(tl.permute(tl.reshape(acc, [PARTS, 2, 8, 4, 2]), [0, 2, 3, 1, 4]))  # W, g, t, r
     at = (at + place // 4 % 8 * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
-    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 == 0)[:, None])
+    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 == 0)[:, None], eviction_policy=KEEP)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.linear.norm import parameters, scaled
 from fusecomp.lowerings.quant.pieces import byte_values
 
@@ -100,7 +101,7 @@ def _write(
         codes = (byte_values(codes, KIND) * scale).to(out.dtype.element_ty)
     if SCALE == 2:
         codes = tl.reshape(codes, [1, BLOCK_K])
-    tl.store(out + m * K + k, codes, mask=within)
+    store_rows(out + m * K + k, codes, within, tl.num_programs(0))
 
 
 @triton.jit

@@ -113,6 +113,7 @@ def scaled_kernel(
     COLS: tl.constexpr,
     USE_TMA: tl.constexpr,
     USE_PDL: tl.constexpr,
+    POLICY: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     """out[T, N] = EPILOGUE((x * x_scale) @ (w * w_scale)^T), or with SPLITS > 1 fp32 sums out[S, T, G * N].
@@ -123,7 +124,7 @@ def scaled_kernel(
     Sums are int32, or of fp8 fp32, of which the matrix units of compute capability 9.0 keep about 13 bits: an error of
     0.0013 over 4,096 columns and of 0.0029 over 14,336, where the result's rounding to bf16 is 0.0017. CHUNK steps are
     summed there, 0 for all; sums of chunks are kept in pairs of fp16 times UNIT, for which there are registers.
-    Tiles, items, descriptors, SWAP and dependent launch are those of `linear/persistent.py`.
+    Tiles, items, descriptors, SWAP, POLICY and dependent launch are those of `linear/persistent.py`.
     Bytes: those of x and w once per wave of tiles; FLOPs: 2 T G N K.
     """
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
@@ -185,5 +186,5 @@ def scaled_kernel(
             scaled = acc
         _finish(
             _groups(scaled, G, BLOCK_T, BLOCK_N), out, args, strides, split, first_t, first_n, num_tokens, stride_o,
-            N, G, BLOCK_N if SWAP else BLOCK_T, BLOCK_T if SWAP else BLOCK_N, PIECES, SPLITS, SWAP, EPILOGUE,
+            N, G, BLOCK_N if SWAP else BLOCK_T, BLOCK_T if SWAP else BLOCK_N, PIECES, SPLITS, SWAP, POLICY, EPILOGUE,
         )  # fmt: skip

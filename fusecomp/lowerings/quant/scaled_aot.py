@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
+from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
 from fusecomp.lowerings.linear.skinny_pieces import plain
 from fusecomp.lowerings.paged_attention.heuristics import Target
@@ -87,7 +88,8 @@ def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> 
         constants |= {"x_tiles": None, "w_tiles": None}
     constants |= {
         "N": shape.n, "K": shape.k, "BLOCK_N": config.block_n, "GROUP_T": config.group_t, "PIECES": config.pieces,
-        "SWAP": config.swap, "UNIT": 2.0**-16, "USE_TMA": config.use_tma,
+        "SWAP": config.swap, "POLICY": KEEP.value if config.splits > 1 else "", "UNIT": 2.0**-16,
+        "USE_TMA": config.use_tma,
     }  # fmt: skip
     return Specialization(name, scaled_kernel, pointers, scalars, constants, config.num_warps, stages)
 

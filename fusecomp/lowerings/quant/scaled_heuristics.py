@@ -17,6 +17,7 @@ from fusecomp.ops.quant import FP8, INT
 
 KEY = ("kind", "block", "groups", "n", "k", "epilogue", "tokens")  # of a table's entries
 TILE, PERSISTENT, LIBRARY = "tile", "persistent", "library"
+KEPT_TOKENS = 256  # whose results stay in the L2; the tables have launches of so many, and more take others
 # Columns that the matrix units of compute capability 9.0 may sum alone: their error over 14,336, with the rounding of
 # the result to bf16, is 1.2 times that of the product of dequantized bf16 operands.
 LONGEST_SUM = 14336

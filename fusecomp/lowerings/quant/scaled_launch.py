@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
+from fusecomp.lowerings.keep import store_policy
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.large_heuristics import tma_reads
@@ -21,7 +22,7 @@ from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.lowerings.linear.skinny import cdiv
 from fusecomp.lowerings.linear.skinny_pieces import plain
 from fusecomp.lowerings.quant.scaled import scaled_kernel
-from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig
+from fusecomp.lowerings.quant.scaled_heuristics import KEPT_TOKENS, LIBRARY, TILE, ScaledConfig
 from fusecomp.lowerings.quant.scaled_tile import scaled_tile_kernel
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import FP8, LARGEST, TENSOR, ActivationSpec, WeightSpec
@@ -166,7 +167,7 @@ def _persistent(
         scaled_kernel, (min(tiles, target_of(x).num_sms * config.per_sm),),
         x, q, x_tiles, w_tiles, x_scale, w_scale, out, args, strides, tokens, x.stride(0), out.stride(-2), stride_xs,
         columns, N=n, K=k, BLOCK_N=config.block_n, GROUP_T=config.group_t, SPLITS=config.splits, PIECES=config.pieces,
-        SWAP=config.swap, UNIT=_unit(k), USE_TMA=use_tma, **common,
+        SWAP=config.swap, UNIT=_unit(k), POLICY=store_policy(out, KEPT_TOKENS), USE_TMA=use_tma, **common,
     )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.linear.skinny_pieces import load_weight, split_groups, sum_of_splits, weight_rows
 from fusecomp.lowerings.quant.pieces import scale_row
 
@@ -124,4 +125,4 @@ def scaled_tile_kernel(
         features = (first + tl.arange(0, BLOCK_N))[:, None]
         mask = (features < n) & live
         y = EPILOGUE(split_groups(sums, G), args, strides, t, features, mask)
-        tl.store(out + t * stride_out + features, y.to(out.dtype.element_ty), mask=mask)
+        store_rows(out + t * stride_out + features, y.to(out.dtype.element_ty), mask, num_tokens)

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import target_of
+from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.route.kernel import launch_route_parts
@@ -87,7 +88,9 @@ def router_kernel(
         v = _normalised(x_rows, y_rows, norm_weight, rstd, live, cols, NORM, PLUS_ONE, D)
         acc = tl.dot(v, w.T, acc, input_precision="ieee")
     column = tl.arange(0, BLOCK_E)[None, :]
-    tl.store(parts + (split * num_tokens + token)[:, None] * E + column, acc, mask=live & (column < E))
+    tl.store(
+        parts + (split * num_tokens + token)[:, None] * E + column, acc, mask=live & (column < E), eviction_policy=KEEP
+    )
 
 
 @triton.jit
@@ -103,7 +106,7 @@ def _normalised(
             scale = tl.load(norm_weight + cols, mask=cols < D, other=0.0).to(tl.float32)
             normed *= (scale + 1.0 if PLUS_ONE else scale)[None, :]
         v = normed.to(v.dtype)
-        tl.store(y_rows + cols[None, :], v, mask=inside)
+        tl.store(y_rows + cols[None, :], v, mask=inside, eviction_policy=KEEP)
     return v
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusecomp.lowerings.experts import launch as launches
 from fusecomp.lowerings.experts import lowering, routing
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.lowering import launch_experts
@@ -37,9 +38,10 @@ CONFIGS = {"vector": VECTOR, "in turn": IN_TURN, "grouped": GROUPED, "swapped": 
 
 
 def launch(layer, config: ExpertsConfig) -> torch.Tensor:
-    """One call with this configuration."""
+    """One call with this configuration; the down projection waits for tiles, as under dependent launch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowering, "experts_config", lambda *_, **__: config)
+        patch.setattr(launches, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n))
         return layer.run(launch_experts)
 
 
@@ -82,7 +84,9 @@ def test_plan(data, T, E, block_t):
     del tiles[starts[E] :], rows[starts[E] :]
     assert plan[0] == len(tiles) <= capacity
     assert plan[HEADER : HEADER + TILE * len(tiles)].view(-1, TILE).tolist() == tiles
-    assert plan[HEADER + TILE * capacity :].view(capacity, block_t)[: len(tiles)].tolist() == rows
+    placed, counts = plan[HEADER + TILE * capacity :].split([block_t * capacity, capacity])
+    assert placed.view(capacity, block_t)[: len(tiles)].tolist() == rows
+    assert not counts[: len(tiles)].any()
 
 
 @st.composite
