@@ -22,7 +22,7 @@ KEPT_ROW_BYTES = 1 << 16  # and the longest row; 362 of them, the most that matm
 
 @triton.jit
 def store_rows(at, value, mask, num_rows):
-    """Stores a part of a result of `num_rows` rows of at most some thousand numbers."""
+    """Stores a part of a result of `num_rows` rows, kept up to `KEPT_ROWS`."""
     if num_rows <= KEPT_ROWS:
         tl.store(at, value, mask=mask, eviction_policy=KEEP)
     else:
@@ -32,11 +32,11 @@ def store_rows(at, value, mask, num_rows):
 def store_policy(out: Tensor, most_tokens: int) -> str:
     """Eviction policy of the stores to out [T, N], or parts [S, T, N], of a kernel that serves any number of tokens.
 
-    It is a constant of the kernel, so that a multiple of variants would be compiled if it changed elsewhere than the
-    launch does.
+    It is a constant of the kernel. It changes with the number of tokens where the tables' choice of a launch does, and
+    nowhere else: a start compiles one kernel for each launch, and a step between would compile another.
 
     Args:
-        most_tokens: that are kept; what the tables know ends a launch's range here.
+        most_tokens: whose results are kept: the last that are served by the launch for 256.
     """
     tokens = out.shape[-2]
     row_bytes = out.numel() // max(tokens, 1) * out.element_size()
