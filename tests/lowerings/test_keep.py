@@ -72,7 +72,10 @@ class TestExperts:
         stores = [m.start() for m in re.finditer(r"st\.global", up)]
         signal = re.search(r"(atom|red)\.global\.\S*release\S*", up).start()
         assert stores and max(stores) < up.rindex("bar.sync", 0, signal) < signal
-        assert "griddepcontrol.wait" in up and "griddepcontrol.wait" not in down
+        assert up.index("griddepcontrol.wait") < min(stores)
+        # Down waits for the launch before only when a program has stored all it has.
+        waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", down)]
+        assert len(waits) == 1 and waits[0] > max(m.start() for m in re.finditer(r"st\.global", down))
         assert re.search(r"(atom|ld)\.global\.\S*acquire", down)
 
     def test_results_of_few_tokens_stay(self):

@@ -162,6 +162,10 @@ def down_kernel(
         feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
         at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
         tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
+    if USE_PDL and UP_BLOCKS > 0:
+        # One program, so that this launch does not end before the up projection, whose idle programs read the plan too.
+        if tl.program_id(0) == 0:
+            gdc_wait()
 
 
 @triton.jit
