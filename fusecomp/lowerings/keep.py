@@ -4,7 +4,7 @@ Stored in the usual way, a line is pushed out by the stream, written to memory, 
 it; and memory that turns from reading to writing costs several times what the bytes do. Lines that are evicted last
 stay: buffers of the layers are the same few megabytes.
 
-Measured on an H200 (4.60 TB/s read): down projections of fp8 experts, 402 MB of codes, 8.4 MB of results, take 193.4 us
+Measured on an H200 (4.70 TB/s read): down projections of fp8 experts, 805 MB of codes, 8.4 MB of results, take 193.4 us
 as usual, 181.7 with results kept, 180.4 without storing them. With results evicted first 182.7, but whole steps gain
 nothing by that: see docs/measurements.md.
 """

@@ -120,7 +120,7 @@ class Linear:
         )
         return (off - exact).norm()
 
-    def check(self, out: Tensor, ulps: float = 1.0) -> None:
+    def assert_accurate(self, out: Tensor, ulps: float = 1.0) -> None:
         """Error against fp64 at most 1.5 times that of the unfused layer in the same dtype.
 
         Args:

@@ -33,7 +33,7 @@ def tf32(value):
 @pytest.mark.parametrize("k", [72, 5000, 14336])
 def test_adding_up_one_by_one_is_allowed(epilogue, norm, k):
     layer = Linear.random(5, 40, k, epilogue=epilogue, norm=norm, dtype=torch.float32)
-    layer.check(chain(layer))
+    layer.assert_accurate(chain(layer))
 
 
 @epilogues
@@ -47,7 +47,7 @@ def test_tf32_is_not(epilogue, norm, k):
     off = layer.epilogue.exact(*products.chunk(layer.epilogue.groups, 1), *(a.double() for a in layer.args))
     for out in (off, exact + (off - exact) / 10):
         with pytest.raises(AssertionError, match="allowed"):
-            layer.check(out.float())
+            layer.assert_accurate(out.float())
 
 
 @pytest.mark.parametrize("epilogue", [name for name, e in EPILOGUES.items() if e.groups == 1])
@@ -55,10 +55,10 @@ def test_one_product_left_out_of_one_element_is_not(epilogue):
     """At the largest of the tests' shapes, and of an average product: 287,000 elements of 2,056 products each."""
     layer = Linear.random(70, 4097, 2056, epilogue=epilogue, dtype=torch.float32)
     products = layer.x @ layer.weight.T
-    layer.check(finish(layer, products))
+    layer.assert_accurate(finish(layer, products))
     products[3, 7] -= (layer.x[3].square() @ layer.weight[7].square()).sqrt() / layer.x.shape[1] ** 0.5
     with pytest.raises(AssertionError, match="allowed"):
-        layer.check(finish(layer, products))
+        layer.assert_accurate(finish(layer, products))
 
 
 @epilogues
@@ -67,4 +67,4 @@ def test_an_element_of_another_row_is_not(epilogue):
     out = layer.compute(torch.float32)
     out[3, 7] = out[4, 7]
     with pytest.raises(AssertionError, match="allowed"):
-        layer.check(out)
+        layer.assert_accurate(out)

@@ -86,7 +86,7 @@ def test_tuned_configurations():
                 tokens, entry["rows"] // groups, entry["k"], norm=norm, dtype=dtype, device="cuda",
                 epilogue="swiglu" if groups == 2 else "residual",
             )  # fmt: skip
-            layer.check(launch(layer))
+            layer.assert_accurate(launch(layer))
 
 
 @pytest.mark.gpu
@@ -96,7 +96,7 @@ def test_odd_sizes(epilogue, dtype):
     sizes = [(100, 72), (4097, 2056), (50, 5000)]
     for (n, k), tokens, norm in itertools.product(sizes, (1, 3, 17, 70), ("none", "unit", "weight", "plus one")):
         layer = Linear.random(tokens, n, k, epilogue=epilogue, norm=norm, dtype=dtype, device="cuda")
-        layer.check(launch(layer))
+        layer.assert_accurate(launch(layer))
 
 
 @pytest.mark.gpu

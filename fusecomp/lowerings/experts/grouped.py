@@ -91,7 +91,7 @@ def up_kernel(
         tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
         if SIGNAL:
             tl.debug_barrier()  # one thread signals for all
-            tl.atomic_add(finished_blocks(plan, capacity, tile, BLOCK_T), 1, sem="release")
+            tl.atomic_add(_finished_blocks(plan, capacity, tile, BLOCK_T), 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -142,7 +142,7 @@ def down_kernel(
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
         if UP_BLOCKS > 0:
             # Every program of the up projection has begun before any of these, so that this ends.
-            while tl.atomic_add(finished_blocks(plan, capacity, tile, BLOCK_T), 0, sem="acquire") < UP_BLOCKS:
+            while tl.atomic_add(_finished_blocks(plan, capacity, tile, BLOCK_T), 0, sem="acquire") < UP_BLOCKS:
                 pass
         next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
         next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
@@ -193,7 +193,7 @@ def _tile(plan, tile, capacity, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def finished_blocks(plan, capacity, tile, BLOCK_T: tl.constexpr):
+def _finished_blocks(plan, capacity, tile, BLOCK_T: tl.constexpr):
     """Where a tile counts the blocks of the up projection that are done."""
     return plan + 4 + (2 + BLOCK_T) * capacity + tile
 

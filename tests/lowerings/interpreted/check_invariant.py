@@ -70,7 +70,7 @@ def run(layer: Linear, config: InvariantConfig) -> torch.Tensor:
         config, layer.x, layer.weight, out, epilogue.kernel, layer.args, layer.strides, epilogue.groups, False
     )
     assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
-    layer.check(out, ulps=2.0)  # the interpreter truncates where a GPU rounds
+    layer.assert_accurate(out, ulps=2.0)  # the interpreter truncates where a GPU rounds
     return out
 
 
@@ -105,7 +105,7 @@ def test_linear_op_with_norm(norm, dtype):
     with batch_invariance():
         ways = layer.x if not norm else launch_norm_op(layer.x, layer.norm_weight, None, NormSpec(norm, 1e-5))
     bare = Linear(ways, layer.weight, "none", None, EPILOGUES["plain"], ())
-    bare.check(whole, ulps=2.0)
+    bare.assert_accurate(whole, ulps=2.0)
     for rows in (slice(0, 1), slice(3, 20), slice(6, 70)):
         assert torch.equal(op(layer.x[rows]), whole[rows])
 
