@@ -7,6 +7,7 @@ One hypothesis profile for CI (the same examples at every run, no deadline) and 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ ENGINE_OPTIONS = {
 # Tests of stored programs turn them on; all others compile, whatever a user's own cache holds.
 os.environ["FUSECOMP_COMPILE_CACHE"] = "0"
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+# A shell has what it starts in the background ignore it, and Python keeps that: tests of interrupts would meet none.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
