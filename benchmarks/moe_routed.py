@@ -37,7 +37,8 @@ from fusecomp.lowerings import register
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.quant_heuristics import load_codes_table, quant_experts_config, routed_codes_config
-from fusecomp.lowerings.experts.routed import Router, run_chosen
+from fusecomp.lowerings.experts.routed import run_chosen
+from fusecomp.lowerings.experts.router import Router
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.ops import OPS
 from fusecomp.ops.experts import codes_shape

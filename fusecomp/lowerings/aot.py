@@ -120,6 +120,7 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         full: every case; otherwise those of CI, and of each kernel at most so many, the first and the last among them.
     """
     from fusecomp.lowerings.experts.experts_aot import experts_specializations
+    from fusecomp.lowerings.experts.listed_aot import listed_specializations
     from fusecomp.lowerings.experts.routed_aot import routed_specializations
     from fusecomp.lowerings.feed_aot import specializations as feed_specializations
     from fusecomp.lowerings.invariant_aot import invariant_specializations
@@ -141,7 +142,9 @@ def compile_all(target_name: str, *, full: bool = False) -> Iterator[Resources]:
         route_specializations(target),
         feed_specializations(target),
     )
-    experts = itertools.chain(experts_specializations(target, full=full), routed_specializations(target))
+    experts = itertools.chain(
+        experts_specializations(target, full=full), routed_specializations(target), listed_specializations(target)
+    )
     quantized = itertools.chain(quant_specializations(target, full=full), scaled_specializations(target, full=full))
     invariant = invariant_specializations(target, full=full)
     every = itertools.chain(attention, linear, others, experts, quantized, invariant)

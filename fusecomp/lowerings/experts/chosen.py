@@ -26,7 +26,7 @@ from fusecomp.lowerings.experts.later import ask_for
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import sum_code_products
 from fusecomp.lowerings.experts.vector import _products
-from fusecomp.lowerings.route.pieces import choose, expert_numbers
+from fusecomp.lowerings.route.pieces import choose, chosen_expert, expert_numbers
 
 
 @triton.jit
@@ -136,11 +136,10 @@ def up_chosen_kernel(
         cols = tl.arange(0, BLOCK_D)[None, :]
         inside = cols < D
         v = tl.load(x + token * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
-    rank, _, e = _choice(
-        logits + token * E, route_bias, DTYPE, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G,
-        CHOSEN, BLOCK_G, BLOCK_S,
-    )  # fmt: skip
-    expert = tl.max(tl.where(rank == row % K, e, 0)).to(tl.int64)
+    e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
+    z = tl.load(logits + token * E + e, mask=e < E, other=0.0).to(DTYPE).to(tl.float32)
+    # As many steps as its own expert takes: those of the first ones read their weights meanwhile.
+    expert = tl.max(chosen_expert(z, route_bias, row % K, KIND, GROUP_SCORE, E, G, CHOSEN)).to(tl.int64)
     rows = weight_rows(block, N, GATING, BLOCK_N, True)
     if CODES >= 0:
         x_at = x + token * stride_x + tl.zeros([1, 1], tl.int64)

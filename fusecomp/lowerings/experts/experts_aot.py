@@ -192,15 +192,15 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     pointers, none = bias_of({"plan": "i32", "hidden": dtype, **weight}, shape)
     signals = signalled_blocks(config, shape.tokens * shape.top_k, shape.rows, target.has_pdl)
     ups, downs = {**ups, "SIGNAL": signals > 0}, {**downs, "UP_BLOCKS": signals}
-    described, more = _described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
+    tiles, more = described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
-        f"experts-up-{shape}", up_kernel, {**pointers, **described, "x": dtype},
+        f"experts-up-{shape}", up_kernel, {**pointers, **tiles, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
-    described, more = _described(config.down, shape, weight["weight"], 1, shape.width)
+    tiles, more = described(config.down, shape, weight["weight"], 1, shape.width)
     yield Specialization(
-        f"experts-down-{shape}", down_kernel, {**pointers, **described, "parts": dtype}, {"capacity": "i32"},
+        f"experts-down-{shape}", down_kernel, {**pointers, **tiles, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,
     )  # fmt: skip
     block_n, num_warps = combine_block(shape.tokens, shape.hidden, target.num_sms)
@@ -240,7 +240,7 @@ def bias_of(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dic
     return ({**pointers, "bias": shape.dtype}, {}) if shape.biased else (pointers, {"bias": None})
 
 
-def _described(
+def described(
     tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(pointers, constants) of the descriptor of a weight of elements `kind`, as `launch.weight_tiles` decides."""

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.experts.pieces import activated, weight_rows
+from fusecomp.lowerings.experts.pieces import activated, dot, load_tokens, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import multiply_codes
 from fusecomp.lowerings.keep import KEEP
 
@@ -80,11 +80,11 @@ def up_kernel(
                 BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
             )  # fmt: skip
         else:
-            acc = _multiply(
+            acc = multiply(
                 x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, expert, block,
                 (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
             )  # fmt: skip
-        acc = _add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
+        acc = add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
         y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
         feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
         at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
@@ -134,7 +134,7 @@ def down_kernel(
     next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
     if USE_PDL:
         if tile < num_tiles:
-            _prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+            prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()
     for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
@@ -154,11 +154,11 @@ def down_kernel(
                 BLOCK_T, BLOCK_N, BLOCK_D, SWAP, USE_TMA, KIND, OFFSET, ROWS, COLS,
             )  # fmt: skip
         else:
-            acc = _multiply(
+            acc = multiply(
                 hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block,
                 (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
             )  # fmt: skip
-        acc = _add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
+        acc = add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
         feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
         at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
         tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
@@ -208,7 +208,7 @@ def _spread(row_at, column, row_live, column_live, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _add_bias(
+def add_bias(
     acc, bias, expert, block, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr
 ):
     """acc plus the bias of its weight rows."""
@@ -221,7 +221,7 @@ def _add_bias(
 
 
 @triton.jit
-def _multiply(
+def multiply(
     x_rows,
     live,
     weight,
@@ -238,8 +238,14 @@ def _multiply(
     SWAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     USE_TMA: tl.constexpr,
+    more_rows=None,  # of a second tile of tokens by the same weights, or None
+    more_live=None,
+    STAGES: tl.constexpr = None,  # of the pipeline, or the launch's
 ):
-    """fp32 products of the rows at x_rows [BT] with a tile of an expert's weight: [BT, BN], or [BN, BT] if SWAP."""
+    """fp32 products of the rows at x_rows [BT] with a tile of an expert's weight: [BT, BN], or [BN, BT] if SWAP.
+
+    With more_rows a pair of them, for both tiles of tokens.
+    """
     G: tl.constexpr = 2 if GATING == 1 else 1
     cols = tl.arange(0, BLOCK_D)
     x_at = x_rows[:, None] + cols[None, :]
@@ -255,12 +261,10 @@ def _multiply(
         w_at = base + rows.to(tl.int64)[:, None] * D + cols[None, :]
         STEP: tl.constexpr = BLOCK_D
     acc = tl.zeros([BLOCK_N, BLOCK_T] if SWAP else [BLOCK_T, BLOCK_N], tl.float32)
-    for step in range(steps):
+    more = acc
+    for step in tl.range(0, steps, num_stages=STAGES):
         d = step * BLOCK_D
-        if EVEN_D:
-            tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
-        else:
-            tokens = tl.load(x_at + d, mask=live[:, None] & (d + cols < D)[None, :], other=0.0)
+        tokens = load_tokens(x_at, live, d, D, BLOCK_D)
         if USE_TMA:
             w = w_tiles.load([expert * G, block * (BLOCK_N // G), d]).reshape(BLOCK_N, BLOCK_D)
         elif TRANSPOSED:
@@ -268,11 +272,14 @@ def _multiply(
         else:
             w = _load_weight(w_at, (d + cols < D)[None, :], EVEN_D, SWAP)
         w_at += STEP
-        if SWAP:
-            acc = tl.dot(w, tokens.T, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(tokens, w.T, acc, input_precision="ieee")
-    return acc
+        acc = dot(w, tokens, acc, SWAP)
+        if more_rows is not None:
+            tokens = load_tokens(more_rows[:, None] + cols[None, :], more_live, d, D, BLOCK_D)
+            more = dot(w, tokens, more, SWAP)
+    if more_rows is None:
+        return acc
+    else:
+        return acc, more
 
 
 @triton.jit
@@ -286,7 +293,7 @@ def _load_weight(at, mask, EVEN: tl.constexpr, ONCE: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(weight, expert, block, N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+def prefetch(weight, expert, block, N: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Ask the L2 for the first 512 bytes of each row of a weight tile."""
     row, part = weight_rows(block, N, 0, BLOCK_N, True).to(tl.int64)[:, None], tl.arange(0, 4)[None, :]
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth

@@ -1,4 +1,4 @@
-"""What the experts' kernels share: rows of a weight tile, gate and up of a tile, activations.
+"""What the experts' kernels share: rows of a weight tile, tokens, products, gate and up of a tile, activations.
 
 Legend: N rows of one expert's weight (its outputs, gate and up counted apart), BN rows of a weight tile, C columns.
 GATING: 0 not gated; 1 gate rows [0, N / 2), up rows [N / 2, N); 2 gate rows even, up rows odd. A tile of gating 1 holds
@@ -27,6 +27,24 @@ def weight_rows(block, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.conste
     if CLAMP and (N // PARTS) % ROWS != 0:
         row = tl.minimum(row, N // PARTS - 1)
     return row + r // ROWS * (N // PARTS)
+
+
+@triton.jit
+def load_tokens(x_at, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BT, BD] columns from d on of the tokens at x_at, zero where they are not live and beyond D."""
+    if D % BLOCK_D == 0:
+        return tl.load(x_at + d, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(x_at + d, mask=live[:, None] & (d + tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot(w, tokens, acc, SWAP: tl.constexpr):
+    """acc plus products of rows w [BN, BD] and tokens [BT, BD]: [BT, BN], or [BN, BT] if SWAP."""
+    if SWAP:
+        return tl.dot(w, tokens.T, acc, input_precision="ieee")
+    else:
+        return tl.dot(tokens, w.T, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from fusecomp.lowerings.experts.pieces import weight_rows
+from fusecomp.lowerings.experts.pieces import dot, load_tokens, weight_rows
 from fusecomp.lowerings.quant.pieces import (
     byte_values,
     load_codes,
@@ -48,8 +48,13 @@ def multiply_codes(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    more_rows=None,  # of a second tile of tokens by the same codes, or None
+    more_live=None,
+    STAGES: tl.constexpr = None,  # of the pipeline, or the launch's
 ):
     """fp32 products of the rows at x_rows [BT] with a tile of an expert's codes: [BT, BN], or [BN, BT] if SWAP.
+
+    With more_rows a pair of them, for both tiles of tokens.
 
     COLS is 0, or divides BD, or is a multiple of it. Scales that serve all columns are applied to the accumulator;
     those of a block of columns to the products of a step, where these are fewer than the step's weights, and zero
@@ -61,7 +66,6 @@ def multiply_codes(
     EVEN_D: tl.constexpr = D % BLOCK_D == 0
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     SCALE_PRODUCTS: tl.constexpr = COLS >= BLOCK_D and BLOCK_T < BLOCK_D
-    SCALE_WEIGHTS: tl.constexpr = COLS > 0 and not SCALE_PRODUCTS
     HAS_ZERO: tl.constexpr = zero is not None
     cols = tl.arange(0, BLOCK_D)
     places = tl.arange(0, BLOCK_D // PACK)[None, :]
@@ -71,15 +75,13 @@ def multiply_codes(
     srow = expert_scale_row(expert, rows, N, ROWS)
 
     acc = tl.zeros([BLOCK_N, BLOCK_T] if SWAP else [BLOCK_T, BLOCK_N], tl.float32)
+    more = acc
     s = _tile_scales(scale, srow, 0, D, BLOCK_D, COLS, EVEN_D)
     z = s if zero is None else _tile_scales(zero, srow, 0, D, BLOCK_D, COLS, EVEN_D)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         d, at = step * BLOCK_D, step * (BLOCK_D // PACK)
         inside = at + places < D // PACK  # of neighbours, so that codes are loaded in wide pieces
-        if EVEN_D:
-            tokens = tl.load(x_at + d, mask=live[:, None], other=0.0)
-        else:
-            tokens = tl.load(x_at + d, mask=live[:, None] & (d + cols < D)[None, :], other=0.0)
+        tokens = load_tokens(x_at, live, d, D, BLOCK_D)
         if USE_TMA:
             code = q_tiles.load([expert * G, block * (BLOCK_N // G), at]).reshape(BLOCK_N, BLOCK_D // PACK)
         elif BLOCK_T <= ONCE_TOKENS:
@@ -88,21 +90,37 @@ def multiply_codes(
             code = tl.load(q_at + at)
         else:
             code = tl.load(q_at + at, mask=inside, other=0.0)
-        if SCALE_PRODUCTS:
-            part = _add_products(code, tokens, z, s, tl.zeros_like(acc), COLS, False, False, SWAP, KIND, OFFSET)
-            if HAS_ZERO:
-                sums = tl.sum(tokens.to(tl.float32), 1)
-                part -= z * sums[None, :] if SWAP else sums[:, None] * z.T
-            acc += part * (s if SWAP else s.T)
-        else:
-            acc = _add_products(code, tokens, z, s, acc, COLS, HAS_ZERO, SCALE_WEIGHTS, SWAP, KIND, OFFSET)
+        acc = _add_scaled(code, tokens, z, s, acc, COLS, HAS_ZERO, SCALE_PRODUCTS, SWAP, KIND, OFFSET)
+        if more_rows is not None:
+            tokens = load_tokens(more_rows[:, None] + cols[None, :], more_live, d, D, BLOCK_D)
+            more = _add_scaled(code, tokens, z, s, more, COLS, HAS_ZERO, SCALE_PRODUCTS, SWAP, KIND, OFFSET)
         if COLS > 0:
             ahead = tl.minimum(d + BLOCK_D, (STEPS - 1) * BLOCK_D)
             s = _tile_scales(scale, srow, ahead, D, BLOCK_D, COLS, EVEN_D)
             z = s if zero is None else _tile_scales(zero, srow, ahead, D, BLOCK_D, COLS, EVEN_D)
     if COLS == 0:
         acc *= s if SWAP else s.T
-    return acc
+        more *= s if SWAP else s.T
+    if more_rows is None:
+        return acc
+    else:
+        return acc, more
+
+
+@triton.jit
+def _add_scaled(
+    code, tokens, z, s, acc, COLS: tl.constexpr, HAS_ZERO: tl.constexpr, SCALE_PRODUCTS: tl.constexpr,
+    SWAP: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """acc plus the products of a step; SCALE_PRODUCTS: see `multiply_codes`."""
+    if SCALE_PRODUCTS:
+        part = _add_products(code, tokens, z, s, tl.zeros_like(acc), COLS, False, False, SWAP, KIND, OFFSET)
+        if HAS_ZERO:
+            sums = tl.sum(tokens.to(tl.float32), 1)
+            part -= z * sums[None, :] if SWAP else sums[:, None] * z.T
+        return acc + part * (s if SWAP else s.T)
+    else:
+        return _add_products(code, tokens, z, s, acc, COLS, HAS_ZERO, COLS > 0, SWAP, KIND, OFFSET)
 
 
 @triton.jit
@@ -110,14 +128,6 @@ def expert_scale_row(expert, rows, N: tl.constexpr, ROWS: tl.constexpr):
     """Rows of the scales of all experts that serve these rows of one expert's weight."""
     HEIGHT: tl.constexpr = (N + ROWS - 1) // ROWS if ROWS > 0 else 1
     return expert.to(tl.int64) * HEIGHT + scale_row(rows, ROWS)
-
-
-@triton.jit
-def _dot(w, tokens, acc, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.dot(w, tokens.T, acc, input_precision="ieee")
-    else:
-        return tl.dot(tokens, w.T, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -154,10 +164,10 @@ def _add_products(
         low, high = nibble_values(code & 15, KIND, OFFSET), nibble_values(code >> 4, KIND, OFFSET)
         low = _dequantized(low, z, s, BLOCK_D // 2, COLS // 2, HAS_ZERO, SCALED)
         high = _dequantized(high, z, s, BLOCK_D // 2, COLS // 2, HAS_ZERO, SCALED)
-        return _dot(high.to(tokens.dtype), odd, _dot(low.to(tokens.dtype), even, acc, SWAP), SWAP)
+        return dot(high.to(tokens.dtype), odd, dot(low.to(tokens.dtype), even, acc, SWAP), SWAP)
     else:
         w = _dequantized(values(code, KIND, OFFSET), z, s, BLOCK_D, COLS, HAS_ZERO, SCALED)
-        return _dot(w.to(tokens.dtype), tokens, acc, SWAP)
+        return dot(w.to(tokens.dtype), tokens, acc, SWAP)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """CUDA implementation of `routed_quant_experts`: for very few tokens, three launches where the table has them.
 
-They are those of `routed.py`, which multiply codes as the vector kernels do. Otherwise `router` and `quant_experts` are
-launched one after the other.
+They are those of `routed.py`, which multiply codes as the vector kernels do. Up to some hundred tokens there are five,
+those of `listed_launch.py`. Otherwise `router` and `quant_experts` are launched one after the other.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.codes import Codes
-from fusecomp.lowerings.experts.heuristics import ExpertsConfig
 from fusecomp.lowerings.experts.launch import Experts
-from fusecomp.lowerings.experts.quant_heuristics import routed_codes_config
+from fusecomp.lowerings.experts.listed_launch import run_listed, serves
+from fusecomp.lowerings.experts.quant_heuristics import quant_experts_config, routed_codes_config
 from fusecomp.lowerings.experts.quant_lowering import supports
-from fusecomp.lowerings.experts.routed import Router, run_chosen, served
+from fusecomp.lowerings.experts.routed import run_chosen, served
+from fusecomp.lowerings.experts.router import Router
 from fusecomp.ops.experts import Activation, codes_shape
 from fusecomp.ops.quant import WeightSpec
 
@@ -47,27 +48,22 @@ def launch_routed_quant_experts(
     down_spec: str,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`fusecomp::routed_quant_experts` of few tokens; None where its two halves are launched one after the other."""
+    """`fusecomp::routed_quant_experts` where it saves launches; None where its halves are launched in turn."""
     gate = Router.of(router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
+    first, second = WeightSpec.from_text(up_spec), WeightSpec.from_text(down_spec)
     layer = Experts(
         up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed,
-        Codes(up_scale, up_zero, WeightSpec.from_text(up_spec)),
-        Codes(down_scale, down_zero, WeightSpec.from_text(down_spec)),
+        Codes(up_scale, up_zero, first), Codes(down_scale, down_zero, second),
     )  # fmt: skip
-    config = chosen_codes_config(x, gate, layer) if len(x) else None
-    if config is None:
-        return None
-    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return run_chosen(config, x, gate, layer, residual, uses_pdl(x))
-
-
-def chosen_codes_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
-    """How `run_chosen` runs this call of experts of codes; None if it does not."""
-    up, down = layer.up_codes, layer.down_codes
-    assert up is not None and down is not None
-    parts = (layer.up, up.scale, up.zero), layer.up_bias, (layer.down, down.scale, down.zero), layer.down_bias
-    if supports(x, *parts, layer.transposed, up.spec, down.spec) or not served(x, router, layer):
+    parts = (up, up_scale, up_zero), up_bias, (down, down_scale, down_zero), down_bias
+    if not len(x) or supports(x, *parts, transposed, first, second):
         return None
     experts, _, hidden, width = layer.sizes
-    shape = codes_shape(up.spec, down.spec, (experts, router.spec.k, hidden, width), x.element_size())
-    return routed_codes_config(target_of(x), shape, len(x))
+    shape = codes_shape(first, second, (experts, gate.spec.k, hidden, width), x.element_size())
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    if served(x, gate, layer) and (chosen := routed_codes_config(target_of(x), shape, len(x))) is not None:
+        return run_chosen(chosen, x, gate, layer, residual, uses_pdl(x))
+    config = quant_experts_config(target_of(x), shape, len(x))
+    if serves(config, x, gate):
+        return run_listed(config, x, gate, layer, residual, uses_pdl(x))
+    return None

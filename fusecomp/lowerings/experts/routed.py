@@ -1,13 +1,13 @@
-"""CUDA implementation of `routed_experts`: three launches for very few tokens, else those of `router` and `experts`.
+"""CUDA implementation of `routed_experts`: three launches for very few tokens, five for some hundred.
 
-The three launches serve experts of codes too, which `quant_routed.py` hands over.
+The three of this file, as the five of `listed_launch.py`, serve experts of codes too, which `quant_routed.py` hands
+over. Else it is `router` and `experts`.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,50 +17,21 @@ from torch import Tensor
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.experts.chosen import down_chosen_kernel, logits_kernel, up_chosen_kernel
 from fusecomp.lowerings.experts.codes import Codes, kernel_weight
-from fusecomp.lowerings.experts.heuristics import ExpertsConfig, routed_config
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, experts_config, routed_config
 from fusecomp.lowerings.experts.later import asked_bytes
 from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.listed_launch import run_listed, serves
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
+from fusecomp.lowerings.experts.router import Router
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.route.kernel import triton_dtype
 from fusecomp.lowerings.route.lowering import supports as supports_router
 from fusecomp.lowerings.route.pieces import constants
 from fusecomp.ops.experts import Activation
-from fusecomp.ops.norm import RMS, NormSpec
-from fusecomp.ops.router import RouteSpec
+from fusecomp.ops.norm import RMS
 
 MAX_EXPERTS, MAX_CHOSEN, MAX_COLUMNS = 512, 16, 8192
-
-
-@dataclass(frozen=True)
-class Router:
-    """The router of a layer; see `ops/router.py`.
-
-    Attributes:
-        weight: [E, C] contiguous.
-        logits: dtype that logits are rounded to.
-        norm: of x, whose result the experts read too, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    route_bias: Tensor | None
-    norm: NormSpec | None
-    logits: torch.dtype
-    spec: RouteSpec
-
-    @staticmethod
-    def of(
-        weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        route_bias: Tensor | None, norm: str, logits: str, spec: str,
-    ) -> Router:  # fmt: skip
-        """From the arguments of the canonical ops."""
-        normed = NormSpec.from_text(norm) if norm else None
-        wanted, routed = getattr(torch, logits), RouteSpec.from_text(spec)
-        return Router(weight, bias, norm_weight, norm_bias, route_bias, normed, wanted, routed)
 
 
 def launch_routed_experts(
@@ -85,29 +56,27 @@ def launch_routed_experts(
     *,
     later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`fusecomp::routed_experts` of few tokens; None where its two halves are launched one after the other.
+    """`fusecomp::routed_experts` where it saves launches; None where its halves are launched in turn.
 
     Args:
         later: a weight that is read after the experts: see `later.py`.
     """
     gate = Router.of(router, router_bias, norm_weight, norm_bias, route_bias, norm, logits, spec)
     layer = Experts(up, up_bias, down, down_bias, Activation.parse(act, gated), gated, interleaved, transposed)
-    config = chosen_config(x, gate, layer) if len(x) else None
-    if config is None:
-        return None
-    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return run_chosen(config, x, gate, layer, residual, uses_pdl(x), later)
-
-
-def chosen_config(x: Tensor, router: Router, layer: Experts) -> ExpertsConfig | None:
-    """How `run_chosen` runs this call; None if it does not."""
-    if supports_experts(x, layer.up, layer.up_bias, layer.down, layer.down_bias) or not served(x, router, layer):
+    if not len(x) or supports_experts(x, up, up_bias, down, down_bias):
         return None
     experts, _, hidden, width = layer.sizes
-    return routed_config(
-        target_of(x), experts=experts, top_k=router.spec.k, hidden=hidden, width=width, tokens=len(x),
-        itemsize=x.element_size(),
-    )  # fmt: skip
+    sizes = {
+        "experts": experts, "top_k": gate.spec.k, "hidden": hidden, "width": width, "tokens": len(x),
+        "itemsize": x.element_size(),
+    }  # fmt: skip
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    if served(x, gate, layer) and (chosen := routed_config(target_of(x), **sizes)) is not None:
+        return run_chosen(chosen, x, gate, layer, residual, uses_pdl(x), later)
+    config = experts_config(target_of(x), transposed=transposed, **sizes)
+    if serves(config, x, gate):
+        return run_listed(config, x, gate, layer, residual, uses_pdl(x))
+    return None
 
 
 def served(x: Tensor, router: Router, layer: Experts) -> bool:

@@ -1,5 +1,9 @@
 """A router behind its logits in one launch: scores, groups, top-k and weights of each token, in registers.
 
+It may list the rows of each expert on the way, for the kernels of `experts/listed.py`. Lists are one int32 buffer of
+E counts of rows, E counts that these kernels use, both zero before, and E lists of `capacity` rows (row r is expert
+r % K of token r / K), each in any order.
+
 Legend: T tokens, E experts, K chosen per token, G groups of S = E / G experts.
 """
 
@@ -19,15 +23,17 @@ MAX_EXPERTS, MAX_CHOSEN = 2048, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def route_kernel(
     logits,  # [T, E], last dim contiguous; or, with SPLITS, [SPLITS, T, E] fp32 parts of them
     added,  # [E], to the logits, or None
     bias,  # [E] or None
     ids,  # [T, K] int64
     weights,  # [T, K]
+    lists,  # see above, or None
     stride_row,
     stride_split,
+    capacity,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,  # to which sums of parts are rounded
     KIND: tl.constexpr,
@@ -45,7 +51,10 @@ def route_kernel(
     BLOCK_S: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program a token. Bytes: T * (E * itemsize * max(1, SPLITS) + K * (8 + itemsize of weights))."""
+    """One program a token. Bytes: T * (E * itemsize * max(1, SPLITS) + K * (8 + itemsize of weights)), with lists more.
+
+    An atomic addition for each of K places takes less than the launch that would count and sort them.
+    """
     row = tl.program_id(0).to(tl.int64)
     e = expert_numbers(E, G, BLOCK_G, BLOCK_S)
     if USE_PDL:
@@ -61,6 +70,10 @@ def route_kernel(
         z = z.to(DTYPE).to(tl.float32)
     rank, weight = choose(z, bias, KIND, NORMALISE, GROUP_SCORE, EPS, FLOOR, SCALE, THRESHOLD, E, K, G, CHOSEN)
     e = tl.reshape(e, [1, BLOCK_G * BLOCK_S])
+    if lists is not None:
+        chosen = rank < K
+        place = tl.atomic_add(lists + e, 1, mask=chosen, sem="relaxed")
+        tl.store(lists + 2 * E + e * capacity + place, row.to(tl.int32) * K + rank, mask=chosen)
     tl.store(ids + row * K + rank, e.to(tl.int64), mask=rank < K)
     tl.store(weights + row * K + rank, weight, mask=rank < K)
 
@@ -85,14 +98,34 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 def launch_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec, use_pdl: bool) -> tuple[Tensor, Tensor]:
     """`fusecomp::route` on CUDA; logits [T, E] with a contiguous last dim, bias [E] contiguous."""
-    return _launch(logits, 0, logits.dtype, None, bias, spec, use_pdl)
+    return _launch(logits, 0, logits.dtype, None, bias, spec, None, use_pdl)
 
 
 def launch_route_parts(
-    parts: Tensor, dtype: torch.dtype, added: Tensor | None, bias: Tensor | None, spec: RouteSpec, use_pdl: bool
+    parts: Tensor,
+    dtype: torch.dtype,
+    added: Tensor | None,
+    bias: Tensor | None,
+    spec: RouteSpec,
+    lists: Tensor | None,
+    use_pdl: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same on logits that are the sum of parts [splits, T, E] fp32 and of `added` [E], rounded to `dtype`."""
-    return _launch(parts, len(parts), dtype, added, bias, spec, use_pdl)
+    """The same on logits that are the sum of parts [splits, T, E] fp32 and of `added` [E], rounded to `dtype`.
+
+    Args:
+        lists: of the rows of each expert, to be filled, or None. Counts must be zero when the kernel runs.
+    """
+    return _launch(parts, len(parts), dtype, added, bias, spec, lists, use_pdl)
+
+
+def list_capacity(tokens: int, block_t: int) -> int:
+    """Rows that there is room for in each list: all tokens', in whole tiles of `block_t`."""
+    return triton.cdiv(tokens, block_t) * block_t
+
+
+def empty_lists(tokens: int, experts: int, block_t: int, device: torch.device) -> Tensor:
+    """A buffer of lists, nothing in it written."""
+    return torch.empty(experts * (2 + list_capacity(tokens, block_t)), dtype=torch.int32, device=device)
 
 
 def _launch(
@@ -102,6 +135,7 @@ def _launch(
     added: Tensor | None,
     bias: Tensor | None,
     spec: RouteSpec,
+    lists: Tensor | None,
     use_pdl: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape[-2:]
@@ -109,9 +143,10 @@ def _launch(
     weights = torch.empty(tokens, spec.k, dtype=getattr(torch, spec.dtype), device=logits.device)
     if tokens:
         options = ({"launch_pdl": True} if use_pdl else {}) | rounding_options()
+        capacity = 0 if lists is None else len(lists) // experts - 2
         launch(
-            route_kernel, (tokens,), logits, added, bias, ids, weights, logits.stride(-2), logits.stride(0),
-            SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,
+            route_kernel, (tokens,), logits, added, bias, ids, weights, lists, logits.stride(-2), logits.stride(0),
+            capacity, SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,
             num_warps=num_warps(experts), **options,
         )  # fmt: skip
     return ids, weights

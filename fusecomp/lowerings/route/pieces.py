@@ -45,6 +45,56 @@ def choose(
     are chosen whatever the logits are.
     """
     B: tl.constexpr = z.shape[0]
+    WIDTH: tl.constexpr = z.shape[1] * z.shape[2]
+    z, scores, left = _candidates(z, bias, KIND, GROUP_SCORE, E, G, CHOSEN)
+    lane = tl.arange(0, WIDTH)[None, :]
+    weight = scores
+    rank = tl.full([B, WIDTH], K, tl.int32)
+    key = _key(left)
+    for i in tl.static_range(K):
+        top = tl.max(key, 1)[:, None]
+        this = lane == _first_largest(key, lane)
+        if KIND == "sparsemixer":
+            largest = _ordered(top).to(tl.float32, bitcast=True)
+            hidden = (largest - z) / tl.maximum(tl.abs(z), largest) > THRESHOLD
+            others = tl.where(hidden | (rank < K), 0.0, tl.exp(left - largest))
+            gate = 1.0 / tl.sum(others, 1)[:, None]
+            weight = tl.where(this, gate, weight)
+        rank = tl.where(this, i, rank)
+        key = tl.where(this, TAKEN, key)
+    if NORMALISE == "sum":
+        weight = weight / tl.maximum(tl.sum(tl.where(rank < K, weight, 0.0), 1)[:, None] + EPS, FLOOR)
+    elif NORMALISE == "softmax":
+        weight = tl.where(rank < K, weight, float("-inf"))
+        weight = tl.exp(weight - tl.max(weight, 1)[:, None])
+        weight = weight / tl.sum(weight, 1)[:, None]
+    return rank, weight * SCALE
+
+
+@triton.jit
+def chosen_expert(
+    z, bias, place, KIND: tl.constexpr, GROUP_SCORE: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """[B, 1] the expert whose rank, as `choose` has it, is `place`: as many steps, and no weights."""
+    S: tl.constexpr = E // G
+    BLOCK_S: tl.constexpr = z.shape[2]
+    WIDTH: tl.constexpr = z.shape[1] * z.shape[2]
+    _, _, left = _candidates(z, bias, KIND, GROUP_SCORE, E, G, CHOSEN)
+    lane, key = tl.arange(0, WIDTH)[None, :], _key(left)
+    this = _first_largest(key, lane)
+    for _ in range(place):
+        key = tl.where(lane == this, TAKEN, key)
+        this = _first_largest(key, lane)
+    return this // BLOCK_S * S + this % BLOCK_S
+
+
+@triton.jit
+def _candidates(
+    z, bias, KIND: tl.constexpr, GROUP_SCORE: tl.constexpr, E: tl.constexpr, G: tl.constexpr, CHOSEN: tl.constexpr
+):
+    """(logits, scores, what experts are chosen by: -inf where one may not be), [B, BG * BS] each."""
+    B: tl.constexpr = z.shape[0]
     BLOCK_G: tl.constexpr = z.shape[1]
     WIDTH: tl.constexpr = z.shape[1] * z.shape[2]
     e = expert_numbers(E, G, BLOCK_G, z.shape[2])
@@ -77,27 +127,19 @@ def choose(
 
     # Numbers stay above what is no number but a candidate, and candidates above all else.
     left = tl.reshape(tl.where(choice > LOWEST, choice, tl.where(allowed, LOWEST, float("-inf"))), [B, WIDTH])
-    z, weight, lane = tl.reshape(z, [B, WIDTH]), tl.reshape(scores, [B, WIDTH]), tl.arange(0, WIDTH)[None, :]
-    rank = tl.full([B, WIDTH], K, tl.int32)
-    key = _ordered(tl.where(left == 0, 0.0, left).to(tl.int32, bitcast=True))
-    for i in tl.static_range(K):
-        top = tl.max(key, 1)[:, None]
-        this = lane == tl.min(tl.where(key == top, lane, WIDTH), 1)[:, None]
-        if KIND == "sparsemixer":
-            largest = _ordered(top).to(tl.float32, bitcast=True)
-            hidden = (largest - z) / tl.maximum(tl.abs(z), largest) > THRESHOLD
-            others = tl.where(hidden | (rank < K), 0.0, tl.exp(left - largest))
-            gate = 1.0 / tl.sum(others, 1)[:, None]
-            weight = tl.where(this, gate, weight)
-        rank = tl.where(this, i, rank)
-        key = tl.where(this, TAKEN, key)
-    if NORMALISE == "sum":
-        weight = weight / tl.maximum(tl.sum(tl.where(rank < K, weight, 0.0), 1)[:, None] + EPS, FLOOR)
-    elif NORMALISE == "softmax":
-        weight = tl.where(rank < K, weight, float("-inf"))
-        weight = tl.exp(weight - tl.max(weight, 1)[:, None])
-        weight = weight / tl.sum(weight, 1)[:, None]
-    return rank, weight * SCALE
+    return tl.reshape(z, [B, WIDTH]), tl.reshape(scores, [B, WIDTH]), left
+
+
+@triton.jit
+def _key(left):
+    """int32 in the order of what experts are chosen by."""
+    return _ordered(tl.where(left == 0, 0.0, left).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _first_largest(key, lane):
+    """[B, 1] the first lane that has a row's largest key."""
+    return tl.min(tl.where(key == tl.max(key, 1)[:, None], lane, key.shape[1]), 1)[:, None]
 
 
 @triton.jit

@@ -37,33 +37,38 @@ def specializations(target: Target) -> Iterator[Specialization]:
         for tokens in (1, 16, 512):
             config = router_config(tokens, experts, hidden, 4 if dtype == "fp32" else 2, target.num_sms)
             given = {"norm_weight": dtype, "y": dtype} if normed else {}
+            given |= {"lists": "i32"} if tokens == 16 else {}
+            absent = {name: None for name in ("norm_weight", "y", "lists") if name not in given}
             yield Specialization(
                 f"router-{experts}-{hidden}-{dtype}-t{tokens}",
                 router_kernel,
                 {"x": dtype, "weight": dtype, "parts": "fp32", **given},
                 {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32"},
                 {**router_constants(config, experts, hidden), "NORM": normed, "PLUS_ONE": False}
-                | {"USE_PDL": target.has_pdl, **({} if normed else {"norm_weight": None, "y": None})},
+                | {"USE_PDL": target.has_pdl, **absent},
                 num_warps=config.num_warps,
                 num_stages=NUM_STAGES,
             )
-            yield _route(target, experts, dtype, None, spec, config.splits)
+            yield _route(target, experts, dtype, None, spec, config.splits, "lists" in given)
 
 
-def _route(target: Target, experts: int, dtype: str, bias: str | None, spec: RouteSpec, splits: int) -> Specialization:
-    given = ({"bias": bias} if bias else {}) | ({"added": dtype} if splits else {})
+def _route(
+    target: Target, experts: int, dtype: str, bias: str | None, spec: RouteSpec, splits: int, lists: bool = False
+) -> Specialization:
+    given = {"bias": bias} if bias else {}
+    given |= ({"added": dtype} if splits else {}) | ({"lists": "i32"} if lists else {})
     weights = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[spec.dtype]
     return Specialization(
-        f"route-{spec.kind}-{experts}-{dtype}-{splits}",
+        f"route-{spec.kind}-{experts}-{dtype}-{splits}{'-lists' if lists else ''}",
         route_kernel,
         {"logits": "fp32" if splits else dtype, "ids": "i64", "weights": weights, **given},
-        {"stride_row": "i32", "stride_split": "i32"},
+        {"stride_row": "i32", "stride_split": "i32", "capacity": "i32"},
         {
             **constants(spec, experts),
             "SPLITS": splits,
             "DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype],
         }
-        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias") if name not in given}},
+        | {"USE_PDL": target.has_pdl, **{name: None for name in ("added", "bias", "lists") if name not in given}},
         num_warps=num_warps(experts),
         num_stages=1,
     )

@@ -39,6 +39,7 @@ def router_kernel(
     norm_weight,  # [C] or None
     y,  # [T, C] contiguous, or None without a norm
     parts,  # [splits, T, E] fp32
+    lists,  # of `kernel.py`, or None
     eps,
     num_tokens,
     stride_x,
@@ -55,6 +56,8 @@ def router_kernel(
 ):
     """parts[s] = norm(x) @ weight^T over the columns of split s. Every program norms its rows whole.
 
+    Counts of lists are set to zero, once the launches before this one are over: one may use the same memory.
+
     Bytes: the weight once, x from the L2 for every split, T * C written with a norm. FLOPs: 2 * T * C * E.
     """
     STEPS: tl.constexpr = (D + SPLITS * BLOCK_D - 1) // (SPLITS * BLOCK_D)
@@ -69,6 +72,9 @@ def router_kernel(
     w = tl.load(w_rows + cols[None, :], mask=(cols < D)[None, :], other=0.0)
     if USE_PDL:
         gdc_wait()
+    if lists is not None:
+        count = tl.arange(0, 2 * BLOCK_E)
+        tl.store(lists + count, tl.zeros([2 * BLOCK_E], tl.int32), mask=(count < 2 * E) & (tl.program_id(0) == 0))
     if NORM:
         squares = tl.zeros([BLOCK_T, NORM_BLOCK], tl.float32)
         for start in tl.static_range(0, D, NORM_BLOCK):
@@ -154,8 +160,13 @@ def launch_router(
     logits: torch.dtype,
     spec: RouteSpec,
     use_pdl: bool,
+    lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm."""
+    """(y, ids, weights) of x [T, C]; `supports_router` must hold. y is norm(x) [T, C], or empty without a norm.
+
+    Args:
+        lists: from `kernel.empty_lists`, to be filled, or None.
+    """
     (tokens, hidden), experts = x.shape, len(weight)
     config = router_config(tokens, experts, hidden, x.element_size(), target_of(x).num_sms)
     y = torch.empty((tokens, hidden) if norm else (0,), dtype=x.dtype, device=x.device)
@@ -164,12 +175,12 @@ def launch_router(
     if tokens:
         launch(
             router_kernel, (triton.cdiv(tokens, BLOCK_T) * config.splits,),
-            x, weight, norm_weight, y if norm else None, parts, norm.eps if norm else 0.0, tokens, x.stride(0),
+            x, weight, norm_weight, y if norm else None, parts, lists, norm.eps if norm else 0.0, tokens, x.stride(0),
             **router_constants(config, experts, hidden), NORM=norm is not None,
             PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,
             num_stages=NUM_STAGES, **options,
         )  # fmt: skip
-    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, use_pdl)
+    return y, *launch_route_parts(parts, logits, bias, route_bias, spec, lists, use_pdl)
 
 
 def router_constants(config: RouterConfig, experts: int, hidden: int) -> dict[str, int]:

@@ -1,0 +1,248 @@
+"""The two matmuls of the experts by the lists that a router has made of each expert's rows: see `route/kernel.py`.
+
+No launch counts and sorts rows, and a program knows from its number which weights it reads: the first of them ask the
+L2 for theirs before the routing is known. Most experts have one tile of rows; where tiles are small, experts of more take
+two at a time by the same weights: by the time of a second tile, the L2 has them no more. See `grouped.py` for more.
+
+Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows (row
+r is expert r % K of token r / K), N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C;
+down: F), BT rows of a tile, BN weight rows and BD columns. GATING, USE_TMA, TRANSPOSED, KIND: as in `grouped.py`.
+
+Weights are on the wide side of the matrix units. Bytes: each touched expert's weight once (again from the L2 for its
+further tiles). FLOPs: 2 * R * N * D.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusecomp.lowerings.experts.grouped import add_bias, multiply, prefetch
+from fusecomp.lowerings.experts.pieces import activated, weight_rows
+from fusecomp.lowerings.experts.quant_pieces import multiply_codes
+from fusecomp.lowerings.keep import KEEP
+from fusecomp.lowerings.quant.pieces import ask_l2_for
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def up_listed_kernel(
+    x,  # [T, C], last dim contiguous
+    lists,
+    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C] or bytes of two
+    w_tiles,  # descriptor of the weight, or None
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
+    bias,  # [E, N] contiguous, or None
+    hidden,  # [R, F]
+    capacity,
+    stride_x,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATING: tl.constexpr,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ASKING: tl.constexpr,  # programs that ask the L2 for the first bytes of their weights before they wait
+    ASKED: tl.constexpr,  # bytes of each row, a multiple of 16
+    PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
+    SIGNAL: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """hidden = activation(x[r / K] @ up^T + bias) of each row r. SIGNAL: each expert counts its finished blocks."""
+    FEATURES: tl.constexpr = N // 2 if GATING else N
+    BLOCKS: tl.constexpr = (FEATURES + BLOCK_N // (2 if GATING else 1) - 1) // (BLOCK_N // (2 if GATING else 1))
+    expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    if ASKING > 0:
+        if tl.program_id(0) < ASKING:
+            _ask(weight, expert, block, N, D // 2 if KIND >= 3 else D, GATING, BLOCK_N, ASKED)
+    if USE_PDL:
+        # In this order, so that the down projection, which the second line lets begin, may read lists at once.
+        gdc_wait()
+        gdc_launch_dependents()
+    lanes = tl.arange(0, BLOCK_T)
+    list_at = lists + 2 * E + expert * capacity + lanes
+    count = tl.load(lists + expert)
+    first_rows = tl.load(list_at)  # some number behind the last row
+    if PAIR_STAGES > 0 and count > BLOCK_T:
+        for start in range(0, count, 2 * BLOCK_T):
+            place = start + lanes
+            row = tl.load(list_at + start, mask=place < count, other=0)
+            more = tl.load(list_at + start + BLOCK_T, mask=place + BLOCK_T < count, other=0)
+            x_rows, more_rows = x + (row // K).to(tl.int64) * stride_x, x + (more // K).to(tl.int64) * stride_x
+            acc, more_acc = _products(
+                x_rows, place < count, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N,
+                BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, place + BLOCK_T < count, PAIR_STAGES,
+            )  # fmt: skip
+            _store_up(
+                acc, row, place < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT
+            )  # fmt: skip
+            _store_up(
+                more_acc, more, place + BLOCK_T < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA,
+                LIMIT,
+            )  # fmt: skip
+    else:
+        next_row = first_rows
+        for start in range(0, count, BLOCK_T):
+            live = start + lanes < count
+            row = tl.where(live, next_row, 0)
+            if PAIR_STAGES == 0:
+                next_row = tl.load(list_at + start + BLOCK_T, mask=start + BLOCK_T + lanes < count, other=0)
+            acc = _products(
+                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
+                BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
+            )  # fmt: skip
+            _store_up(acc, row, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
+    if SIGNAL:
+        if count > 0:
+            tl.debug_barrier()  # one thread signals for all
+            tl.atomic_add(lists + E + expert, 1, sem="release")
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def down_listed_kernel(
+    hidden,  # [R, F]
+    lists,
+    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F] or bytes of two
+    w_tiles,  # descriptor of the weight, or None
+    scale,  # of codes, contiguous, or None
+    zero,  # as scale, or None
+    bias,  # [E, C] contiguous, or None
+    parts,  # [R, C]
+    capacity,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
+    UP_BLOCKS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """parts = hidden @ down^T + bias. Bytes beyond the weights: R * F read, R * C written.
+
+    UP_BLOCKS: those that `up_listed_kernel` signals for each expert, which are all that is waited for; or 0, for it to
+    end.
+    """
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    if USE_PDL:
+        gdc_launch_dependents()
+    # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
+    lanes = tl.arange(0, BLOCK_T)
+    list_at = lists + 2 * E + expert * capacity + lanes
+    count = tl.load(lists + expert, cache_modifier=".cg")
+    first_rows = tl.load(list_at, cache_modifier=".cg")  # some number behind the last row
+    if USE_PDL:
+        if count > 0:
+            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+        if UP_BLOCKS == 0:
+            gdc_wait()
+    if UP_BLOCKS > 0:
+        if count > 0:
+            # Every program of the up projection has begun before any of these, so that this ends.
+            while tl.atomic_add(lists + E + expert, 0, sem="acquire") < UP_BLOCKS:
+                pass
+    if PAIR_STAGES > 0 and count > BLOCK_T:
+        for start in range(0, count, 2 * BLOCK_T):
+            place = start + lanes
+            row = tl.load(list_at + start, mask=place < count, other=0, cache_modifier=".cg")
+            more = tl.load(list_at + start + BLOCK_T, mask=place + BLOCK_T < count, other=0, cache_modifier=".cg")
+            acc, more_acc = _products(
+                hidden + row.to(tl.int64) * D, place < count, weight, w_tiles, scale, zero, expert, block, N, D, 0,
+                BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS,
+                hidden + more.to(tl.int64) * D, place + BLOCK_T < count, PAIR_STAGES,
+            )  # fmt: skip
+            _store_down(acc, row, place < count, bias, parts, expert, block, N, BLOCK_N)
+            _store_down(more_acc, more, place + BLOCK_T < count, bias, parts, expert, block, N, BLOCK_N)
+    else:
+        next_row = first_rows
+        for start in range(0, count, BLOCK_T):
+            live = start + lanes < count
+            row = tl.where(live, next_row, 0)
+            if PAIR_STAGES == 0:
+                next_row = tl.load(
+                    list_at + start + BLOCK_T, mask=start + BLOCK_T + lanes < count, other=0, cache_modifier=".cg"
+                )
+            acc = _products(
+                hidden + row.to(tl.int64) * D, live, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T,
+                BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
+            )  # fmt: skip
+            _store_down(acc, row, live, bias, parts, expert, block, N, BLOCK_N)
+    if USE_PDL and UP_BLOCKS > 0:
+        # One program, so that launches end in order: the next ones take that for granted of memory they use again.
+        if tl.program_id(0) == 0:
+            gdc_wait()
+
+
+@triton.jit
+def _products(
+    x_rows, live, weight, w_tiles, scale, zero, expert, block, N: tl.constexpr, D: tl.constexpr, GATING: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr,
+    USE_TMA: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    more_rows, more_live, STAGES: tl.constexpr,
+):  # fmt: skip
+    """fp32 products [BN, BT] of a block of an expert's weights, or a pair of them by as many more rows."""
+    if KIND >= 0:
+        return multiply_codes(
+            x_rows, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D,
+            True, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, more_live, STAGES,
+        )  # fmt: skip
+    else:
+        return multiply(
+            x_rows, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N,
+            BLOCK_D, True, TRANSPOSED, USE_TMA, more_rows, more_live, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_up(
+    acc, row, live, bias, hidden, expert, block, N: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """hidden of rows [BT] from products [BN, BT]."""
+    FEATURES: tl.constexpr = N // 2 if GATING else N
+    BLOCK_F: tl.constexpr = BLOCK_N // 2 if GATING else BLOCK_N
+    acc = add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, True)
+    y = activated(acc, GATING, True, ACT, ALPHA, LIMIT).to(hidden.dtype.element_ty)
+    feature = (block * BLOCK_F + tl.arange(0, BLOCK_F))[:, None]
+    at = hidden + row.to(tl.int64)[None, :] * FEATURES + feature
+    tl.store(at, y, mask=live[None, :] & (feature < FEATURES), eviction_policy=KEEP)
+
+
+@triton.jit
+def _store_down(acc, row, live, bias, parts, expert, block, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """parts of rows [BT] from products [BN, BT]."""
+    acc = add_bias(acc, bias, expert, block, N, 0, BLOCK_N, True)
+    feature = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    at = parts + row.to(tl.int64)[None, :] * N + feature
+    tl.store(at, acc.to(parts.dtype.element_ty), mask=live[None, :] & (feature < N), eviction_policy=KEEP)
+
+
+@triton.jit
+def _ask(
+    weight, expert, block, N: tl.constexpr, D: tl.constexpr, GATING: tl.constexpr, BLOCK_N: tl.constexpr,
+    ASKED: tl.constexpr,
+):  # fmt: skip
+    """Ask the L2 for the first bytes of each row of a tile of a weight [E, N, D] of elements of any kind."""
+    row = weight_rows(block, N, GATING, BLOCK_N, True).to(tl.int64)
+    at = (weight + expert.to(tl.int64) * (N * D) + row * D).to(tl.int64)
+    ask_l2_for(at, tl.full([BLOCK_N], ASKED, tl.int32), tl.full([BLOCK_N], 1, tl.int32))

@@ -1,0 +1,152 @@
+"""Experts by the lists of rows that their router makes: what is served, what programs wait for, and a GPU's results."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusecomp.lowerings import quant_registration, register, registration
+from fusecomp.lowerings.aot import compile_one
+from fusecomp.lowerings.experts import experts_aot
+from fusecomp.lowerings.experts.experts_aot import Shape
+from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
+from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
+from fusecomp.lowerings.experts.listed_aot import QWEN3, specializations
+from fusecomp.lowerings.experts.listed_launch import asking_programs
+from fusecomp.lowerings.paged_attention.heuristics import SM90
+from fusecomp.ops import OPS, take_fallbacks
+from fusecomp.ops.experts import Activation
+from fusecomp.ops.routed_experts import routed_experts_reference
+from tests.lowerings.experts_cases import CONTRACT, relative_rms
+from tests.lowerings.routed_cases import (
+    MIXTURES,
+    check_mixture,
+    check_replays,
+    make_mixture,
+    make_quant_mixture,
+    widened,
+)
+
+CONFIG = ExpertsConfig("grouped", Tiles(64, 128), Tiles(64, 128), 8, True)
+
+
+def layer_of(E=128, C=2048, width=768, *, transposed=False) -> Experts:
+    shapes = ((E, C, 2 * width), (E, width, C)) if transposed else ((E, 2 * width, C), (E, C, width))
+    up, down = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    return Experts(up, None, down, None, Activation.parse("silu", True), True, False, transposed)
+
+
+class TestWhoAsks:
+    def test_the_first_programs_where_few_experts_have_no_row(self):
+        assert asking_programs(CONFIG, layer_of(), 512, 132, True) > 0
+        assert asking_programs(CONFIG, layer_of(), 128, 132, True) == 0
+
+    def test_nobody_without_dependent_launch_or_rows_of_whole_pieces(self):
+        assert asking_programs(CONFIG, layer_of(), 512, 132, False) == 0
+        assert asking_programs(CONFIG, layer_of(transposed=True), 512, 132, True) == 0
+        assert asking_programs(CONFIG, layer_of(C=2044), 512, 132, True) == 0  # 4,088 bytes
+        assert asking_programs(CONFIG, layer_of(C=128), 512, 132, True) == 0  # fewer than are asked for
+
+
+def compiled(kernel, shape: Shape) -> str:
+    spec = next(s for s in specializations(SM90, shape) if s.kernel is kernel)
+    return compile_one(spec, "sm_90")[1].asm["ptx"]
+
+
+@pytest.mark.parametrize("shape", [QWEN3, replace(QWEN3, codes="fp8")], ids=str)
+def test_an_expert_is_waited_for_by_its_blocks_alone(shape):
+    """Weights are asked for before the routing is known; a block is signalled when all its rows are stored."""
+    up, down = compiled(up_listed_kernel, shape), compiled(down_listed_kernel, shape)
+    stores = [m.start() for m in re.finditer(r"st\.global", up)]
+    signal = re.search(r"(atom|red)\.global\.\S*release\S*", up).start()
+    assert stores and max(stores) < up.rindex("bar.sync", 0, signal) < signal
+    wait = up.index("griddepcontrol.wait")
+    assert up.index("cp.async.bulk.prefetch.L2") < wait < up.index("griddepcontrol.launch_dependents") < min(stores)
+    assert not re.search(r"ld\.global", up[:wait])
+    # Down waits for the launch before only when a program has stored all it has.
+    waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", down)]
+    assert len(waits) == 1 and waits[0] > max(m.start() for m in re.finditer(r"st\.global", down))
+    assert re.search(r"(atom|ld)\.global\.\S*acquire", down)
+
+
+@pytest.mark.parametrize("codes", ["", "fp8", "int4-zero"])
+def test_two_tiles_of_tokens_take_no_more_room_than_one(codes):
+    """Else fewer programs would be on a multiprocessor for what few experts need."""
+    for tokens in (8, 64, 192):
+        shape = replace(QWEN3, tokens=tokens, codes=codes)
+        grouped = {s.kernel: s for s in experts_aot.specializations(SM90, shape)}
+        for spec in specializations(SM90, shape):
+            one = grouped[up_kernel if spec.kernel is up_listed_kernel else down_kernel]
+            assert compile_one(spec, "sm_90")[0].shared_bytes <= 1.03 * compile_one(one, "sm_90")[0].shared_bytes
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    @pytest.fixture(autouse=True)
+    def kernels(self, monkeypatch):
+        """Where lists do not serve, halves are launched one after the other: here they may not be."""
+
+        def apart(*_: object) -> None:
+            raise AssertionError("launched apart")
+
+        register()
+        monkeypatch.setattr(registration, "run_router", apart)
+        monkeypatch.setattr(quant_registration, "run_router", apart)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("tokens", [9, 70, 256])
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_numerics_contract(self, name, tokens, dtype):
+        x, *args = make_mixture(name, tokens, C=200, width=72, dtype=dtype, device="cuda")
+        exact = routed_experts_reference(x.double(), *widened(args))
+        take_fallbacks()
+        found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)
+        assert take_fallbacks() == {}
+        for actual, plain, wanted in zip(found, unfused, exact, strict=True):
+            if wanted.numel():
+                allowed = max(relative_rms(plain, wanted), torch.finfo(dtype).eps / 4)
+                assert relative_rms(actual, wanted) <= CONTRACT * allowed
+
+    @pytest.mark.parametrize("tokens", [16, 64, 192])
+    @pytest.mark.parametrize("layout", ["fp8", "fp8 blocks", "int8", "int4 zero"])
+    def test_codes(self, layout, tokens):
+        args, exact = make_quant_mixture(
+            "qwen3", tokens, 32, 2048, 768, layout=layout, dtype=torch.bfloat16, device="cuda"
+        )
+        take_fallbacks()
+        found = OPS.routed_quant_experts(*args)
+        assert take_fallbacks() == {}
+        check_mixture(args, exact, found)
+
+    def test_transposed_weights(self):
+        x, *args = make_mixture("gpt-oss", 64, 32, 320, 256, dtype=torch.bfloat16, device="cuda", transposed=True)
+        wanted = routed_experts_reference(x.double(), *widened(args))[1]
+        unfused, found = routed_experts_reference(x, *args)[1], OPS.routed_experts(x, *args)[1]
+        assert relative_rms(found, wanted) <= CONTRACT * relative_rms(unfused, wanted)
+
+    def test_all_tokens_choose_the_same_experts(self):
+        x, *args = make_mixture("qwen3", 64, 128, 2048, 768, dtype=torch.bfloat16, device="cuda")
+        x[:] = x[0]
+        args[-1][:] = args[-1][0]
+        wanted = routed_experts_reference(x[:1].double(), *widened([*args[:-1], args[-1][:1]]))[1]
+        unfused, found = routed_experts_reference(x, *args)[1], OPS.routed_experts(x, *args)[1]
+        assert torch.equal(found, found[:1].expand_as(found))
+        assert relative_rms(found[:1], wanted) <= CONTRACT * relative_rms(unfused[:1], wanted)
+
+    @pytest.mark.parametrize("tokens", [16, 64, 192])
+    @pytest.mark.parametrize("layout", ["", "fp8", "int4 zero"])
+    def test_replays_under_dependent_launch_are_bitwise_equal(self, layout, tokens):
+        """Lists come in another order every time."""
+        sizes = ("qwen3", tokens, 128, 2048, 768)
+        if layout:
+            (x, *args), _ = make_quant_mixture(*sizes, layout=layout, dtype=torch.bfloat16, device="cuda")
+            op = OPS.routed_quant_experts
+        else:
+            x, *args = make_mixture(*sizes, dtype=torch.bfloat16, device="cuda")
+            op = OPS.routed_experts
+        check_replays(lambda rows: op(rows, *args[:-1], rows)[1], x)
