@@ -1,8 +1,8 @@
 """The two matmuls of the experts by the lists that a router has made of each expert's rows: see `route/kernel.py`.
 
 No launch counts and sorts rows, and a program knows from its number which weights it reads: the first of them ask the
-L2 for theirs before the routing is known. Most experts have one tile of rows; where tiles are small, experts of more take
-two at a time by the same weights: by the time of a second tile, the L2 has them no more. See `grouped.py` for more.
+L2 for theirs before the routing is known. Most experts have one tile of rows; where tiles are small, experts of more
+take two at a time by the same weights: by the time of a second one, the L2 has them no more. See `grouped.py` for more.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows (row
 r is expert r % K of token r / K), N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C;
