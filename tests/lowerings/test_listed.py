@@ -13,11 +13,11 @@ from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.experts import experts_aot
 from fusecomp.lowerings.experts.experts_aot import Shape
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
-from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
+from fusecomp.lowerings.experts.heuristics import experts_config
 from fusecomp.lowerings.experts.launch import Experts
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
 from fusecomp.lowerings.experts.listed_aot import QWEN3, specializations
-from fusecomp.lowerings.experts.listed_launch import asking_programs
+from fusecomp.lowerings.experts.listed_launch import LEAST_ROWS, asking_programs
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.ops import OPS, take_fallbacks
 from fusecomp.ops.experts import Activation
@@ -32,8 +32,6 @@ from tests.lowerings.routed_cases import (
     widened,
 )
 
-CONFIG = ExpertsConfig("grouped", Tiles(64, 128), Tiles(64, 128), 8, True)
-
 
 def layer_of(E=128, C=2048, width=768, *, transposed=False) -> Experts:
     shapes = ((E, C, 2 * width), (E, width, C)) if transposed else ((E, 2 * width, C), (E, C, width))
@@ -42,15 +40,25 @@ def layer_of(E=128, C=2048, width=768, *, transposed=False) -> Experts:
 
 
 class TestWhoAsks:
-    def test_the_first_programs_where_few_experts_have_no_row(self):
-        assert asking_programs(CONFIG, layer_of(), 512, 132, True) > 0
-        assert asking_programs(CONFIG, layer_of(), 128, 132, True) == 0
+    def test_the_first_programs_on_the_card(self):
+        assert 0 < asking_programs(layer_of(), 132) <= 128 * 24
 
-    def test_nobody_without_dependent_launch_or_rows_of_whole_pieces(self):
-        assert asking_programs(CONFIG, layer_of(), 512, 132, False) == 0
-        assert asking_programs(CONFIG, layer_of(transposed=True), 512, 132, True) == 0
-        assert asking_programs(CONFIG, layer_of(C=2044), 512, 132, True) == 0  # 4,088 bytes
-        assert asking_programs(CONFIG, layer_of(C=128), 512, 132, True) == 0  # fewer than are asked for
+    def test_nobody_for_rows_that_are_not_whole_pieces(self):
+        assert asking_programs(layer_of(transposed=True), 132) == 0
+        assert asking_programs(layer_of(C=2044), 132) == 0  # 4,088 bytes
+        assert asking_programs(layer_of(C=128), 132) == 0  # fewer than are asked for
+
+    @pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (8, 2), (60, 4)])
+    def test_it_begins_where_another_entry_serves(self, experts, top_k):
+        """Else a step of a size between would have its kernel compiled while it is served."""
+        last = next(t for t in range(1, 999) if (t + 1) * top_k >= LEAST_ROWS * experts)
+        sources = {
+            experts_config(
+                SM90, experts=experts, top_k=top_k, hidden=2048, width=768, tokens=tokens, itemsize=2
+            ).source.split("(")[0]
+            for tokens in (last, last + 1)
+        }
+        assert len(sources) == 2
 
 
 def compiled(kernel, shape: Shape) -> str:
@@ -98,11 +106,14 @@ class TestOnAGPU:
         monkeypatch.setattr(registration, "run_router", apart)
         monkeypatch.setattr(quant_registration, "run_router", apart)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("tokens", [9, 70, 256])
+    @pytest.mark.parametrize(
+        ("tokens", "dtype"),
+        [(9, torch.bfloat16), (70, torch.bfloat16), (256, torch.bfloat16), (70, torch.float16)],
+        ids=str,
+    )
     @pytest.mark.parametrize("name", MIXTURES)
     def test_numerics_contract(self, name, tokens, dtype):
-        x, *args = make_mixture(name, tokens, C=200, width=72, dtype=dtype, device="cuda")
+        x, *args = make_mixture(name, tokens, 32, C=200, width=72, dtype=dtype, device="cuda")
         exact = routed_experts_reference(x.double(), *widened(args))
         take_fallbacks()
         found, unfused = OPS.routed_experts(x, *args), routed_experts_reference(x, *args)

@@ -133,6 +133,7 @@ def down_listed_kernel(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    ASKS: tl.constexpr,  # the L2 for weights whether or not their expert has rows
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
     UP_BLOCKS: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -146,13 +147,15 @@ def down_listed_kernel(
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     if USE_PDL:
         gdc_launch_dependents()
+        if ASKS:
+            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
     # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
     lanes = tl.arange(0, BLOCK_T)
     list_at = lists + 2 * E + expert * capacity + lanes
     count = tl.load(lists + expert, cache_modifier=".cg")
     first_rows = tl.load(list_at, cache_modifier=".cg")  # some number behind the last row
     if USE_PDL:
-        if count > 0:
+        if not ASKS and count > 0:
             prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()

@@ -52,7 +52,8 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     pointers, layout = layout_of(target, shape)
     weight, rows = pointers["weight"], shape.tokens * shape.top_k
     signals = signalled_blocks(config, rows, shape.rows, target.has_pdl)
-    asks = target.has_pdl and not shape.transposed and rows >= LEAST_ROWS * shape.experts
+    certain = target.has_pdl and rows >= LEAST_ROWS * shape.experts
+    asking = 2 * target.num_sms if certain and not shape.transposed else 0
     common: dict[str, Any] = {
         "E": shape.experts, "BLOCK_T": config.block_t, "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl,
         **layout,
@@ -68,7 +69,7 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
         f"experts-up-listed-{shape}", up_listed_kernel, {**pointers, **tiles, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"},
         {"K": shape.top_k, "N": shape.rows, "D": shape.hidden, "GATING": shape.gating, "ACT": act.name,
-         "ALPHA": act.alpha, "LIMIT": act.limit, "ASKING": 2 * target.num_sms if asks else 0, "ASKED": ASKED,
+         "ALPHA": act.alpha, "LIMIT": act.limit, "ASKING": asking, "ASKED": ASKED,
          "SIGNAL": signals > 0, **common, **up, **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
@@ -76,6 +77,7 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     yield Specialization(
         f"experts-down-listed-{shape}", down_listed_kernel, {**pointers, **tiles, "parts": dtype},
         {"capacity": "i32"},
-        {"N": shape.hidden, "D": shape.width, "UP_BLOCKS": signals, **common, **down, **none, **more},
+        {"N": shape.hidden, "D": shape.width, "ASKS": certain,
+         "UP_BLOCKS": signals, **common, **down, **none, **more},
         config.down.num_warps, config.down.num_stages,
     )  # fmt: skip

@@ -27,7 +27,9 @@ from fusecomp.lowerings.route.router import launch_router, supports_router
 
 ASKED = 512  # bytes of each row of a tile
 PAIRED = 8  # tokens of a tile up to which two are multiplied at once; two of more take too many registers
-LEAST_ROWS = 3  # of an expert in the mean, above which few experts have none
+# Rows of an expert in the mean above which few have none; half-way between two and four as `distance` has it, so that
+# all numbers of tokens that one entry of a table serves have the same kernels.
+LEAST_ROWS = 2**1.5
 
 
 def serves(config: ExpertsConfig, x: Tensor, router: Router) -> bool:
@@ -74,7 +76,8 @@ def run_listed(
 
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
-    asking = asking_programs(config, layer, tokens * top_k, sms, use_pdl)
+    certain = use_pdl and tokens * top_k >= LEAST_ROWS * experts
+    asking = asking_programs(layer, sms) if certain else 0
     launch(
         up_listed_kernel, (experts * triton.cdiv(rows, config.up.block_n),),
         given, lists, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, given.stride(0), K=top_k, N=rows,
@@ -87,18 +90,16 @@ def run_listed(
     launch(
         down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n),),
         hidden, lists, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout,
+        ASKS=certain, UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout,
         **tile_constants(config.down, config.block_t, _bits(layer.down_codes, item), item), **common,
     )  # fmt: skip
     return y, launch_combine(parts, index, weights, residual, experts, sms, use_pdl)
 
 
-def asking_programs(config: ExpertsConfig, layer: Experts, routed_rows: int, sms: int, use_pdl: bool) -> int:
+def asking_programs(layer: Experts, sms: int) -> int:
     """Those of the up projection that ask the L2 for weights before the routing is known: the first on the card."""
     row = layer.up.shape[-1] * layer.up.element_size()  # bytes
-    if not use_pdl or layer.transposed or routed_rows < LEAST_ROWS * layer.sizes[0] or row % 16 or row < ASKED:
-        return 0
-    if layer.up.data_ptr() % 16:
+    if layer.transposed or row % 16 or row < ASKED or layer.up.data_ptr() % 16:
         return 0
     return 2 * sms
 
