@@ -1,6 +1,7 @@
-"""Two products of codes by codes, of which the second reads what the first gives through a norm.
+"""Two linears of codes, of which the second reads what the first gives through a norm.
 
-Where the first leaves its sums to another kernel, that one makes the second's codes too.
+Products of codes by codes: where the first leaves its sums to another kernel, that one makes the second's codes too.
+One token: the first linear does the half of the norm that each of the second's programs would do again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
 from fusecomp.lowerings.linear.lowering import sums_with_norm
 from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row
@@ -24,13 +27,17 @@ from fusecomp.lowerings.quant.activations import (
     refusal,
     scaled_shape,
 )
+from fusecomp.lowerings.quant.heuristics import WORD_VECTOR, quant_config
+from fusecomp.lowerings.quant.launches import run_quant
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product, run_scaled
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
+from fusecomp.lowerings.quant.word_launch import Between, norm_scheme
 from fusecomp.ops.linear import LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
+from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
-from fusecomp.ops.quant_linear import QuantShape, is_codes
+from fusecomp.ops.quant_linear import QuantShape, is_codes, quant_shape
 
 
 class ScaledCall(NamedTuple):
@@ -69,16 +76,80 @@ def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[
     return h, _launch(codes, rest)
 
 
+class OneTokenCall(NamedTuple):
+    """Arguments of `quant_linear` of one token whose activations stay numbers, without x; see there."""
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    operands: Sequence[Tensor]
+    program: Program
+    spec: WeightSpec
+
+
+def launch_one_token_pair(x: Tensor, first: OneTokenCall, then: OneTokenCall) -> tuple[Tensor, Tensor] | None:
+    """(h, z) of x [1, K]: h = `quant_linear` by `first`, z = that of h by `then`, with the norm between them shared.
+
+    z is not bit for bit what the two in turn give: x times the norm's weight is rounded once, where they do not. None
+    where the kernel does not serve both; `supports` must hold for each.
+    """
+    norm, target = then.program.norm, target_of(x)
+    one, two = _shape_of(x.dtype, first), _shape_of(first.program.torch_dtype, then)
+    if norm is None or norm.kind == LAYER or then.norm_bias is not None or not _shares(target, one, two):
+        return None
+    if first.program.norm is not None and (first.program.norm.kind == LAYER or first.norm_bias is not None):
+        return None
+    config, other = quant_config(target, one, 1), quant_config(target, two, 1)
+    programs = -(-one.n // (config.block_r // one.groups))
+    h, next_x = (torch.empty((1, one.n), dtype=x.dtype, device=x.device) for _ in range(2))
+    squares = torch.empty(programs, dtype=torch.float32, device=x.device)
+    z = torch.empty((1, two.n), dtype=then.program.torch_dtype, device=x.device)
+    use_pdl = uses_pdl(x)
+    left = Between(None, then.norm_weight, next_x, squares, norm_scheme(norm, then.norm_weight))
+    run_quant(
+        config, x, first.q, first.scale, None, first.norm_weight, first.operands, first.program, first.spec, h, use_pdl,
+        left,
+    )  # fmt: skip
+    run_quant(
+        other, next_x, then.q, then.scale, None, None, then.operands, then.program, then.spec, z, use_pdl,
+        Between(squares),
+    )  # fmt: skip
+    return h, z
+
+
+def _shape_of(dtype: torch.dtype, call: OneTokenCall) -> QuantShape:
+    return quant_shape(dtype, call.q, call.zero, call.program, call.spec)
+
+
+def _shares(target: Target, first: QuantShape, then: QuantShape) -> bool:
+    """Whether two linears of one token share the norm between: fp16 does not hold x times a weight, maybe."""
+    served = (quant_config(target, shape, 1).kernel == WORD_VECTOR for shape in (first, then))
+    return first.dtype == then.dtype == "bfloat16" and all(served)
+
+
 def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts: whether the sum and the norm are made in one launch."""
     lines = []
     named = [(tokens, _in_one(target, pair, tokens)) for tokens in sorted(set(token_counts)) if tokens]
-    for together, run in itertools.groupby(named, key=lambda found: found[1]):
+    alone = _shares_one(target, pair)
+    for (together, _), run in itertools.groupby(named, key=lambda found: (found[1], alone and found[0] == 1)):
         counts = [tokens for tokens, _ in run]
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         made = "the sum, the norm and its codes" if isinstance(pair.then, QuantShape) else "the sum and the norm"
-        lines.append(f"{span} tokens: {f'{made} in one launch' if together else 'one after the other'}")
+        how = f"{made} in one launch" if together else "one after the other"
+        if counts == [1] and alone:
+            how += ", the norm's weight and squares by the first"
+        lines.append(f"{span} tokens: {how}")
     return lines
+
+
+def _shares_one(target: Target, pair: PairShape) -> bool:
+    first, then = pair.first, pair.then
+    if not isinstance(first, QuantShape) or not isinstance(then, QuantShape):
+        return False
+    return all(s.least > 1 or not s.granularity for s in (first, then)) and _shares(target, first, then)
 
 
 def _in_one(target: Target, pair: PairShape, tokens: int) -> bool:

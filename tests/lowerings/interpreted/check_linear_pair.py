@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -23,7 +24,9 @@ from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.lowerings.linear.sum_norm import Sums, launch_sum_norm
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant import activations, pair
+from fusecomp.lowerings.quant import lowering as quant_lowering
 from fusecomp.lowerings.quant.activations import launch_quantize
+from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.pair import explain_pair
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize
@@ -31,11 +34,12 @@ from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import COLUMN, FULL, ROW, LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.mode import batch_invariance
-from fusecomp.ops.norm import LAYER, RMS, NormSpec
+from fusecomp.ops.norm import LAYER, RMS, NormSpec, norm_reference
 from fusecomp.ops.quant import BLOCK, FP8, INT, TENSOR, TOKEN, ActivationSpec, WeightSpec
-from fusecomp.ops.quant_linear import quant_shape
+from fusecomp.ops.quant_linear import quant_linear_reference, quant_shape
 from fusecomp.patterns.quant_examples import random_weight
-from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
+from tests.lowerings.experts_cases import relative_rms
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
 from tests.lowerings.searches import SETTINGS as SEARCH
 
@@ -59,6 +63,7 @@ STATIC = torch.tensor([0.02])
 
 multiply_float8()
 multiply_bfloat16()
+round_to_nearest()
 fuse_multiply_add()
 
 
@@ -221,8 +226,78 @@ def test_quantized_linears(monkeypatch, activation, config, tokens):
         ]
         assert ("in one launch" in explain_pair(SM90, PairShape(*shapes), [tokens])[0]) == made.called
     wanted = quant_registration._quant_linear(x, *calls[0])
-    assert torch.equal(h, wanted) and torch.equal(z, quant_registration._quant_linear(wanted, *calls[1]))
+    apart = quant_registration._quant_linear(wanted, *calls[1])
+    assert torch.equal(h, wanted)
+    if tokens == 1 and not activation.block:  # by words, the norm half done by the first: rounded elsewhere
+        assert relative_rms(z, apart.double()) < torch.finfo(torch.bfloat16).eps
+    else:
+        assert torch.equal(z, apart)
     assert not take_fallbacks()
+
+
+WORDS = QuantConfig("words", 1, 8, 32, 2)
+KINDS = ["plain", "residual", "swiglu"]
+
+
+@pytest.mark.parametrize("kind", [INT, FP8])
+@pytest.mark.parametrize("norm", NORMS[:2], ids=["rms", "plus one"])
+@pytest.mark.parametrize(("before", "weighted"), [(True, True), (False, False)], ids=["norm before", "no weight"])
+@pytest.mark.parametrize("size", [(64, 520, 100), (36, 388, 68)], ids=str)
+def test_one_token_shares_the_norm(monkeypatch, kind, norm, before, weighted, size):
+    """h is bit for bit that of the first alone; z is as near to fp32 as the two in turn, gate and up among them."""
+    monkeypatch.setattr(pair, "quant_config", lambda *_: WORDS)
+    monkeypatch.setattr(quant_lowering, "quant_config", lambda *_, **__: WORDS)
+    (k, n, m), spec = size, WeightSpec(kind, 8, 1, 0, "bfloat16")
+    torch.manual_seed(0)
+    x, residual = torch.randn(1, k).bfloat16(), torch.randn(1, n).bfloat16()
+    gains = [torch.randn(k).bfloat16() if before else None, torch.randn(n).bfloat16() if weighted else None]
+    norm = norm if weighted else replace(norm, plus_one=False)
+    for first, then in itertools.product(["residual", "swiglu"], KINDS):
+        programs = replace(PROGRAMS[first], norm=NORMS[0] if before else None), replace(PROGRAMS[then], norm=norm)
+        operands = [[residual] if p.operands else [] for p in programs]
+        if then == "residual":
+            operands[1] = [torch.randn(1, m).bfloat16()]
+        calls, exact = [], []
+        for program, columns, rows, gain, args in zip(programs, (k, n), (n, m), gains, operands, strict=True):
+            q, scale, _ = random_weight((rows * program.groups, columns), spec, torch.float32, seed=rows)
+            texts = (replace(program, dtype=dtype).to_text() for dtype in ("bfloat16", "float32"))
+            for found, text in zip((calls, exact), texts, strict=True):
+                found.append((q, scale, None, gain, None, args, text, spec.to_text()))
+        with mock.patch.object(pair, "run_quant", wraps=pair.run_quant) as made:
+            h, z = quant_registration._quant_linear_pair(x, *calls[0], None, "", *calls[1], None, "")
+        assert made.call_count == 2
+        assert torch.equal(h, quant_registration._quant_linear(x, *calls[0]))
+        wanted = quant_linear_reference(h.float(), *exact[1])
+        unfused = quant_linear_reference(norm_reference(h, gains[1], None, norm.to_text()), *_normed(calls[1]))
+        assert relative_rms(z, wanted.double()) <= 1.5 * relative_rms(unfused, wanted.double())
+
+
+def _normed(call: tuple) -> tuple:
+    """The same linear of what the norm gave."""
+    program = replace(Program.from_text(call[6]), norm=None).to_text()
+    return *call[:3], None, None, call[5], program, call[7]
+
+
+def test_one_token_that_shares_nothing(monkeypatch):
+    """fp16, whose products with a norm's weight may not fit; a LayerNorm; a step that quantizes one token."""
+    monkeypatch.setattr(pair, "quant_config", lambda *_: WORDS)
+    made = mock.Mock(wraps=pair.run_quant)
+    monkeypatch.setattr(pair, "run_quant", made)
+    torch.manual_seed(0)
+    codes = ActivationSpec(FP8, 8, TOKEN).to_text()
+    for dtype, norm, activation in (
+        ("float16", NORMS[0], ""), ("bfloat16", NORMS[2], ""), ("bfloat16", NORMS[0], codes),
+    ):  # fmt: skip
+        spec = WeightSpec(FP8, 8, 1, 0, dtype)
+        calls = []
+        for program, n, k in ((PROGRAMS["plain"], N, K), (replace(PROGRAMS["plain"], norm=norm), M, N)):
+            q, scale, _ = random_weight((n, k), spec, torch.float32)
+            gain = torch.randn(k).to(spec.torch_dtype) if program.norm else None
+            text = replace(program, dtype=dtype).to_text()
+            calls.append((q, scale, None, gain, None, [], text, spec.to_text(), None, activation))
+        x = torch.randn(1, K).to(spec.torch_dtype)
+        h, z = quant_registration._quant_linear_pair(x, *calls[0], *calls[1])
+        assert torch.equal(z, quant_registration._quant_linear(h, *calls[1])) and not made.called
 
 
 def test_library_of_codes_leaves_its_sums():
