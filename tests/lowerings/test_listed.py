@@ -41,12 +41,13 @@ def layer_of(E=128, C=2048, width=768, *, transposed=False) -> Experts:
 
 class TestWhoAsks:
     def test_the_first_programs_on_the_card(self):
-        assert 0 < asking_programs(layer_of(), 132) <= 128 * 24
+        assert asking_programs(layer_of(), 128 * 24, 132) == 264
+        assert asking_programs(layer_of(), 100, 132) == 100  # all others read what no expert has
 
     def test_nobody_for_rows_that_are_not_whole_pieces(self):
-        assert asking_programs(layer_of(transposed=True), 132) == 0
-        assert asking_programs(layer_of(C=2044), 132) == 0  # 4,088 bytes
-        assert asking_programs(layer_of(C=128), 132) == 0  # fewer than are asked for
+        assert asking_programs(layer_of(transposed=True), 999, 132) == 0
+        assert asking_programs(layer_of(C=2044), 999, 132) == 0  # 4,088 bytes
+        assert asking_programs(layer_of(C=128), 999, 132) == 0  # fewer than are asked for
 
     @pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (8, 2), (60, 4)])
     def test_it_begins_where_another_entry_serves(self, experts, top_k):

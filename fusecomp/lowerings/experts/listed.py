@@ -1,15 +1,16 @@
 """The two matmuls of the experts by the lists that a router has made of each expert's rows: see `route/kernel.py`.
 
 No launch counts and sorts rows, and a program knows from its number which weights it reads: the first of them ask the
-L2 for theirs before the routing is known. Most experts have one tile of rows; where tiles are small, experts of more
-take two at a time by the same weights: by the time of a second one, the L2 has them no more. See `grouped.py` for more.
+L2 for theirs before the routing is known. A program takes an expert's first rows: a tile or, where tiles are small, two
+at a time by the same weights, for by the time of a second one the L2 has them no more. What experts of more rows leave
+is shared by programs behind all others, lest some work on while most of the card is idle.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows (row
 r is expert r % K of token r / K), N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C;
 down: F), BT rows of a tile, BN weight rows and BD columns. GATING, USE_TMA, TRANSPOSED, KIND: as in `grouped.py`.
 
-Weights are on the wide side of the matrix units. Bytes: each touched expert's weight once (again from the L2 for its
-further tiles). FLOPs: 2 * R * N * D.
+A unit is the rows of an expert that a program takes at once: BT, or 2 BT. Weights are on the wide side of the matrix
+units. Bytes: each touched expert's weight once (again from the L2 for its further units). FLOPs: 2 * R * N * D.
 """
 
 from __future__ import annotations
@@ -57,13 +58,16 @@ def up_listed_kernel(
     ASKING: tl.constexpr,  # programs that ask the L2 for the first bytes of their weights before they wait
     ASKED: tl.constexpr,  # bytes of each row, a multiple of 16
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
+    HELPERS: tl.constexpr,  # programs behind those of each expert and block
     SIGNAL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """hidden = activation(x[r / K] @ up^T + bias) of each row r. SIGNAL: each expert counts its finished blocks."""
     FEATURES: tl.constexpr = N // 2 if GATING else N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_N // (2 if GATING else 1) - 1) // (BLOCK_N // (2 if GATING else 1))
+    UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    helper = tl.program_id(0) - E * BLOCKS
     if ASKING > 0:
         if tl.program_id(0) < ASKING:
             _ask(weight, expert, block, N, D // 2 if KIND >= 3 else D, GATING, BLOCK_N, ASKED)
@@ -71,43 +75,42 @@ def up_listed_kernel(
         # In this order, so that the down projection, which the second line lets begin, may read lists at once.
         gdc_wait()
         gdc_launch_dependents()
-    lanes = tl.arange(0, BLOCK_T)
-    list_at = lists + 2 * E + expert * capacity + lanes
-    count = tl.load(lists + expert)
-    first_rows = tl.load(list_at)  # some number behind the last row
-    if PAIR_STAGES > 0 and count > BLOCK_T:
-        for start in range(0, count, 2 * BLOCK_T):
-            place = start + lanes
-            row = tl.load(list_at + start, mask=place < count, other=0)
-            more = tl.load(list_at + start + BLOCK_T, mask=place + BLOCK_T < count, other=0)
+    items = 1
+    if helper >= 0:
+        items = _items_left(lists, helper, E, UNIT, BLOCKS, HELPERS)
+    for i in range(items):
+        unit = 0
+        if helper >= 0:
+            expert, block, unit = _item_left(lists, helper + i * HELPERS, E, UNIT, BLOCKS)
+        count = tl.load(lists + expert, cache_modifier=".cg")
+        place = unit * UNIT + tl.arange(0, BLOCK_T)
+        list_at = lists + 2 * E + expert * capacity
+        row = tl.load(list_at + place, cache_modifier=".cg")  # some number behind the last row
+        left = count - unit * UNIT
+        if PAIR_STAGES > 0 and left > BLOCK_T:
+            live = place + BLOCK_T < count
+            more = tl.load(list_at + place + BLOCK_T, mask=live, other=0, cache_modifier=".cg")
             x_rows, more_rows = x + (row // K).to(tl.int64) * stride_x, x + (more // K).to(tl.int64) * stride_x
             acc, more_acc = _products(
                 x_rows, place < count, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N,
-                BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, place + BLOCK_T < count, PAIR_STAGES,
+                BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, live, PAIR_STAGES,
             )  # fmt: skip
             _store_up(
                 acc, row, place < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT
             )  # fmt: skip
-            _store_up(
-                more_acc, more, place + BLOCK_T < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA,
-                LIMIT,
-            )  # fmt: skip
-    else:
-        next_row = first_rows
-        for start in range(0, count, BLOCK_T):
-            live = start + lanes < count
-            row = tl.where(live, next_row, 0)
-            if PAIR_STAGES == 0:
-                next_row = tl.load(list_at + start + BLOCK_T, mask=start + BLOCK_T + lanes < count, other=0)
+            _store_up(more_acc, more, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
+        elif left > 0:
+            live = place < count
+            row = tl.where(live, row, 0)
             acc = _products(
                 x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
                 BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
             )  # fmt: skip
             _store_up(acc, row, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
-    if SIGNAL:
-        if count > 0:
-            tl.debug_barrier()  # one thread signals for all
-            tl.atomic_add(lists + E + expert, 1, sem="release")
+        if SIGNAL:
+            if left > 0:
+                tl.debug_barrier()  # one thread signals for all
+                tl.atomic_add(lists + E + expert, 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -135,6 +138,7 @@ def down_listed_kernel(
     COLS: tl.constexpr,
     ASKS: tl.constexpr,  # the L2 for weights whether or not their expert has rows
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
+    HELPERS: tl.constexpr,  # programs behind those of each expert and block
     UP_BLOCKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -144,47 +148,51 @@ def down_listed_kernel(
     end.
     """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    helper = tl.program_id(0) - E * BLOCKS
     if USE_PDL:
         gdc_launch_dependents()
         if ASKS:
-            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
-    # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
-    lanes = tl.arange(0, BLOCK_T)
-    list_at = lists + 2 * E + expert * capacity + lanes
-    count = tl.load(lists + expert, cache_modifier=".cg")
-    first_rows = tl.load(list_at, cache_modifier=".cg")  # some number behind the last row
-    if USE_PDL:
-        if not ASKS and count > 0:
-            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+            if helper < 0:
+                prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()
-    if UP_BLOCKS > 0:
-        if count > 0:
-            # Every program of the up projection has begun before any of these, so that this ends.
-            while tl.atomic_add(lists + E + expert, 0, sem="acquire") < UP_BLOCKS:
-                pass
-    if PAIR_STAGES > 0 and count > BLOCK_T:
-        for start in range(0, count, 2 * BLOCK_T):
-            place = start + lanes
-            row = tl.load(list_at + start, mask=place < count, other=0, cache_modifier=".cg")
-            more = tl.load(list_at + start + BLOCK_T, mask=place + BLOCK_T < count, other=0, cache_modifier=".cg")
+    # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
+    items = 1
+    if helper >= 0:
+        items = _items_left(lists, helper, E, UNIT, BLOCKS, HELPERS)
+    for i in range(items):
+        unit = 0
+        if helper >= 0:
+            expert, block, unit = _item_left(lists, helper + i * HELPERS, E, UNIT, BLOCKS)
+        count = tl.load(lists + expert, cache_modifier=".cg")
+        place = unit * UNIT + tl.arange(0, BLOCK_T)
+        list_at = lists + 2 * E + expert * capacity
+        row = tl.load(list_at + place, cache_modifier=".cg")  # some number behind the last row
+        left = count - unit * UNIT
+        if USE_PDL and not ASKS:
+            if left > 0:
+                prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+        if UP_BLOCKS > 0:
+            if left > 0:
+                # Every program of the up projection has begun before any of these, so that this ends.
+                all_blocks = UP_BLOCKS * tl.cdiv(count, UNIT)
+                while tl.atomic_add(lists + E + expert, 0, sem="acquire") < all_blocks:
+                    pass
+        if PAIR_STAGES > 0 and left > BLOCK_T:
+            live = place + BLOCK_T < count
+            more = tl.load(list_at + place + BLOCK_T, mask=live, other=0, cache_modifier=".cg")
             acc, more_acc = _products(
                 hidden + row.to(tl.int64) * D, place < count, weight, w_tiles, scale, zero, expert, block, N, D, 0,
                 BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS,
-                hidden + more.to(tl.int64) * D, place + BLOCK_T < count, PAIR_STAGES,
+                hidden + more.to(tl.int64) * D, live, PAIR_STAGES,
             )  # fmt: skip
             _store_down(acc, row, place < count, bias, parts, expert, block, N, BLOCK_N)
-            _store_down(more_acc, more, place + BLOCK_T < count, bias, parts, expert, block, N, BLOCK_N)
-    else:
-        next_row = first_rows
-        for start in range(0, count, BLOCK_T):
-            live = start + lanes < count
-            row = tl.where(live, next_row, 0)
-            if PAIR_STAGES == 0:
-                next_row = tl.load(
-                    list_at + start + BLOCK_T, mask=start + BLOCK_T + lanes < count, other=0, cache_modifier=".cg"
-                )
+            _store_down(more_acc, more, live, bias, parts, expert, block, N, BLOCK_N)
+        elif left > 0:
+            live = place < count
+            row = tl.where(live, row, 0)
             acc = _products(
                 hidden + row.to(tl.int64) * D, live, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T,
                 BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
@@ -194,6 +202,32 @@ def down_listed_kernel(
         # One program, so that launches end in order: the next ones take that for granted of memory they use again.
         if tl.program_id(0) == 0:
             gdc_wait()
+
+
+@triton.jit
+def _units_left(lists, E: tl.constexpr, UNIT: tl.constexpr):
+    """[padded E] units of each expert behind its first."""
+    e = tl.arange(0, triton.next_power_of_2(E))
+    counts = tl.load(lists + e, mask=e < E, other=0, cache_modifier=".cg")
+    return tl.maximum(tl.cdiv(counts, UNIT) - 1, 0)
+
+
+@triton.jit
+def _items_left(
+    lists, helper, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr, HELPERS: tl.constexpr
+):  # fmt: skip
+    """How many units and blocks, of all that are not any expert's first, one of the helpers takes."""
+    return tl.cdiv(tl.maximum(tl.sum(_units_left(lists, E, UNIT), 0) * BLOCKS - helper, 0), HELPERS)
+
+
+@triton.jit
+def _item_left(lists, item, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
+    """(expert, block, unit) of one of them."""
+    left = _units_left(lists, E, UNIT)
+    e = tl.arange(0, left.shape[0])
+    index = item // BLOCKS
+    expert = tl.sum((tl.cumsum(left, 0) <= index).to(tl.int32), 0)
+    return expert, item % BLOCKS, index - tl.sum(tl.where(e < expert, left, 0), 0) + 1
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from fusecomp.lowerings.experts.experts_aot import (
 )
 from fusecomp.lowerings.experts.launch import signalled_blocks
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
-from fusecomp.lowerings.experts.listed_launch import ASKED, LEAST_ROWS, tile_constants
+from fusecomp.lowerings.experts.listed_launch import ASKED, LEAST_ROWS, helper_programs, tile_constants
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.ops.experts import Activation
 
@@ -53,10 +53,11 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     weight, rows = pointers["weight"], shape.tokens * shape.top_k
     signals = signalled_blocks(config, rows, shape.rows, target.has_pdl)
     certain = target.has_pdl and rows >= LEAST_ROWS * shape.experts
-    asking = 2 * target.num_sms if certain and not shape.transposed else 0
+    programs = shape.experts * -(-shape.rows // config.up.block_n)
+    asking = min(2 * target.num_sms, programs) if certain and not shape.transposed else 0
     common: dict[str, Any] = {
-        "E": shape.experts, "BLOCK_T": config.block_t, "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl,
-        **layout,
+        "E": shape.experts, "HELPERS": helper_programs(target.num_sms), "BLOCK_T": config.block_t,
+        "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl, **layout,
     }  # fmt: skip
     bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
     up, down = (

@@ -69,17 +69,19 @@ def run_listed(
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     item, sms, capacity = x.element_size(), target_of(x).num_sms, list_capacity(tokens, config.block_t)
     signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
+    helpers = helper_programs(sms)
     common = {
-        "E": experts, "BLOCK_T": config.block_t, "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
+        "E": experts, "HELPERS": helpers, "BLOCK_T": config.block_t, "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
         **rounding_options(), **({"launch_pdl": True} if use_pdl else {}),
     }  # fmt: skip
 
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
     certain = use_pdl and tokens * top_k >= LEAST_ROWS * experts
-    asking = asking_programs(layer, sms) if certain else 0
+    programs = experts * triton.cdiv(rows, config.up.block_n)
+    asking = asking_programs(layer, programs, sms) if certain else 0
     launch(
-        up_listed_kernel, (experts * triton.cdiv(rows, config.up.block_n),),
+        up_listed_kernel, (programs + helpers,),
         given, lists, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, given.stride(0), K=top_k, N=rows,
         D=hidden_size, ASKING=asking, ASKED=ASKED, SIGNAL=signals > 0, USE_TMA=w_tiles is not None,
         **layer.act_constants(), **layout, **common,
@@ -88,7 +90,7 @@ def run_listed(
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
-        down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n),),
+        down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n) + helpers,),
         hidden, lists, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
         ASKS=certain, UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout,
         **tile_constants(config.down, config.block_t, _bits(layer.down_codes, item), item), **common,
@@ -96,12 +98,21 @@ def run_listed(
     return y, launch_combine(parts, index, weights, residual, experts, sms, use_pdl)
 
 
-def asking_programs(layer: Experts, sms: int) -> int:
-    """Those of the up projection that ask the L2 for weights before the routing is known: the first on the card."""
+def helper_programs(sms: int) -> int:
+    """Those that share what experts of many rows leave: as many as are on a card at once."""
+    return 2 * sms
+
+
+def asking_programs(layer: Experts, programs: int, sms: int) -> int:
+    """Those of the up projection that ask the L2 for weights before the routing is known: the first on the card.
+
+    Args:
+        programs: of each expert and block.
+    """
     row = layer.up.shape[-1] * layer.up.element_size()  # bytes
     if layer.transposed or row % 16 or row < ASKED or layer.up.data_ptr() % 16:
         return 0
-    return 2 * sms
+    return min(2 * sms, programs)
 
 
 def tile_constants(tiles: Tiles, block_t: int, weight_bits: int, itemsize: int) -> dict[str, int]:

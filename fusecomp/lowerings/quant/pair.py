@@ -27,7 +27,7 @@ from fusecomp.lowerings.quant.activations import (
     refusal,
     scaled_shape,
 )
-from fusecomp.lowerings.quant.heuristics import WORD_VECTOR, quant_config
+from fusecomp.lowerings.quant.heuristics import WORD_VECTOR, QuantConfig, between_config, quant_config
 from fusecomp.lowerings.quant.launches import run_quant
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product, run_scaled
@@ -93,15 +93,17 @@ def launch_one_token_pair(x: Tensor, first: OneTokenCall, then: OneTokenCall) ->
     """(h, z) of x [1, K]: h = `quant_linear` by `first`, z = that of h by `then`, with the norm between them shared.
 
     z is not bit for bit what the two in turn give: x times the norm's weight is rounded once, where they do not. None
-    where the kernel does not serve both; `supports` must hold for each.
+    where the kernel does not serve both, or the GPU has no launch for it; `supports` must hold for each.
     """
     norm, target = then.program.norm, target_of(x)
     one, two = _shape_of(x.dtype, first), _shape_of(first.program.torch_dtype, then)
-    if norm is None or norm.kind == LAYER or then.norm_bias is not None or not _shares(target, one, two):
+    if norm is None or norm.kind == LAYER or then.norm_bias is not None:
         return None
     if first.program.norm is not None and (first.program.norm.kind == LAYER or first.norm_bias is not None):
         return None
-    config, other = quant_config(target, one, 1), quant_config(target, two, 1)
+    if (configs := _sharing(target, one, two)) is None:
+        return None
+    config, other = configs
     programs = -(-one.n // (config.block_r // one.groups))
     h, next_x = (torch.empty((1, one.n), dtype=x.dtype, device=x.device) for _ in range(2))
     squares = torch.empty(programs, dtype=torch.float32, device=x.device)
@@ -123,10 +125,12 @@ def _shape_of(dtype: torch.dtype, call: OneTokenCall) -> QuantShape:
     return quant_shape(dtype, call.q, call.zero, call.program, call.spec)
 
 
-def _shares(target: Target, first: QuantShape, then: QuantShape) -> bool:
-    """Whether two linears of one token share the norm between: fp16 does not hold x times a weight, maybe."""
-    served = (quant_config(target, shape, 1).kernel == WORD_VECTOR for shape in (first, then))
-    return first.dtype == then.dtype == "bfloat16" and all(served)
+def _sharing(target: Target, first: QuantShape, then: QuantShape) -> tuple[QuantConfig, QuantConfig] | None:
+    """How two linears of one token share the norm between. fp16 may not hold x times a weight."""
+    config, other = quant_config(target, first, 1), between_config(target, then)
+    if first.dtype != "bfloat16" or config.kernel != WORD_VECTOR or other is None:
+        return None
+    return config, other
 
 
 def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
@@ -149,7 +153,8 @@ def _shares_one(target: Target, pair: PairShape) -> bool:
     first, then = pair.first, pair.then
     if not isinstance(first, QuantShape) or not isinstance(then, QuantShape):
         return False
-    return all(s.least > 1 or not s.granularity for s in (first, then)) and _shares(target, first, then)
+    numbers = all(s.least > 1 or not s.granularity for s in (first, then))
+    return numbers and _sharing(target, first, then) is not None
 
 
 def _in_one(target: Target, pair: PairShape, tokens: int) -> bool:

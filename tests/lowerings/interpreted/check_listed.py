@@ -34,6 +34,7 @@ def config(request, monkeypatch):
     monkeypatch.setattr(routed, "experts_config", lambda *_, **__: config)
     monkeypatch.setattr(quant_routed, "routed_codes_config", lambda *_: None)
     monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: config)
+    monkeypatch.setattr(listed_launch, "helper_programs", lambda _: 3)
     monkeypatch.setattr(
         listed_launch, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n)
     )
@@ -76,8 +77,8 @@ def test_transposed_weights():
 
 
 def test_all_tokens_choose_the_same_experts():
-    """An expert of several tiles, others of none."""
-    x, *args = make_mixture("qwen3", 19)
+    """Experts of several tiles, which helpers share, others of none."""
+    x, *args = make_mixture("qwen3", 67)
     x[:] = x[0]
     args[-1][:] = args[-1][0]
     _, out = launch_routed_experts(x, *args)
