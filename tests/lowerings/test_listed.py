@@ -69,17 +69,22 @@ def compiled(kernel, shape: Shape) -> str:
 
 @pytest.mark.parametrize("shape", [QWEN3, replace(QWEN3, codes="fp8")], ids=str)
 def test_an_expert_is_waited_for_by_its_blocks_alone(shape):
-    """Weights are asked for before the routing is known; a block is signalled when all its rows are stored."""
+    """Weights are asked for before the routing is known; a block is signalled when all threads have stored its rows."""
     up, down = compiled(up_listed_kernel, shape), compiled(down_listed_kernel, shape)
-    stores = [m.start() for m in re.finditer(r"st\.global", up)]
     signal = re.search(r"(atom|red)\.global\.\S*release\S*", up).start()
-    assert stores and max(stores) < up.rindex("bar.sync", 0, signal) < signal
+    assert "st.global" in up and "st.global" not in up[up.rindex("bar.sync", 0, signal) : signal]
     wait = up.index("griddepcontrol.wait")
-    assert up.index("cp.async.bulk.prefetch.L2") < wait < up.index("griddepcontrol.launch_dependents") < min(stores)
-    assert not re.search(r"ld\.global", up[:wait])
+    assert up.index("cp.async.bulk.prefetch.L2") < wait < up.index("griddepcontrol.launch_dependents")
+    assert not re.search(r"ld\.global", up[:wait]) and up.index("griddepcontrol.launch_dependents") < up.index(
+        "st.global"
+    )
     # Down waits for the launch before only when a program has stored all it has.
     waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", down)]
-    assert len(waits) == 1 and waits[0] > max(m.start() for m in re.finditer(r"st\.global", down))
+    assert (
+        len(waits) == 1
+        and down.index("ret;", waits[0])
+        and "st.global" not in down[waits[0] : down.index("ret;", waits[0])]
+    )
     assert re.search(r"(atom|ld)\.global\.\S*acquire", down)
 
 

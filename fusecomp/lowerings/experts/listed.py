@@ -3,7 +3,7 @@
 No launch counts and sorts rows, and a program knows from its number which weights it reads: the first of them ask the
 L2 for theirs before the routing is known. A program takes an expert's first rows: a tile or, where tiles are small, two
 at a time by the same weights, for by the time of a second one the L2 has them no more. What experts of more rows leave
-is shared by programs behind all others, lest some work on while most of the card is idle.
+is shared by the programs of those that have none, where these are enough, or else follows in turn.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows (row
 r is expert r % K of token r / K), N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C;
@@ -58,7 +58,6 @@ def up_listed_kernel(
     ASKING: tl.constexpr,  # programs that ask the L2 for the first bytes of their weights before they wait
     ASKED: tl.constexpr,  # bytes of each row, a multiple of 16
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
-    HELPERS: tl.constexpr,  # programs behind those of each expert and block
     SIGNAL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -66,8 +65,8 @@ def up_listed_kernel(
     FEATURES: tl.constexpr = N // 2 if GATING else N
     BLOCKS: tl.constexpr = (FEATURES + BLOCK_N // (2 if GATING else 1) - 1) // (BLOCK_N // (2 if GATING else 1))
     UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
+    lanes = tl.arange(0, BLOCK_T)
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    helper = tl.program_id(0) - E * BLOCKS
     if ASKING > 0:
         if tl.program_id(0) < ASKING:
             _ask(weight, expert, block, N, D // 2 if KIND >= 3 else D, GATING, BLOCK_N, ASKED)
@@ -75,17 +74,18 @@ def up_listed_kernel(
         # In this order, so that the down projection, which the second line lets begin, may read lists at once.
         gdc_wait()
         gdc_launch_dependents()
-    items = 1
-    if helper >= 0:
-        items = _items_left(lists, helper, E, UNIT, BLOCKS, HELPERS)
+    rows = lists + 2 * E
+    count = tl.load(lists + expert, cache_modifier=".cg")
+    row = tl.load(rows + expert * capacity + lanes, cache_modifier=".cg")  # some number behind the last row
+    items, helper, helpers = _share(lists, count, expert, block, E, UNIT, BLOCKS)
     for i in range(items):
-        unit = 0
-        if helper >= 0:
-            expert, block, unit = _item_left(lists, helper + i * HELPERS, E, UNIT, BLOCKS)
-        count = tl.load(lists + expert, cache_modifier=".cg")
-        place = unit * UNIT + tl.arange(0, BLOCK_T)
-        list_at = lists + 2 * E + expert * capacity
-        row = tl.load(list_at + place, cache_modifier=".cg")  # some number behind the last row
+        unit = i
+        if helpers > 0:
+            expert, block, unit = _item_left(lists, helper + i * helpers, E, UNIT, BLOCKS)
+            count = tl.load(lists + expert, cache_modifier=".cg")
+        list_at, place = rows + expert * capacity, unit * UNIT + lanes
+        if unit > 0:
+            row = tl.load(list_at + place, cache_modifier=".cg")
         left = count - unit * UNIT
         if PAIR_STAGES > 0 and left > BLOCK_T:
             live = place + BLOCK_T < count
@@ -138,7 +138,6 @@ def down_listed_kernel(
     COLS: tl.constexpr,
     ASKS: tl.constexpr,  # the L2 for weights whether or not their expert has rows
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
-    HELPERS: tl.constexpr,  # programs behind those of each expert and block
     UP_BLOCKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -149,27 +148,27 @@ def down_listed_kernel(
     """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
+    lanes = tl.arange(0, BLOCK_T)
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
-    helper = tl.program_id(0) - E * BLOCKS
     if USE_PDL:
         gdc_launch_dependents()
         if ASKS:
-            if helper < 0:
-                prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()
     # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
-    items = 1
-    if helper >= 0:
-        items = _items_left(lists, helper, E, UNIT, BLOCKS, HELPERS)
+    rows = lists + 2 * E
+    count = tl.load(lists + expert, cache_modifier=".cg")
+    row = tl.load(rows + expert * capacity + lanes, cache_modifier=".cg")  # some number behind the last row
+    items, helper, helpers = _share(lists, count, expert, block, E, UNIT, BLOCKS)
     for i in range(items):
-        unit = 0
-        if helper >= 0:
-            expert, block, unit = _item_left(lists, helper + i * HELPERS, E, UNIT, BLOCKS)
-        count = tl.load(lists + expert, cache_modifier=".cg")
-        place = unit * UNIT + tl.arange(0, BLOCK_T)
-        list_at = lists + 2 * E + expert * capacity
-        row = tl.load(list_at + place, cache_modifier=".cg")  # some number behind the last row
+        unit = i
+        if helpers > 0:
+            expert, block, unit = _item_left(lists, helper + i * helpers, E, UNIT, BLOCKS)
+            count = tl.load(lists + expert, cache_modifier=".cg")
+        list_at, place = rows + expert * capacity, unit * UNIT + lanes
+        if unit > 0:
+            row = tl.load(list_at + place, cache_modifier=".cg")
         left = count - unit * UNIT
         if USE_PDL and not ASKS:
             if left > 0:
@@ -205,29 +204,49 @@ def down_listed_kernel(
 
 
 @triton.jit
-def _units_left(lists, E: tl.constexpr, UNIT: tl.constexpr):
-    """[padded E] units of each expert behind its first."""
-    e = tl.arange(0, triton.next_power_of_2(E))
-    counts = tl.load(lists + e, mask=e < E, other=0, cache_modifier=".cg")
-    return tl.maximum(tl.cdiv(counts, UNIT) - 1, 0)
+def _share(lists, count, expert, block, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
+    """(items, helper, helpers) of a program: the units of its expert or, of one without rows, its part of what is left.
 
-
-@triton.jit
-def _items_left(
-    lists, helper, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr, HELPERS: tl.constexpr
-):  # fmt: skip
-    """How many units and blocks, of all that are not any expert's first, one of the helpers takes."""
-    return tl.cdiv(tl.maximum(tl.sum(_units_left(lists, E, UNIT), 0) * BLOCKS - helper, 0), HELPERS)
+    An expert's programs leave all units but the first if that is no more than two items for each program of an expert
+    without rows; else none helps. Those of an expert of one unit look at no other.
+    """
+    items, helper, helpers = tl.cdiv(count, UNIT), 0, 0
+    if (count == 0) | (count > UNIT):
+        counts = _counts(lists, E)
+        empty = (counts == 0).to(tl.int32)
+        left = tl.sum(_units_left(counts, UNIT), 0) * BLOCKS
+        free = tl.sum(empty, 0) * BLOCKS
+        if left <= 2 * free:
+            if count > 0:
+                items = 1
+            else:
+                helper = tl.sum(tl.where(tl.arange(0, empty.shape[0]) < expert, empty, 0), 0) * BLOCKS + block
+                helpers = free
+                items = tl.cdiv(tl.maximum(left - helper, 0), free)
+    return items, helper, helpers
 
 
 @triton.jit
 def _item_left(lists, item, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
-    """(expert, block, unit) of one of them."""
-    left = _units_left(lists, E, UNIT)
-    e = tl.arange(0, left.shape[0])
+    """(expert, block, unit) of one of the items that are no expert's first."""
+    left = _units_left(_counts(lists, E), UNIT)
     index = item // BLOCKS
     expert = tl.sum((tl.cumsum(left, 0) <= index).to(tl.int32), 0)
-    return expert, item % BLOCKS, index - tl.sum(tl.where(e < expert, left, 0), 0) + 1
+    before = tl.sum(tl.where(tl.arange(0, left.shape[0]) < expert, left, 0), 0)
+    return expert, item % BLOCKS, index - before + 1
+
+
+@triton.jit
+def _counts(lists, E: tl.constexpr):
+    """[padded E] rows of each expert; one where there is none."""
+    e = tl.arange(0, triton.next_power_of_2(E))
+    return tl.load(lists + e, mask=e < E, other=1, cache_modifier=".cg")
+
+
+@triton.jit
+def _units_left(counts, UNIT: tl.constexpr):
+    """Units of each expert behind its first."""
+    return tl.maximum(tl.cdiv(counts, UNIT) - 1, 0)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from fusecomp.lowerings.experts.experts_aot import (
 )
 from fusecomp.lowerings.experts.launch import signalled_blocks
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
-from fusecomp.lowerings.experts.listed_launch import ASKED, LEAST_ROWS, helper_programs, tile_constants
+from fusecomp.lowerings.experts.listed_launch import ASKED, LEAST_ROWS, tile_constants
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.ops.experts import Activation
 
@@ -52,16 +52,17 @@ def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     pointers, layout = layout_of(target, shape)
     weight, rows = pointers["weight"], shape.tokens * shape.top_k
     signals = signalled_blocks(config, rows, shape.rows, target.has_pdl)
-    certain = target.has_pdl and rows >= LEAST_ROWS * shape.experts
+    many = rows >= LEAST_ROWS * shape.experts
+    certain = target.has_pdl and many
     programs = shape.experts * -(-shape.rows // config.up.block_n)
     asking = min(2 * target.num_sms, programs) if certain and not shape.transposed else 0
     common: dict[str, Any] = {
-        "E": shape.experts, "HELPERS": helper_programs(target.num_sms), "BLOCK_T": config.block_t,
-        "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl, **layout,
+        "E": shape.experts, "BLOCK_T": config.block_t, "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl,
+        **layout,
     }  # fmt: skip
     bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
     up, down = (
-        {k: v for k, v in tile_constants(t, config.block_t, bits, shape.itemsize).items() if k.isupper()}
+        {k: v for k, v in tile_constants(t, config.block_t, bits, shape.itemsize, many).items() if k.isupper()}
         for t in (config.up, config.down)
     )
     pointers, none = bias_of({"lists": "i32", "hidden": dtype, **pointers}, shape)

@@ -69,38 +69,33 @@ def run_listed(
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     item, sms, capacity = x.element_size(), target_of(x).num_sms, list_capacity(tokens, config.block_t)
     signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
-    helpers = helper_programs(sms)
     common = {
-        "E": experts, "HELPERS": helpers, "BLOCK_T": config.block_t, "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
+        "E": experts, "BLOCK_T": config.block_t, "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
         **rounding_options(), **({"launch_pdl": True} if use_pdl else {}),
     }  # fmt: skip
 
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
-    certain = use_pdl and tokens * top_k >= LEAST_ROWS * experts
+    many = tokens * top_k >= LEAST_ROWS * experts
+    certain = use_pdl and many
     programs = experts * triton.cdiv(rows, config.up.block_n)
     asking = asking_programs(layer, programs, sms) if certain else 0
     launch(
-        up_listed_kernel, (programs + helpers,),
+        up_listed_kernel, (programs,),
         given, lists, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, given.stride(0), K=top_k, N=rows,
         D=hidden_size, ASKING=asking, ASKED=ASKED, SIGNAL=signals > 0, USE_TMA=w_tiles is not None,
         **layer.act_constants(), **layout, **common,
-        **tile_constants(config.up, config.block_t, _bits(layer.up_codes, item), item),
+        **tile_constants(config.up, config.block_t, _bits(layer.up_codes, item), item, many),
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
-        down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n) + helpers,),
+        down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n),),
         hidden, lists, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
         ASKS=certain, UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout,
-        **tile_constants(config.down, config.block_t, _bits(layer.down_codes, item), item), **common,
+        **tile_constants(config.down, config.block_t, _bits(layer.down_codes, item), item, many), **common,
     )  # fmt: skip
     return y, launch_combine(parts, index, weights, residual, experts, sms, use_pdl)
-
-
-def helper_programs(sms: int) -> int:
-    """Those that share what experts of many rows leave: as many as are on a card at once."""
-    return 2 * sms
 
 
 def asking_programs(layer: Experts, programs: int, sms: int) -> int:
@@ -115,11 +110,15 @@ def asking_programs(layer: Experts, programs: int, sms: int) -> int:
     return min(2 * sms, programs)
 
 
-def tile_constants(tiles: Tiles, block_t: int, weight_bits: int, itemsize: int) -> dict[str, int]:
-    """Constants and options of one matmul; two tiles of tokens go through the shared memory that one has."""
+def tile_constants(tiles: Tiles, block_t: int, weight_bits: int, itemsize: int, many: bool) -> dict[str, int]:
+    """Constants and options of one matmul; two tiles of tokens go through the shared memory that one has.
+
+    Args:
+        many: rows of an expert in the mean, so that some experts may have more than a small tile.
+    """
     weight, tokens = tiles.block_n * weight_bits, block_t * 8 * itemsize  # bits of a column
     pair_stages = 0
-    if block_t <= PAIRED:
+    if many and block_t <= PAIRED:
         pair_stages = max(2, tiles.num_stages * (weight + tokens) // (weight + 2 * tokens))
     return {
         "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,

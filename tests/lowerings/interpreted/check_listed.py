@@ -34,7 +34,7 @@ def config(request, monkeypatch):
     monkeypatch.setattr(routed, "experts_config", lambda *_, **__: config)
     monkeypatch.setattr(quant_routed, "routed_codes_config", lambda *_: None)
     monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: config)
-    monkeypatch.setattr(listed_launch, "helper_programs", lambda _: 3)
+    monkeypatch.setattr(listed_launch, "LEAST_ROWS", 0)
     monkeypatch.setattr(
         listed_launch, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n)
     )
@@ -76,14 +76,24 @@ def test_transposed_weights():
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_all_tokens_choose_the_same_experts():
-    """Experts of several tiles, which helpers share, others of none."""
-    x, *args = make_mixture("qwen3", 67)
+@pytest.mark.parametrize("tokens", [35, 67])
+def test_all_tokens_choose_the_same_experts(tokens):
+    """Three experts of several units: those of 35 tokens are shared by the other five's programs, of 67 by none."""
+    x, *args = make_mixture("qwen3", tokens)
     x[:] = x[0]
     args[-1][:] = args[-1][0]
     _, out = launch_routed_experts(x, *args)
     assert torch.equal(out, out[:1].expand_as(out))
     torch.testing.assert_close(out, routed_experts_reference(x, *args)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_some_experts_have_most_rows():
+    """Two in three tokens choose the same experts, the others any: programs without rows share what these leave."""
+    x, *args = make_mixture("qwen3", 30, 16)
+    x[10:] = x[10]
+    found, expected = launch_routed_experts(x, *args), routed_experts_reference(x, *args)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", CODE_LAYOUTS)
