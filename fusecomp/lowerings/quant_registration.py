@@ -27,7 +27,7 @@ from fusecomp.ops.quant_linear import is_codes
 ROUTER_ARGS, NORM = 8, 5  # arguments of a router besides x, and which of them describes its norm
 
 if TYPE_CHECKING:
-    from fusecomp.lowerings.quant.pair import OneTokenCall, ScaledCall
+    from fusecomp.lowerings.quant.pair import ScaledCall
 
 
 def _dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
@@ -134,7 +134,7 @@ def _codes_refusal(
 
 
 def _quant_linear_pair(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from fusecomp.lowerings.quant.pair import launch_one_token_pair, launch_scaled_pair
+    from fusecomp.lowerings.quant.pair import launch_scaled_pair
 
     require_any_order("quant_linear_pair")
     first, then = args[:QUANT_ARGS], args[QUANT_ARGS:]
@@ -143,41 +143,8 @@ def _quant_linear_pair(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if x.shape[0] and one and two:
         h, z = launch_scaled_pair(x, one, two)
         return computed(h), computed(z)
-    if x.shape[0] == 1:
-        one_token, next_token = _one_token_call(x, *first), _one_token_call(h, *then)
-        if one_token and next_token and (pair := launch_one_token_pair(x, one_token, next_token)) is not None:
-            return computed(pair[0]), computed(pair[1])
     h = _quant_linear(x, *first)
     return h, _quant_linear(h, *then)
-
-
-def _one_token_call(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    spec: str,
-    x_scale: Tensor | None,
-    activation: str,
-) -> OneTokenCall | None:
-    """A quantized linear of one token whose activations stay numbers, or None where no kernel runs it so.
-
-    Args:
-        x: of the right dtype; of what it will be, no more is known of the second of two linears.
-    """
-    from fusecomp.lowerings.quant.lowering import supports
-    from fusecomp.lowerings.quant.pair import OneTokenCall
-
-    parsed, layout = Program.from_text(program), WeightSpec.from_text(spec)
-    if is_codes(x) or (activation and ActivationSpec.from_text(activation).least_tokens <= 1):
-        return None
-    if supports(x, q, scale, zero, operands, parsed, layout):
-        return None
-    return OneTokenCall(q, scale, zero, norm_weight, norm_bias, operands, parsed, layout)
 
 
 def _scaled_call(

@@ -80,8 +80,7 @@ def test_shapes_are_named_and_explained():
     pair = PairShape(shape, replace(shape, n=14336, groups=2, epilogue="other"))
     assert PairShape.parse(str(pair)) == pair
     assert explain_pair(SM90, pair, [1, 8, 64, 256]) == [
-        "1 tokens: one after the other, the norm's weight and squares by the first",
-        "8 tokens: one after the other",
+        "1 to 8 tokens: one after the other",
         "64 tokens: the sum, the norm and its codes in one launch",
         "256 tokens: one after the other",
     ]
@@ -123,10 +122,7 @@ def test_on_a_gpu(size, tokens, kind):
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64, 80, 128, 256, 2048])
 @pytest.mark.parametrize("granularity", [TOKEN, BLOCK])
 def test_codes_on_a_gpu(size, tokens, granularity):
-    """As near to fp32 as both in turn; one value in a few may be the neighbouring code.
-
-    Of one token the product of an input and a norm's weight is rounded, which both in turn do not.
-    """
+    """As near to fp32 as both in turn; one value in a few may be the neighbouring code."""
     register()
     block = 128 if granularity == BLOCK else 0
     activation = ActivationSpec(FP8, 8, granularity, block, least_tokens=16)
@@ -134,8 +130,7 @@ def test_codes_on_a_gpu(size, tokens, granularity):
     take_fallbacks()
     h, z = OPS.quant_linear_pair(x, *one, *two)
     apart = OPS.quant_linear(x, *one)
-    assert relative_error(h, apart) <= 2e-3
-    assert relative_error(z, OPS.quant_linear(h, *two)) <= (2e-3 if tokens > 1 else 4e-3)
+    assert relative_error(h, apart) <= 2e-3 and relative_error(z, OPS.quant_linear(h, *two)) <= 2e-3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         again = OPS.quant_linear_pair(x, *one, *two)

@@ -88,7 +88,7 @@ def test_an_expert_is_waited_for_by_its_blocks_alone(shape):
     assert re.search(r"(atom|ld)\.global\.\S*acquire", down)
 
 
-@pytest.mark.parametrize("codes", ["", "fp8", "int4-zero"])
+@pytest.mark.parametrize("codes", ["", "fp8", "int8"])
 def test_two_tiles_of_tokens_take_no_more_room_than_one(codes):
     """Else fewer programs would be on a multiprocessor for what few experts need."""
     for tokens in (8, 64, 192):
@@ -130,7 +130,7 @@ class TestOnAGPU:
                 assert relative_rms(actual, wanted) <= CONTRACT * allowed
 
     @pytest.mark.parametrize("tokens", [16, 64, 192])
-    @pytest.mark.parametrize("layout", ["fp8", "fp8 blocks", "int8", "int4 zero"])
+    @pytest.mark.parametrize("layout", ["fp8", "int8"])
     def test_codes(self, layout, tokens):
         args, exact = make_quant_mixture(
             "qwen3", tokens, 32, 2048, 768, layout=layout, dtype=torch.bfloat16, device="cuda"
@@ -156,7 +156,7 @@ class TestOnAGPU:
         assert relative_rms(found[:1], wanted) <= CONTRACT * relative_rms(unfused[:1], wanted)
 
     @pytest.mark.parametrize("tokens", [16, 64, 192])
-    @pytest.mark.parametrize("layout", ["", "fp8", "int4 zero"])
+    @pytest.mark.parametrize("layout", ["", "fp8", "int8"])
     def test_replays_under_dependent_launch_are_bitwise_equal(self, layout, tokens):
         """Lists come in another order every time."""
         sizes = ("qwen3", tokens, 128, 2048, 768)

@@ -18,7 +18,6 @@ from fusecomp.lowerings.quant.heuristics import (
     MAX_SPLITS,
     TILE_LIMIT,
     QuantConfig,
-    between_config,
     digit_entries,
     entries,
     fitting_columns,
@@ -233,15 +232,6 @@ def test_halves_are_of_whole_rows_of_bytes(monkeypatch):
     for change in ({"cols": 128}, {"zero": True, "kind": INT}):
         assert not quant_config(target, replace(shape, **change), 16).halves
         assert quant_config(target, replace(shape, **change), 16).block_t == 16
-
-
-def test_a_norm_is_shared_where_the_gpu_itself_was_faster():
-    shape = QuantShape(6144, 4096, 1, "bfloat16", FP8, 8, 1, 0, False)
-    config = between_config(SM90, shape)
-    assert config is not None and config.kernel == "words" and config != quant_config(SM90, shape, 1)
-    assert between_config(H100, shape) is None
-    for change in ({"n": 5120}, {"k": 4100}, {"groups": 2}, {"dtype": "float16"}, {"cols": 128}, {"zero": True}):
-        assert between_config(SM90, replace(shape, **change)) is None
 
 
 def test_words_serve_whole_rows_of_bytes():

@@ -32,10 +32,14 @@ PAIRED = 8  # tokens of a tile up to which two are multiplied at once; two of mo
 LEAST_ROWS = 2**1.5
 
 
-def serves(config: ExpertsConfig, x: Tensor, router: Router) -> bool:
-    """Whether `run_listed` runs such a router in front of experts that `config` is for."""
+def serves(config: ExpertsConfig, x: Tensor, router: Router, layer: Experts) -> bool:
+    """Whether `run_listed` runs such a router in front of such experts, which `config` is for.
+
+    Codes whose scales are of columns too keep the plan: they were not timed, and some would spill registers.
+    """
     return (
-        config.method == "grouped"
+        all(codes is None or not codes.spec.cols for codes in (layer.up_codes, layer.down_codes))
+        and config.method == "grouped"
         and config.swap
         and not config.up.per_sm
         and not config.down.per_sm
@@ -114,7 +118,7 @@ def tile_constants(tiles: Tiles, block_t: int, weight_bits: int, itemsize: int, 
     """Constants and options of one matmul; two tiles of tokens go through the shared memory that one has.
 
     Args:
-        many: rows of an expert in the mean, so that some experts may have more than a small tile.
+        many: rows of an expert, in the mean: some experts have more than a small tile.
     """
     weight, tokens = tiles.block_n * weight_bits, block_t * 8 * itemsize  # bits of a column
     pair_stages = 0

@@ -64,6 +64,6 @@ def launch_routed_quant_experts(
     if served(x, gate, layer) and (chosen := routed_codes_config(target_of(x), shape, len(x))) is not None:
         return run_chosen(chosen, x, gate, layer, residual, uses_pdl(x))
     config = quant_experts_config(target_of(x), shape, len(x))
-    if serves(config, x, gate):
+    if serves(config, x, gate, layer):
         return run_listed(config, x, gate, layer, residual, uses_pdl(x))
     return None

@@ -74,7 +74,7 @@ def launch_routed_experts(
     if served(x, gate, layer) and (chosen := routed_config(target_of(x), **sizes)) is not None:
         return run_chosen(chosen, x, gate, layer, residual, uses_pdl(x), later)
     config = experts_config(target_of(x), transposed=transposed, **sizes)
-    if serves(config, x, gate):
+    if serves(config, x, gate, layer):
         return run_listed(config, x, gate, layer, residual, uses_pdl(x))
     return None
 

@@ -92,21 +92,6 @@ def digit_entries(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def between_config(target: Target, shape: QuantShape) -> QuantConfig | None:
-    """Of the second of two linears of one token that share the norm between; None where each does its own.
-
-    Only what was measured on the GPU itself: with launches chosen for a norm inside, sharing it takes longer.
-    """
-    if not serves_words(shape) or shape.dtype != "bfloat16":
-        return None
-    wanted = {"bits": shape.bits, "rows": shape.n * shape.groups, "k": shape.k, "groups": shape.groups}
-    for entry in entries_of(target.table, "", "between", KEY):
-        if entry["gpu"] == target.name and all(entry[key] == value for key, value in wanted.items()):
-            return _fit(QuantConfig(**entry["config"], source=f"{entry['gpu']} behind a shared norm"), target, shape)
-    return None
-
-
-@cache
 def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = True) -> QuantConfig:
     """Configuration for a shape that `reason` accepts; not one that holds its inputs unless `held`."""
     tuned = (shape.fold or shape.bits == 8) and shape.dtype != "float32" and target.backend == "cuda"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -34,7 +35,7 @@ from fusecomp.lowerings.quant.heuristics import (
 )
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
-from fusecomp.lowerings.quant.word_launch import BETWEEN_REGISTERS, NOTHING, Between, norm_scheme, run_words
+from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.linear import Program
 from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
@@ -49,7 +50,6 @@ class _Call:
         q, zero: as they are stored, and as `zero_points` gives them.
         norm_weight: [K], or None where the norm has none, or there is no norm.
         args, strides: of the epilogue.
-        between: of two linears, what words leave undone of a norm, or have to do.
         common: constants of all kernels, and the launch's options.
     """
 
@@ -66,7 +66,6 @@ class _Call:
     spec: WeightSpec
     shape: QuantShape
     common: dict[str, Any]
-    between: Between = NOTHING
 
     @property
     def scale_columns(self) -> int:
@@ -113,17 +112,13 @@ def run_quant(
     spec: WeightSpec,
     out: Tensor,
     use_pdl: bool,
-    between: Between = NOTHING,
 ) -> None:
     """out[T, N] = epilogue(norm(x) @ dequantize(q)^T) as `config` says, in one launch; of norms only an RMSNorm.
 
     Launches on one device must be ordered, as those of one stream or graph are: they share counters.
-
-    Args:
-        between: of words alone. With its `squares` x has been multiplied by the norm's weight already.
     """
     args, norm = full_rows(operands, program), program.norm
-    scheme = 0 if between.squares is not None else norm_scheme(norm, norm_weight)
+    scheme = 0 if norm is None else 1 if norm_weight is None else 3 if norm.plus_one else 2
     common = {
         "G": program.groups, "BLOCK_R": config.block_r, "NORM": scheme, "EPILOGUE": epilogue_hook(program),
         "USE_PDL": use_pdl, "num_warps": config.num_warps, "num_stages": config.num_stages,
@@ -134,7 +129,7 @@ def run_quant(
         _Call(
             config, unit_stride(x), q, scale, zero_points(zero), out, norm_weight if scheme >= 2 else None,
             0.0 if norm is None else norm.eps, args, operand_strides(program, args), spec,
-            quant_shape(x.dtype, q, zero, program, spec), common, between,
+            quant_shape(x.dtype, q, zero, program, spec), common,
         )
     )  # fmt: skip
 
@@ -179,11 +174,12 @@ def _run_folded(c: _Call) -> None:
 
 def _run_words(c: _Call) -> None:
     codes, constants = c.tiled(without=("OFFSET", "COLS"))
-    ahead = c.config.ahead if c.asm and c.shape.k % 16 == 0 else 0
-    options = {"maxnreg": BETWEEN_REGISTERS} if c.asm and c.between is not NOTHING else {}
-    run_words(
-        c.x, codes, c.scale, c.norm_weight, c.args, c.strides, c.out, c.shape, c.eps, c.scale_columns, c.blocks,
-        c.between, constants | {"AHEAD": ahead} | options,
+    norm_weight = None if c.norm_weight is None else _quads(c.norm_weight)
+    launch(
+        word_vector_kernel, (c.blocks,),
+        _quads(c.x), codes.view(torch.int32), c.scale, c.out, norm_weight, c.args, c.strides, c.shape.n, c.shape.k,
+        c.eps, c.scale_columns, DTYPE=getattr(tl, c.shape.dtype), WARPS=c.config.num_warps,
+        AHEAD=c.config.ahead if c.asm and c.shape.k % 16 == 0 else 0, **constants,
     )  # fmt: skip
 
 
@@ -293,3 +289,9 @@ def input_tiles(x: Tensor, config: QuantConfig) -> TensorDescriptor | None:
     if x.dtype == torch.float32 or words * x.element_size() < ALIGNMENT:
         return None
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [config.block_t, words])
+
+
+def _quads(x: Tensor) -> Tensor:
+    """One token, or a norm's weight, [K] as words of four 16-bit numbers."""
+    x = x.reshape(-1)
+    return (x if x.storage_offset() % 4 == 0 else x.clone()).view(torch.int64)

@@ -1,7 +1,6 @@
-"""Two linears of codes, of which the second reads what the first gives through a norm.
+"""Two products of codes by codes, of which the second reads what the first gives through a norm.
 
-Products of codes by codes: where the first leaves its sums to another kernel, that one makes the second's codes too.
-One token: the first linear does the half of the norm that each of the second's programs would do again.
+Where the first leaves its sums to another kernel, that one makes the second's codes too.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
 from fusecomp.lowerings.linear.lowering import sums_with_norm
 from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row
@@ -27,17 +24,13 @@ from fusecomp.lowerings.quant.activations import (
     refusal,
     scaled_shape,
 )
-from fusecomp.lowerings.quant.heuristics import WORD_VECTOR, QuantConfig, between_config, quant_config
-from fusecomp.lowerings.quant.launches import run_quant
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product, run_scaled
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
-from fusecomp.lowerings.quant.word_launch import Between, norm_scheme
 from fusecomp.ops.linear import LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
-from fusecomp.ops.norm import LAYER
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
-from fusecomp.ops.quant_linear import QuantShape, is_codes, quant_shape
+from fusecomp.ops.quant_linear import QuantShape, is_codes
 
 
 class ScaledCall(NamedTuple):
@@ -76,85 +69,16 @@ def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[
     return h, _launch(codes, rest)
 
 
-class OneTokenCall(NamedTuple):
-    """Arguments of `quant_linear` of one token whose activations stay numbers, without x; see there."""
-
-    q: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    operands: Sequence[Tensor]
-    program: Program
-    spec: WeightSpec
-
-
-def launch_one_token_pair(x: Tensor, first: OneTokenCall, then: OneTokenCall) -> tuple[Tensor, Tensor] | None:
-    """(h, z) of x [1, K]: h = `quant_linear` by `first`, z = that of h by `then`, with the norm between them shared.
-
-    z is not bit for bit what the two in turn give: x times the norm's weight is rounded once, where they do not. None
-    where the kernel does not serve both, or the GPU has no launch for it; `supports` must hold for each.
-    """
-    norm, target = then.program.norm, target_of(x)
-    one, two = _shape_of(x.dtype, first), _shape_of(first.program.torch_dtype, then)
-    if norm is None or norm.kind == LAYER or then.norm_bias is not None:
-        return None
-    if first.program.norm is not None and (first.program.norm.kind == LAYER or first.norm_bias is not None):
-        return None
-    if (configs := _sharing(target, one, two)) is None:
-        return None
-    config, other = configs
-    programs = -(-one.n // (config.block_r // one.groups))
-    h, next_x = (torch.empty((1, one.n), dtype=x.dtype, device=x.device) for _ in range(2))
-    squares = torch.empty(programs, dtype=torch.float32, device=x.device)
-    z = torch.empty((1, two.n), dtype=then.program.torch_dtype, device=x.device)
-    use_pdl = uses_pdl(x)
-    left = Between(None, then.norm_weight, next_x, squares, norm_scheme(norm, then.norm_weight))
-    run_quant(
-        config, x, first.q, first.scale, None, first.norm_weight, first.operands, first.program, first.spec, h, use_pdl,
-        left,
-    )  # fmt: skip
-    run_quant(
-        other, next_x, then.q, then.scale, None, None, then.operands, then.program, then.spec, z, use_pdl,
-        Between(squares),
-    )  # fmt: skip
-    return h, z
-
-
-def _shape_of(dtype: torch.dtype, call: OneTokenCall) -> QuantShape:
-    return quant_shape(dtype, call.q, call.zero, call.program, call.spec)
-
-
-def _sharing(target: Target, first: QuantShape, then: QuantShape) -> tuple[QuantConfig, QuantConfig] | None:
-    """How two linears of one token share the norm between. fp16 may not hold x times a weight."""
-    config, other = quant_config(target, first, 1), between_config(target, then)
-    if first.dtype != "bfloat16" or config.kernel != WORD_VECTOR or other is None:
-        return None
-    return config, other
-
-
 def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts: whether the sum and the norm are made in one launch."""
     lines = []
     named = [(tokens, _in_one(target, pair, tokens)) for tokens in sorted(set(token_counts)) if tokens]
-    alone = _shares_one(target, pair)
-    for (together, _), run in itertools.groupby(named, key=lambda found: (found[1], alone and found[0] == 1)):
+    for together, run in itertools.groupby(named, key=lambda found: found[1]):
         counts = [tokens for tokens, _ in run]
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         made = "the sum, the norm and its codes" if isinstance(pair.then, QuantShape) else "the sum and the norm"
-        how = f"{made} in one launch" if together else "one after the other"
-        if counts == [1] and alone:
-            how += ", the norm's weight and squares by the first"
-        lines.append(f"{span} tokens: {how}")
+        lines.append(f"{span} tokens: {f'{made} in one launch' if together else 'one after the other'}")
     return lines
-
-
-def _shares_one(target: Target, pair: PairShape) -> bool:
-    first, then = pair.first, pair.then
-    if not isinstance(first, QuantShape) or not isinstance(then, QuantShape):
-        return False
-    numbers = all(s.least > 1 or not s.granularity for s in (first, then))
-    return numbers and _sharing(target, first, then) is not None
 
 
 def _in_one(target: Target, pair: PairShape, tokens: int) -> bool:

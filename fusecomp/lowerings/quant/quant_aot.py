@@ -31,7 +31,6 @@ from fusecomp.lowerings.quant.heuristics import (
 from fusecomp.lowerings.quant.launches import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
-from fusecomp.lowerings.quant.word_launch import BETWEEN_REGISTERS
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.quant import FP4, FP8, INT, NF4
 from fusecomp.ops.quant_linear import QuantShape
@@ -73,7 +72,6 @@ SUBSET = (  # layout, groups, tokens, dtype, norm
 
 # Layout, groups, norm, warps, whether the pipeline begins before the wait.
 HELD = ((0, 2, 2, 4, False), (7, 1, 0, 8, True), (0, 1, 3, 16, True))
-BY_ROW = (FP8, 8, 1, 0, False, 0)
 DIGIT = (  # layout, groups, norm, launch; only for GPUs that it serves
     ((FP8, 8, 1, 0, False, 0), 2, 2, QuantConfig(DIGITS, 8, 128, 256, 8, 3)),
     ((FP8, 8, 1, 0, False, 0), 1, 0, QuantConfig(DIGITS, 16, 64, 256, 4, 3, 4)),
@@ -99,8 +97,6 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
     for at, groups, norm, warps, early in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
         config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1, early=early)
         yield specialization(target, LAYOUTS[at], groups, 1, "bfloat16", norm, config)
-    for groups, norm in ((2, 2), (1, 0)):
-        yield specialization(target, BY_ROW, groups, 1, "bfloat16", norm, between=True)
     yield _dequantize(target, LAYOUTS[0])
     if full:
         for layout in LAYOUTS:
@@ -139,21 +135,9 @@ def _layout(target: Target, layout: tuple) -> tuple[dict[str, Any], dict[str, An
 
 
 def specialization(
-    target: Target,
-    layout: tuple,
-    groups: int,
-    tokens: int,
-    dtype: str,
-    norm: int,
-    config: QuantConfig | None = None,
-    *,
-    between: bool = False,
+    target: Target, layout: tuple, groups: int, tokens: int, dtype: str, norm: int, config: QuantConfig | None = None
 ) -> Specialization:
-    """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual.
-
-    Args:
-        between: of words: the first of two linears with a norm between or, with a norm, the second.
-    """
+    """What a layer of 8B models launches: gate and up with SwiGLU, all others with a residual."""
     n, k = (14336, 4096) if groups == 2 else (4096, 14336)
     kind, bits, rows, cols, zero, fold = layout
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
@@ -178,18 +162,6 @@ def specialization(
     if config.kernel == WORD_VECTOR:
         pointers |= {"x": "i64", "q": "i32"} | ({"norm_weight": "i64"} if norm >= 2 else {})
         constants |= {"DTYPE": getattr(tl, dtype), "WARPS": config.num_warps, "AHEAD": config.ahead}
-        # With a norm it is the second of two linears, with none the first.
-        if between and norm:
-            pointers |= {"squares": "fp32"}
-            del pointers["norm_weight"]
-            constants |= {"norm_weight": None, "NORM": 0, "SQUARES": 512, "NEXT": 0}
-            constants |= {"next_weight": None, "next_x": None, "next_squares": None}
-        elif between:
-            pointers |= {"next_weight": short, "next_x": short, "next_squares": "fp32"}
-            constants |= {"squares": None, "SQUARES": 0, "NEXT": 2}
-        else:
-            absent = ("squares", "next_weight", "next_x", "next_squares")
-            constants |= {"SQUARES": 0, "NEXT": 0, **dict.fromkeys(absent)}
         for name in ("zero", "OFFSET", "COLS"):
             del constants[name]
     elif config.kernel == VECTOR:
@@ -234,16 +206,12 @@ def specialization(
         del scalars["eps"]
     label = "digits" if config.kernel == DIGITS else "quant"
     name = f"{label}-{kind}{bits}-{rows}x{cols}-fold{fold}-{short}-g{groups}-t{tokens}-norm{norm}"
-    name += "-between" if between else ""
     kernels = {
         VECTOR: quant_vector_kernel, WORD_VECTOR: word_vector_kernel, TILE: quant_tile_kernel, FOLDED: folded_kernel,
         FOLDED_WIDE: folded_wide_kernel, DIGITS: digits_kernel,
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
-    registers = BETWEEN_REGISTERS if between and target.backend == "cuda" else None
-    return Specialization(
-        name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"), registers
-    )
+    return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
 
 
 def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> Specialization:

@@ -4,9 +4,6 @@ As `quant_vector_kernel`, but a thread reads two words of codes and the eight in
 nothing is exchanged between threads until the sums of a row are, after the loop. That takes 256 columns a warp,
 or a multiple. Codes behind a program's first tile are asked of the L2 while it waits for the last kernel.
 
-Of two linears with an RMSNorm between, the first may leave the norm half done: its results times the norm's weight, and
-their squares' sum by program, so that not every program of the second makes both from all of its inputs.
-
 Legend: N features of the output, K inputs, G accumulator groups, BR, BK rows and columns of a tile, BN = BR / G.
 """
 
@@ -16,7 +13,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor, rms_scale, store_features, weight_rows
 from fusecomp.lowerings.quant.pieces import ask_l2_for, byte_values, half_of, load_scales, scale_row
 
@@ -38,10 +34,6 @@ def word_vector_kernel(
     norm_weight,  # [K / 4] int64, or None
     args,  # tuple of the epilogue's operands
     strides,  # tuple of their row strides
-    squares,  # [SQUARES] fp32 sums of squares, of an x that has been multiplied by the norm's weight; or None
-    next_weight,  # [N] of the norm that follows, or None
-    next_x,  # [N], the results times it, or None without NEXT
-    next_squares,  # [programs] fp32, their squares' sums, or None
     n,
     k,
     eps,
@@ -55,9 +47,7 @@ def word_vector_kernel(
     EVEN_K: tl.constexpr,
     AHEAD: tl.constexpr,  # tiles behind the first for whose codes the L2 is asked before the wait
     WARPS: tl.constexpr,
-    NORM: tl.constexpr,  # 0 if it is half done, too
-    SQUARES: tl.constexpr,
-    NEXT: tl.constexpr,  # the norm that follows, as NORM has it; 0 for nothing of it
+    NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -79,21 +69,14 @@ def word_vector_kernel(
 
     code = _load(tile_at, places < width, EVEN_K, "evict_first")
     s = load_scales(scale, scale_row(rows, ROWS), tl.zeros([1, 1], tl.int32), k, stride_scale, 0, True)  # [BR, 1]
-    features = first + tl.arange(0, BLOCK_N)
-    gain = 1.0
-    if NEXT >= 2:
-        gain = norm_factor(tl.load(next_weight + features, mask=features < n, other=0.0), NEXT)[:, None]
     if AHEAD > 0:
         _ask_l2(q, first, n, width, G, BLOCK_R, BLOCK_W, AHEAD, WARPS)
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
 
-    if SQUARES > 0:
-        given = tl.arange(0, triton.next_power_of_2(SQUARES))
-        sums = tl.load(squares + given, mask=given < SQUARES, other=0.0, eviction_policy="evict_last")
     acc = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
-    own = tl.zeros([1, BLOCK_W], tl.float32)
+    squares = tl.zeros([1, BLOCK_W], tl.float32)
     v = _load(x + places, places < width, EVEN_K, "evict_last")
     g = v
     if NORM >= 2:
@@ -105,20 +88,13 @@ def word_vector_kernel(
         g_next = v_next
         if NORM >= 2:
             g_next = _load(norm_weight + start + places, within, EVEN_K, "evict_last")
-        acc, own = _add_products(acc, own, code, v, g, DTYPE, KIND, NORM)
+        acc, squares = _add_products(acc, squares, code, v, g, DTYPE, KIND, NORM)
         code, v, g = code_next, v_next, g_next
-    acc, own = _add_products(acc, own, code, v, g, DTYPE, KIND, NORM)
+    acc, squares = _add_products(acc, squares, code, v, g, DTYPE, KIND, NORM)
     y = tl.sum(acc, 1)[:, None] * s  # [BR, 1]
     if NORM > 0:
-        y *= rms_scale(tl.sum(own, 1), k, eps)[:, None]
-    if SQUARES > 0:
-        y *= rms_scale(tl.sum(sums, 0), k, eps)
-    y = store_features(y, first, n, out, args, strides, G, EPILOGUE)
-    if NEXT > 0:
-        inside = (features < n)[:, None]
-        y = tl.where(inside, y.to(tl.float32), 0.0)
-        tl.store(next_squares + tl.program_id(0), tl.sum(tl.sum(y * y, 1), 0))
-        tl.store(next_x + features[:, None], (y * gain).to(next_x.dtype.element_ty), mask=inside, eviction_policy=KEEP)
+        y *= rms_scale(tl.sum(squares, 1), k, eps)[:, None]
+    store_features(y, first, n, out, args, strides, G, EPILOGUE)
 
 
 @triton.jit

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -24,9 +23,7 @@ from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.lowerings.linear.sum_norm import Sums, launch_sum_norm
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant import activations, pair
-from fusecomp.lowerings.quant import lowering as quant_lowering
 from fusecomp.lowerings.quant.activations import launch_quantize
-from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.pair import explain_pair
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, TILE, ScaledConfig
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize
@@ -34,12 +31,11 @@ from fusecomp.ops.library import take_fallbacks
 from fusecomp.ops.linear import COLUMN, FULL, ROW, LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.mode import batch_invariance
-from fusecomp.ops.norm import LAYER, RMS, NormSpec, norm_reference
+from fusecomp.ops.norm import LAYER, RMS, NormSpec
 from fusecomp.ops.quant import BLOCK, FP8, INT, TENSOR, TOKEN, ActivationSpec, WeightSpec
-from fusecomp.ops.quant_linear import quant_linear_reference, quant_shape
+from fusecomp.ops.quant_linear import quant_shape
 from fusecomp.patterns.quant_examples import random_weight
-from tests.lowerings.experts_cases import relative_rms
-from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
+from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
 from tests.lowerings.searches import SETTINGS as SEARCH
 
@@ -63,7 +59,6 @@ STATIC = torch.tensor([0.02])
 
 multiply_float8()
 multiply_bfloat16()
-round_to_nearest()
 fuse_multiply_add()
 
 
@@ -226,82 +221,8 @@ def test_quantized_linears(monkeypatch, activation, config, tokens):
         ]
         assert ("in one launch" in explain_pair(SM90, PairShape(*shapes), [tokens])[0]) == made.called
     wanted = quant_registration._quant_linear(x, *calls[0])
-    apart = quant_registration._quant_linear(wanted, *calls[1])
-    assert torch.equal(h, wanted)
-    assert torch.equal(z, apart)
+    assert torch.equal(h, wanted) and torch.equal(z, quant_registration._quant_linear(wanted, *calls[1]))
     assert not take_fallbacks()
-
-
-WORDS = QuantConfig("words", 1, 8, 32, 2)
-KINDS = ["plain", "residual", "swiglu"]
-DRAWS = 6
-
-
-@pytest.mark.parametrize(
-    ("kind", "norm", "before", "weighted", "size"),
-    [
-        (FP8, NORMS[0], True, True, (64, 100, 36)), (INT, NORMS[1], True, True, (36, 64, 20)),
-        (FP8, NORMS[0], False, False, (36, 64, 20)),
-    ],
-    ids=["norm before", "plus one", "no weight"],
-)  # fmt: skip
-def test_one_token_shares_the_norm(monkeypatch, kind, norm, before, weighted, size):
-    """h is bit for bit that of the first alone; z is as near to fp32 as the two in turn, gate and up among them."""
-    monkeypatch.setattr(pair, "quant_config", lambda *_: WORDS)
-    monkeypatch.setattr(pair, "between_config", lambda *_: WORDS)
-    monkeypatch.setattr(quant_lowering, "quant_config", lambda *_, **__: WORDS)
-    (k, n, m), spec = size, WeightSpec(kind, 8, 1, 0, "bfloat16")
-    torch.manual_seed(0)
-    gains = [torch.randn(k).bfloat16() if before else None, torch.randn(n).bfloat16() if weighted else None]
-    for first, then in itertools.product(["residual", "swiglu"], KINDS):
-        programs = replace(PROGRAMS[first], norm=NORMS[0] if before else None), replace(PROGRAMS[then], norm=norm)
-        weights = [
-            random_weight((rows * program.groups, columns), spec, torch.float32, seed=rows)[:2]
-            for program, columns, rows in zip(programs, (k, n), (n, m), strict=True)
-        ]
-        found, unfused = [], []
-        for _ in range(DRAWS):  # few numbers are most of what gate and up give, and chance is most of their error
-            x, operands = torch.randn(1, k).bfloat16(), [torch.randn(1, size).bfloat16() for size in (n, m)]
-            one, two = (
-                (q, scale, None, gain, None, [operand] if program.operands else [], _text(program), spec.to_text())
-                for (q, scale), gain, operand, program in zip(weights, gains, operands, programs, strict=True)
-            )
-            with mock.patch.object(pair, "run_quant", wraps=pair.run_quant) as made:
-                h, z = quant_registration._quant_linear_pair(x, *one, None, "", *two, None, "")
-            assert made.call_count == 2 and torch.equal(h, quant_registration._quant_linear(x, *one))
-            wanted = quant_linear_reference(h.float(), *two[:6], _text(programs[1], "float32"), two[7]).double()
-            normed = norm_reference(h, gains[1], None, norm.to_text())
-            plain = quant_linear_reference(normed, *two[:3], None, None, two[5], _text(programs[1], norm=None), two[7])
-            found.append(relative_rms(z, wanted))
-            unfused.append(relative_rms(plain, wanted))
-        assert sum(found) <= 1.5 * sum(unfused)
-
-
-def _text(program: Program, dtype: str = "bfloat16", **changes: object) -> str:
-    return replace(program, dtype=dtype, **changes).to_text()
-
-
-def test_one_token_that_shares_nothing(monkeypatch):
-    """fp16, whose products with a norm's weight may not fit; a LayerNorm; a step that quantizes one token."""
-    monkeypatch.setattr(pair, "quant_config", lambda *_: WORDS)
-    monkeypatch.setattr(pair, "between_config", lambda *_: WORDS)
-    made = mock.Mock(wraps=pair.run_quant)
-    monkeypatch.setattr(pair, "run_quant", made)
-    torch.manual_seed(0)
-    codes = ActivationSpec(FP8, 8, TOKEN).to_text()
-    for dtype, norm, activation in (
-        ("float16", NORMS[0], ""), ("bfloat16", NORMS[2], ""), ("bfloat16", NORMS[0], codes),
-    ):  # fmt: skip
-        spec = WeightSpec(FP8, 8, 1, 0, dtype)
-        calls = []
-        for program, n, k in ((PROGRAMS["plain"], N, K), (replace(PROGRAMS["plain"], norm=norm), M, N)):
-            q, scale, _ = random_weight((n, k), spec, torch.float32)
-            gain = torch.randn(k).to(spec.torch_dtype) if program.norm else None
-            text = replace(program, dtype=dtype).to_text()
-            calls.append((q, scale, None, gain, None, [], text, spec.to_text(), None, activation))
-        x = torch.randn(1, K).to(spec.torch_dtype)
-        h, z = quant_registration._quant_linear_pair(x, *calls[0], *calls[1])
-        assert torch.equal(z, quant_registration._quant_linear(h, *calls[1])) and not made.called
 
 
 def test_library_of_codes_leaves_its_sums():
