@@ -5,11 +5,13 @@
     python -m benchmarks.moe --scheme fp8 int4 [--tune ...]    # weights that are codes, DIR/<gpu>_codes.json
 
 Routing is random and spread; each launch has inputs and routing of its own and takes the next of several layers, so
-weights come from memory. Times are medians of CUDA-graph replays. Peers, in the same dtype: `torch._grouped_mm` between
-a sort and a scatter, batched products over copies of the chosen experts (few rows only), and a loop over the experts,
-which waits for the device and so has no graph. Peers of codes are the same layer in 16 bits, and one dequantized in
-each call; their check's reference is the dequantized layer. Shares are of limits measured in the same run; bytes are
-the weights of the touched experts. The last line is JSON. A failed check ends the run.
+weights come from memory. The experts have their ids from outside, so their rows are counted and sorted; behind a router
+of their own, decode steps list them (`experts/listed.py`). Times are medians of CUDA-graph replays. Peers, in the same
+dtype: `torch._grouped_mm` between a sort and a scatter, batched products over copies of the chosen experts (few rows
+only), and a loop over the experts, which waits for the device and so has no graph. Peers of codes are the same layer in
+16 bits, and one dequantized in each call; their check's reference is the dequantized layer. Shares are of limits
+measured in the same run; bytes are the weights of the touched experts. The last line is JSON. A failed check ends the
+run.
 
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size.
 """

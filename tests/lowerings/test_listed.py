@@ -13,14 +13,12 @@ from fusecomp.lowerings.aot import compile_one
 from fusecomp.lowerings.experts import experts_aot
 from fusecomp.lowerings.experts.experts_aot import Shape
 from fusecomp.lowerings.experts.grouped import down_kernel, up_kernel
-from fusecomp.lowerings.experts.heuristics import experts_config
-from fusecomp.lowerings.experts.launch import Experts
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles, experts_config
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
 from fusecomp.lowerings.experts.listed_aot import QWEN3, specializations
-from fusecomp.lowerings.experts.listed_launch import LEAST_ROWS, asking_programs
+from fusecomp.lowerings.experts.listed_launch import LEAST_ROWS, listed_constants
 from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.ops import OPS, take_fallbacks
-from fusecomp.ops.experts import Activation
 from fusecomp.ops.routed_experts import routed_experts_reference
 from tests.lowerings.experts_cases import CONTRACT, relative_rms
 from tests.lowerings.routed_cases import (
@@ -32,22 +30,23 @@ from tests.lowerings.routed_cases import (
     widened,
 )
 
-
-def layer_of(E=128, C=2048, width=768, *, transposed=False) -> Experts:
-    shapes = ((E, C, 2 * width), (E, width, C)) if transposed else ((E, 2 * width, C), (E, C, width))
-    up, down = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
-    return Experts(up, None, down, None, Activation.parse("silu", True), True, False, transposed)
+CONFIG = ExpertsConfig("grouped", Tiles(64, 128, 4, 6), Tiles(64, 128, 4, 4), 8, True)
 
 
 class TestWhoAsks:
-    def test_the_first_programs_on_the_card(self):
-        assert asking_programs(layer_of(), 128 * 24, 132) == 264
-        assert asking_programs(layer_of(), 100, 132) == 100  # all others read what no expert has
+    def asking(self, experts=128, tokens=64, row_bytes=4096, use_pdl=True) -> tuple[int, bool]:
+        ups, downs = listed_constants(CONFIG, (experts, 1536, 8, tokens), row_bytes, 132, use_pdl, 16, 16)
+        return ups["ASKING"], bool(downs["ASKS"])
 
-    def test_nobody_for_rows_that_are_not_whole_pieces(self):
-        assert asking_programs(layer_of(transposed=True), 999, 132) == 0
-        assert asking_programs(layer_of(C=2044), 999, 132) == 0  # 4,088 bytes
-        assert asking_programs(layer_of(C=128), 999, 132) == 0  # fewer than are asked for
+    def test_the_first_programs_on_the_card_where_few_experts_have_no_row(self):
+        assert self.asking() == (264, True)
+        assert self.asking(experts=4) == (96, True)  # all others read what no expert has
+        assert self.asking(tokens=16) == (0, False)
+        assert self.asking(use_pdl=False) == (0, False)
+
+    @pytest.mark.parametrize("row_bytes", [0, 4088, 256])
+    def test_nobody_for_rows_that_are_not_whole_pieces_or_fewer_than_are_asked_for(self, row_bytes):
+        assert self.asking(row_bytes=row_bytes)[0] == 0
 
     @pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (8, 2), (60, 4)])
     def test_it_begins_where_another_entry_serves(self, experts, top_k):
@@ -73,18 +72,13 @@ def test_an_expert_is_waited_for_by_its_blocks_alone(shape):
     up, down = compiled(up_listed_kernel, shape), compiled(down_listed_kernel, shape)
     signal = re.search(r"(atom|red)\.global\.\S*release\S*", up).start()
     assert "st.global" in up and "st.global" not in up[up.rindex("bar.sync", 0, signal) : signal]
-    wait = up.index("griddepcontrol.wait")
-    assert up.index("cp.async.bulk.prefetch.L2") < wait < up.index("griddepcontrol.launch_dependents")
-    assert not re.search(r"ld\.global", up[:wait]) and up.index("griddepcontrol.launch_dependents") < up.index(
-        "st.global"
-    )
+    wait, then = up.index("griddepcontrol.wait"), up.index("griddepcontrol.launch_dependents")
+    assert up.index("cp.async.bulk.prefetch.L2") < wait < then < up.index("st.global")
+    assert not re.search(r"ld\.global", up[:wait])
     # Down waits for the launch before only when a program has stored all it has.
     waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", down)]
-    assert (
-        len(waits) == 1
-        and down.index("ret;", waits[0])
-        and "st.global" not in down[waits[0] : down.index("ret;", waits[0])]
-    )
+    assert len(waits) == 1
+    assert "st.global" not in down[waits[0] : down.index("ret;", waits[0])]
     assert re.search(r"(atom|ld)\.global\.\S*acquire", down)
 
 

@@ -95,8 +95,12 @@ def test_choices_are_explained():
         "1 tokens: vector experts of codes",
         "64 tokens: grouped experts of codes",
         "1 tokens: three launches that choose inside, where the router is part of them",
+        "64 tokens: by lists of the router, where it is part of them",
     ]
-    assert lines[-1].endswith("(exact)") and len(explain_choices(SM80, shape, [1, 64])) == 2
+    assert lines[2].endswith("(exact)") and len(explain_choices(SM80, shape, [1, 64])) == 3
+    for other in (replace(shape, down_cols=128), replace(shape, kind=INT, bits=4)):
+        assert not any("lists" in line for line in explain_choices(SM90, other, [64]))
+    assert explain_choices(SM90, shape, [8192])[1:] == []
 
 
 def test_shape_is_its_text():

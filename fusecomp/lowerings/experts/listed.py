@@ -30,7 +30,7 @@ from fusecomp.lowerings.quant.pieces import ask_l2_for
 def up_listed_kernel(
     x,  # [T, C], last dim contiguous
     lists,
-    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C] or bytes of two
+    weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C]
     w_tiles,  # descriptor of the weight, or None
     scale,  # of codes, contiguous, or None
     zero,  # as scale, or None
@@ -62,42 +62,38 @@ def up_listed_kernel(
     USE_PDL: tl.constexpr,
 ):
     """hidden = activation(x[r / K] @ up^T + bias) of each row r. SIGNAL: each expert counts its finished blocks."""
-    FEATURES: tl.constexpr = N // 2 if GATING else N
-    BLOCKS: tl.constexpr = (FEATURES + BLOCK_N // (2 if GATING else 1) - 1) // (BLOCK_N // (2 if GATING else 1))
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # of gate and up as many rows each
     UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
     lanes = tl.arange(0, BLOCK_T)
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     if ASKING > 0:
         if tl.program_id(0) < ASKING:
-            _ask(weight, expert, block, N, D // 2 if KIND >= 3 else D, GATING, BLOCK_N, ASKED)
+            _ask(weight, expert, block, N, D, GATING, BLOCK_N, ASKED)
     if USE_PDL:
         # In this order, so that the down projection, which the second line lets begin, may read lists at once.
         gdc_wait()
         gdc_launch_dependents()
-    rows = lists + 2 * E
     count = tl.load(lists + expert, cache_modifier=".cg")
-    row = tl.load(rows + expert * capacity + lanes, cache_modifier=".cg")  # some number behind the last row
+    row = _list_rows(lists, expert, lanes, True, capacity, E)
     items, helper, helpers = _share(lists, count, expert, block, E, UNIT, BLOCKS)
     for i in range(items):
         unit = i
         if helpers > 0:
             expert, block, unit = _item_left(lists, helper + i * helpers, E, UNIT, BLOCKS)
             count = tl.load(lists + expert, cache_modifier=".cg")
-        list_at, place = rows + expert * capacity, unit * UNIT + lanes
+        place = unit * UNIT + lanes
         if unit > 0:
-            row = tl.load(list_at + place, cache_modifier=".cg")
+            row = _list_rows(lists, expert, place, True, capacity, E)
         left = count - unit * UNIT
         if PAIR_STAGES > 0 and left > BLOCK_T:
             live = place + BLOCK_T < count
-            more = tl.load(list_at + place + BLOCK_T, mask=live, other=0, cache_modifier=".cg")
+            more = _list_rows(lists, expert, place + BLOCK_T, live, capacity, E)
             x_rows, more_rows = x + (row // K).to(tl.int64) * stride_x, x + (more // K).to(tl.int64) * stride_x
             acc, more_acc = _products(
                 x_rows, place < count, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N,
                 BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, live, PAIR_STAGES,
             )  # fmt: skip
-            _store_up(
-                acc, row, place < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT
-            )  # fmt: skip
+            _store_up(acc, row, place < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
             _store_up(more_acc, more, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
         elif left > 0:
             live = place < count
@@ -117,7 +113,7 @@ def up_listed_kernel(
 def down_listed_kernel(
     hidden,  # [R, F]
     lists,
-    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F] or bytes of two
+    weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F]
     w_tiles,  # descriptor of the weight, or None
     scale,  # of codes, contiguous, or None
     zero,  # as scale, or None
@@ -153,26 +149,25 @@ def down_listed_kernel(
     if USE_PDL:
         gdc_launch_dependents()
         if ASKS:
-            prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+            prefetch(weight, expert, block, N, D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()
     # Lists were complete before the up projection let this launch begin; past the L1, for nothing was waited for.
-    rows = lists + 2 * E
     count = tl.load(lists + expert, cache_modifier=".cg")
-    row = tl.load(rows + expert * capacity + lanes, cache_modifier=".cg")  # some number behind the last row
+    row = _list_rows(lists, expert, lanes, True, capacity, E)
     items, helper, helpers = _share(lists, count, expert, block, E, UNIT, BLOCKS)
     for i in range(items):
         unit = i
         if helpers > 0:
             expert, block, unit = _item_left(lists, helper + i * helpers, E, UNIT, BLOCKS)
             count = tl.load(lists + expert, cache_modifier=".cg")
-        list_at, place = rows + expert * capacity, unit * UNIT + lanes
+        place = unit * UNIT + lanes
         if unit > 0:
-            row = tl.load(list_at + place, cache_modifier=".cg")
+            row = _list_rows(lists, expert, place, True, capacity, E)
         left = count - unit * UNIT
         if USE_PDL and not ASKS:
             if left > 0:
-                prefetch(weight, expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
+                prefetch(weight, expert, block, N, D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS > 0:
             if left > 0:
                 # Every program of the up projection has begun before any of these, so that this ends.
@@ -181,7 +176,7 @@ def down_listed_kernel(
                     pass
         if PAIR_STAGES > 0 and left > BLOCK_T:
             live = place + BLOCK_T < count
-            more = tl.load(list_at + place + BLOCK_T, mask=live, other=0, cache_modifier=".cg")
+            more = _list_rows(lists, expert, place + BLOCK_T, live, capacity, E)
             acc, more_acc = _products(
                 hidden + row.to(tl.int64) * D, place < count, weight, w_tiles, scale, zero, expert, block, N, D, 0,
                 BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS,
@@ -204,6 +199,12 @@ def down_listed_kernel(
 
 
 @triton.jit
+def _list_rows(lists, expert, place, live, capacity, E: tl.constexpr):
+    """The rows at these places of an expert's list: some number behind the last, 0 where not live."""
+    return tl.load(lists + 2 * E + expert * capacity + place, mask=live, other=0, cache_modifier=".cg")
+
+
+@triton.jit
 def _share(lists, count, expert, block, E: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr):
     """(items, helper, helpers) of a program: the units of its expert or, of one without rows, its part of what is left.
 
@@ -214,15 +215,14 @@ def _share(lists, count, expert, block, E: tl.constexpr, UNIT: tl.constexpr, BLO
     if (count == 0) | (count > UNIT):
         counts = _counts(lists, E)
         empty = (counts == 0).to(tl.int32)
-        left = tl.sum(_units_left(counts, UNIT), 0) * BLOCKS
-        free = tl.sum(empty, 0) * BLOCKS
+        left, free = tl.sum(_units_left(counts, UNIT), 0), tl.sum(empty, 0)
         if left <= 2 * free:
             if count > 0:
                 items = 1
             else:
                 helper = tl.sum(tl.where(tl.arange(0, empty.shape[0]) < expert, empty, 0), 0) * BLOCKS + block
-                helpers = free
-                items = tl.cdiv(tl.maximum(left - helper, 0), free)
+                helpers = free * BLOCKS
+                items = tl.cdiv(tl.maximum(left * BLOCKS - helper, 0), helpers)
     return items, helper, helpers
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.experts.experts_aot import (
-    LAYOUTS,
     Shape,
     bias_of,
     config_of,
@@ -16,9 +15,8 @@ from fusecomp.lowerings.experts.experts_aot import (
     gpt_oss_shape,
     layout_of,
 )
-from fusecomp.lowerings.experts.launch import signalled_blocks
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
-from fusecomp.lowerings.experts.listed_launch import ASKED, LEAST_ROWS, tile_constants
+from fusecomp.lowerings.experts.listed_launch import fits, listed_constants
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.ops.experts import Activation
 
@@ -45,44 +43,33 @@ def listed_specializations(target: Target) -> Iterator[Specialization]:
 def specializations(target: Target, shape: Shape) -> Iterator[Specialization]:
     """The two matmuls of one call; nothing where another kind of launch serves it."""
     config = config_of(target, shape)
-    if config.method != "grouped" or not config.swap or config.up.per_sm or config.down.per_sm:
+    if not fits(config, shape.tokens * shape.top_k):
         return
     act, dtype = Activation.parse(shape.act, shape.gating > 0), shape.dtype
     pointers, layout = layout_of(target, shape)
-    weight, rows = pointers["weight"], shape.tokens * shape.top_k
-    signals = signalled_blocks(config, rows, shape.rows, target.has_pdl)
-    many = rows >= LEAST_ROWS * shape.experts
-    certain = target.has_pdl and many
-    programs = shape.experts * -(-shape.rows // config.up.block_n)
-    asking = min(2 * target.num_sms, programs) if certain and not shape.transposed else 0
+    weight, bits = pointers["weight"], 8 * shape.itemsize
+    weight_bits = 8 if shape.codes else bits
+    ups, downs = listed_constants(
+        config, (shape.experts, shape.rows, shape.top_k, shape.tokens),
+        0 if shape.transposed else shape.hidden * weight_bits // 8, target.num_sms, target.has_pdl, bits, weight_bits,
+    )  # fmt: skip
     common: dict[str, Any] = {
         "E": shape.experts, "BLOCK_T": config.block_t, "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl,
         **layout,
     }  # fmt: skip
-    bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
-    up, down = (
-        {
-            k: v
-            for k, v in tile_constants(t, config.block_t, bits, shape.itemsize, many and shape.codes != "nf4").items()
-            if k.isupper()
-        }
-        for t in (config.up, config.down)
-    )
     pointers, none = bias_of({"lists": "i32", "hidden": dtype, **pointers}, shape)
     tiles, more = described(config.up, shape, weight, 2 if shape.gating == 1 else 1, shape.hidden)
     yield Specialization(
         f"experts-up-listed-{shape}", up_listed_kernel, {**pointers, **tiles, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"},
         {"K": shape.top_k, "N": shape.rows, "D": shape.hidden, "GATING": shape.gating, "ACT": act.name,
-         "ALPHA": act.alpha, "LIMIT": act.limit, "ASKING": asking, "ASKED": ASKED,
-         "SIGNAL": signals > 0, **common, **up, **none, **more},
+         "ALPHA": act.alpha, "LIMIT": act.limit, **ups, **common, **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
     tiles, more = described(config.down, shape, weight, 1, shape.width)
     yield Specialization(
         f"experts-down-listed-{shape}", down_listed_kernel, {**pointers, **tiles, "parts": dtype},
         {"capacity": "i32"},
-        {"N": shape.hidden, "D": shape.width, "ASKS": certain,
-         "UP_BLOCKS": signals, **common, **down, **none, **more},
+        {"N": shape.hidden, "D": shape.width, **downs, **common, **none, **more},
         config.down.num_warps, config.down.num_stages,
     )  # fmt: skip

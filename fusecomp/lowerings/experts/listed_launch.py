@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of
-from fusecomp.lowerings.experts.codes import Codes, kernel_weight
+from fusecomp.lowerings.experts.codes import kernel_weight
 from fusecomp.lowerings.experts.combine import launch_combine
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.launch import Experts, signalled_blocks, weight_tiles
@@ -32,18 +32,25 @@ PAIRED = 8  # tokens of a tile up to which two are multiplied at once; two of mo
 LEAST_ROWS = 2**1.5
 
 
-def serves(config: ExpertsConfig, x: Tensor, router: Router, layer: Experts) -> bool:
-    """Whether `run_listed` runs such a router in front of such experts, which `config` is for.
+def fits(config: ExpertsConfig, routed_rows: int) -> bool:
+    """Whether the kernels of `listed.py` run experts by this configuration."""
+    alone = not config.up.per_sm and not config.down.per_sm
+    return config.method == "grouped" and config.swap and alone and routed_rows <= SINGLE_LAUNCH_ROWS
 
-    Codes whose scales are of columns too keep the plan: they were not timed, and some would spill registers.
+
+def reads(bits: int, columns: int) -> bool:
+    """Whether they read codes of so many bits of which so many columns share a scale, 0 for all.
+
+    Others were not timed, and some would spill registers.
     """
+    return bits == 8 and not columns
+
+
+def serves(config: ExpertsConfig, x: Tensor, router: Router, layer: Experts) -> bool:
+    """Whether `run_listed` runs such a router in front of such experts, which `config` is for."""
     return (
-        all(codes is None or not codes.spec.cols for codes in (layer.up_codes, layer.down_codes))
-        and config.method == "grouped"
-        and config.swap
-        and not config.up.per_sm
-        and not config.down.per_sm
-        and len(x) * router.spec.k <= SINGLE_LAUNCH_ROWS
+        all(codes is None or reads(codes.spec.bits, codes.spec.cols) for codes in (layer.up_codes, layer.down_codes))
+        and fits(config, len(x) * router.spec.k)
         and supports(x, router.weight, router.spec) is None
         and supports_router(len(x), router.weight, router.norm, router.norm_bias) is None
     )
@@ -71,8 +78,12 @@ def run_listed(
     given = y if router.norm else x
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
-    item, sms, capacity = x.element_size(), target_of(x).num_sms, list_capacity(tokens, config.block_t)
-    signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
+    sms, capacity = target_of(x).num_sms, list_capacity(tokens, config.block_t)
+    bits = 8 * x.element_size()
+    row = layer.up.shape[-1] * layer.up.element_size() if not layer.transposed and layer.up.data_ptr() % 16 == 0 else 0
+    ups, downs = listed_constants(
+        config, (experts, rows, top_k, tokens), row, sms, use_pdl, bits, weight_bits=8 if layer.up_codes else bits
+    )
     common = {
         "E": experts, "BLOCK_T": config.block_t, "TRANSPOSED": layer.transposed, "USE_PDL": use_pdl,
         **rounding_options(), **({"launch_pdl": True} if use_pdl else {}),
@@ -80,55 +91,57 @@ def run_listed(
 
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
-    many = tokens * top_k >= LEAST_ROWS * experts
-    certain = use_pdl and many
-    programs = experts * triton.cdiv(rows, config.up.block_n)
-    asking = asking_programs(layer, programs, sms) if certain else 0
     launch(
-        up_listed_kernel, (programs,),
+        up_listed_kernel, (experts * triton.cdiv(rows, config.up.block_n),),
         given, lists, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, given.stride(0), K=top_k, N=rows,
-        D=hidden_size, ASKING=asking, ASKED=ASKED, SIGNAL=signals > 0, USE_TMA=w_tiles is not None,
-        **layer.act_constants(), **layout, **common,
-        **tile_constants(config.up, config.block_t, _bits(layer.up_codes, item), item, many),
+        D=hidden_size, USE_TMA=w_tiles is not None, num_warps=config.up.num_warps, num_stages=config.up.num_stages,
+        **layer.act_constants(), **layout, **ups, **common,
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
         down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n),),
         hidden, lists, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        ASKS=certain, UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout,
-        **tile_constants(config.down, config.block_t, _bits(layer.down_codes, item), item, many), **common,
+        USE_TMA=w_tiles is not None, num_warps=config.down.num_warps, num_stages=config.down.num_stages, **layout,
+        **downs, **common,
     )  # fmt: skip
     return y, launch_combine(parts, index, weights, residual, experts, sms, use_pdl)
 
 
-def asking_programs(layer: Experts, programs: int, sms: int) -> int:
-    """Those of the up projection that ask the L2 for weights before the routing is known: the first on the card.
+def listed_constants(
+    config: ExpertsConfig,
+    sizes: tuple[int, int, int, int],
+    row_bytes: int,
+    sms: int,
+    use_pdl: bool,
+    bits: int,
+    weight_bits: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants of the two kernels that follow from the configuration and the number of tokens.
 
     Args:
-        programs: of each expert and block.
+        sizes: (E, N of the up projection, K, T).
+        row_bytes: of a row of the up projection's weight; 0 if it may not be asked for.
+        bits, weight_bits: of a number of the activations and of the weights.
     """
-    row = layer.up.shape[-1] * layer.up.element_size()  # bytes
-    if layer.transposed or row % 16 or row < ASKED or layer.up.data_ptr() % 16:
-        return 0
-    return min(2 * sms, programs)
+    experts, rows, top_k, tokens = sizes
+    many = tokens * top_k >= LEAST_ROWS * experts
+    signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
+    asks = use_pdl and many and row_bytes >= ASKED and row_bytes % 16 == 0
+    asking = min(2 * sms, experts * triton.cdiv(rows, config.up.block_n)) if asks else 0
+    up, down = (_tile_constants(t, config.block_t, bits, weight_bits, many) for t in (config.up, config.down))
+    ups = {"ASKING": asking, "ASKED": ASKED, "SIGNAL": signals > 0, **up}
+    return ups, {"ASKS": use_pdl and many, "UP_BLOCKS": signals, **down}
 
 
-def tile_constants(tiles: Tiles, block_t: int, weight_bits: int, itemsize: int, many: bool) -> dict[str, int]:
-    """Constants and options of one matmul; two tiles of tokens go through the shared memory that one has.
+def _tile_constants(tiles: Tiles, block_t: int, bits: int, weight_bits: int, many: bool) -> dict[str, int]:
+    """Of one matmul; two tiles of tokens go through the shared memory that one has.
 
     Args:
         many: rows of an expert, in the mean: some experts have more than a small tile.
     """
-    weight, tokens = tiles.block_n * weight_bits, block_t * 8 * itemsize  # bits of a column
+    weight, tokens = tiles.block_n * weight_bits, block_t * bits  # bits of a column
     pair_stages = 0
     if many and block_t <= PAIRED:
         pair_stages = max(2, tiles.num_stages * (weight + tokens) // (weight + 2 * tokens))
-    return {
-        "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages, "PAIR_STAGES": pair_stages,
-    }  # fmt: skip
-
-
-def _bits(codes: Codes | None, itemsize: int) -> int:
-    return 8 * itemsize if codes is None else codes.spec.bits
+    return {"BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "PAIR_STAGES": pair_stages}

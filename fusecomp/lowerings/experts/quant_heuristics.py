@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from fusecomp.lowerings.experts.heuristics import (
     TABLES,
@@ -26,6 +26,7 @@ from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
 from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.quant import NF4, WeightSpec
 
+Choice = TypeVar("Choice")
 DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
 DEFAULT_CODES_TABLE = "nvidia_h100_80gb_hbm3"
 KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
@@ -180,10 +181,23 @@ def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[in
     for choice, span in _spans(routed):
         name = "three launches that choose inside, where the router is part of them"
         lines.append(f"{span} tokens: {name}, from {choice.source}")
+    for listed, span in _spans([(t, _lists(target, shape, t)) for t in counts]):
+        if listed:
+            lines.append(f"{span} tokens: by lists of the router, where it is part of them")
     return lines
 
 
-def _spans(named: Sequence[tuple[int, ExpertsConfig]]) -> Iterator[tuple[ExpertsConfig, str]]:
+def _lists(target: Target, shape: CodesShape, tokens: int) -> bool:
+    """Whether a router in front of them lists each expert's rows."""
+    from fusecomp.lowerings.experts.listed_launch import fits, reads
+    from fusecomp.lowerings.route.router import MAX_TOKENS
+
+    whole = reads(shape.bits, shape.up_cols) and reads(shape.bits, shape.down_cols)
+    served = whole and 1 < tokens <= MAX_TOKENS
+    return served and fits(quant_experts_config(target, shape, tokens), tokens * shape.top_k)
+
+
+def _spans(named: Sequence[tuple[int, Choice]]) -> Iterator[tuple[Choice, str]]:
     """Each choice and the run of token counts that it serves: "8 to 16"."""
     for choice, run in itertools.groupby(named, key=lambda pair: pair[1]):
         counts = [tokens for tokens, _ in run]

@@ -29,9 +29,8 @@ def run(layer: Linear, config: SkinnyConfig) -> torch.Tensor:
     assert buffer[tokens:].isnan().all() and buffer[:, n:].isnan().all(), "a store went past the output"
     for counters in device._arrival_counters.values():
         assert not counters.any(), "a launch left its counters raised"
-    layer.assert_accurate(
-        out, ulps=2.0
-    )  # the interpreter truncates where a GPU rounds: normalized inputs, and the output
+    # The interpreter truncates where a GPU rounds: normalized inputs, and the output.
+    layer.assert_accurate(out, ulps=2.0)
     return out
 
 
