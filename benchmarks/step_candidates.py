@@ -29,7 +29,7 @@ Config = LargeConfig | ScaledConfig | QuantConfig | DecodeConfig
 Tile = TypeVar("Tile", LargeConfig, ScaledConfig)
 ATTENTION = "attention"
 Key = tuple[int, int, int, str] | str
-MOST_PROGRAMS = 256  # of a launch whose warps are apart, those of splits that a row does not use among them
+MOST_PROGRAMS = 256  # of a launch whose warps are apart; where none loads a tile ahead, with those of unused splits
 FEW_PAIRS = 64  # rows times kv heads up to which an attention launch leaves most of the GPU idle
 
 
@@ -127,6 +127,9 @@ def attention_candidates(committed: DecodeConfig, pairs: int, *, apart: bool = F
         for keys, warps, times in itertools.product((16, 32), (4, 8), (1, 2, 4)):
             tile = keys * warps
             yield DecodeConfig(tile, warps, 1, splits, times * tile, apart=keys)
+    if apart and pairs <= MOST_PROGRAMS:  # splits as an engine for at most 2,048 tokens has them
+        for warps, least in itertools.product((4, 8), (256, 1024, 2048)):
+            yield DecodeConfig(16 * warps, warps, 2, 2048 // least, least, apart=16)
 
 
 @contextmanager

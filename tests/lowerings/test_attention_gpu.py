@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -119,8 +120,9 @@ def test_warps_apart(monkeypatch, head_dim, warps, keys, page_size, group, rule,
     options = (head_dim**-0.5, 300 * (mode == "window"), 20.0 * ("softcap" in mode), sinks)
     original = step.kv_cache.clone()
     before = replace(step, kv_cache=original)
-    for splits, least in ((1, 1), (3, 2), (32, 1)):
-        config = DecodeConfig(tile, warps, 1, splits, least * tile, apart=keys)
+    every_stages = (1, 2) if keys == 16 else (1,)
+    for stages, (splits, least) in itertools.product(every_stages, ((1, 1), (3, 2), (32, 1))):
+        config = DecodeConfig(tile, warps, stages, splits, least * tile, apart=keys)
         monkeypatch.setattr(heuristics, "decode_config", lambda *_, found=config, **__: found)
         step.kv_cache.copy_(original)
         out = launch_rope_attention(*inputs.arguments(step, options))
@@ -130,7 +132,9 @@ def test_warps_apart(monkeypatch, head_dim, warps, keys, page_size, group, rule,
 
 
 @pytest.mark.parametrize(
-    ("quantized", "apart"), [(False, False), (True, False), (False, True)], ids=["plain", "fp8", "apart"]
+    ("quantized", "apart"),
+    [(False, 0), (True, 0), (False, 32), (False, 16)],
+    ids=["plain", "fp8", "apart", "apart, a tile ahead"],
 )
 def test_one_graph_of_the_fused_op_serves_any_length(monkeypatch, quantized, apart):
     """Captured behind ordinary kernels and a memset, replayed with other lengths, bitwise as eager launches."""
@@ -140,7 +144,7 @@ def test_one_graph_of_the_fused_op_serves_any_length(monkeypatch, quantized, apa
         quantized=quantized,
     )  # fmt: skip
     if apart:
-        config = DecodeConfig(256, 8, 1, 8, 256, apart=32)
+        config = DecodeConfig(8 * apart, 8, 32 // apart, 8, 256, apart=apart)
         monkeypatch.setattr(heuristics, "decode_config", lambda *_, **__: config)
     inputs = make_rope(step, Rope("half", 128), table_dtype=torch.float32)
     arguments = inputs.arguments(step, (0.1, 0, 0.0, None))

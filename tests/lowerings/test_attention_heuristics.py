@@ -86,6 +86,20 @@ def test_warps_apart_serve_new_keys_of_a_plain_16_bit_cache_alone(monkeypatch):
     assert choose(SM90, **{**shape, "head_dim": 64, "group": 16}, new_key=True).apart in (0, 32)
 
 
+def test_warps_apart_that_load_a_tile_ahead_serve_no_more_pairs_than_they_were_measured_with():
+    """Their programs fill the card: of more, some would begin when others end."""
+    for target in (SM90, heuristics.SM100):
+        for group, kv_heads in ((4, 8), (8, 4), (7, 2), (4, 10), (1, 16)):
+            shape = {**SHAPE, "num_kv_heads": kv_heads, "group": group, "new_key": True, "capacity": 2048}
+            found = {rows: decode_config(target, **shape, num_rows=rows) for rows in (8, 16, 24, 32, 48, 64, 80, 128)}
+            ahead = {
+                rows * kv_heads: config.num_warps for rows, config in found.items() if config.apart and config.ahead
+            }
+            assert ahead and max(ahead) <= 256
+            assert all(warps == 4 for pairs, warps in ahead.items() if pairs > 128)
+            assert not any(config.apart for rows, config in found.items() if rows * kv_heads > 256)
+
+
 def test_entries_of_an_fp8_cache_serve_no_other(monkeypatch):
     table = heuristics.load_table(SM90.table)
     tuned = {"head_dim": 128, "itemsize": 2, "kv_itemsize": 1, "page": 16, "pairs": 256}

@@ -36,7 +36,7 @@ class Case:
     aligned: bool = True  # k and v as TMA wants them
     rope: str = ""  # of `rope_attention`; the plain ops if empty
     quantized: bool = False  # an FP8 cache
-    apart: tuple[int, int] | None = None  # keys of a warp and warps of a decode program whose warps are apart
+    apart: tuple[int, int, int] | None = None  # keys of a warp, warps and stages of a decode whose warps are apart
 
     @property
     def itemsize(self) -> int:
@@ -46,7 +46,7 @@ class Case:
         marks = [f"w{self.window}"] * (self.window > 0) + ["cap"] * (self.softcap > 0) + ["sinks"] * self.sinks
         marks += ["unaligned"] * (not self.aligned)
         marks += [self.rope.replace(" ", "-")] * bool(self.rope) + ["fp8"] * self.quantized
-        marks += ["apart{}x{}".format(*self.apart)] if self.apart else []
+        marks += ["apart{}x{}x{}".format(*self.apart)] if self.apart else []
         return "-".join([self.dtype, f"d{self.head_dim}", f"b{self.page_size}", f"r{self.group}", *marks])
 
 
@@ -64,9 +64,11 @@ SUBSET = (
     Case(quantized=True),
     Case(head_dim=80, page_size=1, quantized=True, **EVERY_FEATURE),
     Case(rope=QWEN3, group=8, kv_heads=4, num_rows=64, quantized=True),
-    Case(rope="half:128:full", num_rows=1, apart=(32, 8)),
-    Case("fp16", 64, 1, 1, rope="interleaved:32:pairs rms+1:1e-06", num_rows=1, apart=(16, 4), **EVERY_FEATURE),
-    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=1, apart=(16, 8)),
+    Case(rope="half:128:full", num_rows=1, apart=(32, 8, 1)),
+    Case("fp16", 64, 1, 1, rope="interleaved:32:pairs rms+1:1e-06", num_rows=1, apart=(16, 4, 1), **EVERY_FEATURE),
+    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=1, apart=(16, 8, 1)),
+    Case(rope=QWEN3, group=8, kv_heads=4, num_rows=64, apart=(16, 4, 2)),
+    Case(rope="interleaved:128:pairs", group=8, num_rows=4, apart=(16, 8, 2)),
 )
 
 
@@ -116,8 +118,9 @@ def _full_cases() -> Iterator[Case]:
         yield Case(dtype, head_dim, quantized=True, rope=f"half:{head_dim // 2}:full rms:1e-06", **EVERY_FEATURE)
     for page_size, group in itertools.product((1, 32, 64), (1, 7, 32)):
         yield Case(page_size=page_size, group=group, quantized=True, **EVERY_FEATURE)
-    for head_dim, group, *apart in itertools.product((64, 128), (1, 2, 4, 7, 8, 16), (16, 32), (4, 8)):
-        case = Case(head_dim=head_dim, group=group, num_rows=1, apart=(apart[0], apart[1]))
+    tiles = (*itertools.product((16, 32), (4, 8), (1,)), *itertools.product((16,), (4, 8), (2,)))
+    for head_dim, group, apart in itertools.product((64, 128), (1, 2, 4, 7, 8, 16), tiles):
+        case = Case(head_dim=head_dim, group=group, num_rows=1, apart=apart)
         yield replace(case, rope=f"half:{head_dim}:full rms:1e-06")
         yield replace(case, dtype="fp16", page_size=1, rope="half:32:pairs", **EVERY_FEATURE)
         if (group, head_dim) != (16, 128):  # at most 16 bytes a thread are spilled there
@@ -204,8 +207,8 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     decode_pointers = {**inputs, **weights, "part_acc": "fp32", "part_lse": "fp32", "arrivals": "i32"}
     decode_scalars = {**scalars, **k_strides, **table_strides, "min_tiles": "i32", "eps": "fp32"}
     if case.apart:
-        each, warps = case.apart
-        decode = DecodeConfig(each * warps, warps, 1, 32, each * warps, apart=each)
+        each, warps, stages = case.apart
+        decode = DecodeConfig(each * warps, warps, stages, 32, each * warps, apart=each)
     if decode.apart:
         refusal = heuristics.apart_refusal(
             target, head_dim=case.head_dim, itemsize=case.itemsize, group=case.group, quantized=case.quantized
@@ -220,10 +223,11 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
                 {
                     **hooks, **sinks, **own, "LAUNCH_EARLY": True, "H": heads, "G": case.kv_heads, "D": case.head_dim,
                     "PAGE": case.page_size, "KEYS": decode.apart, "PARTS": decode.num_warps,
+                    "AHEAD": decode.ahead,
                     "MAX_SPLITS": heuristics.next_power_of_2(decode.num_splits),
                 },
                 decode.num_warps,
-                decode.num_stages,
+                num_stages=1,
                 max_registers=APART_REGISTERS,
             )  # fmt: skip
         return

@@ -77,6 +77,11 @@ class DecodeConfig:
     apart: int = 0  # keys of a warp of `decode_apart_kernel`, block_n / num_warps; 0: `decode_kernel`
     source: str = ""
 
+    @property
+    def ahead(self) -> bool:
+        """Of `decode_apart_kernel`: a tile is loaded while the one before is multiplied."""
+        return self.num_stages > 1
+
     def min_tiles(self) -> int:
         return max(1, self.min_split // self.block_n)
 
@@ -128,8 +133,9 @@ def _nearest(
     """The entry with the smallest weighted distance in log2 of each key, and a sentence on how it was found.
 
     The weights put the dtype before the head dim before the rest: tiles must first of all fit. Entries of an FP8 cache
-    say so by `kv_itemsize`, and serve no other; those whose warps are apart serve where `apart`. One with a `group`
-    serves the shape it was measured on alone, on Hopper cards, and may name another `gpu` than its table does.
+    say so by `kv_itemsize`, and serve no other; those whose warps are apart serve where `apart`, and, if they load a
+    tile ahead, no more pairs than their own: programs fill the card, and others wait. One with a `group` serves the
+    shape it was measured on alone, on Hopper cards, and may name another `gpu` than its table does.
     """
 
     def value(entry: dict, key: str) -> int:
@@ -141,8 +147,10 @@ def _nearest(
     def serves(entry: dict) -> bool:
         if "kv_itemsize" in entry and "kv_itemsize" not in weight:
             return False
-        if entry["config"].get("apart") and not apart:
-            return False
+        if entry["config"].get("apart"):
+            ahead = entry["config"]["num_stages"] > 1
+            if not apart or (ahead and wanted["pairs"] > entry["pairs"]):
+                return False
         alone = target.arch == SM90.arch and entry.get("group") == wanted.get("group") and distance(entry) == 0
         return "group" not in entry or alone
 

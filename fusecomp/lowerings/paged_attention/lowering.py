@@ -285,7 +285,7 @@ def run_decode(
         )
         if reason or new is None:
             raise ValueError(f"paged_attention: warps cannot be apart: {reason or 'the keys are all in the cache'}")
-        kernel, own = decode_apart_kernel, {"KEYS": config.apart, "PARTS": config.num_warps}
+        kernel, own = decode_apart_kernel, {"KEYS": config.apart, "PARTS": config.num_warps, "AHEAD": config.ahead}
         own["num_pages"] = block_tables.shape[1]
         own["maxnreg"] = APART_REGISTERS
     pre, post = pieces.score_factors(scale, softcap)
@@ -300,7 +300,7 @@ def run_decode(
         config.min_tiles(), q.stride(0), q.stride(1), *(new.strides() if new else (0,) * 6),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, PAGE=page_size, MAX_SPLITS=heuristics.next_power_of_2(splits),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=1 if config.apart else config.num_stages,
         **rope_constants(new.rope if new else Rope()), **own, **hooks(q.dtype, window, softcap, sinks),
         USE_PDL=use_pdl, LAUNCH_EARLY=heuristics.launches_early(num_decodes, num_kv_heads),
         **launch_options(use_pdl),

@@ -81,7 +81,10 @@ def apart(draw):
     """A decode launch whose warps are apart, and a shape that it serves, with rows around its tiles and splits."""
     keys, warps = draw(st.sampled_from([16, 32])), draw(st.sampled_from([4, 8]))
     tile = keys * warps
-    config = DecodeConfig(tile, warps, 1, draw(st.sampled_from([1, 3])), tile * draw(st.integers(1, 2)), apart=keys)
+    stages = draw(st.sampled_from([1, 2]))
+    config = DecodeConfig(
+        tile, warps, stages, draw(st.sampled_from([1, 3])), tile * draw(st.integers(1, 2)), apart=keys
+    )
     near = st.sampled_from([tile, 2 * tile, 3 * tile]).flatmap(lambda n: st.integers(n - 2, n + 2))
     cached = draw(st.lists(st.one_of(st.integers(0, 18), near, st.integers(0, 4 * tile)), min_size=1, max_size=4))
     heads = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
@@ -105,15 +108,15 @@ def test_decode_whose_warps_are_apart(data, launch):
         check(data, case, block_n=0)
 
 
-@pytest.mark.parametrize("keys", [16, 32])
+@pytest.mark.parametrize(("keys", "stages"), [(16, 1), (16, 2), (32, 1)])
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("splits", [1, 2, 16])
-def test_every_length_whose_warps_are_apart(keys, warps, splits):
+def test_every_length_whose_warps_are_apart(keys, stages, warps, splits):
     """Rows without a key, with ends in each place of a step and of a warp, in several tiles and splits."""
     tile = keys * warps
     lengths = [0, 1, 2, 14, 15, 16, 17, keys, keys + 1, tile - 2, tile - 1, tile, tile + 1, 3 * tile + 40]
     shape = {"heads": 4, "kv_heads": 1, "head_dim": 64, "page_size": 16, "dtype": torch.bfloat16, "seed": 0}
-    with decoded_by(DecodeConfig(tile, warps, 1, splits, tile, apart=keys)):
+    with decoded_by(DecodeConfig(tile, warps, stages, splits, tile, apart=keys)):
         run([(n, 1) for n in lengths], {**shape, "padding": 1}, {"window": 0, "softcap": 0.0, "sinks": None},
             Rope("half", 64))  # fmt: skip
 
