@@ -201,7 +201,7 @@ def down_listed_kernel(
 @triton.jit
 def _list_rows(lists, expert, place, live, capacity, E: tl.constexpr):
     """The rows at these places of an expert's list: some number behind the last, 0 where not live."""
-    return tl.load(lists + 2 * E + expert * capacity + place, mask=live, other=0, cache_modifier=".cg")
+    return tl.load(lists + 2 * E + 1 + expert * capacity + place, mask=live, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -209,10 +209,11 @@ def _share(lists, count, expert, block, E: tl.constexpr, UNIT: tl.constexpr, BLO
     """(items, helper, helpers) of a program: the units of its expert or, of one without rows, its part of what is left.
 
     An expert's programs leave all units but the first if that is no more than two items for each program of an expert
-    without rows; else none helps. Those of an expert of one unit look at no other.
+    without rows; else none helps. Those of an expert of one unit look at no other, nor any where none has more.
     """
     items, helper, helpers = tl.cdiv(count, UNIT), 0, 0
-    if (count == 0) | (count > UNIT):
+    most = tl.load(lists + 2 * E, cache_modifier=".cg")
+    if (most > UNIT) & ((count == 0) | (count > UNIT)):
         counts = _counts(lists, E)
         empty = (counts == 0).to(tl.int32)
         left, free = tl.sum(_units_left(counts, UNIT), 0), tl.sum(empty, 0)

@@ -1,8 +1,8 @@
 """A router behind its logits in one launch: scores, groups, top-k and weights of each token, in registers.
 
 It may list the rows of each expert on the way, for the kernels of `experts/listed.py`. Lists are one int32 buffer of
-E counts of rows, E counts that these kernels use, both zero before, and E lists of `capacity` rows (row r is expert
-r % K of token r / K), each in any order.
+E counts of rows, E counts that these kernels use, the largest count of rows if it is more than MOST_FROM, all zero
+before, and E lists of `capacity` rows (row r is expert r % K of token r / K), each in any order.
 
 Legend: T tokens, E experts, K chosen per token, G groups of S = E / G experts.
 """
@@ -21,6 +21,7 @@ from fusecomp.ops.router import RouteSpec
 
 MAX_EXPERTS, MAX_CHOSEN = 2048, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_FROM = tl.constexpr(8)  # rows of the smallest tile: where no expert has more, nobody asks for the largest count
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -73,7 +74,9 @@ def route_kernel(
     if lists is not None:
         chosen = rank < K
         place = tl.atomic_add(lists + e, 1, mask=chosen, sem="relaxed")
-        tl.store(lists + 2 * E + e * capacity + place, row.to(tl.int32) * K + rank, mask=chosen)
+        tl.store(lists + 2 * E + 1 + e * capacity + place, row.to(tl.int32) * K + rank, mask=chosen)
+        most = tl.max(tl.max(tl.where(chosen, place + 1, 0), 1), 0)
+        tl.atomic_max(lists + 2 * E, most, mask=most > MOST_FROM, sem="relaxed")
     tl.store(ids + row * K + rank, e.to(tl.int64), mask=rank < K)
     tl.store(weights + row * K + rank, weight, mask=rank < K)
 
@@ -125,7 +128,7 @@ def list_capacity(tokens: int, block_t: int) -> int:
 
 def empty_lists(tokens: int, experts: int, block_t: int, device: torch.device) -> Tensor:
     """A buffer of lists, nothing in it written."""
-    return torch.empty(experts * (2 + list_capacity(tokens, block_t)), dtype=torch.int32, device=device)
+    return torch.empty(experts * (2 + list_capacity(tokens, block_t)) + 1, dtype=torch.int32, device=device)
 
 
 def _launch(
@@ -143,7 +146,7 @@ def _launch(
     weights = torch.empty(tokens, spec.k, dtype=getattr(torch, spec.dtype), device=logits.device)
     if tokens:
         options = ({"launch_pdl": True} if use_pdl else {}) | rounding_options()
-        capacity = 0 if lists is None else len(lists) // experts - 2
+        capacity = 0 if lists is None else (len(lists) - 1) // experts - 2
         launch(
             route_kernel, (tokens,), logits, added, bias, ids, weights, lists, logits.stride(-2), logits.stride(0),
             capacity, SPLITS=splits, DTYPE=triton_dtype(dtype), **constants(spec, experts), USE_PDL=use_pdl,

@@ -75,6 +75,7 @@ def router_kernel(
     if lists is not None:
         count = tl.arange(0, 2 * BLOCK_E)
         tl.store(lists + count, tl.zeros([2 * BLOCK_E], tl.int32), mask=(count < 2 * E) & (tl.program_id(0) == 0))
+        tl.store(lists + 2 * E, 0, mask=tl.program_id(0) == 0)
     if NORM:
         squares = tl.zeros([BLOCK_T, NORM_BLOCK], tl.float32)
         for start in tl.static_range(0, D, NORM_BLOCK):

@@ -50,8 +50,9 @@ def test_lists_have_the_rows_of_each_expert_once(tokens, experts, config):
     assert capacity % config.block_t == 0 and 0 <= capacity - tokens < config.block_t
     lists = empty_lists(tokens, experts, config.block_t, x.device).fill_(-7)
     _, ids, _ = launch_router(x, weight, None, None, None, None, torch.float32, spec, False, lists)
-    counts, finished, rows = lists.split([experts, experts, experts * capacity])
+    counts, finished, most, rows = lists.split([experts, experts, 1, experts * capacity])
     assert torch.equal(counts, torch.bincount(ids.flatten(), minlength=experts).int()) and not finished.any()
+    assert most.item() == (counts.max().item() if counts.max() > 8 else 0)
     for expert, (count, found) in enumerate(zip(counts, rows.view(experts, capacity), strict=True)):
         assert found[:count].sort().values.tolist() == torch.where(ids.flatten() == expert)[0].tolist()
         assert (found[count:] == -7).all()
