@@ -198,7 +198,7 @@ def decode_config(
         capacity: the most keys a row can have, in tokens: pages of the block table times B.
         group: query heads per kv head.
         quantized: the cache is FP8; `itemsize` is that of the queries.
-        new_key: the launch norms, rotates and writes the rows' last keys too.
+        new_key: the launch norms, rotates and writes the rows' last keys too, in a cache of words of 32 bits.
     """
     pairs = rows_of_choice(num_rows) * num_kv_heads
     wanted = {"head_dim": padded_dim(head_dim), "itemsize": itemsize, "page": page_size, "pairs": pairs, "group": group}

@@ -137,6 +137,12 @@ def cache_strides(kv_cache: Tensor, head_dim: int) -> tuple[int, int, int, int]:
     return kv_cache.stride(0), layout.page_size * head_dim, kv_cache.stride(1), head_dim
 
 
+def has_words(kv_cache: Tensor) -> bool:
+    """Whether each page, head and slot begins where a word of 32 bits may: `decode_apart_kernel` reads such words."""
+    size = kv_cache.element_size()
+    return all(n * size % 4 == 0 for n in kv_cache.stride()[:-1]) and kv_cache.data_ptr() % 4 == 0
+
+
 def launch_options(use_pdl: bool) -> dict:
     """Options of a launch that may start before the kernel before it has ended."""
     return {"launch_pdl": True} if use_pdl else {}
@@ -285,6 +291,10 @@ def run_decode(
         )
         if reason or new is None:
             raise ValueError(f"paged_attention: warps cannot be apart: {reason or 'the keys are all in the cache'}")
+        if not has_words(kv_cache):
+            raise ValueError(
+                f"paged_attention: warps cannot be apart: strides {kv_cache.stride()} are no words of 32 bits"
+            )
         kernel, own = decode_apart_kernel, {"KEYS": config.apart, "PARTS": config.num_warps, "AHEAD": config.ahead}
         own["num_pages"] = block_tables.shape[1]
         own["maxnreg"] = APART_REGISTERS

@@ -124,6 +124,6 @@ def launch_rope_attention(
     lowering.require_support(q, kv_cache, scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_decodes:
-        config = lowering.decode_config(q, kv_cache, block_tables, num_decodes, new_key=True)
+        config = lowering.decode_config(q, kv_cache, block_tables, num_decodes, new_key=lowering.has_words(kv_cache))
         lowering.run_decode(config, q, kv_cache, out, seq_lens, block_tables, num_decodes, *mode, new=new)
     return out

@@ -138,6 +138,12 @@ def test_warps_apart_refuse_what_they_do_not_serve():
     step = make_step([(20, 1)], heads=2, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float16)
     with decoded_by(config), pytest.raises(ValueError, match="in the cache"):
         lowering.launch_paged_attention(*step.attention_inputs(), 0.2, 0, 0.0, None)
+    inputs = make_rope(step, Rope("half", 64), table_dtype=torch.float32)
+    shape = step.kv_cache.shape
+    odd = torch.zeros(shape[0], shape[1:].numel() + 1, dtype=torch.float16)[:, :-1].view(shape)
+    assert lowering.has_words(step.kv_cache) and not lowering.has_words(odd)
+    with decoded_by(config), pytest.raises(ValueError, match="32 bits"):
+        rope_lowering.launch_rope_attention(*inputs.arguments(replace(step, kv_cache=odd), (0.2, 0, 0.0, None)))
     wide = make_step([(20, 1)], heads=2, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
     inputs = make_rope(wide, Rope("half", 64), table_dtype=torch.float32)
     with decoded_by(config), pytest.raises(ValueError, match="16 bits"):
