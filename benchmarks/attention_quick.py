@@ -61,6 +61,7 @@ class Class:
     least: tuple[int, ...]
     spread: tuple[int, int] | None = None
     alone: bool = False  # the entry serves its query heads a kv head alone
+    apart: tuple[int, ...] = ()  # warps of launches whose warps are apart and load a tile ahead
 
     @property
     def name(self) -> str:
@@ -76,9 +77,14 @@ class Class:
         return alike + [replace(alike[0], context=high, ragged=True, shortest=low) for low, high in ranges]
 
     def kernels(self) -> list[DecodeConfig]:
-        return [
+        shared = [
             DecodeConfig(n, w, s, splits, max(n, self.least[0]), ahead)
             for n, w, s, ahead in self.tiles
+            for splits in self.splits
+        ]
+        return shared + [
+            DecodeConfig(16 * w, w, 2, splits, max(16 * w, self.least[0]), apart=16)
+            for w in self.apart
             for splits in self.splits
         ]
 
@@ -99,6 +105,7 @@ CLASSES = (
     Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), (32,), (64, 256)),
     Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), (8,), (64, 256)),
 )  # fmt: skip
+APART_PAIRS = 256  # of a row and a kv head: as many programs of four warps as an H200 has room for
 WIDE = (*SPLIT[:1], *SPLIT[2:3], (64, 4, 2, False), SPLIT[5])
 
 
@@ -109,9 +116,12 @@ def served(rows: int) -> tuple[int, int]:
 
 
 ON_REQUEST = tuple(
-    Class(layer, rows, (200, 640), False, tiles, (1, 2, 4, 8), (256, 512, 1024, 2048), served(rows), layer is QWEN)
+    Class(
+        layer, rows, (200, 640), False, tiles, (1, 2, 4, 8), (256, 512, 1024, 2048), served(rows), layer is QWEN, apart
+    )
     for layer, tiles in ((LLAMA, WIDE), (SMALL, (*WIDE, (128, 4, 2, False))), (QWEN, WIDE))
     for rows in (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+    for apart in ((4, 8) if rows * layer.kv_heads <= APART_PAIRS else (),)
 )
 
 
@@ -165,6 +175,7 @@ def measure(one: Class, bandwidth: float, until: float) -> tuple[list[dict], lis
     for before, after, shape in zip(*lines, one.shapes, strict=True):
         cells = "  ".join(f"{line['us']:8.2f} us {line['share']:4.0%}" for line in (before, after))
         print(f"{label(shape):52s} {cells}  {best[1].block_n}/{best[1].num_warps}/{best[1].num_stages}"
+              f"{' apart' * bool(best[1].apart)}"
               f" {best[1].num_splits}x{best[1].min_split}{' ahead' * best[1].read_ahead}", flush=True)  # fmt: skip
     times = [([round(s * 1e6, 2) for s in t], str(c)) for t, c in sorted(found, key=lambda pair: math.prod(pair[0]))]
     entry = table_entry(one.shapes[0], best[1], lines[1]) if best is not found[0] else None

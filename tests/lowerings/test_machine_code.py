@@ -52,15 +52,28 @@ def test_words_behind_the_first_tile_are_asked_of_the_l2_before_the_wait(ahead):
     assert not ahead or ptx.index("prefetch.L2") < ptx.index("griddepcontrol.wait")
 
 
-def test_warps_apart_hold_their_first_tile_before_the_wait_and_exchange_nothing_between_products():
-    """All of 32 keys and values a warp, sixteen bytes a load, asked for behind a row's pages and length alone."""
-    case = Case(rope="half:128:full", num_rows=1, apart=(32, 8))
+@pytest.mark.parametrize(
+    ("rule", "apart", "loads"),
+    [
+        ("half:128:full", (32, 8, 1), 32),
+        ("half:128:full", (16, 8, 2), 32),
+        ("half:128:full", (16, 4, 2), 32),
+        ("interleaved:128:pairs", (16, 4, 2), 16),
+    ],
+)
+def test_warps_apart_hold_first_tiles_before_the_wait_and_exchange_nothing_between_products(rule, apart, loads):
+    """All of 32 keys and values a warp, sixteen bytes a load, asked for behind a row's pages and length alone.
+
+    They are of one tile or, where one is loaded ahead, of two: of one alone if what rotates takes the registers.
+    """
+    case = Case(rope=rule, num_rows=1, apart=apart)
     spec = next(s for s in specializations_of_attention(case, SM90) if s.kernel is decode_apart_kernel)
     resources, compiled = compile_one(spec, "sm_90")
     ptx = compiled.asm["ptx"]
     before = ptx[: ptx.index("griddepcontrol.wait")]
-    assert resources.spills == 0 and before.count("ld.global.v4.b32") == 32
-    assert before.count("ld.volatile.global") == 5  # pages of the first tile, a length, pages of another first tile
+    assert resources.spills == 0 and before.count("ld.global.v4.b32") == loads
+    # Pages of the first tile, a length, pages of another first tile; those of the second and third.
+    assert before.count("ld.volatile.global") == (9 if apart[2] == 2 and loads == 32 else 5)
     assert not re.search(r"st\.(shared|global)|bar\.sync|shfl|ldmatrix", before)
     products = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
     assert "shared" not in products and "bar.sync" not in products
