@@ -24,6 +24,7 @@ import torch
 from benchmarks.attention_cases import DecodeShape, FusedCase, Layer, label, row
 from benchmarks.attention_tune import build_or_check, table_entry, timed
 from benchmarks.builds import refusal
+from benchmarks.step_candidates import MOST_PROGRAMS
 from benchmarks.timing import time_chain
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
@@ -105,7 +106,6 @@ CLASSES = (
     Class(QWEN, 1, (200, 1024, 4096), True, (SPLIT[0], SPLIT[2], *AHEAD), (32,), (64, 256)),
     Class(QWEN, 8, (200, 1024, 4096), True, (*SPLIT[:3], *AHEAD), (8,), (64, 256)),
 )  # fmt: skip
-APART_PAIRS = 256  # of a row and a kv head: as many programs of four warps as an H200 has room for
 WIDE = (*SPLIT[:1], *SPLIT[2:3], (64, 4, 2, False), SPLIT[5])
 
 
@@ -121,7 +121,7 @@ ON_REQUEST = tuple(
     )
     for layer, tiles in ((LLAMA, WIDE), (SMALL, (*WIDE, (128, 4, 2, False))), (QWEN, WIDE))
     for rows in (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-    for apart in ((4, 8) if rows * layer.kv_heads <= APART_PAIRS else (),)
+    for apart in ((4, 8) if rows * layer.kv_heads <= MOST_PROGRAMS else (),)
 )
 
 

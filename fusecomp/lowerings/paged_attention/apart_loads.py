@@ -19,16 +19,17 @@ def pairs_of(table, rows, other, stride, D: tl.constexpr, ROT: tl.constexpr):
 
 @triton.jit
 def warp_pages(table, start, num_pages, PAGE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr):
-    """[L] page ids of a warp's first 16 keys, and of the 16 behind, of a tile, where each are of one page.
+    """[L] page ids of a warp's first 16 keys, and of the 16 behind if it has 32, of a tile, where each are of one page.
 
     Beyond a row's keys they are of some page or other, which is not read.
     """
     pos = start + tl.arange(0, 32 * PARTS) // 32 * KEYS
+    page, other = pos, pos
     if PAGE % 16 == 0:
-        at, other = tl.minimum(pos // PAGE, num_pages - 1), tl.minimum((pos + 16) // PAGE, num_pages - 1)
-        return tl.load(table + at, volatile=True), tl.load(table + other, volatile=True)
-    else:
-        return pos, pos
+        page = tl.load(table + tl.minimum(pos // PAGE, num_pages - 1), volatile=True)
+        if KEYS == 32:
+            other = tl.load(table + tl.minimum((pos + 16) // PAGE, num_pages - 1), volatile=True)
+    return page, other
 
 
 @triton.jit
@@ -63,6 +64,32 @@ def load_tile(
         x = tl.join(x, _keys_of(k_at, table, other, first + group + 16, keys, stride_page, stride_slot, D, PAGE))
         y = tl.join(y, _values_of(v_at, table, other, first + 2 * lane + 16, keys, stride_page, stride_slot, D, PAGE))
     return x, y
+
+
+@triton.jit
+def load_ahead(
+    k_base,
+    stride_v,
+    table,
+    page,
+    other,
+    tile,
+    stop,
+    stride_page,
+    stride_slot,
+    num_pages,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """What `load_tile` gives of a tile, and what `warp_pages` does of the one behind it."""
+    start = tile * (KEYS * PARTS)
+    x, y = load_tile(
+        k_base, stride_v, table, page, other, start, stop, stride_page, stride_slot, D, PAGE, KEYS, PARTS
+    )  # fmt: skip
+    page, other = warp_pages(table, start + KEYS * PARTS, num_pages, PAGE, KEYS, PARTS)
+    return x, y, page, other
 
 
 @triton.jit

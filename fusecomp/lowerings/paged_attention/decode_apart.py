@@ -23,6 +23,7 @@ import triton.language as tl
 from fusecomp.lowerings.paged_attention.apart_loads import (
     attend_apart,
     by_lanes,
+    load_ahead,
     load_tile,
     operands,
     pairs_of,
@@ -150,15 +151,15 @@ def decode_apart_kernel(
     k_words, v_words = load_tile(
         k_base, stride_v, table, page, other, lo * BLOCK_N, stop, stride_page, stride_slot, D, PAGE, KEYS, PARTS
     )
+    if AHEAD:
+        page, other = warp_pages(table, (lo + 1) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
     # What rotates neighbours takes registers that the second tile has then.
     SECOND_LATER: tl.constexpr = STYLE == "interleaved"
     if AHEAD and not SECOND_LATER:
-        page, other = warp_pages(table, (lo + 1) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
-        next_k, next_v = load_tile(
-            k_base, stride_v, table, page, other, (lo + 1) * BLOCK_N, stop, stride_page, stride_slot, D, PAGE, KEYS,
+        next_k, next_v, page, other = load_ahead(
+            k_base, stride_v, table, page, other, lo + 1, stop, stride_page, stride_slot, num_pages, D, PAGE, KEYS,
             PARTS,
         )  # fmt: skip
-        page, other = warp_pages(table, (lo + 2) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
     r = tl.arange(0, 16)
     head = g * R + r % RP
     m, l = SINK(sinks, head, r % RP < R)
@@ -199,12 +200,10 @@ def decode_apart_kernel(
 
     q_RD = by_lanes(q_RD)
     if AHEAD and SECOND_LATER:
-        page, other = warp_pages(table, (lo + 1) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
-        next_k, next_v = load_tile(
-            k_base, stride_v, table, page, other, (lo + 1) * BLOCK_N, stop, stride_page, stride_slot, D, PAGE, KEYS,
+        next_k, next_v, page, other = load_ahead(
+            k_base, stride_v, table, page, other, lo + 1, stop, stride_page, stride_slot, num_pages, D, PAGE, KEYS,
             PARTS,
         )  # fmt: skip
-        page, other = warp_pages(table, (lo + 2) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
     k_DN, v_WND = operands(k_words, v_words, k_base, D, KEYS, PARTS)
     x_WRN = scores_of(q_RD, k_DN, lo * BLOCK_N, first, keys, pre, post, PARTS, WINDOWED, SCORE)
     m_WR = tl.maximum(tl.max(x_WRN, 2), -1.0e30)
@@ -214,11 +213,10 @@ def decode_apart_kernel(
     for tile in range(lo + 1, hi):
         if AHEAD:
             k_words, v_words = next_k, next_v
-            next_k, next_v = load_tile(
-                k_base, stride_v, table, page, other, (tile + 1) * BLOCK_N, stop, stride_page, stride_slot, D, PAGE,
+            next_k, next_v, page, other = load_ahead(
+                k_base, stride_v, table, page, other, tile + 1, stop, stride_page, stride_slot, num_pages, D, PAGE,
                 KEYS, PARTS,
             )  # fmt: skip
-            page, other = warp_pages(table, (tile + 2) * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
         else:
             page, other = warp_pages(table, tile * BLOCK_N, num_pages, PAGE, KEYS, PARTS)
             k_words, v_words = load_tile(

@@ -148,7 +148,7 @@ def _nearest(
         if "kv_itemsize" in entry and "kv_itemsize" not in weight:
             return False
         if entry["config"].get("apart"):
-            ahead = entry["config"]["num_stages"] > 1
+            ahead = DecodeConfig(**entry["config"]).ahead
             if not apart or (ahead and wanted["pairs"] > entry["pairs"]):
                 return False
         alone = target.arch == SM90.arch and entry.get("group") == wanted.get("group") and distance(entry) == 0

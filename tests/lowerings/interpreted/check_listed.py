@@ -10,7 +10,7 @@ from fusecomp.lowerings.experts import listed_launch, quant_routed, routed
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.quant_routed import launch_routed_quant_experts
 from fusecomp.lowerings.experts.routed import launch_routed_experts
-from fusecomp.lowerings.route.kernel import empty_lists, list_capacity
+from fusecomp.lowerings.route.kernel import MOST_FROM, empty_lists, list_capacity
 from fusecomp.lowerings.route.router import launch_router
 from fusecomp.ops.routed_experts import routed_experts_reference
 from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
@@ -52,7 +52,7 @@ def test_lists_have_the_rows_of_each_expert_once(tokens, experts, config):
     _, ids, _ = launch_router(x, weight, None, None, None, None, torch.float32, spec, False, lists)
     counts, finished, most, rows = lists.split([experts, experts, 1, experts * capacity])
     assert torch.equal(counts, torch.bincount(ids.flatten(), minlength=experts).int()) and not finished.any()
-    assert most.item() == (counts.max().item() if counts.max() > 8 else 0)
+    assert most.item() == (counts.max().item() if counts.max() > MOST_FROM.value else 0)
     for expert, (count, found) in enumerate(zip(counts, rows.view(experts, capacity), strict=True)):
         assert found[:count].sort().values.tolist() == torch.where(ids.flatten() == expert)[0].tolist()
         assert (found[count:] == -7).all()
