@@ -26,6 +26,7 @@ from fusecomp.patterns.epilogue import LinearEpilogue
 from fusecomp.patterns.experts_linear import ExpertsLinear
 from fusecomp.patterns.experts_residual import ExpertsResidual
 from fusecomp.patterns.hoisted_rows import HoistedRows
+from fusecomp.patterns.linear_experts import LinearExperts, QuantLinearExperts
 from fusecomp.patterns.linear_pair import LinearPair, QuantLinearPair
 from fusecomp.patterns.norm import Norm
 from fusecomp.patterns.outer import OuterProduct
@@ -59,6 +60,8 @@ FUSE: tuple[Pattern, ...] = (
     HoistedRows(),  # over whatever the last layer has become
     LinearPair(),  # of linears that have taken in all that they will
     QuantLinearPair(),
+    LinearExperts(),  # likewise
+    QuantLinearExperts(),
 )
 
 

@@ -14,7 +14,9 @@ from fusecomp.lowerings.launch import computed
 from fusecomp.lowerings.registration import run_linear, run_norm, run_router, unit_stride
 from fusecomp.ops.library import implement, record_fallback, require_any_order
 from fusecomp.ops.linear import Program
+from fusecomp.ops.linear_experts import NORM, NORM_WEIGHT, QUANT_RESIDUAL, mixture_args, without_norm
 from fusecomp.ops.linear_pair import QUANT_ARGS
+from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import (
     ActivationSpec,
     WeightSpec,
@@ -24,7 +26,7 @@ from fusecomp.ops.quant import (
 )
 from fusecomp.ops.quant_linear import is_codes
 
-ROUTER_ARGS, NORM = 8, 5  # arguments of a router besides x, and which of them describes its norm
+ROUTER_ARGS = 8  # arguments of a router besides x
 
 if TYPE_CHECKING:
     from fusecomp.lowerings.quant.pair import ScaledCall
@@ -221,6 +223,24 @@ def _routed_quant_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y, _quant_experts(y if router[NORM] else x, ids, weights, *experts)
 
 
+def _quant_linear_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `registration._linear_experts`, by products of codes."""
+    from fusecomp.lowerings.quant.pair import launch_scaled_norm
+
+    require_any_order("quant_linear_experts")
+    first, norm, y = args[:QUANT_ARGS], args[QUANT_ARGS + NORM], None
+    call = _scaled_call(x, *first) if norm and x.shape[0] else None
+    if call is None:
+        h = _quant_linear(x, *first)
+    else:
+        h, y = launch_scaled_norm(x, call, NormSpec.from_text(norm), *args[QUANT_ARGS + NORM_WEIGHT :][:2])
+        h, y = computed(h), None if y is None else computed(y)
+    rest = mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, h)
+    if y is None:
+        return h, *_routed_quant_experts(h, *rest)
+    return h, y, _routed_quant_experts(y, *without_norm(rest))[1]
+
+
 @cache
 def register() -> None:
     """Bind what this file has, once per process."""
@@ -231,3 +251,4 @@ def register() -> None:
     implement("quant_linear_pair", _quant_linear_pair, "CUDA")
     implement("quant_experts", _quant_experts, "CUDA")
     implement("routed_quant_experts", _routed_quant_experts, "CUDA")
+    implement("quant_linear_experts", _quant_linear_experts, "CUDA")

@@ -17,6 +17,7 @@ from fusecomp.ops.attention import attention_reference, paged_attention_referenc
 from fusecomp.ops.kv_cache import KVLayout
 from fusecomp.ops.library import implement, record_fallback
 from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.linear_experts import NORM, NORM_WEIGHT, RESIDUAL, mixture_args, without_norm
 from fusecomp.ops.linear_pair import LINEAR_ARGS
 from fusecomp.ops.mode import batch_invariant
 from fusecomp.ops.norm import NormSpec, norm_reference
@@ -242,6 +243,38 @@ def _experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, out, run_linear(out, weight, norm_weight, norm_bias, operands, program)
 
 
+def _linear_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    h, y, rest = _before_experts(x, args)
+    normed, out = _routed_experts(h if y is None else y, *rest)
+    return h, normed if y is None else y, out
+
+
+def _linear_experts_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, y, rest = _before_experts(x, args)
+    normed, out, z = _experts_linear(h if y is None else y, *rest)
+    return h, normed if y is None else y, out, z
+
+
+def _before_experts(x: Tensor, args: tuple) -> tuple[Tensor, Tensor | None, list[Any]]:
+    """(h, y, rest): a linear's result, norm(h) or None, and the mixture's arguments behind what it reads.
+
+    Where the linear's sums are left to another kernel, that one makes the router's norm: the mixture reads y and has no
+    norm of its own. Elsewhere it reads h.
+    """
+    from fusecomp.lowerings.linear.lowering import launch_linear_norm, supports
+
+    first, norm, y = args[:LINEAR_ARGS], args[LINEAR_ARGS + NORM], None
+    program = Program.from_text(first[-1])
+    if norm and not supports(x, first[0], first[3], program):
+        given: Any = (*first[:-1], program, NormSpec.from_text(norm), *args[LINEAR_ARGS + NORM_WEIGHT :][:2])
+        if found := launch_linear_norm(x, *given):
+            h, y = computed(found[0]), computed(found[1])
+    if y is None:
+        h = run_linear(x, *first)
+    rest = mixture_args(args, LINEAR_ARGS, RESIDUAL, h)
+    return h, y, rest if y is None else without_norm(rest)
+
+
 @cache
 def register() -> None:
     """Bind what this file has, once per process. Triton is imported when a kernel first runs, not here."""
@@ -257,4 +290,6 @@ def register() -> None:
     implement("experts", _experts, "CUDA")
     implement("routed_experts", _routed_experts, "CUDA")
     implement("experts_linear", _experts_linear, "CUDA")
+    implement("linear_experts", _linear_experts, "CUDA")
+    implement("linear_experts_linear", _linear_experts_linear, "CUDA")
     implement("attention", attention_reference, "CUDA")

@@ -185,9 +185,27 @@ def _quant_linear_pair(x: Any, *args: Any) -> Cost:
     return _quant_linear(x, *first) + _quant_linear(_result(first[6]), *then)
 
 
-def _result(program: str) -> torch.Tensor:
-    """Stands for a linear's result, of which the dtype counts."""
-    return torch.empty(0, dtype=getattr(torch, json.loads(program)["dtype"]), device="meta")
+def _linear_experts(x: Any, *args: Any) -> Cost:
+    """The linear and the mixture, each with what it reads and writes."""
+    return _linear(x, *args[:LINEAR_ARGS]) + _routed_experts(*_mixture(args, LINEAR_ARGS, 4))
+
+
+def _linear_experts_linear(x: Any, *args: Any) -> Cost:
+    return _linear(x, *args[:LINEAR_ARGS]) + _experts_linear(*_mixture(args, LINEAR_ARGS, 4))
+
+
+def _quant_linear_experts(x: Any, *args: Any) -> Cost:
+    return _quant_linear(x, *args[:QUANT_ARGS]) + _routed_quant_experts(*_mixture(args, QUANT_ARGS, 6))
+
+
+def _mixture(args: tuple, count: int, program: int) -> tuple:
+    """All arguments of a mixture behind a linear, which has `count` of them, its program among these."""
+    return _result(args[program], int(args[count].shape[1])), *args[count:-1]
+
+
+def _result(program: str, features: int = 0) -> torch.Tensor:
+    """Stands for a linear's result, of which the dtype counts, and for experts the features."""
+    return torch.empty(0, features, dtype=getattr(torch, json.loads(program)["dtype"]), device="meta")
 
 
 def _norm(x: Any, *_: Any) -> Cost:
@@ -204,7 +222,10 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "route": _route,
     "router": _router,
     "linear": _linear,
+    "linear_experts": _linear_experts,
+    "linear_experts_linear": _linear_experts_linear,
     "linear_pair": _linear_pair,
+    "quant_linear_experts": _quant_linear_experts,
     "quant_linear_pair": _quant_linear_pair,
     "norm": _norm,
     "dequantize": _dequantize,

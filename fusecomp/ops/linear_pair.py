@@ -71,12 +71,14 @@ def _fake(x: Tensor, args: tuple, count: int, program_at: int) -> tuple[Tensor, 
     return found[0], found[1]
 
 
-def _linear_args(prefix: str) -> str:
+def linear_schema(prefix: str) -> str:
+    """Arguments of `linear` behind x, their names with a prefix, as a schema has them."""
     norm = f"Tensor? {prefix}norm_weight, Tensor? {prefix}norm_bias, "
     return f"Tensor {prefix}weight, {norm}Tensor[] {prefix}operands, str {prefix}program"
 
 
-def _quant_args(prefix: str) -> str:
+def quant_schema(prefix: str) -> str:
+    """The same of `quant_linear`, none by default."""
     weight = f"Tensor {prefix}q, Tensor {prefix}scale, Tensor? {prefix}zero, "
     norm = f"Tensor? {prefix}norm_weight, Tensor? {prefix}norm_bias, "
     rest = f"Tensor[] {prefix}operands, str {prefix}program, str {prefix}spec, "
@@ -84,12 +86,12 @@ def _quant_args(prefix: str) -> str:
 
 
 define(
-    f"linear_pair(Tensor x, {_linear_args('')}, {_linear_args('next_')}) -> (Tensor, Tensor)",
+    f"linear_pair(Tensor x, {linear_schema('')}, {linear_schema('next_')}) -> (Tensor, Tensor)",
     linear_pair_reference,
     lambda x, *args: _fake(x, args, LINEAR_ARGS, 4),
 )
 define(
-    f"quant_linear_pair(Tensor x, {_quant_args('')}, {_quant_args('next_')}) -> (Tensor, Tensor)",
+    f"quant_linear_pair(Tensor x, {quant_schema('')}, {quant_schema('next_')}) -> (Tensor, Tensor)",
     quant_linear_pair_reference,
     lambda x, *args: _fake(x, args, QUANT_ARGS, 6),
 )

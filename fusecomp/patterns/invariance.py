@@ -21,7 +21,8 @@ from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_
 
 INVARIANT = {
     *("cache_write", "paged_attention", "rope_attention", "linear", "norm", "experts", "route", "router"),
-    *("routed_experts", "experts_linear", "linear_pair", "greedy", "dequantize"),
+    *("routed_experts", "experts_linear", "linear_experts", "linear_experts_linear", "linear_pair", "greedy"),
+    "dequantize",
 }
 MOVES = {
     *("clone", "_to_copy", "convert_element_type", "cat", "index", "index_select", "embedding", "gather", "full"),

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = [
-    "experts routed listed",
+    "experts routed listed linear_experts",
     "quant folded scaled linear_pair",
     "rope epilogue greedy feed route skinny linear_large",
     "quant_experts",

@@ -72,8 +72,9 @@ def test_one_epilogue_adds_it_all(gated):
     assert context.report.count("routed_experts") == 1
     calls = [n for n in graph.graph.nodes if n.op == "call_function" and not is_call(n, *RESHAPES, operator.getitem)]
     kinds = Counter(n.target.name().removeprefix("fusecomp::") for n in calls)
-    # Output projection, the shared experts' first, the gate; their second with the next projection.
-    assert kinds == {"linear": 2 + gated, "linear_pair": 1, "routed_experts": 1}
-    programs = [json.loads(n.args[5]) for n in calls if is_call(n, OPS.linear.default, OPS.linear_pair.default)]
+    # Output projection with the mixture; the shared experts' first, the gate; their second with the next projection.
+    assert kinds == {"linear_experts": 1, "linear": 1 + gated, "linear_pair": 1}
+    linears = OPS.linear.default, OPS.linear_pair.default, OPS.linear_experts.default
+    programs = [json.loads(n.args[5]) for n in calls if is_call(n, *linears)]
     sums = [program["steps"] for program in programs if len(program["operands"]) > 1]
     assert [[step[0] for step in steps] for steps in sums] == [["mul"] * gated + ["add", "add"]]

@@ -1,6 +1,6 @@
-"""Two products of codes by codes, of which the second reads what the first gives through a norm.
+"""A product of codes by codes whose result is read through a norm, mostly by another one.
 
-Where the first leaves its sums to another kernel, that one makes the second's codes too.
+Where the first leaves its sums to another kernel, that one makes the norm, or the second's codes, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
 from fusecomp.lowerings.linear.lowering import sums_with_norm
-from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row
+from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row, launch_sum_norm
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant.activations import (
     LEAST_TOKENS,
@@ -25,10 +25,11 @@ from fusecomp.lowerings.quant.activations import (
     scaled_shape,
 )
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
-from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product, run_scaled
+from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
 from fusecomp.ops.linear import LinearShape, Program
 from fusecomp.ops.linear_pair import PairShape
+from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, is_codes
 
@@ -49,24 +50,51 @@ class ScaledCall(NamedTuple):
 
 def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[Tensor, Tensor]:
     """(h, z): h = `launch_scaled_linear` of x, or of codes x, by `first`, z = that of h by `then`; there are tokens."""
-    x_scale, program, norm = first.x_scale, first.program, then.program.norm
-    if not is_codes(x):
-        x, x_scale = launch_quantize(x, x_scale, first.activation, program.norm, first.norm_weight, first.norm_bias)
-        program = replace(program, norm=None)
-    assert x_scale is not None and program.norm is None
-    q, w_scale, spec, activation = first.q, first.w_scale, first.spec, first.activation
-    config = choose(q, x_scale, w_scale, program, spec, activation, x.shape[0])
-    fits = leaves_sums(config) and fits_a_row(q.shape[0] // program.groups)
-    if norm is None or not fits or not one_launch(then.activation):
-        h = run_scaled(config, x, x_scale, q, w_scale, first.operands, program, spec, activation)
+    norm = then.program.norm
+    x, first = _coded(x, first)
+    sums = None if norm is None or not one_launch(then.activation) else _sums(x, first)
+    if norm is None or sums is None:
+        h = _launch(x, first)
         return h, _launch(h, then)
-    acc = run_product(config, x, x_scale, q, w_scale, program.groups, spec, activation)
-    args = full_rows(first.operands, program)
-    strides = operand_strides(program, args)
-    sums = Sums(acc, program.torch_dtype, epilogue_hook(program), args, strides, program.groups)
     h, codes, scales = launch_sum_quantize(sums, norm, then.norm_weight, then.norm_bias, then.x_scale, then.activation)
     rest = then._replace(norm_weight=None, norm_bias=None, program=replace(then.program, norm=None), x_scale=scales)
     return h, _launch(codes, rest)
+
+
+def launch_scaled_norm(
+    x: Tensor, call: ScaledCall, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(h, norm(h)) of h = `launch_scaled_linear` of x; None for the norm where the product ends in h. Of some tokens.
+
+    Args:
+        weight, bias: the norm's, [N] contiguous, or None.
+    """
+    x, call = _coded(x, call)
+    if (sums := _sums(x, call)) is None:
+        return _launch(x, call), None
+    return launch_sum_norm(sums, norm, weight, bias)
+
+
+def _coded(x: Tensor, call: ScaledCall) -> tuple[Tensor, ScaledCall]:
+    """Codes of what the call multiplies, and the rest of it."""
+    if is_codes(x):
+        return x, call
+    program = call.program
+    x, scale = launch_quantize(x, call.x_scale, call.activation, program.norm, call.norm_weight, call.norm_bias)
+    return x, call._replace(x_scale=scale, norm_weight=None, norm_bias=None, program=replace(program, norm=None))
+
+
+def _sums(x: Tensor, call: ScaledCall) -> Sums | None:
+    """The product of codes x; None, and nothing is launched, where it ends in the epilogue, or a row is too long."""
+    program, q = call.program, call.q
+    assert call.x_scale is not None
+    config = choose(q, call.x_scale, call.w_scale, program, call.spec, call.activation, x.shape[0])
+    if not leaves_sums(config) or not fits_a_row(q.shape[0] // program.groups):
+        return None
+    acc = run_product(config, x, call.x_scale, q, call.w_scale, program.groups, call.spec, call.activation)
+    args = full_rows(call.operands, program)
+    strides = operand_strides(program, args)
+    return Sums(acc, program.torch_dtype, epilogue_hook(program), args, strides, program.groups)
 
 
 def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
