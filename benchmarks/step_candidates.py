@@ -54,6 +54,10 @@ def linear_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[Large
             LargeConfig(block_t=rows, block_n=64, block_k=128, num_warps=4, num_stages=4 + stages, pieces=1),
             LargeConfig(block_t=rows, block_n=128, block_k=128, num_warps=4, num_stages=3 + stages),
         ]
+        if rows == 64:
+            tiles.append(
+                LargeConfig(block_t=64, block_n=32, block_k=128, num_warps=4, num_stages=4, pieces=1, per_sm=2)
+            )
         if rows == 256:
             wide = LargeConfig(block_t=256, num_stages=4, pieces=8)
             tiles = [wide, replace(wide, swap=True), replace(wide, block_n=64, num_stages=5, pieces=4)]
@@ -95,6 +99,7 @@ def code_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[ScaledC
         if rows == 64:
             tiles.append(replace(narrow, block_n=128 // g, num_stages=4, pieces=2, per_sm=2))
             tiles.append(replace(narrow, block_n=128 // g, block_k=256, num_stages=4, pieces=2))
+            tiles.append(replace(narrow, block_n=32 // g, block_k=256, num_stages=4, per_sm=2))
         for tile in tiles:
             if tile.block_t <= 128:
                 yield from _split(layer, tokens, tile, num_sms)

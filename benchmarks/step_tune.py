@@ -5,10 +5,10 @@
 
 A launch alone says little here: whether it begins while the one before ends, whether the one behind it may, and what a
 library copies first, show between launches. So an engine captures its step of so many decodes anew for each candidate
-of one linear, and its replays are timed; the best stays while the next linear is tried. Then come the finalists of all,
-in turns. Every winner is checked: a linear against fp32, a whole step against the committed one, and every step against
-itself without a graph. With `--quantize` linears of layers read weights of codes; with fp8 and 16 tokens or more they
-are products of codes by codes.
+of one linear, and replays of all are timed in short turns: steps that reach the card's power limit take 5% more or less
+from one second to the next. The best stays while the next linear is tried. Every winner is checked: a linear against
+fp32, a whole step against the committed one, and every step against itself without a graph. With `--quantize` linears
+of layers read weights of codes; with fp8 and 16 tokens or more they are products of codes by codes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import argparse
 import itertools
 import json
 import math
-import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from benchmarks.step_candidates import (
     linear_candidates,
     weight_candidates,
 )
-from benchmarks.timing import Samples, kernel_times, time_calls
+from benchmarks.timing import Samples, kernel_times, time_in_turns
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import lowering
@@ -67,6 +66,7 @@ MOST_DIFFERENT = 0.05  # logits of a step, relative to those with the committed 
 MOST_DIFFERENT_CODES = 0.1
 POOL = 1 << 28  # elements of the weights of a check, at least
 PROFILED, STEPS = 24, 20
+GRAPH_BYTES = 1 << 34  # that the graphs of a sweep may take
 CODES, WEIGHTS = "codes", "weights"  # what multiplies: codes by codes, or numbers by codes
 
 
@@ -79,12 +79,13 @@ class StepTuner:
     context: int
     layers: dict[str, Layer | None]
     scheme: str = ""  # of the weights of layers
-    replays: int = 15
     kept: dict[Key, Config] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run = DecodeRun(self.session, self.tokens, self.context)
         self.target = device_target(0)
+        assert self.run.engine.graphs is not None
+        self.run.engine.graphs._budget = GRAPH_BYTES
         committed = {name: self._committed(name, layer) for name, layer in self.layers.items()}
         self.committed = {name: replace(config, source="") for name, config in committed.items()}
 
@@ -147,21 +148,28 @@ class StepTuner:
         with chosen(self.kept | configs):
             return engine._step(engine._latest[0]).float()
 
-    def seconds(self, configs: dict[Key, Config]) -> float:
-        """Median of a replay of the step; infinite for what the device refuses."""
+    def seconds(self, *steps: dict[Key, Config], rounds: int = 12) -> list[float]:
+        """Median of a replay of the step with each of these, in turns; infinite for what the device refuses."""
+        replays = [self.capture(configs) for configs in steps]
+        self._feed_again()
+        runs = [replay for replay in replays if replay is not None]
+        medians = iter(time_in_turns(runs, self.session.device, rounds=rounds))
+        return [math.inf if replay is None else next(medians).median * 1e-3 for replay in replays]
+
+    def capture(self, configs: dict[Key, Config]) -> Callable[[], object] | None:
+        """A replay of the step with these, checked, which is the engine's from now on; None if the device refuses."""
         engine, key = self.run.engine, (self.tokens, Kind())
-        assert engine.graphs is not None
+        assert engine.graphs is not None and engine._latest is not None
         with chosen(self.kept | configs):
             engine.graphs._graphs.pop(key, None)
             try:
                 engine._capture(engine.graphs, *key)
                 self._feed_again()
-                assert engine._latest is not None
                 engine.graphs.check(engine._latest[0], *key)
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{configs}: {error}", flush=True)
-                return math.inf
-            return time_calls(engine.repeat_step, self.session.device, calls=self.replays).median * 1e-3
+                return None
+        return engine.graphs._graphs[key][0]
 
     def _feed_again(self) -> None:
         """The inputs of the latest step, which a capture replaced by padding; only the ids may be others."""
@@ -176,8 +184,11 @@ class StepTuner:
         for name, pool in pools.items():
             layer, before = self.layers[name], self.committed[name]
             key = key_of(layer)
-            found = sorted(((self.seconds({key: config}), config) for config in pool), key=lambda pair: pair[0])
-            medians = self._in_turns(key, [before, *(config for _, config in found[:3] if config != before)])
+            times = zip(self.seconds(*({key: config} for config in pool)), pool, strict=True)
+            found = sorted(times, key=lambda pair: pair[0])
+            finals = [before, *(config for _, config in found[:3] if config != before)]
+            finalists = self.seconds(*({key: config} for config in finals), rounds=60)
+            medians = dict(zip(finals, finalists, strict=True))
             best = min(medians, key=lambda config: medians[config])
             difference = self._checked(name, before, best)
             self.kept[key] = best
@@ -195,14 +206,6 @@ class StepTuner:
                 entry["own"] = _constants(next(ours))
             rows.append(entry | {"turns": turns, "tried": tried})
         return rows
-
-    def _in_turns(self, key: Key, finals: list[Config]) -> dict[Config, float]:
-        """Medians of the time of a step with each, one after the other, three times."""
-        times: dict[Config, list[float]] = {config: [] for config in finals}
-        for _ in range(3):
-            for config in finals:
-                times[config].append(self.seconds({key: config}))
-        return {config: statistics.median(values) for config, values in times.items()}
 
     def _checked(self, name: str, before: Config, best: Config) -> float:
         """The difference of a step's logits with the one and the other; a linear is compared with fp32 too.
@@ -227,7 +230,7 @@ class StepTuner:
 
     def idle(self) -> dict[str, Any]:
         """Of steps with what is kept."""
-        self.seconds({})
+        self.capture({})
         with chosen(self.kept):
             return profile_idle(self.run.step, PROFILED).to_dict(PROFILED)
 
@@ -283,11 +286,12 @@ def main() -> None:
             continue
         pools = {name: list(dict.fromkeys([tuner.committed[name], *tuner.others(name)])) for name in names}
         tuner.compile(pools)
-        before = tuner.seconds({})
+        (before,) = tuner.seconds({})
         rows = tuner.tune(pools)
         idle, walls = tuner.idle(), Samples.of([tuner.run.step() for _ in range(STEPS)])
         print(f"    engine steps {walls.median:.4f} ms", flush=True)
-        after, kernels = tuner.seconds({}), kernel_times(session.engine.repeat_step)
+        (after,) = tuner.seconds({})
+        kernels = kernel_times(session.engine.repeat_step)
         print(
             f"{args.shape} {count} x {context}: {before * 1e3:.4f} -> {after * 1e3:.4f} ms, idle {idle['share']:.2%}",
             flush=True,

@@ -63,6 +63,27 @@ def compiled_kernels() -> Iterator[list[str]]:
         triton.knobs.compilation.listener = before
 
 
+def time_in_turns(
+    runs: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 20, calls: int = 2
+) -> list[Samples]:
+    """Mean time of `calls` calls of each, behind one that is not timed, one after the other, again and again.
+
+    So all share what the card's clock does meanwhile: at its power limit that changes within a second.
+    """
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, pairs in zip(runs, events, strict=True):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            run()
+            start.record()
+            for _ in range(calls):
+                run()
+            stop.record()
+            pairs.append((start, stop))
+        synchronize(device)
+    return [Samples.of([a.elapsed_time(b) / calls for a, b in pairs]) for pairs in events]
+
+
 def time_replays(run: Callable[[], Any], replays: int = 15) -> float:
     """Median seconds of one replay of `run`, captured in a CUDA graph; run it once before."""
     torch.cuda.synchronize()
