@@ -51,7 +51,7 @@ Job = tuple[str, str, int, QuantConfig]  # scheme, kind of layer, tokens, config
 WORD_TILES = (
     (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (2, 4096, 4), (4, 4096, 4),
     (4, 512, 2), (8, 512, 2), (4, 1024, 2), (8, 1024, 2), (8, 256, 1), (4, 512, 1), (4, 2048, 8), (8, 2048, 8),
-    (2, 4096, 2), (8, 4096, 8),
+    (2, 4096, 2), (8, 4096, 8), (4, 256, 1), (2, 512, 1), (8, 512, 1), (4, 1024, 1), (2, 1024, 2), (16, 512, 2),
 )  # fmt: skip
 YES, NO, BOTH = (True,), (False,), (True, False)
 # By tokens of a program, of 8-bit codes: rows and columns of a tile, warps, stages, choices of `early` and `halves`.
