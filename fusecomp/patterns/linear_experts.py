@@ -85,9 +85,9 @@ class LinearExperts(Pattern):
             }
         program = Program.from_text(first.args[self.program])  # type: ignore[arg-type]
         norm = NormSpec.from_text(node.args[NORM])  # type: ignore[arg-type]
+        replace_and_prune(first, h)  # before the mixture, with which it may go
         for user, result in results.items():
             replace_and_prune(user, result)
-        replace_and_prune(first, h)
         return f"{program.describe()}, then {norm.describe()} -> experts"
 
     def examples(self) -> list[Example]:

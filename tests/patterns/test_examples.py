@@ -27,6 +27,7 @@ def context() -> PassContext:
     return new_context(masks={0: MaskSpec("causal", 0, 64), 1: unknown("made up for the test")}, proof_length=64)
 
 
+@pytest.mark.filterwarnings("error:erase_node")  # of a node that was erased
 @pytest.mark.parametrize(("pattern", "example", "dtype"), CASES)
 def test_example(pattern, example, dtype):
     check_pattern(pattern, example, context(), dtype, remove_step_marker)

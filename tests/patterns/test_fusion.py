@@ -25,6 +25,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error:erase_node")  # of a node that was erased
 @pytest.mark.parametrize(("pattern", "before", "example", "dtype"), CASES)
 def test_example(pattern, before, example, dtype):
     check_fused(pattern, example, new_context(), dtype, before)
