@@ -27,6 +27,7 @@ _DENSE = {"attention": 1, "paged_attention": 1, "merged_linear": 2}
 _SPARSE = {"attention": 1, "paged_attention": 1, "merged_linear": 1, "experts": 1}
 _DENSE_FUSED = {"linear": 4, "norm": 2, "rope_attention": 1, "linear_pair": 2}
 _ROUTED_FUSED = {"router": 1, "router_linear": 1, "routed_experts": 1, "linear": 3, "norm": 2, "rope_attention": 1}
+_ROUTED_FUSED |= {"linear_experts": 1}
 _SPARSE_FUSED = {**_ROUTED_FUSED, "experts_residual": 1}
 _NEXT_FUSED = {"experts_linear": 1}
 _SHARED = {**_SPARSE, "merged_linear": 2}

@@ -55,7 +55,8 @@ class LinearExperts(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearExpertsCandidate]:
         for node in list(graph.nodes):
-            if is_call(node, *self.wholes) and node.args[NORM]:
+            # What nothing reads is left of a mixture of which fewer rows are wanted.
+            if is_call(node, *self.wholes) and node.args[NORM] and any(result.users for result in node.users):
                 first = skip_reshapes(node.args[0])
                 if is_call(first, self.linear):
                     yield LinearExpertsCandidate(node, first)
