@@ -66,9 +66,9 @@ def compiled_kernels() -> Iterator[list[str]]:
 def time_in_turns(
     runs: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 20, calls: int = 2
 ) -> list[Samples]:
-    """Mean time of `calls` calls of each, behind one that is not timed, one after the other, again and again.
+    """Mean time in ms of `calls` calls of each, behind one that is not timed, one after the other, again and again.
 
-    So all share what the card's clock does meanwhile: at its power limit that changes within a second.
+    GPU only. So all share what the card's clock does meanwhile: at its power limit that changes within a second.
     """
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
     for _ in range(rounds):

@@ -233,7 +233,8 @@ def _quant_linear_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     if call is None:
         h = _quant_linear(x, *first)
     else:
-        h, y = launch_scaled_norm(x, call, NormSpec.from_text(norm), *args[QUANT_ARGS + NORM_WEIGHT :][:2])
+        weight, bias = args[QUANT_ARGS + NORM_WEIGHT :][:2]
+        h, y = launch_scaled_norm(x, call, NormSpec.from_text(norm), weight, bias)
         h, y = computed(h), None if y is None else computed(y)
     rest = mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, h)
     if y is None:

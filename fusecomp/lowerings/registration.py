@@ -261,14 +261,16 @@ def _before_experts(x: Tensor, args: tuple) -> tuple[Tensor, Tensor | None, list
     Where the linear's sums are left to another kernel, that one makes the router's norm: the mixture reads y and has no
     norm of its own. Elsewhere it reads h.
     """
-    from fusecomp.lowerings.linear.lowering import launch_linear_norm, supports
+    from fusecomp.lowerings.linear.lowering import sums_of, supports
+    from fusecomp.lowerings.linear.sum_norm import launch_sum_norm
 
     first, norm, y = args[:LINEAR_ARGS], args[LINEAR_ARGS + NORM], None
     program = Program.from_text(first[-1])
     if norm and not supports(x, first[0], first[3], program):
-        given: Any = (*first[:-1], program, NormSpec.from_text(norm), *args[LINEAR_ARGS + NORM_WEIGHT :][:2])
-        if found := launch_linear_norm(x, *given):
-            h, y = computed(found[0]), computed(found[1])
+        given: Any = (*first[:-1], program)
+        if (sums := sums_of(unit_stride(x), *given)) is not None:
+            weight, bias = args[LINEAR_ARGS + NORM_WEIGHT :][:2]
+            h, y = map(computed, launch_sum_norm(sums, NormSpec.from_text(norm), weight, bias))
     if y is None:
         h = run_linear(x, *first)
     rest = mixture_args(args, LINEAR_ARGS, RESIDUAL, h)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,7 +18,7 @@ from fusecomp.ops import OPS
 from fusecomp.ops.linear import Program
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import BITWISE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
-from fusecomp.patterns.functional import is_call, skip_reshapes
+from fusecomp.patterns.functional import is_call, not_before, skip_reshapes
 
 LINEAR, ROUTED, WHOLE = OPS.linear.default, OPS.routed_experts.default, OPS.experts_linear.default
 ROUTED_ARGS = 18  # the residual among them
@@ -53,9 +52,7 @@ class ExpertsLinear(Pattern):
 
     def guard(self, candidate: ExpertsLinearCandidate, context: PassContext) -> str | None:
         node, routed = candidate.node, candidate.routed
-        given: Any = (*node.args[1:4], *node.args[4])  # type: ignore[misc]
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
-        if later := next((n for n in given if n is not None and order[n] > order[routed]), None):
+        if later := not_before(routed, node.args[1:]):
             return f"the linear also reads a result of {op_name(later)}, which comes after the experts"
         return None
 

@@ -70,6 +70,14 @@ def skip_reshapes(node: Node) -> Node:
     return node
 
 
+def not_before(node: Node, args: Any) -> Node | None:
+    """One of the nodes among `args` that the graph does not compute before `node`, or None."""
+    given: list[Node] = []
+    torch.fx.node.map_arg(args, given.append)
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    return next((other for other in given if order[other] >= order[node]), None)
+
+
 def descendants(node: Node) -> set[Node]:
     """Every node whose value depends on `node`, itself included."""
     seen, stack = {node}, [node]

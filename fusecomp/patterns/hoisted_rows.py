@@ -105,6 +105,7 @@ class HoistedRows(Pattern):
         result = chosen[node.args[0]]  # type: ignore[index]
         assert [*map(size_key, fake_value(result).shape)] == [*map(size_key, fake_value(node).shape)]
         replace_and_prune(node, result)
+        _erase_unread(candidate.region, graph)
         moved = [op_name(n).split(".")[0] for n in candidate.region if is_call(n, *PRODUCTS)]
         return f"rows chosen before {', '.join(moved)}"
 
@@ -112,6 +113,17 @@ class HoistedRows(Pattern):
         from fusecomp.patterns.hoisted_rows_examples import hoisted_rows_examples
 
         return hoisted_rows_examples()
+
+
+def _erase_unread(region: list[Node], graph: torch.fx.Graph) -> None:
+    """Erase what is left of the region: ops of several results of which one was never read, and what they read."""
+    left = set(graph.nodes)
+    for node in reversed(region):
+        for user in list(node.users):
+            if is_call(user, operator.getitem) and not user.users:
+                graph.erase_node(user)
+        if node in left and not node.users:
+            graph.erase_node(node)
 
 
 def token_dim(value: Any, tokens: Any) -> int | None:

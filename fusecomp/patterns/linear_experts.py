@@ -20,9 +20,9 @@ from fusecomp.ops.linear_experts import QUANT_RESIDUAL, RESIDUAL
 from fusecomp.ops.norm import NormSpec
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
-from fusecomp.patterns.functional import is_call, skip_reshapes
-from fusecomp.patterns.linear_pair import UNQUANTIZED
-from fusecomp.patterns.quant_activations import ACTIVATION, PROGRAM
+from fusecomp.patterns.functional import is_call, not_before, skip_reshapes
+from fusecomp.patterns.linear_pair import quant_arguments
+from fusecomp.patterns.quant_activations import PROGRAM
 
 NORM = 6  # which argument of a mixture describes its router's norm
 
@@ -55,8 +55,7 @@ class LinearExperts(Pattern):
 
     def find(self, graph: torch.fx.Graph) -> Iterable[LinearExpertsCandidate]:
         for node in list(graph.nodes):
-            # What nothing reads is left of a mixture of which fewer rows are wanted.
-            if is_call(node, *self.wholes) and node.args[NORM] and any(result.users for result in node.users):
+            if is_call(node, *self.wholes) and node.args[NORM]:
                 first = skip_reshapes(node.args[0])
                 if is_call(first, self.linear):
                     yield LinearExpertsCandidate(node, first)
@@ -66,10 +65,7 @@ class LinearExperts(Pattern):
         if fake_value(node.args[0]).shape != fake_value(first).shape:
             return "the experts read the linear's result in another shape"
         args, _ = self._mixture(candidate)
-        given: list[Node] = []
-        torch.fx.node.map_arg(args, given.append)
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
-        if later := next((n for n in given if order[n] >= order[first]), None):
+        if later := not_before(first, args):
             return f"the experts also read a result of {op_name(later)}, which is not there before the linear"
         return None
 
@@ -129,4 +125,4 @@ class QuantLinearExperts(LinearExperts):
         return quant_linear_experts_examples()
 
     def _arguments(self, node: Node) -> tuple:
-        return node.args if len(node.args) > ACTIVATION else (*node.args, *UNQUANTIZED)
+        return quant_arguments(node)

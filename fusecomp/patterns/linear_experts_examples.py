@@ -1,7 +1,6 @@
 """Callables on which `linear_experts` and `quant_linear_experts` must match, and on which they must refuse.
 
-Experts read what a linear by the identity gives, in 8-bit codes of weights of every kind, so that rows are those whose
-experts lie apart.
+The linear multiplies by the identity: experts then read rows whose choices lie apart in any precision.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fusecomp.ops.quant import TENSOR, ActivationSpec, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
-from fusecomp.patterns.functional import is_call, skip_reshapes
+from fusecomp.patterns.functional import is_call, not_before, skip_reshapes
 from fusecomp.patterns.quant_activations import ACTIVATION, PROGRAM, SPEC
 
 UNQUANTIZED = (None, "")  # what `quant_linear` takes last, where activations keep their values
@@ -60,10 +60,7 @@ class LinearPair(Pattern):
         node, first = candidate.node, candidate.first
         if fake_value(node.args[0]).shape != fake_value(first).shape:
             return "the second reads the first's result in another shape"
-        given: list[Node] = []
-        torch.fx.node.map_arg(node.args[1:], given.append)
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
-        if later := next((n for n in given if order[n] >= order[first]), None):
+        if later := not_before(first, node.args[1:]):
             return f"the second also reads a result of {op_name(later)}, which is not there before the first"
         return None
 
@@ -129,4 +126,9 @@ class QuantLinearPair(LinearPair):
         return quant_shape(spec.torch_dtype, fake_value(args[1]), args[3], self._program(node), spec, codes)
 
     def _arguments(self, node: Node) -> tuple:
-        return node.args if len(node.args) > ACTIVATION else (*node.args, *UNQUANTIZED)
+        return quant_arguments(node)
+
+
+def quant_arguments(node: Node) -> tuple:
+    """All arguments of a `quant_linear`, defaults included."""
+    return node.args if len(node.args) > ACTIVATION else (*node.args, *UNQUANTIZED)

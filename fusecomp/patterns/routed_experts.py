@@ -18,7 +18,7 @@ from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
-from fusecomp.patterns.functional import RESHAPES, is_call, skip_reshapes
+from fusecomp.patterns.functional import RESHAPES, is_call, not_before, skip_reshapes
 
 ROUTER = OPS.router.default
 CHOSEN_ARGS = 3  # rows, ids and weights, before what the experts are
@@ -77,7 +77,7 @@ class RoutedExperts(Pattern):
             return "the experts read other rows than the router"
         if fake_value(up).shape[0] != fake_value(router.args[1]).shape[0]:
             return f"of the router's {fake_value(router.args[1]).shape[0]} experts some are elsewhere"
-        if later := _not_before(router, [arg for arg in candidate.form if isinstance(arg, Node)] + candidate.residual):
+        if later := not_before(router, [*candidate.form, *candidate.residual]):
             return f"the experts also read a result of {op_name(later)}, which comes after the router"
         for which, reader in _other_readers(router, node):
             return f"the {RESULTS[which]} chosen are also read by {op_name(reader)}"
@@ -122,12 +122,6 @@ def _result_of(value: Any) -> tuple[Node, int] | None:
     if is_call(value, operator.getitem) and is_call(value.args[0], ROUTER):
         return value.args[0], value.args[1]
     return None
-
-
-def _not_before(router: Node, nodes: list[Node]) -> Node | None:
-    """One of `nodes` that the graph computes after the router, or None."""
-    order = {node: i for i, node in enumerate(router.graph.nodes)}
-    return next((node for node in nodes if order[node] > order[router]), None)
 
 
 def _other_readers(router: Node, experts: Node) -> Iterable[tuple[int, Node]]:

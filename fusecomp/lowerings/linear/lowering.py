@@ -126,22 +126,6 @@ def sums_of(
     return Sums(acc, dtype, epilogue_hook(program), args, operand_strides(program, args), program.groups)
 
 
-def launch_linear_norm(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: Program,
-    norm: NormSpec,
-    next_weight: Tensor | None,
-    next_bias: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """(h, norm(h)) of h = `launch_linear`, where its sums are left to another kernel; else None, nothing launched."""
-    found = sums_of(unit_stride(x), weight, norm_weight, norm_bias, operands, program)
-    return None if found is None else launch_sum_norm(found, norm, next_weight, next_bias)
-
-
 def launch_linear_pair(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ import torch
 
 from fusecomp.errors import FallbackError
 from fusecomp.lowerings import quant_registration, registration
-from fusecomp.lowerings.linear import large_heuristics, lowering
+from fusecomp.lowerings.linear import large_heuristics, lowering, sum_norm
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.sum_norm import launch_sum_norm
 from fusecomp.lowerings.quant import activations, pair
@@ -64,7 +64,7 @@ def test_linear_and_experts(choose, adds, config, tokens):
     choose(config)
     x, first, rest = make_linear_experts("qwen3", tokens)
     residual = None if adds else x
-    with mock.patch.object(lowering, "launch_sum_norm", wraps=launch_sum_norm) as made:
+    with mock.patch.object(sum_norm, "launch_sum_norm", wraps=launch_sum_norm) as made:
         h, y, out = registration._linear_experts(x, *first, *rest[:-1], residual, adds)
     assert made.call_count == (tokens == T and config in APART)
     wanted = registration.run_linear(x, *first)
@@ -115,7 +115,7 @@ def test_codes(monkeypatch, adds, layout, config, tokens):
 def test_batch_invariant_experts():
     """A row's bits must not follow the number of rows, as splits of K do: linear and experts in turn."""
     x, first, rest = make_linear_experts("qwen3", T)
-    with batch_invariance(), mock.patch.object(lowering, "launch_sum_norm") as made:
+    with batch_invariance(), mock.patch.object(sum_norm, "launch_sum_norm") as made:
         h, y, out = registration._linear_experts(x, *first, *rest, True)
         assert torch.equal(h, registration.run_linear(x, *first)) and not made.called
         alone = registration._routed_experts(h, *rest[:-1], h)
