@@ -25,10 +25,10 @@ from fusecomp.ops.quant import (
     quantize_reference,
 )
 from fusecomp.ops.quant_linear import is_codes
-
-ROUTER_ARGS = 8  # arguments of a router besides x
+from fusecomp.ops.routed_quant_experts import ROUTER_ARGS
 
 if TYPE_CHECKING:
+    from fusecomp.lowerings.quant.digit_rows import Digits
     from fusecomp.lowerings.quant.pair import ScaledCall
 
 
@@ -212,34 +212,38 @@ def _quant_experts(*args: Any) -> Tensor:
     return computed(launch_quant_experts(*args))
 
 
-def _routed_quant_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _routed_quant_experts(x: Tensor, *args: Any, digits: Digits | None = None) -> tuple[Tensor, Tensor]:
     from fusecomp.lowerings.experts.quant_routed import launch_routed_quant_experts
 
     require_any_order("routed_quant_experts")
     x, router, experts = unit_stride(x), args[:ROUTER_ARGS], args[ROUTER_ARGS:]
-    if (found := launch_routed_quant_experts(x, *args)) is not None:
+    if (found := launch_routed_quant_experts(x, *args, digits=digits)) is not None:
         return computed(found[0]), computed(found[1])
     y, ids, weights = run_router(x, *router)
     return y, _quant_experts(y if router[NORM] else x, ids, weights, *experts)
 
 
 def _quant_linear_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `registration._linear_experts`, by products of codes."""
+    """As `registration._linear_experts`, by products of codes; where sums are made, digits of y may be too."""
+    from fusecomp.lowerings.experts.quant_routed import takes_digits
     from fusecomp.lowerings.quant.pair import launch_scaled_norm
 
     require_any_order("quant_linear_experts")
-    first, norm, y = args[:QUANT_ARGS], args[QUANT_ARGS + NORM], None
+    first, norm, found = args[:QUANT_ARGS], args[QUANT_ARGS + NORM], None
     call = _scaled_call(x, *first) if norm and x.shape[0] else None
     if call is None:
         h = _quant_linear(x, *first)
     else:
         weight, bias = args[QUANT_ARGS + NORM_WEIGHT :][:2]
-        h, y = launch_scaled_norm(x, call, NormSpec.from_text(norm), weight, bias)
-        h, y = computed(h), None if y is None else computed(y)
+        rows = x.new_empty((x.shape[0], args[QUANT_ARGS].shape[1]), dtype=call.program.torch_dtype)
+        by_digits = takes_digits(rows, without_norm(mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, rows)))
+        h, found = launch_scaled_norm(x, call, NormSpec.from_text(norm), weight, bias, by_digits)
+        h = computed(h)
     rest = mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, h)
-    if y is None:
+    if found is None:
         return h, *_routed_quant_experts(h, *rest)
-    return h, y, _routed_quant_experts(y, *without_norm(rest))[1]
+    y = computed(found.y)
+    return h, y, _routed_quant_experts(y, *without_norm(rest), digits=found.digits)[1]
 
 
 @cache

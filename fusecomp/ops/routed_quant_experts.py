@@ -11,6 +11,8 @@ from fusecomp.ops.experts import quant_experts_reference
 from fusecomp.ops.library import define
 from fusecomp.ops.router import router_reference
 
+ROUTER_ARGS, EXPERTS_ARGS = 8, 14  # arguments behind x: of the router, of the experts without their residual
+
 
 def routed_quant_experts_reference(
     x: Tensor,

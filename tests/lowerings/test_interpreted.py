@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = [
-    "experts routed listed linear_experts",
+    "experts routed listed linear_experts digits",
     "quant folded scaled linear_pair",
     "rope epilogue greedy feed route skinny linear_large",
     "quant_experts",

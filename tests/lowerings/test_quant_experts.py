@@ -96,6 +96,7 @@ def test_choices_are_explained():
         "64 tokens: grouped experts of codes",
         "1 tokens: three launches that choose inside, where the router is part of them",
         "64 tokens: by lists of the router, where it is part of them",
+        "64 tokens: then inputs of bf16 are fp8 digits, and codes are multiplied as they are",
     ]
     assert lines[2].endswith("(exact)") and len(explain_choices(SM80, shape, [1, 64])) == 3
     for other in (replace(shape, down_cols=128), replace(shape, kind=INT, bits=4)):

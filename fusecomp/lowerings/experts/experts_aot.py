@@ -241,13 +241,13 @@ def bias_of(pointers: dict[str, Any], shape: Shape) -> tuple[dict[str, Any], dic
 
 
 def described(
-    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int
+    tiles: Tiles, shape: Shape, kind: str, groups: int, columns: int, *, apart: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(pointers, constants) of the descriptor of a weight of elements `kind`, as `launch.weight_tiles` decides."""
     bits = LAYOUTS[shape.codes][0].bits if shape.codes else 8 * shape.itemsize
     if not tiles.use_tma or shape.transposed or columns * bits // 8 % 16:
         return {}, {"w_tiles": None, "USE_TMA": False}
-    block = [groups, tiles.block_n // groups, tiles.block_d * bits // 8 if bits < 8 else tiles.block_d]
+    block = [1 if apart else groups, tiles.block_n // groups, tiles.block_d * bits // 8 if bits < 8 else tiles.block_d]
     return {"w_tiles": f"tensordesc<{kind}{block}>"}, {"USE_TMA": True}
 
 

@@ -44,6 +44,18 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class DigitTiles:
+    """Of the two matmuls by digits of their inputs: see `digits.py`.
+
+    Attributes:
+        down: None where hidden activations stay as they are, and the tiles are those without digits.
+    """
+
+    up: Tiles
+    down: Tiles | None
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """Configuration of the launches of one call.
 
@@ -52,6 +64,7 @@ class ExpertsConfig:
         block_t: grouped: tokens of a tile.
         swap: grouped: weights on the wide side of the matrix units, for narrow tiles of tokens.
         group_t: grouped: tiles of tokens that share a weight tile before the next one.
+        digits: of fp8 codes, where the kernels of `listed.py` run by digits; or None.
     """
 
     method: str
@@ -60,15 +73,20 @@ class ExpertsConfig:
     block_t: int = 1
     swap: bool = False
     group_t: int = 1
+    digits: DigitTiles | None = None
     source: str = field(default="", compare=False)
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> ExpertsConfig:
-        return cls(**{**entry, "up": Tiles(**entry["up"]), "down": Tiles(**entry["down"])})
+        up, down, digits = Tiles(**entry["up"]), Tiles(**entry["down"]), entry.get("digits")
+        tiles = None
+        if digits is not None:
+            tiles = DigitTiles(Tiles(**digits["up"]), None if digits["down"] is None else Tiles(**digits["down"]))
+        return cls(**{**entry, "up": up, "down": down, "digits": tiles})
 
     def to_entry(self) -> dict[str, Any]:
         """As the tables keep it."""
-        return {key: value for key, value in asdict(self).items() if key != "source"}
+        return {key: value for key, value in asdict(self).items() if key != "source" and value is not None}
 
 
 @cache
@@ -136,7 +154,7 @@ def invariant_experts_config(
     rows = tokens * top_k / experts
     block_t = 16 if rows <= 16 else 32 if rows <= 64 else 128
     tiles = Tiles(64, 128 if target.smem_bytes >= 128 * 1024 else 64, 4, 4)
-    config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source)
+    config = ExpertsConfig("grouped", tiles, tiles, block_t, True, 1 if block_t < 128 else 8, source=source)
     fitted = _fit(config, target, itemsize, top_k)
     assert fitted.up.block_d == fitted.down.block_d == tiles.block_d, "stages alone must make room"
     return fitted

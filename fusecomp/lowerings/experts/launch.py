@@ -176,17 +176,20 @@ def run_grouped(
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
 
-def weight_tiles(weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool) -> TensorDescriptor | None:
+def weight_tiles(
+    weight: Tensor, tiles: Tiles, groups: int, columns: int, transposed: bool, *, apart: bool = False
+) -> TensorDescriptor | None:
     """The weight [E, G * N, D] as [E * G, N, D] in blocks [G, BN / G, BD]; None where TMA cannot or shall not read it.
 
-    It needs rows of a multiple of 16 bytes. Bytes of two codes count once: `columns` is D, of numbers.
+    With groups `apart` in blocks [1, BN / G, BD]. It needs rows of a multiple of 16 bytes. Bytes of two codes count
+    once: `columns` is D, of numbers.
     """
     if not tiles.use_tma or transposed or weight.shape[2] * weight.element_size() % 16 or weight.data_ptr() % 16:
         return None
     shape = [weight.shape[0] * groups, weight.shape[1] // groups, weight.shape[2]]
     strides = [shape[1] * shape[2], shape[2], 1]
     block_d = tiles.block_d * weight.shape[2] // columns
-    return TensorDescriptor(weight, shape, strides, [groups, tiles.block_n // groups, block_d])
+    return TensorDescriptor(weight, shape, strides, [1 if apart else groups, tiles.block_n // groups, block_d])
 
 
 def signalled_blocks(config: ExpertsConfig, routed_rows: int, rows: int, use_pdl: bool) -> int:

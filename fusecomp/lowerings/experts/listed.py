@@ -5,6 +5,9 @@ L2 for theirs before the routing is known. A program takes an expert's first row
 at a time by the same weights, for by the time of a second one the L2 has them no more. What experts of more rows leave
 is shared by the programs of those that have none, where these are enough, or else follows in turn.
 
+Rows may be digits, which codes are multiplied by as they are: see `digits.py`. Those of the hidden activations are made
+by the program that finishes an expert's last block.
+
 Legend: T tokens, K experts per token, E experts, C hidden size, F expert intermediate size, R = T * K routed rows (row
 r is expert r % K of token r / K), N rows of one expert's weight (up: F, or 2F if gated; down: C), D its columns (up: C;
 down: F), BT rows of a tile, BN weight rows and BD columns. GATING, USE_TMA, TRANSPOSED, KIND: as in `grouped.py`.
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusecomp.lowerings.experts.digits import convert_hidden, multiply_digits
 from fusecomp.lowerings.experts.grouped import add_bias, multiply, prefetch
 from fusecomp.lowerings.experts.pieces import activated, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import multiply_codes
@@ -28,7 +32,8 @@ from fusecomp.lowerings.quant.pieces import ask_l2_for
 
 @triton.jit(do_not_specialize=["capacity"])
 def up_listed_kernel(
-    x,  # [T, C], last dim contiguous
+    x,  # [T, C], last dim contiguous; or digits [T, 2, C]
+    units,  # [T] of digits, or None
     lists,
     weight,  # [E, N, C] or, transposed, [E, C, N]; contiguous; codes: [E, N, C]
     w_tiles,  # descriptor of the weight, or None
@@ -36,6 +41,8 @@ def up_listed_kernel(
     zero,  # as scale, or None
     bias,  # [E, N] contiguous, or None
     hidden,  # [R, F]
+    hidden_digits,  # [R, 2, F], or None
+    hidden_units,  # [R], or None
     capacity,
     stride_x,
     E: tl.constexpr,
@@ -58,12 +65,18 @@ def up_listed_kernel(
     ASKING: tl.constexpr,  # programs that ask the L2 for the first bytes of their weights before they wait
     ASKED: tl.constexpr,  # bytes of each row, a multiple of 16
     PAIR_STAGES: tl.constexpr,  # of the pipeline with two tiles of tokens; 0: one at a time
+    BLOCK_R: tl.constexpr,  # with BLOCK_F, of `convert_hidden`
+    BLOCK_F: tl.constexpr,
     SIGNAL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """hidden = activation(x[r / K] @ up^T + bias) of each row r. SIGNAL: each expert counts its finished blocks."""
+    """hidden = activation(x[r / K] @ up^T + bias) of each row r, and its digits if there is room for them.
+
+    SIGNAL: each expert counts its finished blocks, and one more when its rows are digits.
+    """
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # of gate and up as many rows each
     UNIT: tl.constexpr = 2 * BLOCK_T if PAIR_STAGES > 0 else BLOCK_T
+    F: tl.constexpr = N // 2 if GATING else N
     lanes = tl.arange(0, BLOCK_T)
     expert, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     if ASKING > 0:
@@ -88,10 +101,9 @@ def up_listed_kernel(
         if PAIR_STAGES > 0 and left > BLOCK_T:
             live = place + BLOCK_T < count
             more = _list_rows(lists, expert, place + BLOCK_T, live, capacity, E)
-            x_rows, more_rows = x + (row // K).to(tl.int64) * stride_x, x + (more // K).to(tl.int64) * stride_x
             acc, more_acc = _products(
-                x_rows, place < count, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N,
-                BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, live, PAIR_STAGES,
+                x, stride_x, units, row // K, place < count, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
+                BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more // K, live, PAIR_STAGES,
             )  # fmt: skip
             _store_up(acc, row, place < count, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
             _store_up(more_acc, more, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
@@ -99,19 +111,26 @@ def up_listed_kernel(
             live = place < count
             row = tl.where(live, row, 0)
             acc = _products(
-                x + (row // K).to(tl.int64) * stride_x, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING,
-                BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
+                x, stride_x, units, row // K, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T,
+                BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
             )  # fmt: skip
             _store_up(acc, row, live, bias, hidden, expert, block, N, GATING, BLOCK_N, ACT, ALPHA, LIMIT)
         if SIGNAL:
             if left > 0:
                 tl.debug_barrier()  # one thread signals for all
-                tl.atomic_add(lists + E + expert, 1, sem="release")
+                if hidden_digits is None:
+                    tl.atomic_add(lists + E + expert, 1, sem="release")
+                elif tl.atomic_add(lists + E + expert, 1, sem="acq_rel") == BLOCKS * tl.cdiv(count, UNIT) - 1:
+                    list_at = lists + 2 * E + 1 + expert * capacity
+                    convert_hidden(hidden, hidden_digits, hidden_units, list_at, count, F, BLOCK_R, BLOCK_F, KIND)
+                    tl.debug_barrier()
+                    tl.atomic_add(lists + E + expert, 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def down_listed_kernel(
-    hidden,  # [R, F]
+    hidden,  # [R, F]; or digits [R, 2, F]
+    units,  # [R] of digits, or None
     lists,
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F]
     w_tiles,  # descriptor of the weight, or None
@@ -171,16 +190,15 @@ def down_listed_kernel(
         if UP_BLOCKS > 0:
             if left > 0:
                 # Every program of the up projection has begun before any of these, so that this ends.
-                all_blocks = UP_BLOCKS * tl.cdiv(count, UNIT)
+                all_blocks = UP_BLOCKS * tl.cdiv(count, UNIT) + (1 if units is not None else 0)
                 while tl.atomic_add(lists + E + expert, 0, sem="acquire") < all_blocks:
                     pass
         if PAIR_STAGES > 0 and left > BLOCK_T:
             live = place + BLOCK_T < count
             more = _list_rows(lists, expert, place + BLOCK_T, live, capacity, E)
             acc, more_acc = _products(
-                hidden + row.to(tl.int64) * D, place < count, weight, w_tiles, scale, zero, expert, block, N, D, 0,
-                BLOCK_T, BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS,
-                hidden + more.to(tl.int64) * D, live, PAIR_STAGES,
+                hidden, D, units, row, place < count, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T,
+                BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, more, live, PAIR_STAGES,
             )  # fmt: skip
             _store_down(acc, row, place < count, bias, parts, expert, block, N, BLOCK_N)
             _store_down(more_acc, more, live, bias, parts, expert, block, N, BLOCK_N)
@@ -188,8 +206,8 @@ def down_listed_kernel(
             live = place < count
             row = tl.where(live, row, 0)
             acc = _products(
-                hidden + row.to(tl.int64) * D, live, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T,
-                BLOCK_N, BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
+                hidden, D, units, row, live, weight, w_tiles, scale, zero, expert, block, N, D, 0, BLOCK_T, BLOCK_N,
+                BLOCK_D, TRANSPOSED, USE_TMA, KIND, OFFSET, ROWS, COLS, None, None, None,
             )  # fmt: skip
             _store_down(acc, row, live, bias, parts, expert, block, N, BLOCK_N)
     if USE_PDL and UP_BLOCKS > 0:
@@ -252,22 +270,30 @@ def _units_left(counts, UNIT: tl.constexpr):
 
 @triton.jit
 def _products(
-    x_rows, live, weight, w_tiles, scale, zero, expert, block, N: tl.constexpr, D: tl.constexpr, GATING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr,
-    USE_TMA: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    more_rows, more_live, STAGES: tl.constexpr,
+    x, stride, units, place, live, weight, w_tiles, scale, zero, expert, block, N: tl.constexpr, D: tl.constexpr,
+    GATING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, more_place, more_live, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """fp32 products [BN, BT] of a block of an expert's weights, or a pair of them by as many more rows."""
-    if KIND >= 0:
-        return multiply_codes(
-            x_rows, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D,
-            True, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, more_live, STAGES,
+    """fp32 products [BN, BT] of a block of an expert's weights by rows `place` of x, or a pair by as many more."""
+    if units is not None:
+        return multiply_digits(
+            x, units, place, live, w_tiles, scale, expert, block, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D, ROWS,
+            more_place, more_live, STAGES,
         )  # fmt: skip
     else:
-        return multiply(
-            x_rows, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T, BLOCK_N,
-            BLOCK_D, True, TRANSPOSED, USE_TMA, more_rows, more_live, STAGES,
-        )  # fmt: skip
+        x_rows = x + place.to(tl.int64) * stride
+        more_rows = None if more_place is None else x + more_place.to(tl.int64) * stride
+        if KIND >= 0:
+            return multiply_codes(
+                x_rows, live, weight, w_tiles, scale, zero, expert, block, N, D, GATING, BLOCK_T, BLOCK_N, BLOCK_D,
+                True, USE_TMA, KIND, OFFSET, ROWS, COLS, more_rows, more_live, STAGES,
+            )  # fmt: skip
+        else:
+            return multiply(
+                x_rows, live, weight, w_tiles, expert, block, (D + BLOCK_D - 1) // BLOCK_D, N, D, GATING, BLOCK_T,
+                BLOCK_N, BLOCK_D, True, TRANSPOSED, USE_TMA, more_rows, more_live, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fusecomp.lowerings.experts.heuristics import (
     TABLES,
+    DigitTiles,
     ExpertsConfig,
     Tiles,
     distance,
@@ -24,7 +25,7 @@ from fusecomp.lowerings.experts.heuristics import (
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
 from fusecomp.ops.experts import CodesShape
-from fusecomp.ops.quant import NF4, WeightSpec
+from fusecomp.ops.quant import FP8, NF4, WeightSpec
 
 Choice = TypeVar("Choice")
 DEQUANTIZE = "dequantize"  # method: the weights are dequantized, then 16-bit experts run
@@ -33,6 +34,7 @@ KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
 WIDE = Tiles(128, 64, 8, 4)  # with many tokens
 STAGES = 8
 CONVERTED = 64  # weights of a step in one thread
+MAX_DIGITS = 4096  # of a row of hidden activations that one program makes
 FAR = 8.0  # as `distance` has it: beyond, what was measured of 16-bit weights is the better guess
 
 
@@ -154,6 +156,7 @@ def _narrow(t: Tiles, shape: CodesShape) -> Tiles:
 
 def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsConfig:
     """The same within a target's registers and shared memory; columns of a tile keep to those of a scale."""
+    config = replace(config, digits=_fit_digits(config, target, shape))
     tiles = []
     for tile, cols, columns in ((config.up, shape.up_cols, shape.hidden), (config.down, shape.down_cols, shape.width)):
         if config.method == "vector":
@@ -165,6 +168,20 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
         lanes = 2 if shape.kind == NF4 else 1  # its values are chosen by many comparisons
         tiles = [fit_registers(tiles[0], lanes), fit_registers(tiles[1], lanes * next_power_of_2(shape.top_k))]
     return replace(config, up=tiles[0], down=tiles[1])
+
+
+def _fit_digits(config: ExpertsConfig, target: Target, shape: CodesShape) -> DigitTiles | None:
+    """Tiles of digits, whose kernels are for GPUs that multiply fp8 and read by TMA, and have no other scales."""
+    found, whole = config.digits, not (shape.up_cols or shape.down_cols)
+    if found is None or not (target.has_tma and shape.kind == FP8 and whole and shape.width <= MAX_DIGITS):
+        return None
+    up, down = (
+        t and fit_tiles(t, config.block_t, target, shape.itemsize, weight_bits=8) for t in (found.up, found.down)
+    )
+    assert up is not None
+    if shape.hidden % up.block_d or (down and shape.width % down.block_d):
+        return None
+    return DigitTiles(up, down)
 
 
 def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[int]) -> list[str]:
@@ -181,9 +198,14 @@ def explain_choices(target: Target, shape: CodesShape, token_counts: Sequence[in
     for choice, span in _spans(routed):
         name = "three launches that choose inside, where the router is part of them"
         lines.append(f"{span} tokens: {name}, from {choice.source}")
-    for listed, span in _spans([(t, _lists(target, shape, t)) for t in counts]):
+    lists = [t for t in counts if _lists(target, shape, t)]
+    for listed, span in _spans([(t, t in lists) for t in counts]):
         if listed:
             lines.append(f"{span} tokens: by lists of the router, where it is part of them")
+    digits = [(t, t in lists and quant_experts_config(target, shape, t).digits is not None) for t in counts]
+    for by_digits, span in _spans(digits):
+        if by_digits:
+            lines.append(f"{span} tokens: then inputs of bf16 are fp8 digits, and codes are multiplied as they are")
     return lines
 
 

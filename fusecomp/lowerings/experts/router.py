@@ -5,7 +5,7 @@ Legend: C hidden size, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Router:
     norm: NormSpec | None
     logits: torch.dtype
     spec: RouteSpec
+
+    def bare(self) -> Router:
+        """The same for rows that are normed already."""
+        return replace(self, norm_weight=None, norm_bias=None, norm=None)
 
     @staticmethod
     def of(

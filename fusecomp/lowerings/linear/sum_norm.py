@@ -60,6 +60,21 @@ def row_of_sums(
     return tl.where(within, stored.to(tl.float32), 0.0)
 
 
+@triton.jit
+def store_normed(
+    value, given, y, m, n, eps, num_tokens, N: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    """Row m of y[T, N], the norm of a row `value` [1, B] that is zero behind its end; as stored."""
+    within = n < N
+    if CENTERED:
+        value = tl.where(within, value - tl.sum(value, 1)[:, None] / N, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, 1)[:, None] / N + eps)
+    stored = scaled(value, given, WEIGHT, BIAS, PLUS_ONE).to(y.dtype.element_ty)
+    store_rows(y + m * N + n, stored, within, num_tokens)
+    return stored
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def sum_norm_kernel(
     acc,  # [S, T, G * N], contiguous
@@ -95,11 +110,7 @@ def sum_norm_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     value = row_of_sums(acc, total, args, strides, num_tokens, m, n, N, G, SPLITS, EPILOGUE)
-    if CENTERED:
-        value = tl.where(within, value - tl.sum(value, 1)[:, None] / N, 0.0)
-    value *= tl.rsqrt(tl.sum(value * value, 1)[:, None] / N + eps)
-    value = scaled(value, given, weight is not None, bias is not None, PLUS_ONE)
-    store_rows(y + m * N + n, value.to(y.dtype.element_ty), within, num_tokens)
+    store_normed(value, given, y, m, n, eps, num_tokens, N, CENTERED, weight is not None, bias is not None, PLUS_ONE)
 
 
 def fits_a_row(n: int) -> bool:

@@ -151,20 +151,31 @@ def two_digits(y, KIND: tl.constexpr):
     """fp8 digits [BK, 2 BT], two neighbours of each token, and their units [1, 2 BT] in fp32, of inputs y [BK, BT].
 
     A token's largest input is 128 to 256 units; bf16 numbers are exact from 2^-13 of it on, and smaller ones are off by
-    2^-17 of it at most. An infinity or NaN makes the units NaN.
+    less than 2^-16 of it. An infinity or NaN makes the units NaN.
     """
     BLOCK_T: tl.constexpr = y.shape[1]
-    largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)[None, :]  # as integers, so that NaN is the largest
+    high, low, unit = digits_along(y, 0, KIND)
+    units = tl.reshape(tl.join(unit, unit * (1.0 / SECOND)), [1, 2 * BLOCK_T])
+    # As bytes: of fp8 numbers Triton (3.6, 3.7) moves the reshape behind the copy to shared memory and fails there.
+    both = tl.reshape(tl.join(high, low), [y.shape[0], 2 * BLOCK_T])
+    return both.to(tl.float8e4nv, bitcast=True), units
+
+
+@triton.jit
+def digits_along(y, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """(first, second, unit) of fp32 y that share a unit along an axis: bytes of fp8 digits, and the first's unit.
+
+    The unit is a power of two, and of an axis with an infinity or NaN it is NaN.
+    """
+    # As integers, so that NaN is the largest.
+    largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
     exponent = tl.maximum(largest >> 23, 8)
     y *= ((261 - exponent) << 23).to(tl.float32, bitcast=True)
     # Rounded to four bits here: ptxas 12.8 loses codes that are both stored and converted back (`machine_code.py`).
     high = ((y.to(tl.int32, bitcast=True) + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
     low = (y - high) * SECOND
     unit = tl.where(exponent == 255, 0x7FC00000, (exponent - 7) << 23).to(tl.float32, bitcast=True)
-    units = tl.reshape(tl.join(unit, unit * (1.0 / SECOND)), [1, 2 * BLOCK_T])
-    # As bytes: of fp8 numbers Triton (3.6, 3.7) moves the reshape behind the copy to shared memory and fails there.
-    both = tl.reshape(tl.join(_fp8_bytes(high, KIND), _fp8_bytes(low, KIND)), [y.shape[0], 2 * BLOCK_T])
-    return both.to(tl.float8e4nv, bitcast=True), units
+    return _fp8_bytes(high, KIND), _fp8_bytes(low, KIND), unit
 
 
 @triton.jit

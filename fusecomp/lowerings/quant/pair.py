@@ -24,6 +24,8 @@ from fusecomp.lowerings.quant.activations import (
     refusal,
     scaled_shape,
 )
+from fusecomp.lowerings.quant.digit_rows import Digits
+from fusecomp.lowerings.quant.norm_digits import launch_sum_digits
 from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
@@ -48,6 +50,13 @@ class ScaledCall(NamedTuple):
     activation: ActivationSpec
 
 
+class Normed(NamedTuple):
+    """Rows y [T, N] of a norm, and digits of them or None."""
+
+    y: Tensor
+    digits: Digits | None
+
+
 def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[Tensor, Tensor]:
     """(h, z): h = `launch_scaled_linear` of x, or of codes x, by `first`, z = that of h by `then`; there are tokens."""
     norm = then.program.norm
@@ -62,17 +71,22 @@ def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[
 
 
 def launch_scaled_norm(
-    x: Tensor, call: ScaledCall, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, call: ScaledCall, norm: NormSpec, weight: Tensor | None, bias: Tensor | None, digits: bool = False
+) -> tuple[Tensor, Normed | None]:
     """(h, norm(h)) of h = `launch_scaled_linear` of x; None for the norm where the product ends in h. Of some tokens.
 
     Args:
         weight, bias: the norm's, [N] contiguous, or None.
+        digits: made of the norm too.
     """
     x, call = _coded(x, call)
     if (sums := _sums(x, call)) is None:
         return _launch(x, call), None
-    return launch_sum_norm(sums, norm, weight, bias)
+    if digits:
+        h, y, made = launch_sum_digits(sums, norm, weight, bias)
+        return h, Normed(y, made)
+    h, y = launch_sum_norm(sums, norm, weight, bias)
+    return h, Normed(y, None)
 
 
 def _coded(x: Tensor, call: ScaledCall) -> tuple[Tensor, ScaledCall]:
