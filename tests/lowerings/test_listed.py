@@ -93,6 +93,19 @@ def test_two_tiles_of_tokens_take_no_more_room_than_one(codes):
             assert compile_one(spec, "sm_90")[0].shared_bytes <= 1.03 * compile_one(one, "sm_90")[0].shared_bytes
 
 
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_no_code_is_converted_where_rows_are_digits(tokens):
+    """Codes are operands of the matrix units as they lie in memory; the up projection makes digits of hidden rows."""
+    shape = replace(QWEN3, tokens=tokens, codes="fp8")
+    for spec in specializations(SM90, shape, by_digits=True):
+        ptx = compile_one(spec, "sm_90")[1].asm["ptx"]
+        assert "wgmma.mma_async.sync.aligned.m64n" in ptx and ".f32.e4m3.e4m3" in ptx
+        assert "f16x2.e4m3x2" not in ptx
+        assert ("e4m3x2.f32" in ptx) == (spec.kernel is up_listed_kernel)
+    plain = [compile_one(s, "sm_90")[1].asm["ptx"] for s in specializations(SM90, shape)]
+    assert all("f16x2.e4m3x2" in ptx for ptx in plain)
+
+
 @pytest.mark.gpu
 class TestOnAGPU:
     @pytest.fixture(autouse=True)

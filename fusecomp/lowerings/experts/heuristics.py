@@ -45,14 +45,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class DigitTiles:
-    """Of the two matmuls by digits of their inputs: see `digits.py`.
-
-    Attributes:
-        down: None where hidden activations stay as they are, and the tiles are those without digits.
-    """
+    """Of the two matmuls by digits of their inputs: see `digits.py`."""
 
     up: Tiles
-    down: Tiles | None
+    down: Tiles
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,7 @@ class ExpertsConfig:
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> ExpertsConfig:
         up, down, digits = Tiles(**entry["up"]), Tiles(**entry["down"]), entry.get("digits")
-        tiles = None
-        if digits is not None:
-            tiles = DigitTiles(Tiles(**digits["up"]), None if digits["down"] is None else Tiles(**digits["down"]))
+        tiles = None if digits is None else DigitTiles(Tiles(**digits["up"]), Tiles(**digits["down"]))
         return cls(**{**entry, "up": up, "down": down, "digits": tiles})
 
     def to_entry(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fusecomp.lowerings.experts.experts_aot import (
 )
 from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kernel
 from fusecomp.lowerings.experts.listed_launch import fits, listed_constants
-from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.heuristics import SM90, Target
 from fusecomp.ops.experts import Activation
 
 QWEN3 = Shape(128, 8, 2048, 768, 64)
@@ -43,25 +43,27 @@ def listed_specializations(target: Target) -> Iterator[Specialization]:
 
 
 def specializations(target: Target, shape: Shape, *, by_digits: bool = False) -> Iterator[Specialization]:
-    """The two matmuls of one call, of digits or not; nothing where another kind of launch serves it."""
-    config = config_of(target, shape)
-    if not fits(config, shape.tokens * shape.top_k) or (by_digits and config.digits is None):
+    """The two matmuls of one call; nothing where another kind of launch serves it.
+
+    Args:
+        by_digits: in the tiles of the H200, whose table alone has any.
+    """
+    config = config_of(SM90 if by_digits else target, shape)
+    served = fits(config, shape.tokens * shape.top_k)
+    if not served or (by_digits and (config.digits is None or not target.has_tma)):
         return
     up_types: dict[str, Any] = {"x": shape.dtype}
     down_types: dict[str, Any] = {"hidden": shape.dtype, "parts": shape.dtype}
-    both = apart = False
+    apart = False
     up_none: dict[str, Any] = dict.fromkeys(("units", "hidden_digits", "hidden_units"))
     down_none: dict[str, Any] = {"units": None}
     if by_digits:
         assert config.digits is not None
-        both, apart = config.digits.down is not None, halves_apart(shape.gating, config.digits.up.block_n)
-        config = replace(config, up=config.digits.up, down=config.digits.down or config.down)
-        up_types = {"x": "fp8e4nv", "units": "fp32"}
-        up_none = {} if both else {"hidden_digits": None, "hidden_units": None}
-        if both:
-            up_types |= {"hidden_digits": "fp8e4nv", "hidden_units": "fp32"}
-            down_types |= {"hidden": "fp8e4nv", "units": "fp32"}
-            down_none = {}
+        apart = halves_apart(shape.gating, config.digits.up.block_n)
+        config = replace(config, up=config.digits.up, down=config.digits.down)
+        up_types = {"x": "fp8e4nv", "units": "fp32", "hidden_digits": "fp8e4nv", "hidden_units": "fp32"}
+        down_types |= {"hidden": "fp8e4nv", "units": "fp32"}
+        up_none, down_none = {}, {}
     block_r, block_f = rows_at_once(shape.width)
     suffix = f"{shape}{'-digits' if by_digits else ''}"
     act = Activation.parse(shape.act, shape.gating > 0)
@@ -71,7 +73,7 @@ def specializations(target: Target, shape: Shape, *, by_digits: bool = False) ->
     ups, downs = listed_constants(
         config, (shape.experts, shape.rows, shape.top_k, shape.tokens),
         0 if shape.transposed else shape.hidden * weight_bits // 8, target.num_sms, target.has_pdl, bits, weight_bits,
-        digits=both,
+        digits=by_digits,
     )  # fmt: skip
     common: dict[str, Any] = {
         "E": shape.experts, "BLOCK_T": config.block_t, "TRANSPOSED": shape.transposed, "USE_PDL": target.has_pdl,

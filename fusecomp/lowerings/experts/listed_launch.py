@@ -92,8 +92,8 @@ def run_listed(
     made, tiles = None, config.digits
     if digits is not None:
         assert tiles is not None
-        made = None if tiles.down is None else empty_digits(tokens * top_k, width, x)
-        config = replace(config, up=tiles.up, down=tiles.down or config.down)
+        made = empty_digits(tokens * top_k, width, x)
+        config = replace(config, up=tiles.up, down=tiles.down)
     parts = torch.empty((tokens * top_k, hidden_size), dtype=x.dtype, device=x.device)
     sms, capacity = target_of(x).num_sms, list_capacity(tokens, config.block_t)
     bits = 8 * x.element_size()

@@ -175,11 +175,8 @@ def _fit_digits(config: ExpertsConfig, target: Target, shape: CodesShape) -> Dig
     found, whole = config.digits, not (shape.up_cols or shape.down_cols)
     if found is None or not (target.has_tma and shape.kind == FP8 and whole and shape.width <= MAX_DIGITS):
         return None
-    up, down = (
-        t and fit_tiles(t, config.block_t, target, shape.itemsize, weight_bits=8) for t in (found.up, found.down)
-    )
-    assert up is not None
-    if shape.hidden % up.block_d or (down and shape.width % down.block_d):
+    up, down = (fit_tiles(t, config.block_t, target, shape.itemsize, weight_bits=8) for t in (found.up, found.down))
+    if shape.hidden % up.block_d or shape.width % down.block_d:
         return None
     return DigitTiles(up, down)
 

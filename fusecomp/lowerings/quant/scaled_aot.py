@@ -10,10 +10,12 @@ from typing import Any
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
+from fusecomp.lowerings.linear.large_heuristics import sum_block
 from fusecomp.lowerings.linear.skinny_pieces import plain
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import rows, scaled_heuristics
 from fusecomp.lowerings.quant.activations import rows_block
+from fusecomp.lowerings.quant.norm_digits import norm_digits_kernel, sum_digits_kernel
 from fusecomp.lowerings.quant.pieces import FP8 as BYTES
 from fusecomp.lowerings.quant.pieces import INT8, NATIVE_FP8
 from fusecomp.lowerings.quant.scaled import scaled_kernel
@@ -51,6 +53,7 @@ def scaled_specializations(target: Target, *, full: bool) -> Iterator[Specializa
         yield specialization(target, shape, config)
     yield from _rows(target, full)
     yield from _sums(target)
+    yield from _digits(target)
 
 
 def specialization(target: Target, shape: ScaledShape, config: ScaledConfig) -> Specialization:
@@ -146,5 +149,30 @@ def _sums(target: Target) -> Iterator[Specialization]:
                 "bias": None, **({"given": None} if scale else {}),
             },
             num_warps,
+            num_stages=3,
+        )  # fmt: skip
+
+
+def _digits(target: Target) -> Iterator[Specialization]:
+    """Norms that are read as digits, where `experts/digits.py` has kernels that read them."""
+    if not target.has_tma:
+        return
+    block_n, num_warps = sum_block(64, 2048)
+    digits = {"codes": "fp8e4nv", "units": "fp32", "weight": "bf16"}
+    constants = {
+        "N": 2048, "BLOCK_N": block_n, "CENTERED": False, "PLUS_ONE": False, "KIND": NATIVE_FP8, "bias": None,
+        "USE_PDL": True,
+    }  # fmt: skip
+    scalars = {"eps": "fp32", "num_tokens": "i32"}
+    yield Specialization(
+        "norm_digits-2048", norm_digits_kernel, {"x": "bf16", "y": "bf16", **digits}, {**scalars, "stride_x": "i32"},
+        constants, num_warps, num_stages=3,
+    )  # fmt: skip
+    for splits in (1, 4):
+        acc = "fp32" if splits > 1 else "bf16"
+        yield Specialization(
+            f"sum_digits-2048-{splits}", sum_digits_kernel,
+            {"acc": acc, "total": "bf16", "y": "bf16", "args": ("bf16",), **digits},
+            {**scalars, "strides": ("i32",)}, {**constants, "G": 1, "SPLITS": splits, "EPILOGUE": RESIDUAL}, num_warps,
             num_stages=3,
         )  # fmt: skip

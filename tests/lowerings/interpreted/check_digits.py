@@ -170,13 +170,3 @@ def test_who_takes_digits(monkeypatch, config):
     monkeypatch.undo()
     monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: replace(config, digits=None))
     assert not takes_digits(x, args)
-
-
-def test_hidden_rows_may_stay_as_they_are(monkeypatch, config):
-    args, exact = make_quant_mixture("qwen3", 19, C=64, width=48, dtype=torch.bfloat16)
-    by_digits = launch_routed_quant_experts(*args)
-    half = replace(config, digits=replace(config.digits, down=None))
-    monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: half)
-    found = launch_routed_quant_experts(*args)
-    check_mixture(args, exact, found)
-    torch.testing.assert_close(found[1], by_digits[1], rtol=2**-6, atol=2**-6)
