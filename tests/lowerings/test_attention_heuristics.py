@@ -149,7 +149,7 @@ def test_64_rows_of_an_fp8_cache_have_splits_of_their_own():
     assert decode_config(SM90, **shape, num_rows=128).min_split != 512
 
 
-@pytest.mark.parametrize(("rows", "splits"), [(16, 8), (32, 4), (128, 2), (160, 2), (192, 2), (256, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(16, 8), (32, 4), (96, 2), (128, 2), (160, 2), (192, 2), (256, 2)])
 def test_rows_with_eight_query_heads_a_kv_head_have_launches_of_their_own(rows, splits):
     """As many pairs of fewer query heads, an FP8 cache's and other numbers of rows have others."""
     shape = {**SHAPE, "num_kv_heads": 4, "capacity": 1 << 20}
