@@ -9,6 +9,7 @@ Legend: T tokens, C hidden size, N features of a linear.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +17,34 @@ from torch import Tensor
 from fusecomp.ops.experts_linear import LINEAR_ARGS as LAST_ARGS
 from fusecomp.ops.experts_linear import experts_linear_reference
 from fusecomp.ops.library import define
-from fusecomp.ops.linear import Program, linear_reference
+from fusecomp.ops.linear import LinearShape, Program, linear_reference
 from fusecomp.ops.linear_pair import LINEAR_ARGS, QUANT_ARGS, linear_schema, quant_schema
-from fusecomp.ops.quant_linear import quant_linear_reference
+from fusecomp.ops.quant_linear import QuantShape, quant_linear_reference
 from fusecomp.ops.routed_experts import routed_experts_reference
 from fusecomp.ops.routed_quant_experts import routed_quant_experts_reference
 
 # Where these are among a mixture's arguments behind h: the norm's weight, then its bias; its spec; the residual.
 NORM_WEIGHT, NORM, RESIDUAL, QUANT_RESIDUAL = 2, 5, 16, 22
+BEFORE_NORM = " before a router's norm"
+
+
+@dataclass(frozen=True)
+class NormedShape:
+    """What decides where the norm of a router is made, besides the number of tokens: the linear before it."""
+
+    first: LinearShape | QuantShape
+
+    def __str__(self) -> str:
+        return f"{self.first}{BEFORE_NORM}"
+
+    @classmethod
+    def parse(cls, text: str) -> NormedShape | None:
+        """The shape that `str` gave, or None for another text."""
+        if not text.endswith(BEFORE_NORM):
+            return None
+        first = text.removesuffix(BEFORE_NORM)
+        shape = LinearShape.parse(first) or QuantShape.parse(first)
+        return None if shape is None else cls(shape)
 
 
 def mixture_args(args: tuple, count: int, residual: int, h: Tensor) -> list[Any]:

@@ -15,13 +15,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusecomp.ops import OPS
-from fusecomp.ops.linear import Program
-from fusecomp.ops.linear_experts import QUANT_RESIDUAL, RESIDUAL
+from fusecomp.ops.linear import LinearShape, Program
+from fusecomp.ops.linear_experts import QUANT_RESIDUAL, RESIDUAL, NormedShape
 from fusecomp.ops.norm import NormSpec
+from fusecomp.ops.quant_linear import QuantShape
 from fusecomp.patterns import functional
 from fusecomp.patterns.base import TOLERANCE, Example, PassContext, Pattern, fake_value, op_name, replace_and_prune
 from fusecomp.patterns.functional import is_call, not_before, skip_reshapes
-from fusecomp.patterns.linear_pair import quant_arguments
+from fusecomp.patterns.linear_pair import linear_shape, quant_arguments, quant_linear_shape
 from fusecomp.patterns.quant_activations import PROGRAM
 
 NORM = 6  # which argument of a mixture describes its router's norm
@@ -87,6 +88,9 @@ class LinearExperts(Pattern):
             replace_and_prune(user, result)
         return f"{program.describe()}, then {norm.describe()} -> experts"
 
+    def operation(self, candidate: LinearExpertsCandidate) -> str:
+        return str(NormedShape(self._shape(candidate.first)))
+
     def examples(self) -> list[Example]:
         from fusecomp.patterns.linear_experts_examples import linear_experts_examples
 
@@ -101,6 +105,9 @@ class LinearExperts(Pattern):
         if adds:
             args[self.residual] = None
         return tuple(args[1:]), adds
+
+    def _shape(self, node: Node) -> LinearShape | QuantShape:
+        return linear_shape(node)
 
     def _arguments(self, node: Node) -> tuple:
         """All of the linear's arguments, defaults included."""
@@ -123,6 +130,9 @@ class QuantLinearExperts(LinearExperts):
         from fusecomp.patterns.linear_experts_examples import quant_linear_experts_examples
 
         return quant_linear_experts_examples()
+
+    def _shape(self, node: Node) -> LinearShape | QuantShape:
+        return quant_linear_shape(node)
 
     def _arguments(self, node: Node) -> tuple:
         return quant_arguments(node)

@@ -87,11 +87,7 @@ class LinearPair(Pattern):
         return Program.from_text(node.args[self.program])  # type: ignore[arg-type]
 
     def _shape(self, node: Node) -> LinearShape | QuantShape:
-        program, weight = self._program(node), fake_value(node.args[1])
-        rows, k = weight.shape
-        return LinearShape(
-            rows // program.groups, k, program.groups, program.kind, str(weight.dtype).removeprefix("torch.")
-        )
+        return linear_shape(node)
 
     def _arguments(self, node: Node) -> tuple:
         """All of a linear's arguments, defaults included."""
@@ -120,13 +116,25 @@ class QuantLinearPair(LinearPair):
         return quant_linear_pair_examples()
 
     def _shape(self, node: Node) -> LinearShape | QuantShape:
-        args: tuple[Any, ...] = self._arguments(node)
-        spec, activation = WeightSpec.from_text(args[SPEC]), args[ACTIVATION]
-        codes = ActivationSpec.from_text(activation) if activation else None
-        return quant_shape(spec.torch_dtype, fake_value(args[1]), args[3], self._program(node), spec, codes)
+        return quant_linear_shape(node)
 
     def _arguments(self, node: Node) -> tuple:
         return quant_arguments(node)
+
+
+def linear_shape(node: Node) -> LinearShape:
+    """Of a `linear`."""
+    program, weight = Program.from_text(node.args[LinearPair.program]), fake_value(node.args[1])  # type: ignore[arg-type]
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return LinearShape(weight.shape[0] // program.groups, weight.shape[1], program.groups, program.kind, dtype)
+
+
+def quant_linear_shape(node: Node) -> QuantShape:
+    """Of a `quant_linear`."""
+    args: tuple[Any, ...] = quant_arguments(node)
+    spec, activation = WeightSpec.from_text(args[SPEC]), args[ACTIVATION]
+    codes = ActivationSpec.from_text(activation) if activation else None
+    return quant_shape(spec.torch_dtype, fake_value(args[1]), args[3], Program.from_text(args[PROGRAM]), spec, codes)
 
 
 def quant_arguments(node: Node) -> tuple:

@@ -157,8 +157,13 @@ def launch_linear_pair(
 
 def sums_with_norm(target: Target, first: LinearShape, then: LinearShape, tokens: int) -> bool:
     """Whether `launch_linear_pair` makes the next norm where the first is summed, operands being as TMA reads them."""
-    config, after = choose(target, first, tokens), choose(target, then, tokens)
-    if not isinstance(config, LargeConfig) or not isinstance(after, LargeConfig) or not fits_a_row(first.n):
+    return isinstance(choose(target, then, tokens), LargeConfig) and shape_leaves_sums(target, first, tokens)
+
+
+def shape_leaves_sums(target: Target, shape: LinearShape, tokens: int) -> bool:
+    """Whether `sums_of` gives the product of such a linear, operands being as TMA reads them."""
+    config = choose(target, shape, tokens)
+    if not isinstance(config, LargeConfig) or not fits_a_row(shape.n):
         return False
     return config.splits > 1 if config.method == "persistent" else config.method == "cublas"
 

@@ -6,14 +6,14 @@ Where the first leaves its sums to another kernel, that one makes the norm, or t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides
-from fusecomp.lowerings.linear.lowering import sums_with_norm
+from fusecomp.lowerings.linear.lowering import shape_leaves_sums, sums_with_norm
 from fusecomp.lowerings.linear.sum_norm import Sums, fits_a_row, launch_sum_norm
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant.activations import (
@@ -30,6 +30,7 @@ from fusecomp.lowerings.quant.scaled_heuristics import scaled_config
 from fusecomp.lowerings.quant.scaled_launch import leaves_sums, run_product
 from fusecomp.lowerings.quant.sum_rows import launch_sum_quantize, one_launch
 from fusecomp.ops.linear import LinearShape, Program
+from fusecomp.ops.linear_experts import NormedShape
 from fusecomp.ops.linear_pair import PairShape
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.quant import ActivationSpec, WeightSpec
@@ -113,13 +114,24 @@ def _sums(x: Tensor, call: ScaledCall) -> Sums | None:
 
 def explain_pair(target: Target, pair: PairShape, token_counts: Sequence[int]) -> list[str]:
     """One line for each run of token counts: whether the sum and the norm are made in one launch."""
+    made = "the sum, the norm and its codes" if isinstance(pair.then, QuantShape) else "the sum and the norm"
+    return _lines(made, lambda tokens: _in_one(target, pair, tokens), token_counts)
+
+
+def explain_normed(target: Target, shape: NormedShape, token_counts: Sequence[int]) -> list[str]:
+    """The same of a linear and the norm of the router behind it, which the experts read too."""
+    return _lines(
+        "the sum and the router's norm", lambda tokens: _leaves_sums(target, shape.first, tokens), token_counts
+    )
+
+
+def _lines(made: str, together: Callable[[int], bool], token_counts: Sequence[int]) -> list[str]:
     lines = []
-    named = [(tokens, _in_one(target, pair, tokens)) for tokens in sorted(set(token_counts)) if tokens]
-    for together, run in itertools.groupby(named, key=lambda found: found[1]):
+    named = [(tokens, together(tokens)) for tokens in sorted(set(token_counts)) if tokens]
+    for one, run in itertools.groupby(named, key=lambda found: found[1]):
         counts = [tokens for tokens, _ in run]
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        made = "the sum, the norm and its codes" if isinstance(pair.then, QuantShape) else "the sum and the norm"
-        lines.append(f"{span} tokens: {f'{made} in one launch' if together else 'one after the other'}")
+        lines.append(f"{span} tokens: {f'{made} in one launch' if one else 'one after the other'}")
     return lines
 
 
@@ -127,17 +139,28 @@ def _in_one(target: Target, pair: PairShape, tokens: int) -> bool:
     first, then = pair.first, pair.then
     if isinstance(first, LinearShape) and isinstance(then, LinearShape):
         return sums_with_norm(target, first, then, tokens)
-    assert isinstance(first, QuantShape) and isinstance(then, QuantShape)
-    shapes = [s for s in (first, then) if s.granularity and tokens >= max(s.least, LEAST_TOKENS)]
-    if len(shapes) < 2 or not fits_a_row(first.n):
+    assert isinstance(then, QuantShape)
+    return _multiplies_codes(target, then, tokens) and _leaves_sums(target, first, tokens)
+
+
+def _leaves_sums(target: Target, shape: LinearShape | QuantShape, tokens: int) -> bool:
+    """Whether a linear's product is summed by another kernel."""
+    if isinstance(shape, LinearShape):
+        return shape_leaves_sums(target, shape, tokens)
+    if not fits_a_row(shape.n) or not _multiplies_codes(target, shape, tokens):
         return False
-    for s in shapes:
-        spec = WeightSpec(s.kind, s.bits, s.rows, s.cols, s.dtype)
-        if refusal(target, s.k, spec, s.zero, ActivationSpec(s.kind, 8, s.granularity, s.block)):
-            return False
-    spec = WeightSpec(first.kind, first.bits, first.rows, first.cols, first.dtype)
-    scaled = scaled_shape(first.n, first.k, first.groups, first.dtype, spec, first.block, first.epilogue)
+    spec = WeightSpec(shape.kind, shape.bits, shape.rows, shape.cols, shape.dtype)
+    scaled = scaled_shape(shape.n, shape.k, shape.groups, shape.dtype, spec, shape.block, shape.epilogue)
     return leaves_sums(scaled_config(target, scaled, tokens))
+
+
+def _multiplies_codes(target: Target, shape: QuantShape, tokens: int) -> bool:
+    """Whether a linear multiplies codes of its activations."""
+    if not shape.granularity or tokens < max(shape.least, LEAST_TOKENS):
+        return False
+    spec = WeightSpec(shape.kind, shape.bits, shape.rows, shape.cols, shape.dtype)
+    codes = ActivationSpec(shape.kind, 8, shape.granularity, shape.block)
+    return refusal(target, shape.k, spec, shape.zero, codes) is None
 
 
 def _launch(x: Tensor, call: ScaledCall) -> Tensor:

@@ -16,12 +16,17 @@ from fusecomp.lowerings import quant_registration, registration
 from fusecomp.lowerings.linear import large_heuristics, lowering, sum_norm
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.sum_norm import launch_sum_norm
+from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant import activations, pair
+from fusecomp.lowerings.quant.pair import explain_normed
 from fusecomp.lowerings.quant.scaled_heuristics import TILE, ScaledConfig
 from fusecomp.ops.library import take_fallbacks
-from fusecomp.ops.linear_experts import QUANT_RESIDUAL, RESIDUAL
+from fusecomp.ops.linear import LinearShape, Program
+from fusecomp.ops.linear_experts import QUANT_RESIDUAL, RESIDUAL, NormedShape
 from fusecomp.ops.mode import batch_invariance
 from fusecomp.ops.norm import RMS, NormSpec, norm_reference
+from fusecomp.ops.quant import ActivationSpec, WeightSpec
+from fusecomp.ops.quant_linear import quant_shape
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
 from tests.lowerings.linear_experts_cases import make_linear_experts, make_quant_linear_experts, norm_of
@@ -67,6 +72,9 @@ def test_linear_and_experts(choose, adds, config, tokens):
     with mock.patch.object(sum_norm, "launch_sum_norm", wraps=launch_sum_norm) as made:
         h, y, out = registration._linear_experts(x, *first, *rest[:-1], residual, adds)
     assert made.call_count == (tokens == T and config in APART)
+    if tokens:
+        shape = LinearShape(C, C, 1, "residual", "float32")
+        assert ("in one launch" in explain_normed(SM90, NormedShape(shape), [tokens])[0]) == made.called
     wanted = registration.run_linear(x, *first)
     assert torch.equal(h, wanted)
     y_alone, out_alone = registration._routed_experts(wanted, *rest[:-1], wanted if adds else x)
@@ -98,12 +106,17 @@ def test_with_the_linear_behind_the_experts(choose, config):
 def test_codes(monkeypatch, adds, layout, config, tokens):
     """Steps of fewer tokens than the linear quantizes in have its weight's codes alone, and no sums of their own."""
     small = replace(config, block_t=16, block_n=16, block_k=32, pieces=1, use_tma=False)
-    monkeypatch.setattr(activations, "scaled_config", lambda *_: small)
+    for module in (activations, pair):
+        monkeypatch.setattr(module, "scaled_config", lambda *_: small)
     x, first, rest = make_quant_linear_experts("qwen3", tokens, layout, dtype=torch.bfloat16)
     residual = None if adds else x
     with mock.patch.object(pair, "launch_sum_norm", wraps=launch_sum_norm) as made:
         h, y, out = quant_registration._quant_linear_experts(x, *first, *rest[:-1], residual, adds)
     assert made.call_count == (tokens == T and config.method != TILE)
+    if tokens:
+        texts = Program.from_text(first[6]), WeightSpec.from_text(first[7]), ActivationSpec.from_text(first[9])
+        shape = quant_shape(torch.bfloat16, first[0], None, *texts)
+        assert ("in one launch" in explain_normed(SM90, NormedShape(shape), [tokens])[0]) == made.called
     wanted = quant_registration._quant_linear(x, *first)
     assert torch.equal(h, wanted)
     alone = quant_registration._routed_quant_experts(wanted, *rest[:-1], wanted if adds else x)
