@@ -288,11 +288,15 @@ def tune(case: Case) -> tuple[ExpertsConfig, list[tuple[float, ExpertsConfig]]]:
 
 
 def write_table(path: Path, environment: dict, entries: list[dict], codes: bool = False) -> None:
-    """A table with one line per entry; what was not tuned keeps its entry."""
+    """A table with one line per entry; what was not tuned, and tiles of digits, which are not tuned here, stay."""
     keys = KEYS if codes else KEYS[1:]
     kept = load_codes_table(path.stem.removesuffix("_codes")) if codes else load_table(DEFAULT_TABLE)
     before = [{"gpu": kept["gpu"]} | entry for entry in kept["entries"]] if codes else kept["entries"]
-    merged = {tuple(entry[key] for key in keys): entry for entry in (*before, *entries)}
+    merged = {tuple(entry[key] for key in keys): entry for entry in before}
+    for entry in entries:
+        key, config = tuple(entry[key] for key in keys), entry["config"]
+        digits = merged[key]["config"].get("digits") if key in merged and config["method"] == "grouped" else None
+        merged[key] = {**entry, "config": {**config, "digits": digits}} if digits else entry
     # Another card's say nothing about this one.
     routed = kept.get("routed", []) if not codes or kept["gpu"] == environment["gpu"] else []
     path.write_text(table_text(environment["gpu"], environment, [merged[key] for key in sorted(merged)], routed))

@@ -189,6 +189,20 @@ class TestBenchmark:
         default = load_codes_table("no card")
         assert all({"gpu": default["gpu"]} | e in written["entries"] for e in default["entries"])
 
+    @pytest.mark.parametrize("method", ["grouped", "vector"])
+    def test_a_launch_tuned_again_keeps_its_tiles_of_digits(self, tmp_path, method):
+        """They are tuned by whole steps; a launch without tiles has none."""
+        sizes = {"codes": "fp8", **moe.SHAPES["qwen3-30b-a3b"].keys(64)}
+        before = next(e for e in load_codes_table("nvidia_h200")["entries"] if e.items() >= sizes.items())
+        config = ExpertsConfig(method, Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), 16, True)
+        path = tmp_path / "nvidia_h200_codes.json"
+        moe.write_table(path, {"gpu": SM90.name}, [{**sizes, "config": config.to_entry(), "us": 1.0}], codes=True)
+        entries = json.loads(path.read_text())["entries"]
+        found = ExpertsConfig.from_entry(next(e["config"] for e in entries if e.items() >= sizes.items()))
+        assert replace(found, digits=None) == config
+        digits = ExpertsConfig.from_entry(before["config"]).digits
+        assert digits is not None and found.digits == (digits if method == "grouped" else None)
+
 
 TOKENS = [1, 2, 7, 64, 300]
 
