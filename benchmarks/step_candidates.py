@@ -1,4 +1,4 @@
-"""What `step_tune` tries: launches of linears, of products of codes and of attention, and how they are put in force."""
+"""What `step_tune` tries: launches of linears, products of codes, attention and experts, and how they are in force."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from unittest import mock
 from benchmarks import quant_large, quant_tune
 from benchmarks.linear_layers import Layer
 from benchmarks.quant_schemes import quant_shape_of
+from fusecomp.lowerings.experts import quant_routed
+from fusecomp.lowerings.experts.heuristics import DigitTiles, ExpertsConfig, Tiles
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
@@ -22,20 +24,21 @@ from fusecomp.lowerings.quant import activations
 from fusecomp.lowerings.quant import lowering as quant_lowering
 from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, PERSISTENT, ScaledConfig, ScaledShape
+from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant_linear import QuantShape
 
-Config = LargeConfig | ScaledConfig | QuantConfig | DecodeConfig
+Config = LargeConfig | ScaledConfig | QuantConfig | DecodeConfig | DigitTiles
 Tile = TypeVar("Tile", LargeConfig, ScaledConfig)
-ATTENTION = "attention"
+ATTENTION, EXPERTS = "attention", "experts"  # which are no linears
 Key = tuple[int, int, int, str] | str
 MOST_PROGRAMS = 256  # of a launch whose warps are apart; where none loads a tile ahead, with those of unused splits
 FEW_PAIRS = 64  # rows times kv heads up to which an attention launch leaves most of the GPU idle
 
 
-def key_of(layer: Layer | None) -> Key:
-    """What a choice is found by; None is the attention."""
-    return ATTENTION if layer is None else (layer.n, layer.k, layer.groups, layer.kind)
+def key_of(name: str, layer: Layer | None) -> Key:
+    """What a choice is found by: the name of what is no linear."""
+    return name if layer is None else (layer.n, layer.k, layer.groups, layer.kind)
 
 
 def linear_candidates(layer: Layer, tokens: int, num_sms: int) -> Iterator[LargeConfig]:
@@ -137,11 +140,22 @@ def attention_candidates(committed: DecodeConfig, pairs: int, *, apart: bool = F
             yield DecodeConfig(16 * warps, warps, 2, 2048 // least, least, apart=16)
 
 
+def digit_candidates(committed: DigitTiles) -> Iterator[DigitTiles]:
+    """Other tiles of one projection or the other, then of both, of which up to three fit a multiprocessor."""
+    ups = [(64, 256, 3), (64, 256, 4), (64, 128, 6), (128, 128, 3), (128, 128, 4), (128, 128, 5), (128, 256, 2)]
+    downs = [(64, 128, 5), (64, 256, 4), (128, 64, 8), (128, 128, 3), (128, 128, 4), (128, 128, 5), (128, 256, 3)]
+    up_tiles, down_tiles = ([Tiles(n, d, 4, stages, 0, True) for n, d, stages in tiles] for tiles in (ups, downs))
+    yield from (replace(committed, up=up) for up in up_tiles)
+    yield from (replace(committed, down=down) for down in down_tiles)
+    yield from itertools.starmap(DigitTiles, itertools.product(up_tiles, down_tiles[3:5]))
+
+
 @contextmanager
 def chosen(configs: dict[Key, Config]) -> Iterator[None]:
-    """Linears of these shapes run as said, and the attention of decodes, others as ever."""
+    """Linears of these shapes run as said, and the attention of decodes and experts of codes, others as ever."""
     choose, large, decode = lowering.choose, large_heuristics.large_config, heuristics.decode_config
     scaled, quant = activations.scaled_config, quant_lowering.quant_config
+    experts = quant_routed.quant_experts_config
     of_weights = {key[:3]: found for key, found in configs.items() if isinstance(found, QuantConfig)}
 
     def patched_choose(target: Target, shape: LinearShape, tokens: int) -> SkinnyConfig | LargeConfig:
@@ -165,7 +179,12 @@ def chosen(configs: dict[Key, Config]) -> Iterator[None]:
             return found
         return decode(target, **sizes)
 
+    def patched_experts(target: Target, shape: CodesShape, tokens: int) -> ExpertsConfig:
+        found, config = configs.get(EXPERTS), experts(target, shape, tokens)
+        return replace(config, digits=found) if isinstance(found, DigitTiles) and config.digits else config
+
     with (
+        mock.patch.object(quant_routed, "quant_experts_config", patched_experts),
         mock.patch.object(heuristics, "decode_config", patched_decode),
         mock.patch.object(lowering, "choose", patched_choose),
         mock.patch.object(large_heuristics, "large_config", patched_large),
@@ -181,6 +200,8 @@ def brief(config: Config) -> str:
         splits = f"s{config.num_splits} from {config.min_split}"
         options = " ahead" * config.read_ahead + f" apart {config.apart}" * bool(config.apart)
         return f"n{config.block_n} w{config.num_warps} st{config.num_stages} {splits}{options}"
+    if isinstance(config, DigitTiles):
+        return ", ".join(f"{t.block_n}x{t.block_d} w{t.num_warps} st{t.num_stages}" for t in (config.up, config.down))
     if isinstance(config, QuantConfig):
         tile = (
             f"{config.kernel} {config.block_t}x{config.block_r}x{config.block_k} s{config.splits} w{config.num_warps}"

@@ -3,7 +3,8 @@
     python -m benchmarks.step_tables FILE [FILE ...]
 
 Launches of linears that make a step faster by `LEAST_GAIN` or more replace the entry of the same sizes, or are added to
-the table of their GPU. Attention's are printed only: one entry serves every context.
+the table of their GPU. Attention's are printed only: one entry serves every context. So are those of experts: their
+table has other sizes.
 """
 
 from __future__ import annotations

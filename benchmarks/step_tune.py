@@ -30,22 +30,26 @@ from benchmarks.decode import DecodeRun
 from benchmarks.idle import profile_idle
 from benchmarks.linear_large import Case, check
 from benchmarks.linear_layers import LAYERS, Layer, random_pool
-from benchmarks.quant_schemes import quant_shape_of
+from benchmarks.quant_schemes import SCHEMES, quant_shape_of
 from benchmarks.session import Options, Session
 from benchmarks.step_candidates import (
     ATTENTION,
+    EXPERTS,
     Config,
     Key,
     attention_candidates,
     brief,
     chosen,
     code_candidates,
+    digit_candidates,
     key_of,
     linear_candidates,
     weight_candidates,
 )
 from benchmarks.timing import Samples, kernel_times, time_in_turns
 from fusecomp.lowerings.device import device_target
+from fusecomp.lowerings.experts.heuristics import DigitTiles
+from fusecomp.lowerings.experts.quant_heuristics import quant_experts_config
 from fusecomp.lowerings.launch import compile_ahead
 from fusecomp.lowerings.linear import lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
@@ -53,6 +57,7 @@ from fusecomp.lowerings.paged_attention import heuristics
 from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig
 from fusecomp.lowerings.quant.heuristics import QuantConfig, quant_config
 from fusecomp.lowerings.quant.scaled_heuristics import LIBRARY, ScaledConfig, ScaledShape, scaled_config
+from fusecomp.ops.experts import codes_shape
 from fusecomp.ops.linear import LinearShape
 from fusecomp.ops.quant import FP8
 from fusecomp.quant.online.schemes import LEAST_TOKENS
@@ -87,9 +92,14 @@ class StepTuner:
         assert self.run.engine.graphs is not None
         self.run.engine.graphs._budget = GRAPH_BYTES
         committed = {name: self._committed(name, layer) for name, layer in self.layers.items()}
-        self.committed = {name: replace(config, source="") for name, config in committed.items()}
+        self.committed = {
+            name: config if isinstance(config, DigitTiles) else replace(config, source="")
+            for name, config in committed.items()
+        }
 
     def _committed(self, name: str, layer: Layer | None) -> Config:
+        if name == EXPERTS:
+            return self._digits()
         if layer is None:
             step, builder = self.run.engine._step, self.run.engine._builder
             config = self.session.model.config
@@ -108,6 +118,20 @@ class StepTuner:
         assert isinstance(config, LargeConfig), "benchmarks.linear tunes launches of so few tokens"
         return config
 
+    def _digits(self) -> DigitTiles:
+        """Tiles of experts of fp8 codes by digits.
+
+        Raises:
+            SystemExit: the step has none.
+        """
+        config = self.session.model.config
+        sizes = (config.num_experts, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size)
+        spec = SCHEMES[SCHEMES_OF[FP8]][0]
+        found = quant_experts_config(self.target, codes_shape(spec, spec, sizes, 2), self.tokens).digits
+        if self.scheme != FP8 or found is None:
+            raise SystemExit(f"experts of {self.scheme or 'numbers'} at {self.tokens} tokens are not by digits")
+        return found
+
     def _form(self, name: str) -> str:
         """What multiplies in a linear: numbers, codes of both sides, or codes of its weight."""
         if name not in NAMES[:4] or not self.scheme:
@@ -117,7 +141,9 @@ class StepTuner:
     def others(self, name: str) -> Iterator[Config]:
         """What may be better than what is committed."""
         layer, committed = self.layers[name], self.committed[name]
-        if layer is None:
+        if isinstance(committed, DigitTiles):
+            yield from digit_candidates(committed)
+        elif layer is None:
             assert isinstance(committed, DecodeConfig)
             _, kv_heads, head_dim = self.run.engine._step.layers[0][:3]
             group = self.session.model.config.num_attention_heads // kv_heads
@@ -135,7 +161,7 @@ class StepTuner:
         engine = self.run.engine
         with compile_ahead(self.session.device):
             for i in range(max(map(len, pools.values()))):
-                configs = {key_of(self.layers[name]): pool[i] for name, pool in pools.items() if i < len(pool)}
+                configs = {key_of(name, self.layers[name]): pool[i] for name, pool in pools.items() if i < len(pool)}
                 with chosen(configs):
                     engine._step(engine._builder.padding(self.tokens))
         torch.cuda.synchronize()
@@ -183,7 +209,7 @@ class StepTuner:
         rows = []
         for name, pool in pools.items():
             layer, before = self.layers[name], self.committed[name]
-            key = key_of(layer)
+            key = key_of(name, layer)
             times = zip(self.seconds(*({key: config} for config in pool)), pool, strict=True)
             found = sorted(times, key=lambda pair: pair[0])
             finals = [before, *(config for _, config in found[:3] if config != before)]
@@ -214,7 +240,7 @@ class StepTuner:
             SystemExit: one of them is too large.
         """
         layer = self.layers[name]
-        key = key_of(layer)
+        key = key_of(name, layer)
         exact, other = self.logits({key: before}), self.logits({key: best})
         difference = ((other - exact).norm() / exact.norm()).item()
         codes = self.scheme == FP8 and self.tokens >= LEAST_TOKENS  # somewhere behind it, whatever it is
@@ -237,6 +263,8 @@ class StepTuner:
 
 def _constants(config: Config) -> dict[str, Any]:
     """As the tables keep it."""
+    if isinstance(config, DigitTiles):
+        return asdict(config)
     if isinstance(config, DecodeConfig | QuantConfig):
         default = QuantConfig("") if isinstance(config, QuantConfig) else None
         return {k: v for k, v in asdict(config).items() if k != "source" and v != getattr(default, k, None)}
@@ -253,7 +281,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", default="64")
     parser.add_argument(
-        "--names", default=",".join(NAMES), help="linears, or attention, in the order in which they are tuned"
+        "--names", default=",".join(NAMES), help="linears, attention or experts (by digits), in the order of tuning"
     )
     parser.add_argument("--context", default="200", help="tokens of a sequence")
     parser.add_argument("--quantize", choices=SCHEMES_OF)
@@ -275,7 +303,7 @@ def main() -> None:
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "shape": args.shape, **session.ceilings.to_dict()}
     _ = session.engine
     named = dict(zip(NAMES, LAYERS[args.shape], strict=False))
-    layers = {name: None if name == ATTENTION else named[name] for name in names}
+    layers = {name: None if name in (ATTENTION, EXPERTS) else named[name] for name in names}
     for count, context in itertools.product(tokens, contexts):
         tuner = StepTuner(session, count, context, layers, SCHEMES_OF.get(args.quantize, ""))
         graphs = session.engine.graphs

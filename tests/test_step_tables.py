@@ -10,15 +10,21 @@ from benchmarks import step_tables
 from benchmarks.linear_layers import LAYERS
 from benchmarks.quant_schemes import quant_shape_of
 from benchmarks.step_candidates import (
+    ATTENTION,
+    EXPERTS,
     attention_candidates,
     brief,
     chosen,
     code_candidates,
+    digit_candidates,
     key_of,
     linear_candidates,
     weight_candidates,
 )
 from benchmarks.step_tune import _constants
+from fusecomp.lowerings.experts import quant_routed
+from fusecomp.lowerings.experts.heuristics import DigitTiles, Tiles
+from fusecomp.lowerings.experts.quant_heuristics import fitted_digits
 from fusecomp.lowerings.linear import large_heuristics, lowering
 from fusecomp.lowerings.linear.large_heuristics import LargeConfig
 from fusecomp.lowerings.paged_attention import heuristics
@@ -27,7 +33,9 @@ from fusecomp.lowerings.quant import activations, tables
 from fusecomp.lowerings.quant import lowering as quant_lowering
 from fusecomp.lowerings.quant.heuristics import FOLDED_WIDE, QuantConfig, quant_config
 from fusecomp.lowerings.quant.scaled_heuristics import ScaledConfig, ScaledShape, scaled_config
+from fusecomp.ops.experts import CodesShape
 from fusecomp.ops.linear import LinearShape
+from fusecomp.ops.quant import FP8
 
 QKV, OUT, GATE_UP, DOWN, _ = LAYERS["llama-8b"]
 
@@ -52,7 +60,7 @@ def test_what_is_chosen_runs_and_only_that():
     weights = quant_shape_of("int4-zero", QKV)
     before = lowering.choose(SM90, shape, 64), activations.scaled_config(SM90, scaled, 64)
     dense, codes, folded = LargeConfig(block_t=64), ScaledConfig(block_t=64), QuantConfig("folded", 8)
-    with chosen({key_of(OUT): dense, key_of(DOWN): codes, key_of(QKV): folded}):
+    with chosen({key_of("o", OUT): dense, key_of("down", DOWN): codes, key_of("qkv", QKV): folded}):
         assert lowering.choose(SM90, shape, 64) == dense
         assert activations.scaled_config(SM90, scaled, 64) == codes
         assert quant_lowering.quant_config(SM90, weights, 1) == folded
@@ -76,13 +84,29 @@ def test_attention_of_few_rows_is_tried_in_other_splits():
         (16, 4, 64), (16, 8, 128), (32, 4, 128), (32, 8, 256)
     }  # fmt: skip
     for config in tried:
-        with chosen({key_of(None): config}):
+        with chosen({key_of(ATTENTION, None): config}):
             assert heuristics.decode_config(SM90, head_dim=128, new_key=True) is config
             assert _constants(config)["apart"] == config.apart and brief(config)
-    with chosen({key_of(None): tried[-1]}):  # the keys are all in the cache
+    with chosen({key_of(ATTENTION, None): tried[-1]}):  # the keys are all in the cache
         assert not heuristics.decode_config(
             SM90, head_dim=128, itemsize=2, num_kv_heads=8, page_size=16, num_rows=1, capacity=4096
         ).apart
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 128, 256])
+def test_experts_are_tried_by_other_tiles_of_digits(tokens):
+    """Each fits, as it is, what the committed ones serve; experts without digits get none."""
+    shape = CodesShape(128, 8, 2048, 768, FP8, 8, 0, 0, 2)
+    before = quant_routed.quant_experts_config(SM90, shape, tokens)
+    tried = list(dict.fromkeys(digit_candidates(before.digits)))
+    assert before.digits in tried and len(tried) > 15 and len({brief(tiles) for tiles in tried}) == len(tried)
+    for tiles in tried:
+        with chosen({key_of(EXPERTS, None): tiles}):
+            assert quant_routed.quant_experts_config(SM90, shape, tokens) == replace(before, digits=tiles)
+            assert quant_routed.quant_experts_config(SM90, shape, 1).digits is None
+        assert fitted_digits(replace(before, digits=tiles), SM90, shape) == tiles
+        assert DigitTiles(*(Tiles(**side) for side in _constants(tiles).values())) == tiles
+    assert quant_routed.quant_experts_config(SM90, shape, tokens) == before
 
 
 ROW = {"name": "o", "tokens": 64, "step_us": 90.0, "committed_step_us": 100.0, "difference": 0.0}

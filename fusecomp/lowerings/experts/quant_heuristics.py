@@ -156,7 +156,7 @@ def _narrow(t: Tiles, shape: CodesShape) -> Tiles:
 
 def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsConfig:
     """The same within a target's registers and shared memory; columns of a tile keep to those of a scale."""
-    config = replace(config, digits=_fit_digits(config, target, shape))
+    config = replace(config, digits=fitted_digits(config, target, shape))
     tiles = []
     for tile, cols, columns in ((config.up, shape.up_cols, shape.hidden), (config.down, shape.down_cols, shape.width)):
         if config.method == "vector":
@@ -170,7 +170,7 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
     return replace(config, up=tiles[0], down=tiles[1])
 
 
-def _fit_digits(config: ExpertsConfig, target: Target, shape: CodesShape) -> DigitTiles | None:
+def fitted_digits(config: ExpertsConfig, target: Target, shape: CodesShape) -> DigitTiles | None:
     """Tiles of digits, whose kernels are for GPUs that multiply fp8 and read by TMA, and have no other scales."""
     found, whole = config.digits, not (shape.up_cols or shape.down_cols)
     if found is None or not (target.has_tma and shape.kind == FP8 and whole and shape.width <= MAX_DIGITS):
