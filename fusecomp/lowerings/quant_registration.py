@@ -236,7 +236,10 @@ def _quant_linear_experts(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     else:
         weight, bias = args[QUANT_ARGS + NORM_WEIGHT :][:2]
         rows = x.new_empty((x.shape[0], args[QUANT_ARGS].shape[1]), dtype=call.program.torch_dtype)
-        by_digits = takes_digits(rows, without_norm(mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, rows)))
+
+        def by_digits() -> bool:
+            return takes_digits(rows, without_norm(mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, rows)))
+
         h, found = launch_scaled_norm(x, call, NormSpec.from_text(norm), weight, bias, by_digits)
         h = computed(h)
     rest = mixture_args(args, QUANT_ARGS, QUANT_RESIDUAL, h)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fusecomp.lowerings.experts import listed_launch, quant_routed
+from fusecomp.lowerings.experts.heuristics import ExpertsConfig
 from fusecomp.ops.norm import RMS, NormSpec
 from fusecomp.ops.routed_experts import routed_experts_reference
 from fusecomp.ops.routed_quant_experts import routed_quant_experts_reference
@@ -73,6 +76,14 @@ def widened(args: list[Any]) -> list[Any]:
     wide = [a.double() if isinstance(a, Tensor) else a for a in args]
     name = args[6]
     return [*wide[:6], "float64", args[7].replace(name, "float64"), *wide[8:]]
+
+
+def serve_codes_by_lists(monkeypatch: pytest.MonkeyPatch, config: ExpertsConfig) -> None:
+    """Whatever the tables say; the down projection waits by counts, as under dependent launch."""
+    monkeypatch.setattr(quant_routed, "routed_codes_config", lambda *_: None)
+    monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: config)
+    monkeypatch.setattr(listed_launch, "LEAST_ROWS", 0)
+    monkeypatch.setattr(listed_launch, "signalled_blocks", lambda config, _, rows, __: -(-rows // config.up.block_n))
 
 
 def check_mixture(args: tuple, exact: tuple, found: tuple[Tensor, Tensor]) -> None:

@@ -20,6 +20,7 @@ from fusecomp.lowerings.experts.quant_heuristics import (
     DEQUANTIZE,
     KEYS,
     explain_choices,
+    fitted_digits,
     load_codes_table,
     quant_experts_config,
 )
@@ -86,6 +87,22 @@ def test_what_was_measured_serves_its_like():
             assert config.method == "grouped" or tokens <= 4
             assert bits == 4 or tokens != 64 or "experts of fp8" in config.source
     assert "not measured" in quant_experts_config(SM90, CodesShape(8, 2, 4096, 14336, FP8, 8, 0, 0, 2), 3).source
+
+
+def test_who_has_tiles_of_digits():
+    """What a launch by them wants of sizes, scales and the GPU, the choice of tiles knows, and so what is explained."""
+    shape = CodesShape(128, 8, 2048, 768, FP8, 8, 0, 0, 2)
+    config = quant_experts_config(SM90, shape, 64)
+    assert config.digits is not None and fitted_digits(config, SM90, shape) == config.digits
+    for change in (
+        {"kind": INT}, {"up_cols": 128}, {"down_cols": 128}, {"hidden": 32768}, {"hidden": 2048 + 128},
+        {"width": 8192}, {"width": 768 + 128},
+    ):  # fmt: skip
+        assert fitted_digits(config, SM90, replace(shape, **change)) is None, change
+    assert fitted_digits(config, SM80, shape) is None
+    plain = replace(config.digits, down=replace(config.digits.down, use_tma=False))
+    assert fitted_digits(replace(config, digits=plain), SM90, shape) is None
+    assert fitted_digits(replace(config, digits=None), SM90, shape) is None
 
 
 def test_choices_are_explained():

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 
 from fusecomp.lowerings.experts.pieces import weight_rows
+from fusecomp.lowerings.experts.quant_heuristics import MAX_DIGITS
 from fusecomp.lowerings.experts.quant_pieces import expert_scale_row
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.lowerings.quant.digit_rows import store_digits
 from fusecomp.lowerings.quant.digits import SECOND
 from fusecomp.lowerings.quant.pieces import load_scales
 
 LEAST_ROWS = 64  # of a product whose codes the matrix units read from shared memory
-CONVERTED = 4096  # numbers of hidden rows that a program makes into digits at once
 
 
 @triton.constexpr_function
@@ -148,5 +149,5 @@ def convert_hidden(
 
 def rows_at_once(columns: int) -> tuple[int, int]:
     """BLOCK_R and BLOCK_F of `convert_hidden`."""
-    block = triton.next_power_of_2(columns)
-    return max(1, min(8, CONVERTED // block)), block
+    block = next_power_of_2(columns)
+    return max(1, min(8, MAX_DIGITS // block)), block

@@ -100,7 +100,7 @@ def run_listed(
     row = layer.up.shape[-1] * layer.up.element_size() if not layer.transposed and layer.up.data_ptr() % 16 == 0 else 0
     ups, downs = listed_constants(
         config, (experts, rows, top_k, tokens), row, sms, use_pdl, bits, 8 if layer.up_codes else bits,
-        digits=made is not None,
+        digits=digits is not None,
     )  # fmt: skip
     block_r, block_f = rows_at_once(width)
     common = {

@@ -22,6 +22,7 @@ from fusecomp.lowerings.experts.heuristics import (
     fit_registers,
     fit_tiles,
 )
+from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant.heuristics import LEAST_COLUMNS, fitting_columns
 from fusecomp.ops.experts import CodesShape
@@ -34,7 +35,7 @@ KEYS = ("codes", "experts", "top_k", "hidden", "width", "tokens")
 WIDE = Tiles(128, 64, 8, 4)  # with many tokens
 STAGES = 8
 CONVERTED = 64  # weights of a step in one thread
-MAX_DIGITS = 4096  # of a row of hidden activations that one program makes
+MAX_DIGITS = 4096  # numbers of hidden activations of which a program of the up projection makes digits at once
 FAR = 8.0  # as `distance` has it: beyond, what was measured of 16-bit weights is the better guess
 
 
@@ -171,9 +172,14 @@ def _fit(config: ExpertsConfig, target: Target, shape: CodesShape) -> ExpertsCon
 
 
 def fitted_digits(config: ExpertsConfig, target: Target, shape: CodesShape) -> DigitTiles | None:
-    """Tiles of digits, whose kernels are for GPUs that multiply fp8 and read by TMA, and have no other scales."""
+    """Tiles of digits, whose kernels are for GPUs that multiply fp8 and read by TMA, and have no other scales.
+
+    A program makes digits of a whole row: of hidden states while it norms them, of hidden activations by the way.
+    """
     found, whole = config.digits, not (shape.up_cols or shape.down_cols)
-    if found is None or not (target.has_tma and shape.kind == FP8 and whole and shape.width <= MAX_DIGITS):
+    if found is None or not (target.has_tma and shape.kind == FP8 and whole):
+        return None
+    if shape.hidden > MAX_BLOCK_K or shape.width > MAX_DIGITS or not (found.up.use_tma and found.down.use_tma):
         return None
     up, down = (fit_tiles(t, config.block_t, target, shape.itemsize, weight_bits=8) for t in (found.up, found.down))
     if shape.hidden % up.block_d or shape.width % down.block_d:

@@ -25,7 +25,6 @@ from fusecomp.lowerings.experts.quant_heuristics import quant_experts_config, ro
 from fusecomp.lowerings.experts.quant_lowering import supports
 from fusecomp.lowerings.experts.routed import run_chosen, served
 from fusecomp.lowerings.experts.router import Router
-from fusecomp.lowerings.linear.sum_norm import fits_a_row
 from fusecomp.lowerings.quant.digit_rows import Digits
 from fusecomp.lowerings.quant.norm_digits import launch_norm_digits
 from fusecomp.ops.experts import Activation, codes_shape
@@ -86,7 +85,6 @@ def _takes_digits(mixture: Mixture, x: Tensor) -> bool:
     return (
         config.digits is not None
         and x.dtype == torch.bfloat16
-        and fits_a_row(x.shape[1])
         and not any(weight.data_ptr() % 16 for weight in (layer.up, layer.down))  # as TMA wants it
         and serves(config, x, router, layer)
     )

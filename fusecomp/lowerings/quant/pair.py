@@ -72,18 +72,23 @@ def launch_scaled_pair(x: Tensor, first: ScaledCall, then: ScaledCall) -> tuple[
 
 
 def launch_scaled_norm(
-    x: Tensor, call: ScaledCall, norm: NormSpec, weight: Tensor | None, bias: Tensor | None, digits: bool = False
+    x: Tensor,
+    call: ScaledCall,
+    norm: NormSpec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    takes_digits: Callable[[], bool],
 ) -> tuple[Tensor, Normed | None]:
     """(h, norm(h)) of h = `launch_scaled_linear` of x; None for the norm where the product ends in h. Of some tokens.
 
     Args:
         weight, bias: the norm's, [N] contiguous, or None.
-        digits: made of the norm too.
+        takes_digits: whether digits are made of the norm too; asked only where a norm is made.
     """
     x, call = _coded(x, call)
     if (sums := _sums(x, call)) is None:
         return _launch(x, call), None
-    if digits:
+    if takes_digits():
         h, y, made = launch_sum_digits(sums, norm, weight, bias)
         return h, Normed(y, made)
     h, y = launch_sum_norm(sums, norm, weight, bias)

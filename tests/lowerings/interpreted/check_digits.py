@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from fusecomp.lowerings import quant_registration
-from fusecomp.lowerings.experts import listed_launch, quant_routed
+from fusecomp.lowerings.experts import quant_routed
 from fusecomp.lowerings.experts.heuristics import DigitTiles, ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.quant_routed import launch_routed_quant_experts, takes_digits
-from fusecomp.lowerings.linear import sum_norm
 from fusecomp.lowerings.linear.sum_norm import Sums, launch_sum_norm
 from fusecomp.lowerings.quant import activations, pair
 from fusecomp.lowerings.quant.norm_digits import launch_norm_digits, launch_sum_digits
@@ -27,7 +26,7 @@ from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nea
 from tests.lowerings.interpreted.float8 import fuse_multiply_add, multiply_float8
 from tests.lowerings.linear_cases import residual
 from tests.lowerings.linear_experts_cases import make_quant_linear_experts
-from tests.lowerings.routed_cases import UP, check_mixture, make_quant_mixture
+from tests.lowerings.routed_cases import UP, check_mixture, make_quant_mixture, serve_codes_by_lists
 
 multiply_float8()
 multiply_bfloat16()
@@ -43,15 +42,9 @@ PLAIN = Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 2)
 
 @pytest.fixture(params=[("narrow", 8), ("wide", 16)], ids=str, autouse=True)
 def config(request, monkeypatch):
-    """Lists serve, whatever the tables say; the down projection waits by counts, as under dependent launch."""
     name, block_t = request.param
     config = ExpertsConfig("grouped", *PLAIN, block_t, True, digits=DIGITS[name])
-    monkeypatch.setattr(quant_routed, "routed_codes_config", lambda *_: None)
-    monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: config)
-    monkeypatch.setattr(listed_launch, "LEAST_ROWS", 0)
-    monkeypatch.setattr(
-        listed_launch, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n)
-    )
+    serve_codes_by_lists(monkeypatch, config)
     return config
 
 
@@ -66,6 +59,7 @@ def sums(rows: int, columns: int) -> Sums:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (5, 200)])
 def test_digits_are_the_norm(norm, rows, columns):
     """Bit for bit what the launch without digits makes; exact but for what is 2^-13 of a row's largest number."""
+    torch.manual_seed(rows)
     given, weight = sums(rows, columns), torch.rand(columns).bfloat16()
     bias = torch.randn(columns).bfloat16() if norm.kind == LAYER else None
     total, y, digits = launch_sum_digits(given, norm, weight, bias)
@@ -81,6 +75,7 @@ def test_digits_are_the_norm(norm, rows, columns):
 @pytest.mark.parametrize("norm", [NormSpec(RMS, 1e-6), NormSpec(LAYER, 1e-5), None])
 def test_of_rows(norm):
     """What the launch of sums makes of the same rows; without a norm digits of the rows themselves."""
+    torch.manual_seed(0)
     given, weight = sums(5, 200), torch.rand(200).bfloat16()
     total, y, digits = launch_sum_digits(given, norm or NormSpec(RMS, 1e-6), weight, None)
     wide = torch.full((5, 232), float("nan"), dtype=torch.bfloat16)
@@ -165,8 +160,5 @@ def test_who_takes_digits(monkeypatch, config):
     assert not takes_digits(x, [*args[:UP], moved, *args[UP + 1 :]])
     (narrow, *others), _ = make_quant_mixture("qwen3", 3, dtype=torch.float16)
     assert not takes_digits(narrow, others)
-    monkeypatch.setattr(sum_norm, "MAX_BLOCK_K", 32)
-    assert not takes_digits(x, args)
-    monkeypatch.undo()
     monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: replace(config, digits=None))
     assert not takes_digits(x, args)

@@ -15,7 +15,13 @@ from fusecomp.lowerings.route.router import launch_router
 from fusecomp.ops.routed_experts import routed_experts_reference
 from fusecomp.ops.router import SOFTMAX, SUM, RouteSpec
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
-from tests.lowerings.routed_cases import MIXTURES, check_mixture, make_mixture, make_quant_mixture
+from tests.lowerings.routed_cases import (
+    MIXTURES,
+    check_mixture,
+    make_mixture,
+    make_quant_mixture,
+    serve_codes_by_lists,
+)
 
 multiply_bfloat16()
 round_to_nearest()
@@ -28,16 +34,10 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True, params=CONFIGS)
 def config(request, monkeypatch):
-    """Lists serve, whatever the tables say; the down projection waits by counts, as under dependent launch."""
     config = CONFIGS[request.param]
+    serve_codes_by_lists(monkeypatch, config)
     monkeypatch.setattr(routed, "routed_config", lambda *_, **__: None)
     monkeypatch.setattr(routed, "experts_config", lambda *_, **__: config)
-    monkeypatch.setattr(quant_routed, "routed_codes_config", lambda *_: None)
-    monkeypatch.setattr(quant_routed, "quant_experts_config", lambda *_: config)
-    monkeypatch.setattr(listed_launch, "LEAST_ROWS", 0)
-    monkeypatch.setattr(
-        listed_launch, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n)
-    )
     return config
 
 
