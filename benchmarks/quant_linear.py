@@ -28,7 +28,7 @@ from benchmarks.quant_schemes import LAYERS, SCHEMES, committed_configs, make_we
 from benchmarks.quant_tune import job, prepare, seconds_of, tune
 from fusecomp.lowerings.device import device_target
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
-from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, norm_limit, quant_config
+from fusecomp.lowerings.quant.heuristics import DEQUANTIZE, norms_inside, quant_config
 from fusecomp.lowerings.quant.launches import launch_dequantize, run_quant
 from fusecomp.ops.quant import dequantize_reference
 
@@ -64,7 +64,7 @@ class QuantChain(Chain):
         norm = self.norms[2 * i + (name == "gate_up")] if kind.norm else None
         operands = [] if added is None else [added]
         program = program_of(kind)
-        if kind.norm and len(x) > norm_limit(self.spec.fold):  # as `launch_quant_linear`
+        if kind.norm and not norms_inside(config, self.spec.fold, len(x)):  # as `launch_quant_linear`
             x, norm, program = launch_norm_op(x, norm, None, program.norm), None, replace(program, norm=None)
         if config.kernel == DEQUANTIZE:
             return launch_linear(x, launch_dequantize(*self.weights[name][i], self.spec), None, None, operands, program)

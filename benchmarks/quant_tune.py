@@ -32,12 +32,14 @@ from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
     DIGIT_ROWS,
     DIGITS,
+    FOLDED_DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
     QuantConfig,
     held_config,
-    norm_limit,
+    norms_inside,
     serves_digits,
+    serves_folded_digits,
     serves_halves,
     serves_held,
     serves_words,
@@ -104,6 +106,12 @@ WIDE = {
         (128, 256, 8, 2, (1,)),
     ],
 }  # fmt: skip
+# Of the kernel that multiplies digits: rows of a group, warps, stages, programs to a multiprocessor.
+FOLDED_DIGIT_TILES = {
+    8: [(64, 4, 4, (2, 3, 4)), (64, 4, 6, (2, 3)), (128, 8, 4, (1,))],
+    16: [(64, 4, 4, (2, 3, 4)), (64, 4, 3, (3,)), (64, 4, 6, (2,)), (128, 8, 4, (1,))],
+    32: [(64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (128, 8, 3, (1, 2))],  # of one group: of two ptxas spills
+}
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
 PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
 
@@ -168,10 +176,25 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                 if not early:
                     seen[replace(config, ahead=16)] = None
     yield from seen
+    yield from folded_digit_candidates(shape, tokens)
     if tokens == 1 and serves_held(shape):
         for parts, (ahead, early) in itertools.product((2, 4, 8, 16), ((0, False), (1, False), (0, True))):
             config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead, early=early)
             yield held_config(config, device_target(0) if torch.cuda.is_available() else SM90, shape)
+
+
+def folded_digit_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
+    """As `candidates`, of the kernel that multiplies digits."""
+    if not serves_folded_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
+        return
+    wanted, steps = max(8, triton.next_power_of_2(tokens)), shape.k // (4 * shape.fold)
+    for block_t in (wanted,) if wanted < 32 else (16, 32)[: 3 - shape.groups] if wanted == 32 else ():
+        for rows, warps, stages, loads in FOLDED_DIGIT_TILES[block_t]:
+            blocks = math.ceil(shape.n / rows) * math.ceil(tokens / block_t)
+            counts = {split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1] for load in loads}
+            for splits in sorted(counts):
+                config = QuantConfig(FOLDED_DIGITS, block_t, rows * shape.groups, 4 * shape.fold, warps, stages, splits)
+                yield replace(config, early=False)
 
 
 def job(scheme: str, name: str, tokens: int, config: QuantConfig) -> Job:
@@ -187,7 +210,7 @@ def _prepare(job: Job) -> str:
     x, out = (torch.zeros(s, dtype=torch.bfloat16, device="cuda") for s in ((tokens, kind.k), (tokens, n)))
     weight = make_weight(kind.groups * n, kind.k, spec, zero)
     operands, program = [out] if kind.epilogue is RESIDUAL else [], program_of(kind)
-    norm = x[0] if kind.norm and tokens <= norm_limit(spec.fold) else None
+    norm = x[0] if kind.norm and norms_inside(config, spec.fold, tokens) else None
     program = program if norm is not None else replace(program, norm=None)
 
     def launch() -> None:
@@ -220,7 +243,7 @@ def seconds_of(run: Callable[[], Any], replays: int) -> float:
 
 
 def brief(c: QuantConfig) -> str:
-    letter = {FOLDED_WIDE: "w", FOLDED_HELD: "h"}.get(c.kernel, c.kernel[0])
+    letter = {FOLDED_WIDE: "w", FOLDED_HELD: "h", FOLDED_DIGITS: "d"}.get(c.kernel, c.kernel[0])
     tile = f"{letter} t{c.block_t} r{c.block_r} k{c.block_k} s{c.splits}"
     flags = "".join(f" {name}" for name in ("early", "sums", "halves") if getattr(c, name))
     flags += f" ahead {c.ahead}" if c.ahead else ""

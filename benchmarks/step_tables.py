@@ -17,7 +17,6 @@ from typing import Any
 from benchmarks.quant_schemes import SCHEMES
 from fusecomp.lowerings.linear import large_heuristics
 from fusecomp.lowerings.quant import heuristics, scaled_heuristics, tables
-from fusecomp.ops.quant import FP8
 
 LEAST_GAIN = 0.003  # of a step; medians of one step differ by 0.2% up to 192 rows, once by 0.6, by more beyond
 
@@ -30,9 +29,10 @@ def place_of(row: dict[str, Any], gpu: str) -> tuple[Path, str, tuple[str, ...]]
     if row["form"] == "weights":
         one = row["tokens"] == 1 and SCHEMES[row["scheme"]][0].fold and heuristics.held_entries(table)
         held = one or row["config"]["kernel"] == heuristics.FOLDED_HELD
-        most = max((entry["tokens"] for entry in heuristics.digit_entries(table)), default=0)
-        few = SCHEMES[row["scheme"]][0].kind == FP8 and 1 < row["tokens"] <= most
-        digits = few or row["config"]["kernel"] == heuristics.DIGITS
+        spec = SCHEMES[row["scheme"]][0]
+        alike = [e["tokens"] for e in heuristics.digit_entries(table) if e["bits"] == spec.bits]
+        few = 1 < row["tokens"] <= max(alike, default=0)
+        digits = few or row["config"]["kernel"] in (heuristics.DIGITS, heuristics.FOLDED_DIGITS)
         section = "held" if held else "digits" if digits else "quant"
         return tables.TABLES / f"{table}.json", section, heuristics.KEY
     return large_heuristics.TABLES / f"{table}_large.json", "entries", ("n", "k", "groups", "kind", "tokens")

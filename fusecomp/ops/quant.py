@@ -18,6 +18,7 @@ INT, FP8, FP4, NF4 = "int", "fp8", "fp4", "nf4"
 KINDS = {INT: (4, 8), FP8: (8,), FP4: (4,), NF4: (4,)}  # kind -> widths in bits
 TENSOR, TOKEN, BLOCK = "tensor", "token", "block"
 INT4_OFFSET = 8  # of codes without zero points
+FOLD_ORDER = (0, 2, 1, 3)  # quarters of a block of folded codes, by the nibble of a word that has them
 FOLDS = (64, 32)  # the first that fits is taken: columns of a quarter of a block of folded codes
 
 # Values of codes 0..15: OCP e2m1, and the quantiles of a normal distribution of QLoRA's appendix E.
@@ -40,8 +41,9 @@ class WeightSpec:
         rows: rows that share a scale; 0 for all.
         cols: columns that share a scale; 0 for all.
         dtype: of the result, as torch names it.
-        fold: 0, or of 4-bit integers with zero points that are integers: columns of a quarter of a block. Nibble j of
-            the block's i-th 16-bit word is the code of column i of its j-th quarter, lowest nibble first.
+        fold: 0, or of 4-bit integers with zero points that are integers: columns of a quarter of a block. The block's
+            i-th 16-bit word has the codes of column i of its quarters, lowest nibble first in the order of
+            `FOLD_ORDER`: the low nibbles of its bytes are of the first half of the block, the high ones of the other.
     """
 
     kind: str
@@ -183,14 +185,14 @@ def fits_fold(k: int, cols: int, fold: int) -> bool:
 def fold_codes(q: Tensor, fold: int) -> Tensor:
     """Bytes [..., K / 2] of 4-bit codes, the low nibble first, in the order of `WeightSpec.fold`."""
     a, b, c, d = q.unflatten(-1, (-1, 4, fold // 2)).unbind(-2)  # the quarters of each block
-    words = (a & 15 | b << 4, c & 15 | d << 4, a >> 4 | b & 240, c >> 4 | d & 240)  # bytes of two words
+    words = (a & 15 | c << 4, b & 15 | d << 4, a >> 4 | c & 240, b >> 4 | d & 240)  # bytes of two words
     return torch.stack(words, -1).flatten(-3)
 
 
 def unfold_codes(q: Tensor, fold: int) -> Tensor:
     """The inverse of `fold_codes`."""
-    ab, cd, ab_next, cd_next = q.unflatten(-1, (-1, fold // 2, 4)).unbind(-1)
-    quarters = (ab & 15 | ab_next << 4, ab >> 4 | ab_next & 240, cd & 15 | cd_next << 4, cd >> 4 | cd_next & 240)
+    ac, bd, ac_next, bd_next = q.unflatten(-1, (-1, fold // 2, 4)).unbind(-1)
+    quarters = (ac & 15 | ac_next << 4, bd & 15 | bd_next << 4, ac >> 4 | ac_next & 240, bd >> 4 | bd_next & 240)
     return torch.stack(quarters, -2).flatten(-3)
 
 

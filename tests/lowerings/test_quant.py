@@ -147,8 +147,9 @@ def test_held_inputs_fill_the_gpu_once(target, parts):
 
 def test_digits_serve_few_tokens_of_bf16_where_they_were_tuned():
     """From two tokens on, up to the last entry; scales of blocks take steps as wide; else the tile kernel."""
-    entry = next(e for e in digit_entries(SM90.table) if e["tokens"] == 8)
-    shape, most = tuned_shape(entry), max(e["tokens"] for e in digit_entries(SM90.table))
+    alike = [e for e in digit_entries(SM90.table) if e["kind"] == FP8]
+    shape = tuned_shape(next(e for e in alike if e["tokens"] == 8))
+    most = max(e["tokens"] for e in alike)
     kernels = [quant_config(SM90, shape, tokens).kernel for tokens in (1, 2, 8, most, most + 1)]
     assert kernels == ["words", "digits", "digits", "digits", "tile"]
     assert quant_config(SM90, replace(shape, n=1000, k=1600), 5).kernel == "digits"
@@ -159,6 +160,27 @@ def test_digits_serve_few_tokens_of_bf16_where_they_were_tuned():
     for target in TARGETS:
         assert (quant_config(target, shape, 8).kernel == "digits") == (target == SM90)
     assert not digit_entries(H100.table)
+
+
+def test_digits_serve_folded_codes_of_bf16_where_they_were_tuned():
+    """Gate and up from two tokens on, other layers with zero points from nine; where half a tile has one scale."""
+    alike = [e for e in digit_entries(SM90.table) if e["bits"] == 4]
+    most = max(e["tokens"] for e in alike)
+    for entry in (e for e in alike if e["tokens"] == 16 and e.get("zero")):
+        shape = tuned_shape(entry)
+        kernels = [quant_config(SM90, shape, tokens).kernel for tokens in (1, 2, 8, 9, 16, most + 1)]
+        first = "folded digits" if shape.groups == 2 else "folded"
+        assert kernels[:5] == ["folded held", first, first, "folded digits", "folded digits"]
+        assert kernels[5] in ("folded", "folded wide")
+        assert quant_config(SM90, replace(shape, zero=False), 16).kernel == first
+        for change in ({"cols": 0}, {"cols": 256}, {"fold": 32}, {"rows": 0}, {"k": 1024}):
+            assert quant_config(SM90, replace(shape, **change), 16).kernel == "folded digits", change
+        for change in ({"cols": 64}, {"dtype": "float16"}, {"dtype": "float32"}, {"k": 32768}):
+            assert quant_config(SM90, replace(shape, **change), 16).kernel == "folded", change
+        for target in (*TARGETS, H100):
+            assert (quant_config(target, shape, 16).kernel == "folded digits") == (target == SM90)
+        wide = quant_config(SM90, replace(shape, n=64 * shape.n, fold=32), 16)
+        assert wide.block_k == 128 and wide.block_r >= 64 * shape.groups
 
 
 @pytest.mark.parametrize(("k", "begin", "asks"), [(1024, 0, True), (1024, 2, False), (1024, 8, True), (768, 0, False)])
@@ -263,7 +285,7 @@ def test_choices_are_explained():
         "8 tokens: quantized folded",
         "600 to 8192 tokens: dequantize, then linear",
     ]
-    assert "from NVIDIA H100 80GB HBM3 int4 rows=4096 k=4096 tokens=8 (nearest)" in lines[1]
+    assert "from NVIDIA H200 int4 rows=4096 k=4096 tokens=8 (exact)" in lines[1]
     assert "no multiple of 16" in explain_choices(SM90, QuantShape(64, 64, 1, "bfloat16", INT, 4, 1, 8, False), [1])[0]
 
 

@@ -17,8 +17,8 @@ from fusecomp.lowerings.quant.heuristics import (
 from fusecomp.lowerings.quant.launches import input_tiles, run_quant
 from fusecomp.lowerings.quant.lowering import launch_quant_linear
 from fusecomp.ops.linear import Program
-from fusecomp.ops.norm import NormSpec
-from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference
+from fusecomp.ops.norm import NormSpec, norm_reference
+from fusecomp.ops.quant import FP4, FP8, INT, NF4, WeightSpec, dequantize_reference, fold_codes
 from fusecomp.ops.quant_linear import quant_linear_reference
 from fusecomp.patterns.quant_examples import random_weight
 
@@ -161,3 +161,57 @@ def test_gpu_held_inputs(parts, early):
         error, allowed = ((value.float() - exact).norm() for value in (outs[0], unfused))
         assert error <= 1.5 * allowed, (k, groups, plus_one, zero, rows, float(error), float(allowed))
         assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("cols", "fold"), [(128, 64), (0, 64), (512, 64), (64, 32), (128, 32)])
+def test_gpu_folded_digits(cols, fold, zero):
+    """Tokens and rows to spare, splits, norms, inputs of one sign and some that are larger than others."""
+    spec = WeightSpec(INT, 4, 1, cols, "bfloat16", fold)
+    sizes = itertools.product((1, 2), ((8, 64, 4), (16, 64, 4), (16, 128, 8), (32, 64, 4)), (None, False, True))
+    for i, (groups, (block_t, rows, warps), plus_one) in enumerate(sizes):
+        n, k, tokens, splits = 8 * (13 + i), 512 * (1 + i % 4), (1, 7, 16, 33)[i % 4], 1 + i % 3
+        weight = [
+            None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, spec.torch_dtype, zero=zero)
+        ]
+        weight[1] = weight[1].to((torch.bfloat16, torch.bfloat16, torch.float32)[i % 3])
+        norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
+        program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
+        x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) for s in ((tokens, k), (k,)))
+        x[::2] += 2.0
+        x[1::3, ::97] *= 100.0
+        gain = None if norm is None else gain
+        config = QuantConfig("folded digits", block_t, rows * groups, 4 * fold, warps, 3, splits)
+        outs = [torch.full((tokens, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
+        for out in outs:
+            run_quant(config, x, *weight, gain, [], program, spec, out, True)
+        exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))
+        wide = None if gain is None else gain.float()
+        exact = quant_linear_reference(x.float(), *weight, wide, None, [], exact_program, exact_spec)
+        y = x if norm is None else norm_reference(x, gain, None, norm.to_text())
+        y = y @ dequantize_reference(*weight, spec.to_text()).T
+        unfused = y if groups == 1 else torch.nn.functional.silu(y[:, :n]) * y[:, n:]
+        error, allowed = ((value.float() - exact).norm() for value in (outs[0], unfused))
+        assert error <= 1.5 * allowed, (groups, block_t, plus_one, tokens, splits, float(error), float(allowed))
+        assert torch.equal(*outs)
+        x[0, 1] = float("inf")
+        run_quant(config, x, *weight, gain, [], program, spec, outs[0], True)
+        assert outs[0][0].isnan().all() and torch.equal(outs[0][1:], outs[1][1:])
+
+
+@pytest.mark.parametrize("fold", [64, 32])
+def test_gpu_every_folded_code_is_a_digit(fold):
+    """Each row has another code in one column, whose input alone is not zero: products are exact."""
+    spec, k, program = WeightSpec(INT, 4, 1, 2 * fold, "bfloat16", fold), 8 * fold, Program(1, (), (), "bfloat16")
+    for column in (0, 1, fold - 1, fold, 2 * fold, 3 * fold + 1, 5 * fold, k - 1):
+        codes = torch.full((16, k), 3, dtype=torch.uint8, device="cuda")
+        codes[:, column] = torch.arange(16, device="cuda")
+        q = fold_codes(codes[:, ::2] | codes[:, 1::2] << 4, fold)
+        scale = torch.full(spec.scales(16, k), 0.5, dtype=torch.bfloat16, device="cuda")
+        x = torch.zeros(9, k, dtype=torch.bfloat16, device="cuda")
+        x[:, column] = torch.tensor([1.0, -1.0, 0.0, 257 / 256, 3.3125, 1e-30, -255 / 64, 1e30, 2.0])
+        out = torch.full((9, 16), float("nan"), dtype=torch.bfloat16, device="cuda")
+        config = QuantConfig("folded digits", 16, 64, 4 * fold)
+        run_quant(config, x, q, scale, torch.full_like(scale, 7.0), None, [], program, spec, out, True)
+        exact = x[:, column, None].float() * (torch.arange(16, device="cuda") - 7.0) * 0.5
+        assert torch.equal(out, exact.bfloat16()), column

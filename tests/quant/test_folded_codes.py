@@ -38,13 +38,13 @@ CASES = {
 
 @given(st.lists(st.integers(1, 4), max_size=2), st.sampled_from([32, 64]), st.integers(1, 3), st.integers(0, 9))
 def test_layout(leading, fold, blocks, seed):
-    """Nibble j of word i of a block is the code of column i of quarter j."""
+    """Nibbles of word i of a block are the codes of column i of quarters 0, 2, 1 and 3."""
     codes = np.random.default_rng(seed).integers(0, 16, (*leading, blocks, 4, fold))
     flat = codes.reshape(*leading, -1)
     q = torch.from_numpy((flat[..., ::2] | flat[..., 1::2] << 4).astype(np.uint8))
     words = fold_codes(q, fold).numpy().view("<u2").reshape(*leading, blocks, fold)
-    for j in range(4):
-        assert np.array_equal(words >> 4 * j & 15, codes[..., j, :])
+    for nibble, quarter in enumerate((0, 2, 1, 3)):
+        assert np.array_equal(words >> 4 * nibble & 15, codes[..., quarter, :])
     assert torch.equal(unfold_codes(fold_codes(q, fold), fold), q)
 
 

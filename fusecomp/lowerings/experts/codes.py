@@ -15,7 +15,8 @@ from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import pieces
-from fusecomp.lowerings.quant.launches import code_kind, zero_points
+from fusecomp.lowerings.quant.kinds import code_kind
+from fusecomp.lowerings.quant.launches import zero_points
 from fusecomp.ops.quant import INT4_OFFSET, WeightSpec
 
 

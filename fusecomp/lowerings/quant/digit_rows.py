@@ -18,7 +18,7 @@ from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.quant import pieces
 from fusecomp.lowerings.quant.digits import digits_along
-from fusecomp.lowerings.quant.launches import code_kind
+from fusecomp.lowerings.quant.kinds import code_kind
 from fusecomp.ops.quant import FP8
 
 

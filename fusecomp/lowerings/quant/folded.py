@@ -1,7 +1,7 @@
 """Kernel of a linear layer by folded 4-bit integers, for one to some tens of tokens.
 
-Codes are folded when the weight is loaded (`WeightSpec.fold`): nibbles j of the 16-bit words of a tile are the codes of
-the tile's j-th quarter of columns. A shift and a mask then give two neighbours of a quarter at once, in the places
+Codes are folded when the weight is loaded (`WeightSpec.fold`): one nibble of each of the 16-bit words of a tile is a
+code of the same quarter of its columns. A shift and a mask then give two neighbours of a quarter at once, in the places
 where the matrix units want them; inputs keep their order, and nothing is exchanged between threads.
 
 Legend: T tokens, N features of the output, K inputs, G accumulator groups, BR rows of a weight tile, BN = BR / G,

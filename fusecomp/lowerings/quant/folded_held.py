@@ -6,7 +6,7 @@ the lanes that multiply them; sums of warps meet in scratch after the last row, 
 
 Inputs are multiplied as fp16, each warp's by a power of two that brings them into its range; sums are scaled back.
 Codes are fp16 numbers whose last bits they are: 1024 + code, and 1024 + 16 code where they lie four bits higher, whose
-inputs are a sixteenth. Sums of inputs take off the 1024.
+inputs are a sixteenth: those of a tile's second half. Sums of inputs take off the 1024.
 
 Legend: as in `folded.py`; W warps, L = 32 W lanes, KP = 256 W columns of a program. An operand's dimensions are those
 of the matrix units: g, eight groups of lanes, each a row of the weight or a token; t, four lanes of a group; and what a
@@ -188,8 +188,8 @@ def _multiply(word, s, z, held, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
     y0, y1, y2, y3, sum0, sum1, part, other = held
     shifted = word >> 8
     part = tl.dot(_weights(_codes(word, 0, ASM), PARTS), y0, part)
-    part = tl.dot(_weights(_codes(word, 1, ASM), PARTS), y1, part)
-    other = tl.dot(_weights(_codes(shifted, 0, ASM), PARTS), y2, other)
+    part = tl.dot(_weights(_codes(shifted, 0, ASM), PARTS), y1, part)
+    other = tl.dot(_weights(_codes(word, 1, ASM), PARTS), y2, other)
     other = tl.dot(_weights(_codes(shifted, 1, ASM), PARTS), y3, other)
     if HAS_ZERO:
         part -= _of_rows(half_of(z, 0, tl.bfloat16)) * sum0

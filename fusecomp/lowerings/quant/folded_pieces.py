@@ -11,9 +11,10 @@ import triton.language as tl
 from fusecomp.lowerings.linear.skinny_pieces import load_norm
 from fusecomp.lowerings.linear.skinny_tile import normalize
 from fusecomp.lowerings.quant.pieces import magic, raw_scales, scale_numbers, scaled
-from fusecomp.ops.quant import INT4_OFFSET
+from fusecomp.ops.quant import FOLD_ORDER, INT4_OFFSET
 
 MIDDLE = tl.constexpr(float(INT4_OFFSET))
+PLACES = tl.constexpr(FOLD_ORDER)  # nibbles by quarter: the order is its own inverse
 # Integers whose last four bits are free in the mantissa, and those behind it.
 BIAS_BF16, BIAS_FP16 = tl.constexpr(128.0), tl.constexpr(1024.0)
 
@@ -185,35 +186,35 @@ def _two_codes(place: int, less: str, dtype: str) -> str:
     return f"{{ {code}fma.rn.{'f16' if dtype == 'fp16' else dtype}x2 $0, t, o, m; }}"
 
 
-# By place, of fp16 behind those of bf16.
+# By quarter, of fp16 behind those of bf16.
 BIASED, CENTRED, SHIFTED = (
-    tl.constexpr(tuple(_two_codes(place, less, dtype) for dtype in ("bf16", "fp16") for place in range(4)))
+    tl.constexpr(tuple(_two_codes(place, less, dtype) for dtype in ("bf16", "fp16") for place in FOLD_ORDER))
     for less in ("bias", "middle", "operand")
 )
 
 
 @triton.jit
 def quarter(
-    word, z, PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr
+    word, z, QUARTER: tl.constexpr, DTYPE: tl.constexpr, HAS_ZERO: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """[BR, P] of DTYPE, exact: codes PLACE of int16 words less zero points z [BR, 1], or less 8 without; or, for SUMS,
-    plus DTYPE's bias."""
+    """[BR, P] of DTYPE, exact: codes of a quarter in int16 words less zero points z [BR, 1], or less 8 without; or, for
+    SUMS, plus DTYPE's bias."""
     if not ASM:
-        value = magic((word.to(tl.int32) >> 4 * PLACE) & 15)
+        value = magic((word.to(tl.int32) >> 4 * PLACES[QUARTER]) & 15)
         return (value + _bias(DTYPE) if SUMS else value - (scale_numbers(z) if HAS_ZERO else MIDDLE)).to(DTYPE)
     elif HAS_ZERO and not SUMS:
         less = -_bias(DTYPE) - scale_numbers(z)
         if tl.float16 == DTYPE:
-            half_asm: tl.constexpr = SHIFTED[4 + PLACE]
+            half_asm: tl.constexpr = SHIFTED[4 + QUARTER]
             less = less.to(tl.float16)
             return tl.inline_asm_elementwise(half_asm, "=r,r,r", [word, less], dtype=tl.float16, is_pure=True, pack=2)
         else:
-            asm: tl.constexpr = SHIFTED[PLACE]
+            asm: tl.constexpr = SHIFTED[QUARTER]
             less = less.to(tl.bfloat16)
             return tl.inline_asm_elementwise(asm, "=r,r,r", [word, less], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif tl.float16 == DTYPE:
-        half_plain: tl.constexpr = BIASED[4 + PLACE] if SUMS else CENTRED[4 + PLACE]
+        half_plain: tl.constexpr = BIASED[4 + QUARTER] if SUMS else CENTRED[4 + QUARTER]
         return tl.inline_asm_elementwise(half_plain, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        plain: tl.constexpr = BIASED[PLACE] if SUMS else CENTRED[PLACE]
+        plain: tl.constexpr = BIASED[QUARTER] if SUMS else CENTRED[QUARTER]
         return tl.inline_asm_elementwise(plain, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)

@@ -29,14 +29,14 @@ def hold(
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # to magnitudes in [2^14, 2^15)
     back = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    y = (y * (up * tl.where(lane // 8 % 2 == 1, 0.0625, 1.0))[:, :, None]).to(tl.float16)
+    y = (y * (up * tl.where(lane // 16 == 1, 0.0625, 1.0))[:, :, None]).to(tl.float16)
     quarters = tl.sum(tl.reshape(tl.sum(y.to(tl.float32), 2), [PARTS, 4, 8]), 2, keep_dims=True)
     sums = tl.reshape(tl.broadcast_to(quarters, [PARTS, 4, 8]), [PARTS, 32])
     words = _pairs(y, PARTS, ASM)
     e0, e1 = tl.gather(sums, lane * 0, 1), tl.gather(sums, lane * 0 + 8, 1)
     e2, e3 = tl.gather(sums, lane * 0 + 16, 1), tl.gather(sums, lane * 0 + 24, 1)
-    sum0, sum1 = e0 + 16.0 * e1, e2 + 16.0 * e3
-    less0, less1 = (e0 + e1) * -BIAS_FP16, (e2 + e3) * -BIAS_FP16
+    sum0, sum1 = e0 + e1, 16.0 * (e2 + e3)
+    less0, less1 = sum0 * -BIAS_FP16, (e2 + e3) * -BIAS_FP16
     if not HAS_ZERO:
         less0 -= sum0 * MIDDLE
         less1 -= sum1 * MIDDLE

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from fusecomp.lowerings.linear.large_heuristics import MAX_BLOCK_K
 from fusecomp.lowerings.linear.skinny_heuristics import scaled_splits
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant.tables import entries_of
@@ -19,7 +20,7 @@ from fusecomp.ops.quant_linear import QuantShape
 
 KEY = ("kind", "bits", "zero", "rows", "k", "groups", "tokens")  # of a table's entries
 VECTOR, WORD_VECTOR, TILE, DIGITS, DEQUANTIZE = "vector", "words", "tile", "digits", "dequantize"
-FOLDED, FOLDED_WIDE, FOLDED_HELD = "folded", "folded wide", "folded held"
+FOLDED, FOLDED_WIDE, FOLDED_HELD, FOLDED_DIGITS = "folded", "folded wide", "folded held", "folded digits"
 SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
@@ -43,7 +44,8 @@ class QuantConfig:
     Attributes:
         kernel: "vector" for one token, or "words" where it serves them; "tile" for more, or "digits" where it
             serves them; "folded" for folded codes,
-            "folded held" for those of one token where it serves them, "folded wide" for those of many; "dequantize"
+            "folded held" for those of one token where it serves them, "folded wide" for those of many, or "folded
+            digits" where it serves them; "dequantize"
             for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups; folded held: rows of a program.
@@ -87,7 +89,7 @@ def held_entries(name: str) -> list[dict[str, Any]]:
 
 
 def digit_entries(name: str) -> list[dict[str, Any]]:
-    """Those of launches that cut their inputs to digits; only some GPUs have any. One token has a faster kernel."""
+    """Those of linears that inputs as digits serve, of either kind; only some GPUs have any. One token does without."""
     return entries_of(name, "", "digits", KEY)
 
 
@@ -100,8 +102,11 @@ def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = Tr
     if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
         found = _tuned(target, shape, tokens, held_entries(target.table))
         return held_config(found, target, shape) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
-    if tokens > 1 and serves_digits(target, shape) and any(e["tokens"] >= tokens for e in digit_entries(target.table)):
-        return _fit(_tuned(target, shape, tokens, digit_entries(target.table)), target, shape)
+    if serves_digits(target, shape) or serves_folded_digits(target, shape):
+        table = digit_entries(target.table)
+        most = max((e["tokens"] for e in table if e["bits"] == shape.bits), default=0)
+        if 1 < tokens <= most:
+            return _fit(_tuned(target, shape, tokens, table), target, shape)
     if tuned:
         return _fit(_tuned(target, shape, tokens, entries(target.table)), target, shape)
     if shape.fold:
@@ -170,6 +175,8 @@ def _fit(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     folded = config.kernel == FOLDED
     if config.kernel == FOLDED_WIDE:
         return _fit_wide(config, target, shape)
+    if config.kernel == FOLDED_DIGITS:
+        return _fit_folded_digits(config, target, shape)
     if config.kernel == DIGITS:
         config = replace(config, block_r=max(config.block_r, DIGIT_ROWS * shape.groups))
     if config.halves and not serves_halves(shape):
@@ -215,6 +222,14 @@ def _fit_wide(config: QuantConfig, target: Target, shape: QuantShape) -> QuantCo
     return replace(config, num_stages=min(config.num_stages, most))
 
 
+def _fit_folded_digits(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+    """Products of 64 rows at least, and fewer stages until those of codes and digits fit."""
+    config = replace(config, block_r=max(config.block_r, DIGIT_ROWS * shape.groups), block_k=4 * shape.fold)
+    stage = config.block_k * (config.block_r // 2 + 2 * config.block_t)
+    most = max(2, (target.smem_bytes - 4096) // stage)
+    return replace(config, num_stages=min(config.num_stages, most))
+
+
 def held_config(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
     """No more warps than K has columns for, and as many rows a program as keep all programs on the GPU at once."""
     warps = min(config.parts, next_power_of_2(shape.k // HELD_COLUMNS))
@@ -237,6 +252,11 @@ def fitting_columns(block_k: int, cols: int) -> int:
 def norm_limit(fold: int) -> int:
     """Tokens up to which the norm is computed inside the product's launch."""
     return FOLDED_NORM_LIMIT if fold else SKINNY_LIMIT
+
+
+def norms_inside(config: QuantConfig, fold: int, tokens: int) -> bool:
+    """Whether `run_quant` makes an RMSNorm: in the product's launch, or with the digits that it multiplies."""
+    return config.kernel == FOLDED_DIGITS or tokens <= norm_limit(fold)
 
 
 def unit(shape: QuantShape) -> int:
@@ -269,6 +289,12 @@ def serves_digits(target: Target, shape: QuantShape) -> bool:
     alike = shape.kind == FP8 and shape.dtype == "bfloat16" and not shape.zero
     whole = shape.cols % DIGIT_COLUMNS == 0 and shape.k % DIGIT_ALIGNED == 0
     return target.arch == DIGITS_ARCH and alike and whole
+
+
+def serves_folded_digits(target: Target, shape: QuantShape) -> bool:
+    """Whether the kernel that multiplies digits by folded codes takes a shape."""
+    whole = shape.fold > 0 and shape.cols % (2 * shape.fold) == 0
+    return target.arch == DIGITS_ARCH and shape.dtype == "bfloat16" and whole and shape.k <= MAX_BLOCK_K
 
 
 def serves_halves(shape: QuantShape) -> bool:

@@ -16,16 +16,18 @@ from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.large_heuristics import tma_reads
 from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
-from fusecomp.lowerings.paged_attention.heuristics import Target
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.digits import digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.folded_digit_rows import launch_folded_digits
+from fusecomp.lowerings.quant.folded_digits import folded_digits_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
 from fusecomp.lowerings.quant.held_launch import run_held
 from fusecomp.lowerings.quant.heuristics import (
     DIGITS,
     FOLDED,
+    FOLDED_DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
     TILE,
@@ -33,11 +35,12 @@ from fusecomp.lowerings.quant.heuristics import (
     WORD_VECTOR,
     QuantConfig,
 )
+from fusecomp.lowerings.quant.kinds import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
 from fusecomp.ops.linear import Program
-from fusecomp.ops.quant import FP4, FP8, INT, INT4_OFFSET, NF4, WeightSpec
+from fusecomp.ops.quant import FP8, INT4_OFFSET, WeightSpec
 from fusecomp.ops.quant_linear import QuantShape, quant_shape
 
 
@@ -92,6 +95,14 @@ class _Call:
         per_split, splits = split_steps(cdiv(self.shape.k, step), config.splits)
         return teams * splits, per_split, splits, split_scratch(self.x, teams, splits, config.block_r, config.block_t)
 
+    def scale_words(self) -> tuple[list[Tensor | None], bool]:
+        """Scales and zero points, and whether they are words of a folded tile's two."""
+        given = [part for part in (self.scale, self.zero) if part is not None]
+        words = all(part.dtype == self.x.dtype and part.storage_offset() % 2 == 0 for part in given)
+        packed = words and heuristics.packs_scales(self.shape)
+        both = (self.scale, self.zero)
+        return [part.view(torch.int32) if packed and part is not None else part for part in both], packed
+
     def tiled(self, without: Sequence[str] = ()) -> tuple[Tensor, dict[str, Any]]:
         """The codes as a kernel of codes that are not folded reads them, and its constants."""
         codes, layout = _layout(self.q, self.zero, self.spec)
@@ -139,14 +150,28 @@ def _run_held(c: _Call) -> None:
     run_held(c.config, c.x, c.q, c.scale, c.zero, c.norm_weight, c.args, c.strides, c.out, c.eps, options)
 
 
+def _run_folded_digits(c: _Call) -> None:
+    config, spec, (n, k) = c.config, c.spec, (c.shape.n, c.shape.k)
+    digits, sums = launch_folded_digits(c.x, spec.fold, c.common["NORM"], c.norm_weight, c.eps)
+    programs, per_split, splits, scratch = c.splits(4 * spec.fold)
+    both, packed = c.scale_words()
+    q, columns = c.q.view(torch.uint8), 2 * spec.fold
+    digit_tiles = TensorDescriptor(digits.view(-1, k), [2 * len(c.x), k], [k, 1], [2 * config.block_t, columns])
+    q_tiles = TensorDescriptor(q, list(q.shape), [k // 2, 1], [config.block_r // c.shape.groups, columns])
+    launch(
+        folded_digits_kernel, (programs,),
+        digit_tiles, sums, q_tiles, *both, c.out, scratch[0], scratch[2], c.args, c.strides, len(c.x), n, k,
+        per_split, c.out.stride(0), c.scale_columns, BLOCK_T=config.block_t, FOLD=spec.fold, SPLITS=splits,
+        PACKED=packed, ASM=c.asm, ROWS=spec.rows, COLS=spec.cols,
+        **{name: value for name, value in c.common.items() if name != "NORM"},
+    )  # fmt: skip
+
+
 def _run_wide(c: _Call) -> None:
     assert c.common["NORM"] == 0, "so many tokens are normed by a launch of its own"
     config, spec, (n, k) = c.config, c.spec, (c.shape.n, c.shape.k)
     programs, per_split, splits, scratch = c.splits(config.block_k)
-    given = [part for part in (c.scale, c.zero) if part is not None]
-    words = all(part.dtype == c.x.dtype and part.storage_offset() % 2 == 0 for part in given)
-    packed = words and heuristics.packs_scales(c.shape)
-    both = [part.view(torch.int32) if packed and part is not None else part for part in (c.scale, c.zero)]
+    both, packed = c.scale_words()
     x_tiles = input_tiles(c.x, config)
     launch(
         folded_wide_kernel, (programs,),
@@ -224,6 +249,7 @@ RUNS: dict[str, Callable[[_Call], None]] = {
     TILE: _run_tile,
     DIGITS: _run_digits,
     FOLDED: _run_folded,
+    FOLDED_DIGITS: _run_folded_digits,
     FOLDED_WIDE: _run_wide,
     FOLDED_HELD: _run_held,
 }
@@ -252,15 +278,6 @@ def launch_dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, spec: Weigh
         num_warps=4, **layout,
     )  # fmt: skip
     return out
-
-
-def code_kind(kind: str, bits: int, target: Target) -> int:
-    """KIND of the kernels for a `WeightSpec`'s codes: the GPUs that have fp8 convert it themselves."""
-    native = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
-    fp8 = pieces.NATIVE_FP8 if native else pieces.FP8
-    return {(INT, 8): pieces.INT8, (INT, 4): pieces.INT4, (FP4, 4): pieces.FP4, (NF4, 4): pieces.NF4}.get(
-        (kind, bits), fp8
-    )
 
 
 def zero_points(zero: Tensor | None) -> Tensor | None:

@@ -93,7 +93,7 @@ def launch_quant_linear(
         weight = launch_dequantize(q, scale, zero, spec)
         return launch_linear(x, weight, norm_weight, norm_bias, operands, program)
     norm = program.norm
-    inside = tokens <= heuristics.norm_limit(spec.fold)
+    inside = heuristics.norms_inside(config, spec.fold, tokens)
     if norm is not None and (norm.kind == LAYER or norm_bias is not None or not inside):
         x = launch_norm_op(x, norm_weight, norm_bias, norm)
         program, norm_weight = replace(program, norm=None), None

@@ -10,16 +10,20 @@ import triton.language as tl
 
 from fusecomp.lowerings.aot import Specialization
 from fusecomp.lowerings.linear.epilogue_aot import RESIDUAL, SWIGLU
+from fusecomp.lowerings.linear.large_heuristics import sum_block
 from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.digits import digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel
+from fusecomp.lowerings.quant.folded_digit_rows import folded_digit_rows_kernel
+from fusecomp.lowerings.quant.folded_digits import folded_digits_kernel
 from fusecomp.lowerings.quant.folded_held import folded_held_kernel
 from fusecomp.lowerings.quant.folded_parts import folded_parts_kernel
 from fusecomp.lowerings.quant.folded_wide import folded_wide_kernel
 from fusecomp.lowerings.quant.heuristics import (
     DIGITS,
     FOLDED,
+    FOLDED_DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
     TILE,
@@ -28,7 +32,7 @@ from fusecomp.lowerings.quant.heuristics import (
     QuantConfig,
     quant_config,
 )
-from fusecomp.lowerings.quant.launches import code_kind
+from fusecomp.lowerings.quant.kinds import code_kind
 from fusecomp.lowerings.quant.tile import dequantize_kernel, quant_tile_kernel
 from fusecomp.lowerings.quant.vector import quant_vector_kernel
 from fusecomp.lowerings.quant.word_vector import word_vector_kernel
@@ -77,6 +81,11 @@ DIGIT = (  # layout, groups, norm, launch; only for GPUs that it serves
     ((FP8, 8, 1, 0, False, 0), 1, 0, QuantConfig(DIGITS, 16, 64, 256, 4, 3, 4)),
     ((FP8, 8, 128, 128, False, 0), 2, 3, QuantConfig(DIGITS, 16, 128, 128, 8, 4, 2)),
 )
+FOLDED_DIGIT = (  # layout, groups, norm, launch; likewise
+    (0, 2, 2, QuantConfig(FOLDED_DIGITS, 16, 128, 256, 4, 4)),
+    (7, 1, 0, QuantConfig(FOLDED_DIGITS, 16, 128, 256, 8, 4, 4)),
+    (8, 1, 3, QuantConfig(FOLDED_DIGITS, 8, 64, 256, 4, 4, 2)),
+)
 WIDE = (  # layout, groups, launch: tuned for one GPU, compiled for all that have what it takes
     (0, 2, QuantConfig(FOLDED_WIDE, 128, 128, 128, 8, 2)),
     (1, 1, QuantConfig(FOLDED_WIDE, 64, 128, 128, 8, 2, 4)),
@@ -94,6 +103,9 @@ def quant_specializations(target: Target, *, full: bool) -> Iterator[Specializat
             yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", 0, config)
     for layout, groups, norm, config in DIGIT if target.arch == heuristics.DIGITS_ARCH else ():
         yield specialization(target, layout, groups, config.block_t, "bfloat16", norm, config)
+    for at, groups, norm, config in FOLDED_DIGIT if target.arch == heuristics.DIGITS_ARCH else ():
+        yield specialization(target, LAYOUTS[at], groups, config.block_t, "bfloat16", norm, config)
+        yield _digit_rows(target, LAYOUTS[at][5], 14336 if groups == 1 else 4096, norm)
     for at, groups, norm, warps, early in HELD if target.backend == "cuda" else ():  # made of NVIDIA's operands
         config = QuantConfig(FOLDED_HELD, 1, parts=warps, num_stages=3, ahead=1, early=early)
         yield specialization(target, LAYOUTS[at], groups, 1, "bfloat16", norm, config)
@@ -144,6 +156,8 @@ def specialization(
     config, short, pdl = config or quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
     if config.kernel == FOLDED_HELD:
         return _held(target, shape, norm, config)
+    if config.kernel == FOLDED_DIGITS:
+        return _folded_digits(target, shape, config)
     norm = norm if tokens <= heuristics.norm_limit(fold) else 0
     pointers, constants = _layout(target, layout)
     pointers |= {"x": short, "out": short, "args": () if groups == 2 else (short,)}
@@ -212,6 +226,43 @@ def specialization(
     }  # fmt: skip
     kernel = folded_parts_kernel if config.parts > 1 else kernels[config.kernel]
     return Specialization(name, kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"))
+
+
+def _folded_digits(target: Target, shape: QuantShape, config: QuantConfig) -> Specialization:
+    rows, cols, fold, zero, groups = shape.rows, shape.cols, shape.fold, shape.zero, shape.groups
+    packed = heuristics.packs_scales(shape)
+    scale = "i32" if packed else "bf16"
+    pointers: dict[str, Any] = {
+        "digit_tiles": f"tensordesc<i8[{2 * config.block_t}, {2 * fold}]>", "sums": "i32",
+        "q_tiles": f"tensordesc<u8[{config.block_r // groups}, {2 * fold}]>", "scale": scale, "out": "bf16",
+        "args": () if groups == 2 else ("bf16",),
+    }  # fmt: skip
+    pointers |= {"zero": scale} if zero else {}
+    pointers |= {"partials": "fp32", "counters": "i32"} if config.splits > 1 else {}
+    constants: dict[str, Any] = {
+        "G": groups, "BLOCK_T": config.block_t, "BLOCK_R": config.block_r, "FOLD": fold, "SPLITS": config.splits,
+        "PACKED": packed, "ASM": True, "ROWS": rows, "COLS": cols, "USE_PDL": target.has_pdl,
+        "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL,
+    }  # fmt: skip
+    constants |= {name: None for name in ("zero", "partials", "counters") if name not in pointers}
+    scalars: dict[str, Any] = dict.fromkeys(("num_tokens", "n", "k", "per_split", "stride_out", "stride_scale"), "i32")
+    scalars["strides"] = () if groups == 2 else ("i32",)
+    name = f"folded-digits-{rows}x{cols}-fold{fold}-g{groups}-t{config.block_t}-zero{zero}"
+    kernel, warps, stages = folded_digits_kernel, config.num_warps, config.num_stages
+    return Specialization(name, kernel, pointers, scalars, constants, warps, stages, ("n", "k"))
+
+
+def _digit_rows(target: Target, fold: int, k: int, norm: int) -> Specialization:
+    block_k, warps = sum_block(64, k)
+    pointers = {"x": "bf16", "digits": "i8", "sums": "i32"}
+    pointers |= {"weight": "bf16"} if norm >= 2 else {}
+    constants = {
+        "K": k, "BLOCK_K": block_k, "FOLD": fold, "NORM": norm, "USE_PDL": target.has_pdl,
+        **({} if norm >= 2 else {"weight": None}),
+    }  # fmt: skip
+    scalars = {"eps": "fp32", "num_tokens": "i32", "stride_x": "i32"}
+    name = f"folded-digit-rows-{k}-norm{norm}"
+    return Specialization(name, folded_digit_rows_kernel, pointers, scalars, constants, warps, 1)
 
 
 def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> Specialization:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.quant import launches
+from fusecomp.lowerings.quant.folded_digit_rows import launch_folded_digits
+from fusecomp.lowerings.quant.folded_digits import FIRST
 from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.launches import launch_dequantize
 from fusecomp.ops.linear import FULL
@@ -130,3 +132,43 @@ def test_unfold(spec, n, blocks, zero, leading):
     found, exact = launch_dequantize(q, scale, zeros, spec), dequantize_reference(q, scale, zeros, spec.to_text())
     eps = 0.0 if spec.dtype in ("float32", "float16") else torch.finfo(spec.torch_dtype).eps
     assert torch.allclose(found.float(), exact.float(), rtol=eps, atol=0.0)
+
+
+@st.composite
+def digit_specs(draw):
+    """Folded codes whose half a tile shares a scale."""
+    fold, halves = draw(st.sampled_from([32, 64])), draw(st.sampled_from([0, 1, 2, 4]))
+    return WeightSpec(INT, 4, draw(st.sampled_from([1, 1, 0, 3])), 2 * halves * fold, "bfloat16", fold)
+
+
+@settings(SETTINGS, max_examples=60)
+@given(
+    layers(st.integers(1, 40), digit_specs), st.sampled_from([8, 16, 32]), st.sampled_from([64, 128]),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_folded_digits(layer, block_t, block_r, splits):
+    run(layer, QuantConfig("folded digits", block_t, block_r, splits=splits))
+
+
+@settings(SETTINGS, max_examples=40)
+@given(st.sampled_from([32, 64]), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1e-30, 1.0, 1e30]), st.data())
+def test_digits_of_rows(fold, halves, count, size, data):
+    """Within 2^-14 of the largest of 2 `fold` neighbours; their sums are exact; what is not finite marks them."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    k = 2 * fold * halves
+    wide = (torch.randn(count, k + 3) * torch.exp(3 * torch.randn(count, k + 3)) * size).bfloat16()
+    x = wide[:, :k]
+    bad = data.draw(st.sampled_from([None, float("inf"), float("nan")]))
+    if bad is not None:
+        x[0, data.draw(st.integers(0, 2 * fold - 1))] = bad
+    digits, sums = launch_folded_digits(x, fold, 0, None, 0.0)
+    whole = FIRST.value * digits[:, 0].int() + digits[:, 1].int()
+    whole = whole.view(count, halves, fold, 2).transpose(2, 3).reshape(count, halves, 2 * fold)
+    assert torch.equal(sums.T >> 8, whole.sum(-1).int())
+    exponent, x = sums.T & 255, x.double().view(count, halves, -1)
+    finite = x.isfinite().all(-1)
+    assert torch.equal(exponent == 255, ~finite) and not whole[~finite].any()
+    found = whole * torch.exp2(exponent.double() - 127)[..., None]
+    largest = x.abs().amax(-1, keepdim=True)
+    assert ((found - x).abs() <= largest * 2.0**-14)[finite].all()
+    assert (found == x)[finite][(x.abs() >= largest * 2.0**-6)[finite]].all()
