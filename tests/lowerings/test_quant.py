@@ -179,8 +179,10 @@ def test_digits_serve_folded_codes_of_bf16_where_they_were_tuned():
             assert quant_config(SM90, replace(shape, **change), 16).kernel == "folded", change
         for target in (*TARGETS, H100):
             assert (quant_config(target, shape, 16).kernel == "folded digits") == (target == SM90)
-        wide = quant_config(SM90, replace(shape, n=64 * shape.n, fold=32), 16)
-        assert wide.block_k == 128 and wide.block_r >= 64 * shape.groups
+        for groups, tokens in itertools.product((1, 2), (16, 32)):
+            wide = quant_config(SM90, replace(shape, groups=groups, fold=32), tokens)
+            if wide.kernel == "folded digits":
+                assert wide.block_k == 128 and wide.block_r >= 64 * groups and wide.block_t * groups <= 32
 
 
 @pytest.mark.parametrize(("k", "begin", "asks"), [(1024, 0, True), (1024, 2, False), (1024, 8, True), (768, 0, False)])

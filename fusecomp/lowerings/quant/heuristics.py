@@ -32,6 +32,7 @@ HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
 DIGITS_ARCH = 90  # compute capability, times ten; compiled for 10.0, the kernel spills
 # "digits": a scale serves a multiple of these columns; K is one, for TMA; rows of a group of a tile, at least.
 DIGIT_COLUMNS, DIGIT_ALIGNED, DIGIT_ROWS = 128, 16, 64
+DIGIT_TOKENS = 32  # "folded digits": of a program, over all groups
 MAX_SPLITS = 16
 OTHER_ZERO = 0.5  # how far an entry is for having zero points, or none, in doublings of a size
 LEAST_COLUMNS = 16  # a scale must serve a multiple of these: the matrix units' depth
@@ -223,8 +224,9 @@ def _fit_wide(config: QuantConfig, target: Target, shape: QuantShape) -> QuantCo
 
 
 def _fit_folded_digits(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
-    """Products of 64 rows at least, and fewer stages until those of codes and digits fit."""
-    config = replace(config, block_r=max(config.block_r, DIGIT_ROWS * shape.groups), block_k=4 * shape.fold)
+    """Products of 64 rows at least, of two groups no more tokens than registers hold, and as many stages as fit."""
+    block_t, block_r = min(config.block_t, DIGIT_TOKENS // shape.groups), max(config.block_r, DIGIT_ROWS * shape.groups)
+    config = replace(config, block_t=block_t, block_r=block_r, block_k=4 * shape.fold)
     stage = config.block_k * (config.block_r // 2 + 2 * config.block_t)
     most = max(2, (target.smem_bytes - 4096) // stage)
     return replace(config, num_stages=min(config.num_stages, most))
