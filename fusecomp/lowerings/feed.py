@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.letter import BLOCK, Letter
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -114,6 +115,6 @@ def launch_deliver(sampled: Tensor, half: Tensor, ids: Tensor, host: Tensor) -> 
     use_pdl = uses_pdl(sampled)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
-        deliver_kernel, (triton.cdiv(size, BLOCK),),
+        deliver_kernel, (cdiv(size, BLOCK),),
         sampled, half, ids, host, size, host.stride(0), BLOCK=BLOCK, USE_PDL=use_pdl, num_warps=4, **options,
     )  # fmt: skip

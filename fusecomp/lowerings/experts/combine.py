@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch, rounding_options
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 
 # More are launched in order: their programs would take the multiprocessors of the matmul they wait for.
 MAX_DEPENDENT_TOKENS = 256
@@ -61,7 +62,7 @@ def combine_kernel(
 
 def combine_block(tokens: int, hidden: int, num_sms: int) -> tuple[int, int]:
     """(features of a program, warps): small programs until they fill the card."""
-    if tokens * triton.cdiv(hidden, 256) <= 16 * num_sms:
+    if tokens * cdiv(hidden, 256) <= 16 * num_sms:
         return 256, 1
     return 1024, 4
 
@@ -82,7 +83,7 @@ def launch_combine(
     use_pdl = use_pdl and tokens <= MAX_DEPENDENT_TOKENS
     options = ({"launch_pdl": True} if use_pdl else {}) | rounding_options()
     launch(
-        combine_kernel, (tokens * triton.cdiv(hidden, block_n),),
+        combine_kernel, (tokens * cdiv(hidden, block_n),),
         parts, index, routing_weights, residual, out, 0 if residual is None else residual.stride(0),
         E=experts, K=top_k, N=hidden, BLOCK_N=block_n, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,7 +22,7 @@ from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.routing import SINGLE_LAUNCH_ROWS, launch_routing
 from fusecomp.lowerings.experts.vector import down_vector_kernel, up_vector_kernel
 from fusecomp.lowerings.launch import launch, rounding_options
-from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 from fusecomp.lowerings.quant.lowering import launch_dequantize
 from fusecomp.ops.experts import Activation
 
@@ -121,13 +120,13 @@ def run_vector(
     up, down = config.up, config.down
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     launch(
-        up_vector_kernel, (tokens * top_k * triton.cdiv(rows, up.block_n),),
+        up_vector_kernel, (tokens * top_k * cdiv(rows, up.block_n),),
         x, index, weight, scale, zero, layer.up_bias, hidden, x.stride(0), N=rows, D=hidden_size, BLOCK_N=up.block_n,
         BLOCK_D=up.block_d, num_warps=up.num_warps, **layer.act_constants(), **layout, **common,
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     launch(
-        down_vector_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
+        down_vector_kernel, (tokens * cdiv(hidden_size, down.block_n),),
         hidden, index, weight, scale, zero, layer.down_bias, routing_weights, residual, out,
         0 if residual is None else residual.stride(0), KP=next_power_of_2(top_k), N=hidden_size, D=width,
         BLOCK_N=down.block_n, BLOCK_D=down.block_d, num_warps=down.num_warps, **layout, **common,
@@ -161,7 +160,7 @@ def run_grouped(
     weight, scale, zero, layout = kernel_weight(layer.up, layer.up_codes)
     w_tiles = weight_tiles(weight, config.up, 2 if layer.gating == 1 else 1, hidden_size, layer.transposed)
     launch(
-        up_kernel, (_programs(config.up, capacity * triton.cdiv(rows, config.up.block_n), sms),),
+        up_kernel, (_programs(config.up, capacity * cdiv(rows, config.up.block_n), sms),),
         x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
         D=hidden_size, SIGNAL=signals > 0, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout,
         **_constants(config.up), **common,
@@ -169,7 +168,7 @@ def run_grouped(
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
-        down_kernel, (_programs(config.down, capacity * triton.cdiv(hidden_size, config.down.block_n), sms),),
+        down_kernel, (_programs(config.down, capacity * cdiv(hidden_size, config.down.block_n), sms),),
         hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
         UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
     )  # fmt: skip
@@ -199,7 +198,7 @@ def signalled_blocks(config: ExpertsConfig, routed_rows: int, rows: int, use_pdl
     """
     if not use_pdl or config.up.per_sm or routed_rows > SINGLE_LAUNCH_ROWS:
         return 0
-    return triton.cdiv(rows, config.up.block_n)
+    return cdiv(rows, config.up.block_n)
 
 
 def _programs(tiles: Tiles, items: int, sms: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of
@@ -24,6 +23,7 @@ from fusecomp.lowerings.experts.listed import down_listed_kernel, up_listed_kern
 from fusecomp.lowerings.experts.router import Router
 from fusecomp.lowerings.experts.routing import SINGLE_LAUNCH_ROWS
 from fusecomp.lowerings.launch import launch, rounding_options
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.quant.digit_rows import Digits, empty_digits
 from fusecomp.lowerings.route.kernel import empty_lists, list_capacity
 from fusecomp.lowerings.route.lowering import supports
@@ -113,7 +113,7 @@ def run_listed(
     apart = digits is not None and halves_apart(layer.gating, config.up.block_n)
     w_tiles = weight_tiles(weight, config.up, groups, hidden_size, layer.transposed, apart=apart)
     launch(
-        up_listed_kernel, (experts * triton.cdiv(rows, config.up.block_n),),
+        up_listed_kernel, (experts * cdiv(rows, config.up.block_n),),
         *((given, None) if digits is None else digits), lists, weight, w_tiles, scale, zero, layer.up_bias, hidden,
         *(made or (None, None)), capacity, given.stride(0), K=top_k, N=rows, D=hidden_size,
         USE_TMA=w_tiles is not None, num_warps=config.up.num_warps, num_stages=config.up.num_stages, BLOCK_R=block_r,
@@ -122,7 +122,7 @@ def run_listed(
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
     launch(
-        down_listed_kernel, (experts * triton.cdiv(hidden_size, config.down.block_n),),
+        down_listed_kernel, (experts * cdiv(hidden_size, config.down.block_n),),
         *(made or (hidden, None)), lists, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size,
         D=width, USE_TMA=w_tiles is not None, num_warps=config.down.num_warps, num_stages=config.down.num_stages,
         **layout, **downs, **common,
@@ -152,7 +152,7 @@ def listed_constants(
     many = tokens * top_k >= LEAST_ROWS * experts
     signals = signalled_blocks(config, tokens * top_k, rows, use_pdl)
     asks = use_pdl and many and row_bytes >= ASKED and row_bytes % 16 == 0
-    asking = min(2 * sms, experts * triton.cdiv(rows, config.up.block_n)) if asks else 0
+    asking = min(2 * sms, experts * cdiv(rows, config.up.block_n)) if asks else 0
     up, down = (_tile_constants(t, config.block_t, bits, weight_bits, many) for t in (config.up, config.down))
     # Digits of hidden rows are made when an expert's blocks have been counted, whether or not these are waited for.
     ups = {"ASKING": asking, "ASKED": ASKED, "SIGNAL": signals > 0 or digits, **up}

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
@@ -24,7 +23,7 @@ from fusecomp.lowerings.experts.listed_launch import run_listed, serves
 from fusecomp.lowerings.experts.lowering import supports as supports_experts
 from fusecomp.lowerings.experts.router import Router
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 from fusecomp.lowerings.route.kernel import triton_dtype
 from fusecomp.lowerings.route.lowering import supports as supports_router
 from fusecomp.lowerings.route.pieces import constants
@@ -132,14 +131,14 @@ def run_chosen(
     choice = {**constants(spec, experts), "DTYPE": triton_dtype(router.logits)}
     weight, scale, zero, layout = chosen_weight(layer.up, layer.up_codes)
     launch(
-        up_chosen_kernel, (tokens * spec.k * triton.cdiv(rows, up.block_n),),
+        up_chosen_kernel, (tokens * spec.k * cdiv(rows, up.block_n),),
         y, logits, router.route_bias, weight, scale, zero, layer.up_bias, hidden, y.stride(0), N=rows, D=hidden_size,
         BLOCK_N=up.block_n, BLOCK_D=columns if layer.up_codes is None else up.block_d, num_warps=up.num_warps,
         **layer.act_constants(), **layout, **choice, **options,
     )  # fmt: skip
     weight, scale, zero, layout = chosen_weight(layer.down, layer.down_codes)
     launch(
-        down_chosen_kernel, (tokens * triton.cdiv(hidden_size, down.block_n),),
+        down_chosen_kernel, (tokens * cdiv(hidden_size, down.block_n),),
         hidden, logits, router.route_bias, weight, scale, zero, layer.down_bias, residual, out,
         0 if residual is None else residual.stride(0), WEIGHT_DTYPE=triton_dtype(getattr(torch, spec.dtype)),
         KP=next_power_of_2(spec.k), N=hidden_size, D=width, BLOCK_N=down.block_n, BLOCK_D=down.block_d,

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 
 HEADER = 4
 TILE, COUNT = 2, 1  # numbers of a tile before its rows and behind all rows
@@ -158,7 +158,7 @@ def _experts(index, rows, num_rows, E: tl.constexpr):
 
 def tile_capacity(num_rows: int, experts: int, block_t: int) -> int:
     """The most tiles that any routing needs: each expert may have one that is not full."""
-    return triton.cdiv(min(num_rows, num_rows // block_t + experts), 2) * 2  # even, so that rows begin at 16 bytes
+    return cdiv(min(num_rows, num_rows // block_t + experts), 2) * 2  # even, so that rows begin at 16 bytes
 
 
 def routing_block(num_rows: int, experts: int) -> tuple[int, int, int]:
@@ -177,7 +177,7 @@ def launch_routing(index: Tensor, experts: int, block_t: int, use_pdl: bool) -> 
     capacity = tile_capacity(num_rows, experts, block_t)
     plan = torch.empty(HEADER + (TILE + block_t + COUNT) * capacity, dtype=torch.int32, device=index.device)
     if num_rows > SINGLE_LAUNCH_ROWS:
-        bins, chunks = routing_bins(experts), triton.cdiv(num_rows, CHUNK)
+        bins, chunks = routing_bins(experts), cdiv(num_rows, CHUNK)
         counts = torch.empty((chunks, bins), dtype=torch.int32, device=index.device)
         common = {"E": experts, "BINS": bins, "CHUNK": CHUNK, "num_warps": 8}
         launch(count_kernel, (chunks,), index, counts, num_rows, **common)

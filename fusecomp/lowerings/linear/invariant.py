@@ -31,11 +31,11 @@ from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.norm import launch_norm
-from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
+from fusecomp.lowerings.linear.skinny import split_scratch, split_steps
 from fusecomp.lowerings.linear.skinny_heuristics import skinny_config
 from fusecomp.lowerings.linear.skinny_pieces import load_weight, weight_rows
 from fusecomp.lowerings.linear.skinny_tile import finish_tile, load_tokens, prefetch, tile_place
-from fusecomp.lowerings.paged_attention.heuristics import Target
+from fusecomp.lowerings.paged_attention.heuristics import Target, cdiv
 from fusecomp.ops.linear import Program
 
 TUNED_FOR = 32  # tokens of the skinny table's entry whose weight tile is taken

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +21,7 @@ from fusecomp.lowerings.linear.norm import launch_norm
 from fusecomp.lowerings.linear.persistent import persistent_kernel
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
 from fusecomp.lowerings.linear.skinny_pieces import plain
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 
 
 def launch_large(
@@ -138,7 +138,7 @@ def _launch_persistent(
         "PIECES": config.pieces, "SWAP": config.swap, "USE_TMA": config.use_tma, "USE_PDL": use_pdl,
         "POLICY": store_policy(out, large_heuristics.KEPT_TOKENS), "EPILOGUE": epilogue,
     }  # fmt: skip
-    tiles_t, tiles_n = triton.cdiv(num_tokens, config.block_t), triton.cdiv(n, config.block_n)
+    tiles_t, tiles_n = cdiv(num_tokens, config.block_t), cdiv(n, config.block_n)
     programs = min(tiles_t * tiles_n * config.splits, target_of(x).num_sms * config.per_sm)
     launch(
         persistent_kernel, (programs,),

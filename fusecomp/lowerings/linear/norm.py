@@ -14,6 +14,7 @@ from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.linear.large_heuristics import norm_block
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.ops.mode import batch_invariant
 
 KINDS = ("rms", "layer")
@@ -139,7 +140,7 @@ def launch_norm(
     options = {"launch_pdl": True} if use_pdl else {}
     options |= rounding_options()
     launch(
-        norm_kernel, (triton.cdiv(num_tokens, block_t),),
+        norm_kernel, (cdiv(num_tokens, block_t),),
         x, weight, bias, y, eps, num_tokens, x.stride(0),
         K=k, BLOCK_T=block_t, BLOCK_K=block_k, CENTERED=kind == "layer", PLUS_ONE=plus_one, USE_PDL=use_pdl,
         num_warps=num_warps, **options,

@@ -15,6 +15,7 @@ from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.keep import store_rows
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import pointwise_block
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def launch_pointwise(
     use_pdl = uses_pdl(acc)
     options = {"launch_pdl": True} if use_pdl else {}
     launch(
-        pointwise_kernel, (triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_t),),
+        pointwise_kernel, (cdiv(n, block_n) * cdiv(num_tokens, block_t),),
         acc, out, args, strides, num_tokens, out.stride(0), N=n, G=groups, SPLITS=splits,
         BLOCK_T=block_t, BLOCK_N=block_n, EPILOGUE=epilogue, USE_PDL=use_pdl, num_warps=num_warps, **options,
     )  # fmt: skip

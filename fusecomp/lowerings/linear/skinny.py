@@ -16,6 +16,7 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.skinny_heuristics import SkinnyConfig
 from fusecomp.lowerings.linear.skinny_tile import tile_kernel
 from fusecomp.lowerings.linear.skinny_vector import vector_kernel
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -86,10 +87,6 @@ def run_skinny(
         BLOCK_T=config.block_t, SPLITS=splits, PIPELINED=config.num_stages - 1, EARLY=config.early,
         EXACT_NORM=norm > 0 and x.dtype == torch.float16, **common,
     )  # fmt: skip
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def split_steps(steps: int, splits: int) -> tuple[int, int]:

@@ -105,6 +105,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Launches use no `triton.cdiv`: called by Python it takes 2.5 us, a tenth of what they take."""
+    return -(-a // b)
+
+
 @cache
 def load_table(name: str) -> dict[str, Any]:
     """The committed table of a GPU; the default GPU's where it has none."""

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, uses_pdl
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.paged_attention import heuristics, lowering, pieces
-from fusecomp.lowerings.paged_attention.heuristics import Target, next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import Target, cdiv, next_power_of_2
 from fusecomp.lowerings.paged_attention.invariant import invariant_attention_kernel
 from fusecomp.lowerings.paged_attention.lowering import NewTokens
 from fusecomp.ops.kv_cache import KVLayout
@@ -112,13 +111,13 @@ def launch_invariant_attention(
 
     if num_decodes:
         capacity = block_tables.shape[1] * layout.page_size
-        segments = triton.cdiv(capacity, config.segment)
+        segments = cdiv(capacity, config.segment)
         if window > 0:
-            segments = min(segments, triton.cdiv(window, config.segment) + 1)
-        shares = min(segments, triton.cdiv(PROGRAMS_PER_SM * target.num_sms, num_decodes * layout.heads))
+            segments = min(segments, cdiv(window, config.segment) + 1)
+        shares = min(segments, cdiv(PROGRAMS_PER_SM * target.num_sms, num_decodes * layout.heads))
         run(0, num_decodes, shares, segments if shares > 1 else 0)
     if num_rows > num_decodes:
-        run(num_decodes, num_rows - num_decodes, triton.cdiv(max_q_len, config.queries), 0)
+        run(num_decodes, num_rows - num_decodes, cdiv(max_q_len, config.queries), 0)
     return out
 
 

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,7 +24,7 @@ from fusecomp.lowerings.paged_attention import fp8, heuristics, pieces
 from fusecomp.lowerings.paged_attention.cache_write import as_cached_kernel, cache_write_kernel
 from fusecomp.lowerings.paged_attention.decode import decode_kernel
 from fusecomp.lowerings.paged_attention.decode_apart import decode_apart_kernel
-from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig, Target
+from fusecomp.lowerings.paged_attention.heuristics import DecodeConfig, PrefillConfig, Target, cdiv
 from fusecomp.lowerings.paged_attention.prefill import prefill_kernel
 from fusecomp.ops.kv_cache import KVLayout, is_quantized
 from fusecomp.ops.rope import PAIRS, Rope
@@ -157,7 +156,7 @@ def launch_cache_write(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) ->
     block_t = heuristics.cache_write_block(num_tokens)
     pdl = uses_pdl(k)
     launch(
-        cache_write_kernel, (triton.cdiv(num_tokens, block_t), num_kv_heads),
+        cache_write_kernel, (cdiv(num_tokens, block_t), num_kv_heads),
         k, v, kv_cache, slots, num_tokens,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), *cache_strides(kv_cache, head_dim),
         D=head_dim, DP=heuristics.padded_dim(head_dim), PAGE=KVLayout.of(kv_cache, head_dim).page_size,
@@ -173,7 +172,7 @@ def launch_as_cached(k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Te
     k_out, v_out = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     block_t = heuristics.cache_write_block(num_tokens)
     launch(
-        as_cached_kernel, (triton.cdiv(num_tokens, block_t), num_kv_heads),
+        as_cached_kernel, (cdiv(num_tokens, block_t), num_kv_heads),
         k, v, k_out, v_out, num_tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         G=num_kv_heads, D=head_dim, DP=heuristics.padded_dim(head_dim), BLOCK_T=block_t, CODES=codes_of(kv_cache),
         num_warps=4,
@@ -345,7 +344,7 @@ def run_prefill(
     use_tma = config.use_tma and _tma_can_read(k) and _tma_can_read(v)
     block = [config.block_n, 1, dp]
     k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
-    grid = ((num_rows - first_row) * num_heads, triton.cdiv(max_q_len, config.block_m))
+    grid = ((num_rows - first_row) * num_heads, cdiv(max_q_len, config.block_m))
     launch(
         prefill_kernel, grid,
         q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,

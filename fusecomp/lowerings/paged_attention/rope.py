@@ -10,12 +10,12 @@ Legend: T tokens, S rows, H query heads, G kv heads, D head dim.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fusecomp.lowerings.device import uses_pdl
 from fusecomp.lowerings.launch import launch, rounding_options
 from fusecomp.lowerings.paged_attention import heuristics, lowering
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.paged_attention.lowering import NewTokens, rope_constants
 from fusecomp.lowerings.paged_attention.rope_cache import rope_cache_kernel
 from fusecomp.ops.kv_cache import KVLayout
@@ -73,7 +73,7 @@ def launch_rope_cache(
     if num_tokens == 0:
         return q_out, k_out, new.v
     block_t, block_h = block or heuristics.rope_cache_block(num_tokens, head_dim)
-    grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h) + triton.cdiv(layout.heads, block_h))
+    grid = (cdiv(num_tokens, block_t), cdiv(num_heads, block_h) + cdiv(layout.heads, block_h))
     pdl = uses_pdl(q)
     *tensors, slots = new.tensors()
     launch(

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fusecomp.lowerings.device import target_of, zeroed_counters
 from fusecomp.lowerings.launch import ALIGNMENT, launch
-from fusecomp.lowerings.linear.skinny import cdiv
-from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 from fusecomp.lowerings.quant.folded_held import folded_held_kernel
 from fusecomp.lowerings.quant.heuristics import HELD_ASKED, HELD_COLUMNS, HELD_REGISTERS, HELD_ROWS, QuantConfig
 

@@ -15,7 +15,8 @@ from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.launch import ALIGNMENT, launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.large_heuristics import tma_reads
-from fusecomp.lowerings.linear.skinny import cdiv, split_scratch, split_steps
+from fusecomp.lowerings.linear.skinny import split_scratch, split_steps
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.quant import heuristics, pieces
 from fusecomp.lowerings.quant.digits import digits_kernel
 from fusecomp.lowerings.quant.folded import folded_kernel, unfold_kernel

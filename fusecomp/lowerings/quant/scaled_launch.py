@@ -19,8 +19,8 @@ from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.epilogue import epilogue_hook, full_rows, operand_strides, unit_stride
 from fusecomp.lowerings.linear.large_heuristics import tma_reads
 from fusecomp.lowerings.linear.pointwise import launch_pointwise
-from fusecomp.lowerings.linear.skinny import cdiv
 from fusecomp.lowerings.linear.skinny_pieces import plain
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.quant.scaled import scaled_kernel
 from fusecomp.lowerings.quant.scaled_heuristics import KEPT_TOKENS, LIBRARY, TILE, ScaledConfig
 from fusecomp.lowerings.quant.scaled_tile import scaled_tile_kernel

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.launch import launch, rounding_options
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.route.pieces import choose, constants, expert_numbers
 from fusecomp.ops.router import RouteSpec
 
@@ -123,7 +124,7 @@ def launch_route_parts(
 
 def list_capacity(tokens: int, block_t: int) -> int:
     """Rows that there is room for in each list: all tokens', in whole tiles of `block_t`."""
-    return triton.cdiv(tokens, block_t) * block_t
+    return cdiv(tokens, block_t) * block_t
 
 
 def empty_lists(tokens: int, experts: int, block_t: int, device: torch.device) -> Tensor:

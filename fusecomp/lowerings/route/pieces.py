@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
 from fusecomp.ops.router import RouteSpec
 
 LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
@@ -163,6 +164,6 @@ def constants(spec: RouteSpec, experts: int) -> dict[str, object]:
         **{"KIND": spec.kind, "NORMALISE": spec.normalise, "GROUP_SCORE": spec.group_score, "EPS": spec.eps},
         **{"FLOOR": spec.floor, "SCALE": spec.scale, "THRESHOLD": spec.threshold, "E": experts, "K": spec.k},
         **{"G": spec.groups, "CHOSEN": spec.groups_chosen},
-        "BLOCK_G": triton.next_power_of_2(spec.groups),
-        "BLOCK_S": triton.next_power_of_2(experts // spec.groups),
+        "BLOCK_G": next_power_of_2(spec.groups),
+        "BLOCK_S": next_power_of_2(experts // spec.groups),
     }

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusecomp.lowerings.device import target_of
 from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.launch import launch
-from fusecomp.lowerings.paged_attention.heuristics import next_power_of_2
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 from fusecomp.lowerings.route.kernel import launch_route_parts
 from fusecomp.ops.norm import NormSpec
 from fusecomp.ops.router import RouteSpec
@@ -133,9 +133,9 @@ class RouterConfig:
 
 def router_config(tokens: int, experts: int, hidden: int, itemsize: int, num_sms: int) -> RouterConfig:
     """About a program for each multiprocessor, and tiles of at most 32 KiB."""
-    tiles, lanes = triton.cdiv(tokens, BLOCK_T), max(16, next_power_of_2(experts))
+    tiles, lanes = cdiv(tokens, BLOCK_T), max(16, next_power_of_2(experts))
     block_d = max(32, min(128, 32768 // (lanes * itemsize)))
-    splits = max(1, min(16, triton.cdiv(hidden, block_d), num_sms // tiles))
+    splits = max(1, min(16, cdiv(hidden, block_d), num_sms // tiles))
     return RouterConfig(splits, block_d, 4 if itemsize == 2 else 8)
 
 
@@ -175,7 +175,7 @@ def launch_router(
     options = {"launch_pdl": True} if use_pdl else {}
     if tokens:
         launch(
-            router_kernel, (triton.cdiv(tokens, BLOCK_T) * config.splits,),
+            router_kernel, (cdiv(tokens, BLOCK_T) * config.splits,),
             x, weight, norm_weight, y if norm else None, parts, lists, norm.eps if norm else 0.0, tokens, x.stride(0),
             **router_constants(config, experts, hidden), NORM=norm is not None,
             PLUS_ONE=norm is not None and norm.plus_one, USE_PDL=use_pdl, num_warps=config.num_warps,

@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.device import target_of, uses_pdl, zeroed_counters
 from fusecomp.lowerings.launch import launch
+from fusecomp.lowerings.paged_attention.heuristics import cdiv, next_power_of_2
 from fusecomp.ops.sampling import INVALID_TOKEN
 
 BLOCK = 4096
@@ -87,11 +88,11 @@ def launch_greedy(logits: Tensor) -> Tensor:
         return out
     # As many programs as the GPU holds at once, for a program has one block in flight; powers of two, so that few
     # kernels serve every number of rows.
-    most = min(MAX_SPLITS, PER_SM * target_of(logits).num_sms // rows, triton.cdiv(vocab, BLOCK))
+    most = min(MAX_SPLITS, PER_SM * target_of(logits).num_sms // rows, cdiv(vocab, BLOCK))
     wanted = 1 << max(0, most.bit_length() - 1)
-    in_row = triton.cdiv(vocab, BLOCK)
-    blocks = triton.cdiv(in_row, wanted)
-    splits = triton.cdiv(in_row, blocks)
+    in_row = cdiv(vocab, BLOCK)
+    blocks = cdiv(in_row, wanted)
+    splits = cdiv(in_row, blocks)
     partial = rows * splits if splits > 1 else 0
     part_best = torch.empty(partial, dtype=torch.float32, device=logits.device)
     part_token = torch.empty(partial, dtype=torch.int32, device=logits.device)
@@ -100,7 +101,7 @@ def launch_greedy(logits: Tensor) -> Tensor:
     launch(
         greedy_kernel, (rows, splits),
         logits, out, part_best, part_token, zeroed_counters(logits.device, rows), vocab, blocks, logits.stride(0),
-        SPLITS=splits, SPLITS_P2=triton.next_power_of_2(splits), BLOCK=BLOCK, INVALID=INVALID_TOKEN, USE_PDL=use_pdl,
+        SPLITS=splits, SPLITS_P2=next_power_of_2(splits), BLOCK=BLOCK, INVALID=INVALID_TOKEN, USE_PDL=use_pdl,
         num_warps=8, **options,
     )  # fmt: skip
     return out

@@ -18,8 +18,9 @@ from fusecomp.lowerings import device, quant_registration, registration
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.linear.invariant import InvariantConfig, run_invariant
 from fusecomp.lowerings.linear.lowering import launch_linear, launch_norm_op
-from fusecomp.lowerings.linear.skinny import cdiv, split_steps
+from fusecomp.lowerings.linear.skinny import split_steps
 from fusecomp.lowerings.paged_attention import lowering
+from fusecomp.lowerings.paged_attention.heuristics import cdiv
 from fusecomp.lowerings.paged_attention.invariant_launch import InvariantAttention, launch_invariant_attention
 from fusecomp.lowerings.paged_attention.rope import launch_rope_attention
 from fusecomp.lowerings.route.lowering import launch_router_op
