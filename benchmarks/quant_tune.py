@@ -31,6 +31,7 @@ from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.lowerings.quant.heuristics import (
     DEQUANTIZE,
     DIGIT_ROWS,
+    DIGIT_TOKENS,
     DIGITS,
     FOLDED_DIGITS,
     FOLDED_HELD,
@@ -110,7 +111,7 @@ WIDE = {
 FOLDED_DIGIT_TILES = {
     8: [(64, 4, 4, (2, 3, 4)), (64, 4, 6, (2, 3)), (128, 8, 4, (1,))],
     16: [(64, 4, 4, (2, 3, 4)), (64, 4, 3, (3,)), (64, 4, 6, (2,)), (128, 8, 4, (1,))],
-    32: [(64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (128, 8, 3, (1, 2))],  # of one group: of two ptxas spills
+    32: [(64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (128, 8, 3, (1, 2))],
 }
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.
 PARTS = [(16, 8, 3), (32, 8, 3), (32, 4, 3), (32, 4, 4), (64, 4, 3), (16, 4, 4)]
@@ -188,7 +189,8 @@ def folded_digit_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantCon
     if not serves_folded_digits(device_target(0) if torch.cuda.is_available() else SM90, shape):
         return
     wanted, steps = max(8, triton.next_power_of_2(tokens)), shape.k // (4 * shape.fold)
-    for block_t in (wanted,) if wanted < 32 else (16, 32)[: 3 - shape.groups] if wanted == 32 else ():
+    sizes = {8: (8,), 16: (16,), 32: (16, 32)}.get(wanted, ())
+    for block_t in (size for size in sizes if size * shape.groups <= DIGIT_TOKENS):
         for rows, warps, stages, loads in FOLDED_DIGIT_TILES[block_t]:
             blocks = math.ceil(shape.n / rows) * math.ceil(tokens / block_t)
             counts = {split_steps(steps, max(1, min(16, round(132 * load / blocks))))[1] for load in loads}
