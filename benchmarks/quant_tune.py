@@ -110,7 +110,7 @@ WIDE = {
 # Of the kernel that multiplies digits: rows of a group, warps, stages, programs to a multiprocessor.
 FOLDED_DIGIT_TILES = {
     8: [(64, 4, 4, (2, 3, 4)), (64, 4, 6, (2, 3)), (128, 8, 4, (1,))],
-    16: [(64, 4, 4, (2, 3, 4)), (64, 4, 3, (3,)), (64, 4, 6, (2,)), (128, 8, 4, (1,))],
+    16: [(64, 4, 4, (2, 3, 4)), (64, 4, 3, (2, 3)), (64, 4, 6, (2,)), (128, 8, 4, (1,))],
     32: [(64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (128, 8, 3, (1, 2))],
 }
 # Of those whose warps have parts of K, up to 8 tokens: rows, warps, stages.

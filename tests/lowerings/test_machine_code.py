@@ -91,7 +91,7 @@ def test_folded_codes_become_bytes_in_their_registers(layout, groups):
     ptx = compiled.asm["ptx"]
     words = 64 * groups * 128 // 4 // 128  # of a thread
     assert ptx.count("0x0f0f0f0f") == 2 * words and "m64n32k32.s32.s8.s8" in ptx
-    assert resources.spills == 0 and resources.registers <= 168  # three programs a multiprocessor
+    assert resources.spills == 0 and resources.registers <= 168  # three programs a multiprocessor, by this Triton
 
 
 @pytest.mark.parametrize("parts", [1, 4])

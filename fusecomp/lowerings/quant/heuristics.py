@@ -90,7 +90,7 @@ def held_entries(name: str) -> list[dict[str, Any]]:
 
 
 def digit_entries(name: str) -> list[dict[str, Any]]:
-    """Those of linears that inputs as digits serve, of either kind; only some GPUs have any. One token does without."""
+    """Those of as few tokens as digits serve, from two on, of whichever kernel was faster; only some GPUs have any."""
     return entries_of(name, "", "digits", KEY)
 
 
