@@ -253,6 +253,7 @@ class BatchBuilder:
         """
         mixed = isinstance(shape, MixedShape)
         rows, T, decodes = (shape.rows, shape.tokens, shape.decodes) if isinstance(shape, MixedShape) else (shape,) * 3
+        prompts = rows - decodes
         assert 1 <= rows <= self.max_rows and self.max_num_batched_tokens >= T, shape
         self._turn ^= 1
         staging = self._staging[self._turn]
@@ -261,9 +262,10 @@ class BatchBuilder:
         tokens[0], tokens[1], tokens[2] = self._different[:T], 0, -1
         staging.arrays["seq_lens"][:rows] = 0
         if mixed:
-            staging.arrays["seq_lens"][decodes] = T
+            # As evenly as prompts can be: its time stands for a step of several.
             staging.arrays["cu_q_lens"][: decodes + 1] = 0
-            staging.arrays["cu_q_lens"][decodes + 1 : rows + 1] = T
+            staging.arrays["cu_q_lens"][decodes + 1 : rows + 1] = np.arange(1, prompts + 1) * T // prompts
+            staging.arrays["seq_lens"][decodes:rows] = np.diff(staging.arrays["cu_q_lens"][decodes : rows + 1])
             staging.arrays["logit_indices"][:rows] = 0
         brought = self._held.gather_sampling(np.zeros(0, np.int64), rows, staging, needed=True)
         self._held.bring(brought | (_lists_of(rows) if mixed else {"seq_lens": rows}), staging)

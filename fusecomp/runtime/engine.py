@@ -24,7 +24,7 @@ from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.choice import Kind, Sampled, TokenChoice
 from fusecomp.runtime.explain import explain_lowerings
 from fusecomp.runtime.flight import Flight, Runway
-from fusecomp.runtime.graphs import CudaRecorder, GraphRunner, Recorder, Shape, bucket_sizes
+from fusecomp.runtime.graphs import BUDGET_BYTES, CudaRecorder, GraphRunner, Recorder, Shape, bucket_sizes, is_long
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.logprobs import prompt_tokens, with_prompt
 from fusecomp.runtime.mailbox import Mailbox
@@ -67,7 +67,8 @@ class Engine:
         self._mailbox = Mailbox(config.max_num_seqs + MOST_PREFILLS, self.device)
         self._builder = self._new_builder(config)
         self._stand_ins = StandIns(self._step, self._builder, config)
-        num_blocks, prefill_rate = compile_and_size(self._step, self._builder, self._stand_ins, config)
+        self._sized = compile_and_size(self._step, self._builder, self._stand_ins, config)
+        num_blocks = self._sized.num_blocks
         self._step.allocate(num_blocks)
         assert config.max_model_len is not None
         longest = num_blocks * config.block_size + 1  # the last token is never cached
@@ -79,7 +80,7 @@ class Engine:
         limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
         self._host_blocks, swap = None, None
         if config.swap_bytes:
-            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, prefill_rate)
+            opened = open_swap_space(config, self._step.kv_caches, self._step.block_bytes, self._sized.tokens_per_s)
             self._host_blocks, swap, note = opened
             self.report.notes.append(note)
         self._scheduler = Scheduler(*limits, kv, swap)
@@ -356,7 +357,8 @@ class Engine:
         start = time.perf_counter()
         self._graphs = self._new_graphs(largest, CudaRecorder())
         # Any finite keys and values do for the check; blocks are rewritten before they are ever served.
-        used = largest * -(-3 // self.config.block_size)
+        assert self.config.max_model_len is not None
+        used = max(largest * -(-3 // self.config.block_size), -(-self.config.max_model_len // self.config.block_size))
         for cache, layout in zip(self._step.kv_caches, self._step.kv_layouts, strict=True):
             fill_random(cache[:used], layout.head_dim)
         self._capture_wanted(self._graphs)
@@ -371,12 +373,22 @@ class Engine:
     def _capture_wanted(self, graphs: GraphRunner) -> None:
         for shape in graphs.wanted():
             self._capture(graphs, shape, Kind())
-            if isinstance(shape, int) and graphs.captured(shape, Kind()):
-                graphs.check(self._stand_ins.decodes(shape, self.num_kv_blocks), shape, Kind())
+            if graphs.captured(shape, Kind()) and (batch := self._to_check(shape)) is not None:
+                graphs.check(batch, shape, Kind())
+
+    def _to_check(self, shape: Shape) -> StepBatch | None:
+        """What a graph is checked by at the start; None for short mixed steps, which are when they first run."""
+        if isinstance(shape, int):
+            return self._stand_ins.decodes(shape, self.num_kv_blocks)
+        if not is_long(shape):
+            return None
+        return self._stand_ins.mixed(shape, self.num_kv_blocks, self.vocab_size)
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
-        note = self.report.notes.append
-        return GraphRunner(self._step, self._whole, bucket_sizes(largest), mixed_shapes_of(self.config), note, recorder)
+        mixed = mixed_shapes_of(self.config, long=self._sized.long_graphs > 0)
+        sizes, note, budget = bucket_sizes(largest), self.report.notes.append, BUDGET_BYTES + self._sized.long_graphs
+        rate = self._sized.tokens_per_s if self.device.type == "cuda" else float("inf")  # a CPU's trial is tiny
+        return GraphRunner(self._step, self._whole, sizes, mixed, note, recorder, budget, rate)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

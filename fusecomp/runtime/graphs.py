@@ -9,8 +9,9 @@ in turn):
 
 - decodes: the largest size and 1, then those between as long as they bring something: a size between two that are
   captured costs no less than the smaller one, so what it could save is known before it is captured (`LEAST_GAIN`).
-- mixed steps: a small grid, up to the step that takes the GPU longer than launching takes the host: launches of larger
-  steps are hidden behind the step before (`Scheduler.schedule_ahead`), without the padding.
+- mixed steps: a small grid, the largest first, whose memory serves the others, down from the step that takes the GPU
+  so long that launching is surely hidden behind the step before (`Scheduler.schedule_ahead`), without the padding. A
+  step is padded to less than twice its tokens, or has no graph.
 
 Variants of the sampler beyond greedy are captured in service, each when launching its steps without a graph has taken
 the host as long as a capture takes. So captures take no longer than the launches that came before them, a variant met
@@ -41,12 +42,16 @@ from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
 Shape = int | MixedShape
 # Share of a row's standard deviation within which two logits count as tied.
 TIE_SHARE = 0.05
-# Bytes that graphs may take beyond the engine's own: half of what `memory.py` keeps in reserve.
+# Bytes that graphs may take beyond the engine's own: half of what `memory.py` keeps in reserve. Those of `MORE_TOKENS`
+# may take what such a step takes besides.
 BUDGET_BYTES = 1 << 29
-# Largest mixed step with a graph, in tokens, and its launches' share of the GPU's time from which they count as hidden.
-MOST_MIXED_TOKENS, HIDDEN = 1024, 0.67
+# Tokens of mixed steps with a graph: short ones; and long ones, the engine's most among them if it is no more.
 MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
-FEW_DECODES, FEW_PREFILLS = 64, 8
+MORE_TOKENS = (2048, 3072, 4096, 6144, 8192, 12288, 16384)
+FEW_DECODES, FEW_PREFILLS = 64, 32
+# Share of a step's time on the GPU below which launches count as hidden behind it. What they take when nothing else
+# runs is what is known: of a mixture of 48 layers 43 ms, and in service 72 to 128, on a host that others share.
+HIDDEN = 0.33
 # Sizes of decodes up to 256 that may get a graph. Their kernels are compiled at the start: each size may want its own.
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 # Share of a step's time that a further size has to save.
@@ -60,14 +65,23 @@ def bucket_sizes(largest: int) -> list[int]:
     return [*kept, largest]
 
 
-def mixed_shapes(max_num_seqs: int, max_tokens: int) -> list[MixedShape]:
-    """Candidates for mixed steps, the cheapest first: for few decodes, and for as many as there may be."""
+def mixed_shapes(max_num_seqs: int, max_tokens: int, *, long: bool = True) -> list[MixedShape]:
+    """Candidates for mixed steps, the cheapest first: short ones for few decodes and for as many as there may be, and,
+    if `long`, ones of `MORE_TOKENS` for the latter."""
     shapes = []
     for tokens in MIXED_TOKENS:
-        if tokens <= min(max_tokens, MOST_MIXED_TOKENS):
+        if tokens <= max_tokens:
             for decodes in sorted({min(FEW_DECODES, max_num_seqs), min(tokens, max_num_seqs)}):
-                shapes.append(MixedShape(tokens, decodes, MOST_PREFILLS))
+                shapes.append(MixedShape(tokens, decodes, FEW_PREFILLS))
+    if long and max_tokens > MIXED_TOKENS[-1]:
+        sizes = sorted({min(tokens, max_tokens) for tokens in MORE_TOKENS})
+        shapes += [MixedShape(tokens, min(tokens, max_num_seqs), MOST_PREFILLS) for tokens in sizes]
     return shapes
+
+
+def is_long(shape: MixedShape) -> bool:
+    """Whether a mixed step is one of `MORE_TOKENS`."""
+    return shape.tokens > MIXED_TOKENS[-1]
 
 
 def shapes_to_meet(shapes: Sequence[MixedShape], max_tokens: int) -> list[MixedShape]:
@@ -78,7 +92,8 @@ def shapes_to_meet(shapes: Sequence[MixedShape], max_tokens: int) -> list[MixedS
     most, rows = max(shape.tokens for shape in shapes), max(shape.decodes for shape in shapes)
     longer = (MixedShape(t, rows, FEW_PREFILLS) for t in (2048, 4096) if most < t < max_tokens)
     few = sorted({*range(1, 17), *SIZES})  # launches of few rows differ from one to the next
-    decodes = (MixedShape(most, size, FEW_PREFILLS) for size in few if size <= rows)
+    short = max(shape.tokens for shape in shapes if not is_long(shape))
+    decodes = (MixedShape(short, size, FEW_PREFILLS) for size in few if size <= min(rows, short))
     return list(dict.fromkeys([*{shape.tokens: shape for shape in shapes}.values(), *longer, *decodes]))
 
 
@@ -171,6 +186,7 @@ class GraphRunner:
         note: called with what the report should say.
         recorder: makes the graphs.
         budget_bytes: memory that they may take.
+        tokens_per_s: of a long prefill without a graph, by which mixed steps that need none are known beforehand.
 
     Attributes:
         sizes, mixed: captured shapes, the cheapest first.
@@ -189,10 +205,11 @@ class GraphRunner:
         note: Callable[[str], None],
         recorder: Recorder,
         budget_bytes: int = BUDGET_BYTES,
+        tokens_per_s: float = float("inf"),
     ) -> None:
         self._logits, self._run, self._note, self._recorder = logits, run, note, recorder
         self._candidates, self._mixed = list(sizes), list(mixed)
-        self._budget = budget_bytes
+        self._budget, self._tokens_per_s = budget_bytes, tokens_per_s
         self.sizes: list[int] = []
         self._fastest: list[int] = []  # for each size the one in which its rows run
         self.mixed: list[MixedShape] = []
@@ -223,7 +240,8 @@ class GraphRunner:
         if step.decode_only:
             return self.bucket(len(step.seqs))
         sizes = step.num_tokens, step.num_decodes, len(step.seqs) - step.num_decodes
-        return next((shape for shape in self.mixed if shape.holds(*sizes)), None)
+        most = 2 * max(step.num_tokens, MIXED_TOKENS[0])
+        return next((shape for shape in self.mixed if shape.tokens < most and shape.holds(*sizes)), None)
 
     def bucket(self, rows: int) -> int | None:
         """The captured size in which `rows` decodes run: the fastest that holds them, which may not be the next one."""
@@ -237,9 +255,11 @@ class GraphRunner:
         if smallest != largest:
             yield smallest
         yield from self._between(0, len(self._candidates) - 1)
-        for shape in self._mixed:
-            if not self._hides_launches(shape):
+        no_room = False
+        for shape in reversed(self._mixed):
+            if not self._hides_launches(shape) and not (no_room and is_long(shape)):
                 yield shape
+                no_room = no_room or shape not in self.seconds
 
     def _between(self, first: int, last: int) -> Iterator[int]:
         """Candidates between two, the middle first, as long as one may save enough against the larger."""
@@ -252,15 +272,13 @@ class GraphRunner:
         yield from self._between(first, middle)
 
     def _hides_launches(self, shape: MixedShape) -> bool:
-        """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile."""
-        return any(
-            self._hidden(size)
-            for size in self.seconds
-            if (size if isinstance(size, int) else size.tokens) <= shape.tokens
-        )
+        """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile: as long
+        as for so many tokens of a prefill, and for decodes of fewer."""
+        decodes = (self.seconds[size] for size in self.sizes if size <= shape.tokens)
+        return self._hidden(max(shape.tokens / self._tokens_per_s, *decodes, 0.0))
 
-    def _hidden(self, shape: Shape) -> bool:
-        return self.seconds[shape] * HIDDEN > self._launch_seconds
+    def _hidden(self, seconds: float) -> bool:
+        return seconds * HIDDEN > self._launch_seconds
 
     # ------------------------------------------------------------------ captures
 
@@ -285,7 +303,8 @@ class GraphRunner:
         steps. It runs once before, so that lazy initialisation stays out of the graph. Times of padding compare: what
         a row costs beyond them depends on its context, in whatever shape it runs.
 
-        Returns: False when there is no memory for a graph; nothing is captured from then on.
+        Returns: False when there is no memory for a graph; nothing is captured from then on, unless it was a long
+            mixed step's.
         """
         if self.full:
             return False
@@ -297,7 +316,11 @@ class GraphRunner:
             graph = self._recorder.record(lambda: self._run(padding, shape, kind))
             seconds = self._recorder.seconds(graph[0])
         except torch.OutOfMemoryError as error:
-            self._stop(f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})")
+            why = f"there is no memory for that of {_name(shape)} ({str(error).splitlines()[0][:120]})"
+            if isinstance(shape, MixedShape) and is_long(shape):
+                self._note(f"longer mixed steps run without a CUDA graph: {why}")
+            else:
+                self._stop(why)
             return False
         self._launch_seconds = min(self._launch_seconds, launched - begin)
         self._graphs[shape, kind] = graph
@@ -307,8 +330,9 @@ class GraphRunner:
         self.sizes = sorted(size for size in self.seconds if isinstance(size, int))
         costs = {size: (self.seconds[size], size) for size in self.sizes}
         self._fastest = [min(self.sizes[at:], key=costs.__getitem__) for at in range(len(self.sizes))]
-        # One that hides launches itself, of which the shape before gave no hint, is better left unpadded.
-        self.mixed = sorted(size for size in self.seconds if isinstance(size, MixedShape) and not self._hidden(size))
+        # One that hides launches itself, of which those before gave no hint, is better left unpadded.
+        mixed = [size for size in self.seconds if isinstance(size, MixedShape)]
+        self.mixed = sorted(size for size in mixed if not self._hidden(self.seconds[size]))
         self.num_bytes += max(0, self._recorder.used_bytes() - before)
         if kind.tables:  # graphs of an earlier version read tables that were replaced; a capture has waited for them
             for key in [key for key in self._graphs if key[1].tables not in (0, kind.tables)]:

@@ -16,6 +16,9 @@ DEFAULT_MAX_MODEL_LEN = 4096
 CPU_KV_BYTES = 1 << 30
 # Kept free on a GPU for CUDA graphs, their private pool, and libraries that allocate late.
 RESERVE_BYTES = 1 << 30
+# CUDA graphs of long steps (`graphs.py`) hold what such a step takes once more, and a quarter for the allocator's gaps.
+# Of what the KV cache would have they take this share at most, or nothing.
+LONG_GRAPHS_SHARE = 1 / 16
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -69,6 +72,17 @@ def kv_blocks(budget: int, block_bytes: int, config: EngineConfig) -> int:
     return min(budget // block_bytes, wanted)
 
 
+def long_graphs_bytes(workspace: int, kv_budget: int, config: EngineConfig) -> int:
+    """What is set apart for graphs of long steps, where the KV cache could have `kv_budget` bytes; 0 for none.
+
+    Args:
+        workspace: bytes that the largest step takes beside weights and cache.
+    """
+    wanted, given = workspace * 5 // 4, config.kv_cache_bytes
+    room = kv_budget * LONG_GRAPHS_SHARE if given is None else kv_budget - given
+    return 0 if config.enforce_eager or config.deterministic or wanted > room else wanted
+
+
 @dataclass(frozen=True)
 class TrialStep:
     """Shape of the first step: `rows` prefills of `tokens_per_row` tokens."""
@@ -82,12 +96,16 @@ class KVBudget:
 
     On a GPU the trial is the largest prefill, and what it needs at its peak is not given to the cache. On the CPU
     the budget is `kv_cache_bytes`, or what `max_num_seqs` full contexts need up to 1 GiB.
+
+    Attributes:
+        long_graphs: bytes set apart for graphs of long steps, known at the end.
     """
 
     def __init__(self, device: torch.device, config: EngineConfig, block_bytes: int, blocks_per_seq: int) -> None:
         assert config.max_model_len is not None
         self._device, self._config, self._block_bytes = device, config, block_bytes
         self.trial_blocks = blocks_per_seq + 1
+        self.long_graphs = self._before = 0
         if device.type == "cuda":
             per_row = min(config.max_model_len, config.max_num_batched_tokens)
             rows = min(max(1, config.max_num_batched_tokens // per_row), config.max_num_seqs)
@@ -102,6 +120,7 @@ class KVBudget:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
 
     def end(self) -> int:
         """Number of KV blocks.
@@ -120,15 +139,17 @@ class KVBudget:
         return blocks
 
     def _budget(self) -> tuple[int, str]:
-        config = self._config
-        if config.kv_cache_bytes is not None:
-            return config.kv_cache_bytes, "kv_cache_bytes"
+        config, given = self._config, self._config.kv_cache_bytes
         if self._device.type != "cuda":
-            return CPU_KV_BYTES, "CPU default budget"
+            return (CPU_KV_BYTES, "CPU default budget") if given is None else (given, "kv_cache_bytes")
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - self.trial_blocks * self._block_bytes
+        highest = torch.cuda.max_memory_allocated()
+        workspace, peak = highest - self._before, highest - self.trial_blocks * self._block_bytes
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()
         budget = int(total * config.gpu_memory_utilization) - peak - others - RESERVE_BYTES
-        return budget, f"gpu_memory_utilization={config.gpu_memory_utilization}"
+        self.long_graphs = long_graphs_bytes(workspace, budget, config)
+        if given is not None:
+            return given, "kv_cache_bytes"
+        return budget - self.long_graphs, f"gpu_memory_utilization={config.gpu_memory_utilization}"

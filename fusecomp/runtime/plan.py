@@ -205,6 +205,8 @@ class Planner:
             capacity = int(total * config.gpu_memory_utilization)
             workspace, reserve = self._workspace(config, width), memory.RESERVE_BYTES
             budget = capacity - self.weights - workspace - reserve
+            long_graphs = memory.long_graphs_bytes(workspace, budget, config)
+            reserve, budget = reserve + long_graphs, budget - long_graphs
             if config.kv_cache_bytes is not None:
                 if config.kv_cache_bytes > budget:
                     notes.append(f"kv_cache_bytes={config.kv_cache_bytes} does not fit beside the rest")

@@ -15,7 +15,7 @@ from fusecomp.runtime.batch import BatchBuilder
 from fusecomp.runtime.kv_cache import KVCacheManager
 from fusecomp.runtime.sequence import ScheduledStep, SequenceState
 from fusecomp.runtime.step import CompiledStep
-from fusecomp.runtime.step_batch import StepBatch
+from fusecomp.runtime.step_batch import MixedShape, StepBatch
 
 
 class StandIns:
@@ -43,6 +43,17 @@ class StandIns:
         seqs = [self._sequence(row, tokens, list(range(row * pages, (row + 1) * pages))) for row in range(size)]
         step = ScheduledStep(seqs, [len(tokens) - 1] * size, [1] * size, [True] * size, size, size, 0)
         return self._builder.build(step, size)
+
+    def mixed(self, shape: MixedShape, num_blocks: int, vocab_size: int) -> StepBatch:
+        """Prompts of different tokens that all but fill a mixed shape, if `num_blocks` let them, all on the first."""
+        config, count = self._config, min(shape.prefills - 1, self._config.max_num_seqs)
+        assert config.max_model_len is not None
+        length = min((shape.tokens - 1) // count, config.max_model_len - 1, num_blocks * config.block_size)
+        blocks = list(range(-(-length // config.block_size)))
+        ids = [[(31 * row + 7 * i) % vocab_size for i in range(length)] for row in range(count)]
+        seqs = [self._sequence(row, prompt, blocks) for row, prompt in enumerate(ids)]
+        step = ScheduledStep(seqs, [0] * count, [length] * count, [True] * count, 0, count * length, 0)
+        return self._builder.build(step, shape)
 
     def prompt_logits(self, kv: KVCacheManager, prompts: list[list[int]], *, decode_last: bool) -> Tensor:
         """`Engine.prompt_logits` of an idle engine."""

@@ -99,7 +99,7 @@ class MixedShape(NamedTuple):
 
 
 # Prefill rows of a `MixedShape`, at most.
-MOST_PREFILLS = 32
+MOST_PREFILLS = 64
 
 # What a row may need of the sampler.
 DRAWN, FILTERED, TYPICAL, ADJUSTED = 1, 2, 4, 8

@@ -18,7 +18,7 @@ from fusecomp.request import SamplingParams
 from fusecomp.runtime import graphs as graphs_module
 from fusecomp.runtime.choice import Kind, Sampled
 from fusecomp.runtime.engine import Engine
-from fusecomp.runtime.graphs import GraphRunner, bucket_sizes, mixed_shapes, shapes_to_meet
+from fusecomp.runtime.graphs import GraphRunner, bucket_sizes, is_long, mixed_shapes, shapes_to_meet
 from fusecomp.runtime.scheduler import ScheduledStep
 from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape
 from tests.runtime.test_overlap import EVERYTHING, model, serve  # noqa: F401
@@ -161,9 +161,9 @@ def test_a_graph_that_samples_other_tokens_is_refused():
 
 
 def test_mixed_shapes_hold_every_short_step():
-    shapes = mixed_shapes(256, 8192)
-    assert len(shapes) <= 16 and shapes == sorted(shapes)
-    for tokens in range(2, graphs_module.MOST_MIXED_TOKENS + 1):
+    shapes = [shape for shape in mixed_shapes(256, 8192) if not is_long(shape)]
+    assert len(shapes) <= 16 and shapes == sorted(shapes) == mixed_shapes(256, 8192, long=False)
+    for tokens in range(2, graphs_module.MIXED_TOKENS[-1] + 1):
         for decodes in (0, 1, 16, 17, 64, 65, 100, 256):
             for prefills in (1, 7, 8, 31):
                 if decodes + prefills <= tokens:
@@ -173,28 +173,61 @@ def test_mixed_shapes_hold_every_short_step():
     assert mixed_shapes(4, 20) == []
 
 
+@pytest.mark.parametrize("most", [1500, 8192, 10_000, 50_000])
+def test_long_steps_are_padded_by_less_than_they_have(most):
+    shapes = mixed_shapes(256, most)
+    graphs = runner(Rerun(), [256], shapes)
+    start(graphs)
+    assert graphs.mixed == shapes == sorted(shapes)
+    for tokens in {*range(1025, min(most, 16_384) + 1, 37), min(most, 16_384)}:
+        for decodes, prefills in ((0, 1), (256, 63), (40, 20)):
+            step = ScheduledStep([None] * (decodes + prefills), [], [], [], decodes, tokens, 0)
+            shape = graphs.choose(step)
+            assert tokens <= shape.tokens <= min(most, 2 * tokens) and shape.holds(tokens, decodes, prefills)
+    assert shapes[-1].tokens == min(most, graphs_module.MORE_TOKENS[-1]), "full steps are not padded"
+    graphs.mixed = [shape for shape in shapes if shape.tokens > 128]
+    assert graphs.choose(ScheduledStep([None], [], [], [], 0, 100, 0)) is None, "where the next one has no graph"
+
+
 def test_mixed_steps_run_in_what_was_captured_at_the_start():
     shapes = [MixedShape(64, 4, 8), MixedShape(128, 4, 8)]
     graphs = runner(Rerun(), [4], shapes)
     step = ScheduledStep([None] * 4, [0] * 4, [1, 1, 40, 30], [True] * 4, 2, 72, 0)
     assert graphs.choose(step) is None
-    assert start(graphs) == [4, *shapes] and graphs.mixed == shapes
+    assert start(graphs) == [4, *reversed(shapes)] and graphs.mixed == shapes
     assert graphs.choose(step) == shapes[1]
     assert graphs.choose(replace(step, num_tokens=129)) is None
     assert graphs.choose(replace(step, num_new_tokens=[1] * 4, num_decodes=4, num_tokens=4)) == 4
 
 
-@pytest.mark.parametrize("launch, count", [(0.006, 0), (0.010, 1), (0.020, 2)])
-def test_mixed_steps_that_hide_the_next_launches_get_no_graph(launch, count):
-    """4 rows take 10 ms, 20 rows 20 ms: launches of 6 ms are hidden behind both, of 10 ms behind the second."""
-    shapes = [MixedShape(64, 4, 16), MixedShape(128, 4, 16)]
-    graphs = runner(Rerun(seconds={4: 0.010, 20: 0.020}.__getitem__), [4], shapes)
-    asked = []
+@pytest.mark.parametrize("launch, asked, kept", [(0.003, 0, 0), (0.006, 1, 0), (0.009, 1, 1), (0.020, 2, 2)])
+def test_mixed_steps_that_hide_the_next_launches_get_no_graph(launch, asked, kept):
+    """4 rows take 10 ms, by the rate of a prefill 64 and 128 tokens 15 and 30 ms, of which the first turn out 20."""
+    shapes = [MixedShape(64, 4, 16), MixedShape(128, 4, 17)]
+    seconds = {4: 0.010, 20: 0.020, 21: 0.031}
+    graphs = runner(Rerun(seconds=seconds.__getitem__), [4], shapes, tokens_per_s=64 / 0.015)
+    found = []
     for shape in graphs.wanted():
-        asked.append(shape)
+        found.append(shape)
         graphs.capture(Padding(shape if shape == 4 else shape.rows), shape, Kind())
         graphs._launch_seconds = launch
-    assert asked == [4, *shapes[:count]]
+    assert found == [4, *reversed(shapes[:asked])]
+    assert sum(not graphs._hidden(graphs.seconds[shape]) for shape in shapes[:asked]) == kept
+
+
+def test_no_memory_for_long_mixed_steps_leaves_short_ones_theirs():
+    notes: list[str] = []
+    shapes = mixed_shapes(4, 4096)
+    recorder = Rerun()
+    graphs = runner(recorder, [4], shapes, notes=notes)
+    record = recorder.record
+    for shape in (found := graphs.wanted()):
+        long = not isinstance(shape, int) and is_long(shape)
+        recorder.record = record if not long else Rerun(room=0).record
+        graphs.capture(Padding(4 if shape == 4 else shape.rows), shape, Kind())
+    assert next(found, None) is None and not graphs.full
+    assert graphs.mixed == mixed_shapes(4, 4096, long=False)
+    assert len(notes) == 1 and "longer mixed steps run without" in notes[0] and "4096 tokens" in notes[0]
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +290,32 @@ def test_padded_steps_give_the_same_tokens(request, monkeypatch, which, blocks):
     assert engine.report.mixed_cuda_graphs > 1 and engine.report.cuda_graphs[-1] == 10
     assert "for steps with prefills" in engine.report.summary()
     assert blocks is None or engine.metrics.preemptions > 0
+
+
+def test_long_mixed_steps_run_in_graphs(model, monkeypatch):  # noqa: F811
+    """Checked at the start, where there is memory set apart for them."""
+    monkeypatch.setattr(graphs_module, "MIXED_TOKENS", (16,))
+    monkeypatch.setattr(graphs_module, "MORE_TOKENS", (24, 48, 96, 192))
+    config = EngineConfig(max_num_seqs=10, max_num_batched_tokens=96, enforce_eager=True)
+    engine = Engine(model, config, eos_token_ids=(5, 6))
+    expected, _ = serve(engine, 5, False, EVERYTHING)
+    engine._sized = engine._sized._replace(long_graphs=1 << 20)
+    checked, replayed = [], set()
+    check, replay = GraphRunner.check, GraphRunner.replay
+    monkeypatch.setattr(
+        GraphRunner, "check", lambda self, batch, shape, kind: (checked.append(shape), check(self, batch, shape, kind))
+    )
+    graphs = with_graphs(engine, Rerun(seconds=lambda rows: 1e-6 * rows))
+    long = [shape for shape in graphs.mixed if is_long(shape)]
+    assert [shape.tokens for shape in long] == [24, 48, 96] and set(long) < set(checked)
+    assert not graphs._unchecked & set(long)
+    monkeypatch.setattr(
+        GraphRunner, "replay", lambda self, shape, kind: (replayed.add(shape), replay(self, shape, kind))[1]
+    )
+    monkeypatch.setattr(GraphRunner, "is_due", lambda self, shape, kind: not self.captured(shape, kind))
+    engine.overlap = True
+    assert serve(engine, 5, False, EVERYTHING)[0] == expected
+    assert replayed >= set(long)
 
 
 def test_rows_of_a_mixed_step_without_a_graph_are_as_many_as_in_one(model, monkeypatch):  # noqa: F811
@@ -333,7 +392,9 @@ def test_a_mixed_batch_holds_the_step(data):
 def test_kernels_of_every_size_are_met_at_the_start():
     shapes = mixed_shapes(256, 8192)
     met = shapes_to_meet(shapes, 8192)
-    assert {s.tokens for s in met} == {s.tokens for s in shapes} | {2048, 4096}
+    assert {s.tokens for s in met} == {s.tokens for s in shapes}
+    short = mixed_shapes(256, 8192, long=False)
+    assert {s.tokens for s in shapes_to_meet(short, 8192)} == {s.tokens for s in short} | {2048, 4096}
     assert {s.decodes for s in met} >= {s.decodes for s in shapes} and all(s.decodes <= s.tokens for s in met)
     assert shapes_to_meet([], 8192) == []
 

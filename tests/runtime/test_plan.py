@@ -95,6 +95,8 @@ def test_what_is_left_of_a_card_goes_to_the_cache(tiny_folder):
     plan = plan_memory(tiny_folder, config, 16 << 30)
     assert plan.capacity == int((16 << 30) * 0.9)
     rest = plan.capacity - plan.weights - plan.workspace - memory.RESERVE_BYTES
+    assert plan.reserve - memory.RESERVE_BYTES == plan.workspace * 5 // 4 < rest / 16, "of graphs of long steps"
+    rest -= plan.reserve - memory.RESERVE_BYTES
     assert plan.kv_budget == rest
     assert plan.num_blocks == min(rest // plan.block_bytes, 100_000 * 8)
     explicit = plan_memory(tiny_folder, config.replace(kv_cache_bytes=1 << 20), 16 << 30)
@@ -102,6 +104,16 @@ def test_what_is_left_of_a_card_goes_to_the_cache(tiny_folder):
     assert any("other processes" in note for note in explicit.notes)
     with pytest.raises(CapacityError, match="larger card"):
         plan_memory(tiny_folder, config, 1 << 30)
+
+
+def test_long_steps_get_memory_for_graphs_where_little_is_asked_for():
+    config, workspace = EngineConfig(max_model_len=64), 4 << 20
+    assert memory.long_graphs_bytes(workspace, 80 << 20, config) == 5 << 20
+    assert memory.long_graphs_bytes(workspace, 79 << 20, config) == 0
+    given = config.replace(kv_cache_bytes=70 << 20)
+    assert [memory.long_graphs_bytes(workspace, size << 20, given) for size in (74, 75)] == [0, 5 << 20]
+    for none in ({"enforce_eager": True}, {"deterministic": True}):
+        assert memory.long_graphs_bytes(workspace, 80 << 20, config.replace(**none)) == 0
 
 
 def test_a_quantized_checkpoint_is_estimated_from_its_headers(tmp_path):
@@ -137,7 +149,7 @@ def test_the_command(tiny_folder, capsys):
     assert cli.main(["explain", str(tiny_folder), "--memory", "--gpu-memory", str(8 << 30), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
-    assert plan["reserve"] == memory.RESERVE_BYTES
+    assert plan["reserve"] == memory.RESERVE_BYTES + plan["workspace"] * 5 // 4
     assert cli.main(["explain", str(tiny_folder), "--memory", "--gpu-memory", "1000000"]) == 1
     assert "larger card" in capsys.readouterr().err
     assert cli.main(["explain", str(tiny_folder), "--gpu-memory", "1000000"]) == 2

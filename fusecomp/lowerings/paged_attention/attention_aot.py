@@ -259,7 +259,7 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
         f"prefill-{case}-k{case.max_keys}",
         prefill_kernel,
         inputs,
-        {**scalars, **k_strides, "first_row": "i32"},
+        {**scalars, **k_strides, "first_row": "i32", "num_rows": "i32"},
         {
             **shape, **hooks, **sinks, **no_tiles, **codes, "H": heads, "G": case.kv_heads,
             "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,

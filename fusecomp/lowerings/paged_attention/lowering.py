@@ -344,10 +344,12 @@ def run_prefill(
     use_tma = config.use_tma and _tma_can_read(k) and _tma_can_read(v)
     block = [config.block_n, 1, dp]
     k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
-    grid = ((num_rows - first_row) * num_heads, cdiv(max_q_len, config.block_m))
+    rows = num_rows - first_row
+    # No more tiles than so many whole ones of all tokens, and one for the end of each row.
+    tiles = min(q.shape[0] // config.block_m + rows, cdiv(max_q_len, config.block_m) * rows)
     launch(
-        prefill_kernel, grid,
-        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row,
+        prefill_kernel, (tiles * num_heads,),
+        q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row, num_rows,
         pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),

@@ -3,9 +3,13 @@
 Legend: T tokens of the step, S rows, H query heads, G kv heads, D head dim (DP: padded to a power of two),
 B page size, M queries and N keys of one tile, P pages per row of the block table.
 
-Program (row and head, query tile), longest query tiles first. Phase 1 walks the cached prefix through the block
-table; phase 2 walks the step's own keys in k and v. Each phase is a loop over tiles that the row fills and one over
-a partial tile at its end. A tile is masked only where it meets the diagonal or the edge of the window.
+Program (head, query tile of the step): the tiles of a row after those of the row before, its last one first. Phase 1
+walks the cached prefix through the block table; phase 2 walks the step's own keys in k and v. Each phase is a loop over
+tiles that the row fills and one over a partial tile at its end. A tile is masked only where it meets the diagonal or
+the edge of the window.
+
+Which row a tile is of, the program finds in `cu_q_lens`: so many programs as there may be tiles suffice whatever the
+rows are, which a CUDA graph fixes when it is captured.
 
 With CODES the cache is FP8 (`ops/kv_cache.py`): the prefix is converted as it is read, exactly, and k and v are given
 as the cache returns them. So a key is the same to every query, however a prompt was cut into steps.
@@ -186,8 +190,28 @@ def _attend_new(
     return acc_MD, l, m
 
 
+@triton.jit
+def _row_of(cu_q_lens, tile, first_row, num_rows, BLOCK_M: tl.constexpr):
+    """(row, its first tile, its tiles) of a tile among those of the rows `first_row` .. `num_rows`; past all: no tile.
+
+    Each warp does it for itself: 32 rows at a time are in its lanes.
+    """
+    row, first, total = first_row, 0, 0
+    for start in range(first_row, num_rows, 32):
+        r = start + tl.arange(0, 32)
+        inside = r < num_rows
+        begin = tl.load(cu_q_lens + r, mask=inside, other=0)
+        tiles = tl.cdiv(tl.load(cu_q_lens + r + 1, mask=inside, other=0) - begin, BLOCK_M)
+        ends = total + tl.cumsum(tiles, 0)
+        before = inside & (ends <= tile)
+        row += tl.sum(before.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(before, ends, 0), 0))
+        total = tl.max(ends, 0)
+    return row, first, total
+
+
 @triton.jit(
-    do_not_specialize=["first_row", "stride_table"],
+    do_not_specialize=["first_row", "num_rows", "stride_table"],
     do_not_specialize_on_alignment=["cu_q_lens", "seq_lens", "block_tables"],
 )
 def prefill_kernel(
@@ -203,6 +227,7 @@ def prefill_kernel(
     block_tables,  # [S, P] int32
     sinks,  # [H], or None
     first_row,
+    num_rows,
     pre,
     post,
     window,
@@ -230,7 +255,7 @@ def prefill_kernel(
     USE_TMA: tl.constexpr,
     CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
 ):
-    """Output rows [T, H, D] of the rows `first_row` and up.
+    """Output rows [T, H, D] of the rows `first_row` .. `num_rows`.
 
     dtypes: q, k, v, out one of fp32, fp16, bf16, and kv_cache too, or codes; scores, softmax and accumulators fp32; P
     in v's dtype.
@@ -243,15 +268,15 @@ def prefill_kernel(
     4096, 456 at 2048 new tokens after 14336 cached ones. Short rows pay for each program's start: 157 TFLOP/s at
     16 x 256.
     """
-    h = tl.program_id(0) % H
-    row = first_row + tl.program_id(0) // H
+    h, tile = tl.program_id(0) % H, tl.program_id(0) // H
     g = h // (H // G)
+    row, first_tile, num_tiles = _row_of(cu_q_lens, tile, first_row, num_rows, BLOCK_M)
+    if tile >= num_tiles:
+        return
     token = tl.load(cu_q_lens + row)
     q_len = tl.load(cu_q_lens + row + 1) - token
     # Never negative. Saying so keeps LLVM from taking the sum apart in later addresses, at a register each.
-    m0 = tl.maximum(tl.num_programs(1) - 1 - tl.program_id(1), 0) * BLOCK_M
-    if m0 >= q_len:
-        return
+    m0 = tl.maximum(tl.cdiv(q_len, BLOCK_M) - 1 - (tile - first_tile), 0) * BLOCK_M
     prefix = tl.load(seq_lens + row) - q_len
 
     d = tl.arange(0, DP)
