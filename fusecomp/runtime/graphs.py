@@ -186,7 +186,7 @@ class GraphRunner:
         note: called with what the report should say.
         recorder: makes the graphs.
         budget_bytes: memory that they may take.
-        tokens_per_s: of a long prefill without a graph, by which mixed steps that need none are known beforehand.
+        tokens_per_s: of a long prefill without a graph, by which long steps that need none are known beforehand.
 
     Attributes:
         sizes, mixed: captured shapes, the cheapest first.
@@ -273,9 +273,11 @@ class GraphRunner:
 
     def _hides_launches(self, shape: MixedShape) -> bool:
         """Whether the GPU takes so long for a step of this shape that the host can launch another meanwhile: as long
-        as for so many tokens of a prefill, and for decodes of fewer."""
-        decodes = (self.seconds[size] for size in self.sizes if size <= shape.tokens)
-        return self._hidden(max(shape.tokens / self._tokens_per_s, *decodes, 0.0))
+        as decodes of fewer tokens, a long one as so many tokens of a prefill."""
+        least = [self.seconds[size] for size in self.sizes if size <= shape.tokens]
+        if is_long(shape):
+            least.append(shape.tokens / self._tokens_per_s)
+        return self._hidden(max(least, default=0.0))
 
     def _hidden(self, seconds: float) -> bool:
         return seconds * HIDDEN > self._launch_seconds
@@ -309,10 +311,10 @@ class GraphRunner:
         if self.full:
             return False
         begin = time.perf_counter()
-        before = self._recorder.used_bytes()
         try:
             self._run(padding, shape, kind)
             launched = time.perf_counter()
+            before = self._recorder.used_bytes()  # what the step takes without a graph is the engine's
             graph = self._recorder.record(lambda: self._run(padding, shape, kind))
             seconds = self._recorder.seconds(graph[0])
         except torch.OutOfMemoryError as error:

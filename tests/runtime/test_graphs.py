@@ -202,10 +202,10 @@ def test_mixed_steps_run_in_what_was_captured_at_the_start():
 
 @pytest.mark.parametrize("launch, asked, kept", [(0.003, 0, 0), (0.006, 1, 0), (0.009, 1, 1), (0.020, 2, 2)])
 def test_mixed_steps_that_hide_the_next_launches_get_no_graph(launch, asked, kept):
-    """4 rows take 10 ms, by the rate of a prefill 64 and 128 tokens 15 and 30 ms, of which the first turn out 20."""
-    shapes = [MixedShape(64, 4, 16), MixedShape(128, 4, 17)]
+    """4 rows take 10 ms, by the rate of a prefill 2,048 and 4,096 tokens 15 and 30, of which the first turn out 20."""
+    shapes = [MixedShape(2048, 4, 16), MixedShape(4096, 4, 17)]
     seconds = {4: 0.010, 20: 0.020, 21: 0.031}
-    graphs = runner(Rerun(seconds=seconds.__getitem__), [4], shapes, tokens_per_s=64 / 0.015)
+    graphs = runner(Rerun(seconds=seconds.__getitem__), [4], shapes, tokens_per_s=2048 / 0.015)
     found = []
     for shape in graphs.wanted():
         found.append(shape)

@@ -255,15 +255,16 @@ def specializations(case: Case, target: Target) -> Iterator[Specialization]:
     no_tiles = {} if prefill.use_tma else {"k_tiles": None, "v_tiles": None}
     if prefill.use_tma:
         inputs["k_tiles"] = inputs["v_tiles"] = f"tensordesc<{case.dtype}[{prefill.block_n}, 1, {dp}]>"
-    yield Specialization(
-        f"prefill-{case}-k{case.max_keys}",
-        prefill_kernel,
-        inputs,
-        {**scalars, **k_strides, "first_row": "i32", "num_rows": "i32"},
-        {
-            **shape, **hooks, **sinks, **no_tiles, **codes, "H": heads, "G": case.kv_heads,
-            "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
-        },
-        prefill.num_warps,
-        prefill.num_stages,
-    )  # fmt: skip
+    for packed in (False, True):
+        yield Specialization(
+            f"prefill-{case}-k{case.max_keys}" + "-packed" * packed,
+            prefill_kernel,
+            inputs,
+            {**scalars, **k_strides, "first_row": "i32", "num_rows": "i32"},
+            {
+                **shape, **hooks, **sinks, **no_tiles, **codes, "H": heads, "G": case.kv_heads, "PACKED": packed,
+                "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n, "USE_TMA": prefill.use_tma,
+            },
+            prefill.num_warps,
+            prefill.num_stages,
+        )  # fmt: skip

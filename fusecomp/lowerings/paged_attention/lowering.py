@@ -36,6 +36,7 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 APART_REGISTERS = 255  # of a thread: else the assembler spills to make room for more programs, of which there are few
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and strides
+PACKED_FROM = 2  # times as many programs of a prefill as its tiles can be, from which they rather search for their row
 
 
 def supports(
@@ -346,16 +347,18 @@ def run_prefill(
     k_tiles, v_tiles = (TensorDescriptor(x, x.shape, x.stride(), block) if use_tma else None for x in (k, v))
     rows = num_rows - first_row
     # No more tiles than so many whole ones of all tokens, and one for the end of each row.
-    tiles = min(q.shape[0] // config.block_m + rows, cdiv(max_q_len, config.block_m) * rows)
+    longest, most = cdiv(max_q_len, config.block_m), q.shape[0] // config.block_m + rows
+    packed = rows * longest > PACKED_FROM * most
     launch(
-        prefill_kernel, (tiles * num_heads,),
+        prefill_kernel, (most * num_heads,) if packed else (rows * num_heads, longest),
         q, k, v, k_tiles, v_tiles, kv_cache, out, cu_q_lens, seq_lens, block_tables, sinks, first_row, num_rows,
         pre, post, window,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *cache_strides(kv_cache, head_dim), block_tables.stride(0),
         H=num_heads, G=num_kv_heads, D=head_dim, DP=dp, PAGE=page_size,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, USE_TMA=use_tma, CODES=codes_of(kv_cache),
-        num_warps=config.num_warps, num_stages=config.num_stages, **hooks(q.dtype, window, softcap, sinks),
+        PACKED=packed, num_warps=config.num_warps, num_stages=config.num_stages,
+        **hooks(q.dtype, window, softcap, sinks),
     )  # fmt: skip
 
 

@@ -3,13 +3,13 @@
 Legend: T tokens of the step, S rows, H query heads, G kv heads, D head dim (DP: padded to a power of two),
 B page size, M queries and N keys of one tile, P pages per row of the block table.
 
-Program (head, query tile of the step): the tiles of a row after those of the row before, its last one first. Phase 1
-walks the cached prefix through the block table; phase 2 walks the step's own keys in k and v. Each phase is a loop over
-tiles that the row fills and one over a partial tile at its end. A tile is masked only where it meets the diagonal or
-the edge of the window.
+Program (row and head, query tile), longest query tiles first. Phase 1 walks the cached prefix through the block
+table; phase 2 walks the step's own keys in k and v. Each phase is a loop over tiles that the row fills and one over
+a partial tile at its end. A tile is masked only where it meets the diagonal or the edge of the window.
 
-Which row a tile is of, the program finds in `cu_q_lens`: so many programs as there may be tiles suffice whatever the
-rows are, which a CUDA graph fixes when it is captured.
+With PACKED the programs are (head, query tile of the step), the tiles of a row after those of the row before, its last
+one first. Which row a tile is of is found in `cu_q_lens`, at 2 to 3 us a program, and there are as many as the step's
+tokens can have, not as if every row had the longest's: so a CUDA graph, which does not know the rows, wants them.
 
 With CODES the cache is FP8 (`ops/kv_cache.py`): the prefix is converted as it is read, exactly, and k and v are given
 as the cache returns them. So a key is the same to every query, however a prompt was cut into steps.
@@ -254,6 +254,7 @@ def prefill_kernel(
     SINK: tl.constexpr,
     USE_TMA: tl.constexpr,
     CODES: tl.constexpr,  # what the cache holds: see `fp8.py`
+    PACKED: tl.constexpr,
 ):
     """Output rows [T, H, D] of the rows `first_row` .. `num_rows`.
 
@@ -268,15 +269,25 @@ def prefill_kernel(
     4096, 456 at 2048 new tokens after 14336 cached ones. Short rows pay for each program's start: 157 TFLOP/s at
     16 x 256.
     """
-    h, tile = tl.program_id(0) % H, tl.program_id(0) // H
+    h = tl.program_id(0) % H
     g = h // (H // G)
-    row, first_tile, num_tiles = _row_of(cu_q_lens, tile, first_row, num_rows, BLOCK_M)
-    if tile >= num_tiles:
-        return
-    token = tl.load(cu_q_lens + row)
-    q_len = tl.load(cu_q_lens + row + 1) - token
-    # Never negative. Saying so keeps LLVM from taking the sum apart in later addresses, at a register each.
-    m0 = tl.maximum(tl.cdiv(q_len, BLOCK_M) - 1 - (tile - first_tile), 0) * BLOCK_M
+    # Tiles behind this one are never fewer than 0. Saying so keeps LLVM from taking the sum apart in later addresses,
+    # at a register each.
+    if PACKED:
+        tile = tl.program_id(0) // H
+        row, first_tile, num_tiles = _row_of(cu_q_lens, tile, first_row, num_rows, BLOCK_M)
+        if tile >= num_tiles:
+            return
+        token = tl.load(cu_q_lens + row)
+        q_len = tl.load(cu_q_lens + row + 1) - token
+        m0 = tl.maximum(tl.cdiv(q_len, BLOCK_M) - 1 - (tile - first_tile), 0) * BLOCK_M
+    else:
+        row = first_row + tl.program_id(0) // H
+        token = tl.load(cu_q_lens + row)
+        q_len = tl.load(cu_q_lens + row + 1) - token
+        m0 = tl.maximum(tl.num_programs(1) - 1 - tl.program_id(1), 0) * BLOCK_M
+        if m0 >= q_len:
+            return
     prefix = tl.load(seq_lens + row) - q_len
 
     d = tl.arange(0, DP)

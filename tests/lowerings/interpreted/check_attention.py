@@ -115,6 +115,26 @@ def test_a_mixed_step_padded_for_a_graph(case, small, spare):
     check_attention(step, out[: len(step.q)], *mode)
 
 
+@pytest.mark.parametrize("spare", [(0, 0, 0), (2, 40, 9)], ids=["whole", "padded"])
+def test_programs_find_their_rows(monkeypatch, spare):
+    """More rows than are looked at together, of one tile and of several, some that end where a tile does."""
+    rows = [(5, 1), (3, 1)] + [(7 * (i % 3), 2 + 5 * (i % 4)) for i in range(34)] + [(0, 40), (20, 16), (0, 3), (9, 32)]
+    step = make_step(rows, heads=2, kv_heads=1, head_dim=32, page_size=16, dtype=torch.float32, seed=3)
+    launch, packed = lowering.launch, []
+    monkeypatch.setattr(
+        lowering, "launch", lambda *args, **options: (packed.append(options.get("PACKED")), launch(*args, **options))
+    )
+    wider = padded(step, *spare) if any(spare) else step
+    with small_tiles(16, 16, False):
+        lowering.launch_cache_write(wider.k, wider.v, wider.kv_cache, wider.slots)
+        out = lowering.launch_paged_attention(*wider.attention_inputs(), 32**-0.5, 0, 0.0, None)
+        monkeypatch.setattr(lowering, "PACKED_FROM", 0.0)
+        again = lowering.launch_paged_attention(*wider.attention_inputs(), 32**-0.5, 0, 0.0, None)
+    check_attention(step, out[: len(step.q)], 32**-0.5, 0, 0.0, None)
+    assert packed == [None, None, bool(any(spare)), None, True]
+    assert torch.equal(again[: len(step.q)], out[: len(step.q)])
+
+
 @settings(SETTINGS, max_examples=12)
 @given(case=cases(decode=True, prefill=False), block_n=st.sampled_from([16, 32]))
 def test_split_decode(case, block_n):
