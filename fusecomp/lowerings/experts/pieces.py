@@ -48,6 +48,14 @@ def dot(w, tokens, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def halves(tile):
+    """Left and right half of a tile [R, C]; both are in the registers of the same threads."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS]), [0, 2, 1]))
+
+
+@triton.jit
 def split_gate(acc, GATING: tl.constexpr, SWAP: tl.constexpr):
     """(gate, up) of a tile [C, BN], or [BN, C] when SWAP."""
     if SWAP:
@@ -56,12 +64,10 @@ def split_gate(acc, GATING: tl.constexpr, SWAP: tl.constexpr):
             return tl.split(tl.permute(tl.reshape(acc, [2, HALF, acc.shape[1]]), [1, 2, 0]))
         else:
             return tl.split(tl.permute(tl.reshape(acc, [HALF, 2, acc.shape[1]]), [0, 2, 1]))
+    elif GATING == 1:
+        return halves(acc)
     else:
-        COLUMNS: tl.constexpr = acc.shape[1] // 2
-        if GATING == 1:
-            return tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, COLUMNS]), [0, 2, 1]))
-        else:
-            return tl.split(tl.reshape(acc, [acc.shape[0], COLUMNS, 2]))
+        return tl.split(tl.reshape(acc, [acc.shape[0], acc.shape[1] // 2, 2]))
 
 
 @triton.jit
