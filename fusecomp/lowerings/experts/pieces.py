@@ -71,10 +71,16 @@ def split_gate(acc, GATING: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x of fp32 `x`, or 0 where that is not a normal number: `tl.exp` takes 3 instructions more for those alone."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr):
     """The activation of fp32 `x`; a NaN stays one."""
     if ACT == "silu":
-        return x / (1.0 + tl.exp(-x))
+        return x / (1.0 + exp(-1.0 * x))  # `-x`, which is 0 - x, takes an instruction
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
@@ -98,6 +104,6 @@ def activated(
         if ACT == "gpt_oss":
             gate = tl.where(gate > LIMIT, LIMIT, gate)
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-            return (up + 1.0) * (gate / (1.0 + tl.exp(-ALPHA * gate)))
+            return (up + 1.0) * (gate / (1.0 + exp(-ALPHA * gate)))
         else:
             return activate(gate, ACT) * up
