@@ -384,6 +384,7 @@ def short(config: ExpertsConfig) -> str:
     """On one line of a terminal."""
     tiles = (
         f"{t.block_n}x{t.block_d} w{t.num_warps} s{t.num_stages} p{t.per_sm}{' tma' * t.use_tma}"
+        f"{' tokens' * t.tokens_tma}{f' flat {t.pieces}' * t.flat}"
         for t in (config.up, config.down)
     )
     return f"{config.method} t{config.block_t} g{config.group_t}{' swap' * config.swap}: {'; '.join(tiles)}"

@@ -47,6 +47,10 @@ HALF = (  # with tiles of 64 tokens
     (256, 64, 4, 2, True, 2), (256, 64, 8, 4, True, 1), (128, 64, 4, 4, True, 2), (128, 64, 4, 3, True, 3),
     (256, 64, 4, 4, True, 1), (128, 128, 4, 3, True, 1), (256, 64, 8, 3, True, 1),
 )  # fmt: skip
+FLAT = {  # tokens of a tile: rows of a weight tile, warps, stages, programs, pieces of both matmuls
+    128: ((256, 8, 4, 1, 2, 4), (256, 8, 3, 1, 2, 4), (256, 8, 4, 1, 1, 2), (128, 4, 3, 2, 1, 2)),
+    64: ((256, 8, 4, 1, 2, 4), (256, 4, 5, 1, 2, 4), (256, 4, 2, 2, 2, 4), (128, 4, 4, 2, 1, 1)),
+}
 
 
 def frames(top_k: int, experts: int, width: int, tokens: int, scheme: str = "") -> Iterator[Frame]:
@@ -79,7 +83,14 @@ def frames(top_k: int, experts: int, width: int, tokens: int, scheme: str = "") 
         half = [Tiles(n, d, w, s, per_sm, tma) for n, d, w, s, tma, per_sm in HALF]
         for block_t, group_t in ((64, 4), (128, 2)) if rows < 512 else ((64, 16), (128, 8), (128, 16)):
             tiles = half + pool[:4] if block_t == 64 else pool
-            yield ExpertsConfig("grouped", tiles[0], tiles[3], block_t, False, group_t), tiles, tiles
+            flat = [
+                (Tiles(n, 64, w, s, per_sm, True, flat=True, pieces=up),
+                 Tiles(n, 64, w, s, per_sm, True, tokens_tma=True, flat=True, pieces=down))
+                for n, w, s, per_sm, up, down in FLAT[block_t]
+            ]  # fmt: skip
+            ups, downs = (tiles + list(each) for each in zip(*flat, strict=True))
+            downs += [replace(tile, tokens_tma=True) for tile in tiles[:2]]
+            yield ExpertsConfig("grouped", tiles[0], tiles[3], block_t, False, group_t), ups, downs
 
 
 @cache

@@ -18,7 +18,7 @@ from fusecomp.lowerings.experts.heuristics import (
     invariant_experts_config,
     load_table,
 )
-from fusecomp.lowerings.experts.launch import signalled_blocks
+from fusecomp.lowerings.experts.launch import is_flat, reads_tokens, signalled_blocks
 from fusecomp.lowerings.experts.quant_heuristics import DEQUANTIZE, quant_experts_config
 from fusecomp.lowerings.experts.quant_pieces import PLAIN
 from fusecomp.lowerings.experts.routing import (
@@ -191,14 +191,21 @@ def _grouped(target: Target, shape: Shape, config: ExpertsConfig, ups: dict, dow
     weight = layout_of(target, shape)[0]
     pointers, none = bias_of({"plan": "i32", "hidden": dtype, **weight}, shape)
     signals = signalled_blocks(config, shape.tokens * shape.top_k, shape.rows, target.has_pdl)
-    ups, downs = {**ups, "SIGNAL": signals > 0}, {**downs, "UP_BLOCKS": signals}
+    ups = {**ups, "SIGNAL": signals > 0, "PIECES": config.up.pieces}
+    downs = {**downs, "UP_BLOCKS": signals, "PIECES": config.down.pieces}
     tiles, more = described(config.up, shape, weight["weight"], 2 if shape.gating == 1 else 1, shape.hidden)
+    more["FLAT"] = is_flat(config.up, more["USE_TMA"], bool(shape.codes), signals)
     yield Specialization(
         f"experts-up-{shape}", up_kernel, {**pointers, **tiles, "x": dtype},
         {"capacity": "i32", "stride_x": "i32"}, {**ups, **tile, **_blocks(config.up), **none, **more},
         config.up.num_warps, config.up.num_stages,
     )  # fmt: skip
     tiles, more = described(config.down, shape, weight["weight"], 1, shape.width)
+    more["FLAT"] = is_flat(config.down, more["USE_TMA"], bool(shape.codes), signals)
+    if reads_tokens(config.down, shape.width * shape.itemsize, bool(shape.codes), signals):
+        tiles["h_tiles"] = f"tensordesc<{dtype}[{config.block_t}, {config.down.block_d}]>"
+    else:
+        more["h_tiles"] = None
     yield Specialization(
         f"experts-down-{shape}", down_kernel, {**pointers, **tiles, "parts": dtype}, {"capacity": "i32"},
         {**downs, **tile, **_blocks(config.down), **none, **more}, config.down.num_warps, config.down.num_stages,

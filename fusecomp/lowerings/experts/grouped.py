@@ -8,7 +8,10 @@ Both kernels: SWAP puts the weights on the wide side of the matrix units and the
 weights through `w_tiles`, the weight seen as [E * G, N / G, D] in blocks [G, BN / G, BD], G = 2 for GATING 1, else 1.
 TRANSPOSED weights are [E, D, N] and read as they lie, without TMA. Weights that are codes, which KIND says, have scales
 and maybe zero points: see `quant_pieces.py`. GROUP_T tiles of tokens share a weight tile before
-the next one. dtypes: fp32, fp16 or bf16, products summed in fp32, those of fp32 operands exact.
+the next one. FLAT, of numbers read by TMA: the first loads of a program's next item begin before this one is stored,
+in as many PIECES as let the stages of copies stay; nothing is carried from item to item, as Triton's fusion of loops
+gives all but the first step of an item what the next one has. dtypes: fp32, fp16 or bf16, products summed in fp32,
+those of fp32 operands exact.
 Bytes: each touched expert's weight once (again from the L2 for its further tiles). FLOPs: 2 * R * N * D.
 """
 
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusecomp.lowerings.experts.pieces import activated, dot, load_tokens, weight_rows
+from fusecomp.lowerings.experts.pieces import activated, dot, halves, load_tokens, weight_rows
 from fusecomp.lowerings.experts.quant_pieces import multiply_codes
 from fusecomp.lowerings.keep import KEEP
 
@@ -53,6 +56,8 @@ def up_kernel(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FLAT: tl.constexpr,
+    PIECES: tl.constexpr,
     SIGNAL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -67,11 +72,14 @@ def up_kernel(
     num_tiles = tl.load(plan)
     tile, block = _place(tl.program_id(0), num_tiles, BLOCKS, GROUP_T)
     next_expert, next_first, next_row = _tile(plan, tile, capacity, BLOCK_T)
-    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
-        expert, first, row = next_expert, next_first, next_row
+    for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLAT):
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        if FLAT:
+            expert, first, row = _tile(plan, tile, capacity, BLOCK_T)
+        else:
+            expert, first, row = next_expert, next_first, next_row
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
         if KIND >= 0:
@@ -86,9 +94,7 @@ def up_kernel(
             )  # fmt: skip
         acc = add_bias(acc, bias, expert, block, N, GATING, BLOCK_N, SWAP)
         y = activated(acc, GATING, SWAP, ACT, ALPHA, LIMIT)
-        feature = block * BLOCK_F + tl.arange(0, BLOCK_F)
-        at, mask = _spread(place.to(tl.int64) * FEATURES, feature, live, feature < FEATURES, SWAP)
-        tl.store(hidden + at, y.to(hidden.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
+        _store(hidden, y, place.to(tl.int64) * FEATURES, live, block * BLOCK_F, FEATURES, SWAP, PIECES)
         if SIGNAL:
             tl.debug_barrier()  # one thread signals for all
             tl.atomic_add(_finished_blocks(plan, capacity, tile, BLOCK_T), 1, sem="release")
@@ -97,6 +103,7 @@ def up_kernel(
 @triton.jit(do_not_specialize=["capacity"])
 def down_kernel(
     hidden,  # [R, F] at the plan's places
+    h_tiles,  # descriptor of hidden in blocks [BT, BD], or None
     plan,
     weight,  # [E, C, F] or, transposed, [E, F, C]; contiguous; codes: [E, C, F] or bytes of two
     w_tiles,  # descriptor of the weight, or None
@@ -118,13 +125,17 @@ def down_kernel(
     OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FLAT: tl.constexpr,
+    PIECES: tl.constexpr,
     UP_BLOCKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """parts = hidden @ down^T + bias, in the order of rows. Bytes beyond the weights: R * F read, R * C written.
 
+    h_tiles: read instead of hidden, in blocks whose last rows may be of another tile, or not written: none is stored.
     UP_BLOCKS: those that `up_kernel` signals for each tile, which are all that is waited for; or 0, for it to end.
     """
+    tl.static_assert(UP_BLOCKS == 0 or not (FLAT or h_tiles is not None), "TMA does not see what is signalled")
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if USE_PDL:
         gdc_launch_dependents()
@@ -137,15 +148,18 @@ def down_kernel(
             prefetch(weight, next_expert, block, N, D // 2 if KIND >= 3 else D, BLOCK_N, TRANSPOSED)
         if UP_BLOCKS == 0:
             gdc_wait()
-    for item in range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0)):
-        expert, first, row = next_expert, next_first, next_row
+    for item in tl.range(tl.program_id(0), num_tiles * BLOCKS, tl.num_programs(0), flatten=FLAT):
         tile, block = _place(item, num_tiles, BLOCKS, GROUP_T)
-        if UP_BLOCKS > 0:
-            # Every program of the up projection has begun before any of these, so that this ends.
-            while tl.atomic_add(_finished_blocks(plan, capacity, tile, BLOCK_T), 0, sem="acquire") < UP_BLOCKS:
-                pass
-        next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
-        next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
+        if FLAT:
+            expert, first, row = _tile(plan, tile, capacity, BLOCK_T)
+        else:
+            expert, first, row = next_expert, next_first, next_row
+            if UP_BLOCKS > 0:
+                # Every program of the up projection has begun before any of these, so that this ends.
+                while tl.atomic_add(_finished_blocks(plan, capacity, tile, BLOCK_T), 0, sem="acquire") < UP_BLOCKS:
+                    pass
+            next_tile, _ = _place(item + tl.num_programs(0), num_tiles, BLOCKS, GROUP_T)
+            next_expert, next_first, next_row = _tile(plan, next_tile, capacity, BLOCK_T)
         live = row >= 0
         place = first + tl.arange(0, BLOCK_T)
         if KIND >= 0:
@@ -157,11 +171,10 @@ def down_kernel(
             acc = multiply(
                 hidden + place.to(tl.int64) * D, live, weight, w_tiles, expert, block,
                 (D + BLOCK_D - 1) // BLOCK_D, N, D, 0, BLOCK_T, BLOCK_N, BLOCK_D, SWAP, TRANSPOSED, USE_TMA,
+                x_tiles=h_tiles, first_x=first,
             )  # fmt: skip
         acc = add_bias(acc, bias, expert, block, N, 0, BLOCK_N, SWAP)
-        feature = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        at, mask = _spread(row.to(tl.int64) * N, feature, live, feature < N, SWAP)
-        tl.store(parts + at, acc.to(parts.dtype.element_ty), mask=mask, eviction_policy=KEEP if SWAP else "")
+        _store(parts, acc, row.to(tl.int64) * N, live, block * BLOCK_N, N, SWAP, PIECES)
     if USE_PDL and UP_BLOCKS > 0:
         # One program, so that this launch does not end before the up projection, whose idle programs read the plan too.
         if tl.program_id(0) == 0:
@@ -199,12 +212,25 @@ def _finished_blocks(plan, capacity, tile, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _spread(row_at, column, row_live, column_live, SWAP: tl.constexpr):
-    """(offsets, mask) of a tile from those of its tokens [BT] and of its features [BN]."""
-    if SWAP:
-        return row_at[None, :] + column[:, None], row_live[None, :] & column_live[:, None]
+def _store(out, tile, row_at, live, first, FEATURES: tl.constexpr, SWAP: tl.constexpr, PIECES: tl.constexpr):
+    """Write a tile of tokens, whose rows begin at row_at [BT], and of features from `first` on.
+
+    The store wants another layout than the products have; PIECES pieces need that much less shared memory to get it.
+    """
+    if PIECES > 1:
+        tl.static_assert(not SWAP, "pieces are of features")
+        HALF: tl.constexpr = tile.shape[1] // 2
+        left, right = halves(tile)
+        _store(out, left, row_at, live, first, FEATURES, SWAP, PIECES // 2)
+        _store(out, right, row_at, live, first + HALF, FEATURES, SWAP, PIECES // 2)
+    elif SWAP:
+        feature = first + tl.arange(0, tile.shape[0])
+        at, mask = row_at[None, :] + feature[:, None], live[None, :] & (feature < FEATURES)[:, None]
+        tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask, eviction_policy=KEEP)
     else:
-        return row_at[:, None] + column[None, :], row_live[:, None] & column_live[None, :]
+        feature = first + tl.arange(0, tile.shape[1])
+        at, mask = row_at[:, None] + feature[None, :], live[:, None] & (feature < FEATURES)[None, :]
+        tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -241,6 +267,8 @@ def multiply(
     more_rows=None,  # of a second tile of tokens by the same weights, or None
     more_live=None,
     STAGES: tl.constexpr = None,  # of the pipeline, or the launch's
+    x_tiles=None,  # descriptor of neighbouring rows in blocks [BT, BD], read instead of x_rows; or None
+    first_x=0,  # the first of the rows it reads
 ):
     """fp32 products of the rows at x_rows [BT] with a tile of an expert's weight: [BT, BN], or [BN, BT] if SWAP.
 
@@ -264,7 +292,10 @@ def multiply(
     more = acc
     for step in tl.range(0, steps, num_stages=STAGES):
         d = step * BLOCK_D
-        tokens = load_tokens(x_at, live, d, D, BLOCK_D)
+        if x_tiles is not None:
+            tokens = x_tiles.load([first_x, d])
+        else:
+            tokens = load_tokens(x_at, live, d, D, BLOCK_D)
         if USE_TMA:
             w = w_tiles.load([expert * G, block * (BLOCK_N // G), d]).reshape(BLOCK_N, BLOCK_D)
         elif TRANSPOSED:

@@ -33,6 +33,9 @@ class Tiles:
         num_stages: depth of the pipeline of copies to shared memory; the vector kernels have none.
         per_sm: programs per multiprocessor that take tiles in turn; 0 gives every tile a program.
         use_tma: weights are read by the tensor memory accelerator, where it can.
+        tokens_tma: down: so are hidden rows, where launches are ordered.
+        flat: with use_tma: the first loads of a program's next tile begin before this one is stored.
+        pieces: of the features of a finished tile, stored one after the other: fewer take more shared memory.
     """
 
     block_n: int
@@ -41,6 +44,9 @@ class Tiles:
     num_stages: int = 1
     per_sm: int = 0
     use_tma: bool = False
+    tokens_tma: bool = False
+    flat: bool = False
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,8 @@ def distance(entry: dict[str, Any], wanted: dict[str, int]) -> float:
 def _transposed(config: ExpertsConfig) -> ExpertsConfig:
     """The same for weights that TMA does not read, and whose copies end in matrix instructions of 16 tokens or more."""
     up, down = (
-        replace(t, num_stages=min(t.num_stages, 3 if t.use_tma else 6), use_tma=False) for t in (config.up, config.down)
+        replace(t, num_stages=min(t.num_stages, 3 if t.use_tma else 6), use_tma=False, tokens_tma=False, flat=False)
+        for t in (config.up, config.down)
     )
     return replace(config, block_t=max(16, config.block_t), up=up, down=down)
 
@@ -255,11 +262,13 @@ def fit_tiles(tiles: Tiles, block_t: int, target: Target, itemsize: int, *, weig
     """
     if target.backend == "hip":
         tiles = replace(tiles, num_stages=min(tiles.num_stages, 2))
-    tiles = replace(tiles, use_tma=tiles.use_tma and target.has_tma)
+    if not target.has_tma:
+        tiles = replace(tiles, use_tma=False, tokens_tma=False, flat=False)
 
     def need(t: Tiles) -> int:
         weight = t.block_n * (weight_bits or 8 * itemsize)
-        return t.num_stages * (weight + block_t * 8 * itemsize) * t.block_d // 8 + 1024
+        finished = t.block_n * block_t * itemsize // t.pieces if t.flat else 0  # beside stages of the next tile
+        return t.num_stages * (weight + block_t * 8 * itemsize) * t.block_d // 8 + finished + 1024
 
     while need(tiles) > target.smem_bytes and tiles.num_stages > 2:
         tiles = replace(tiles, num_stages=tiles.num_stages - 1)

@@ -162,15 +162,21 @@ def run_grouped(
     launch(
         up_kernel, (_programs(config.up, capacity * cdiv(rows, config.up.block_n), sms),),
         x, plan, weight, w_tiles, scale, zero, layer.up_bias, hidden, capacity, x.stride(0), K=top_k, N=rows,
-        D=hidden_size, SIGNAL=signals > 0, USE_TMA=w_tiles is not None, **layer.act_constants(), **layout,
-        **_constants(config.up), **common,
+        D=hidden_size, SIGNAL=signals > 0, USE_TMA=w_tiles is not None,
+        FLAT=is_flat(config.up, w_tiles is not None, layer.up_codes is not None, signals), **layer.act_constants(),
+        **layout, **_constants(config.up), **common,
     )  # fmt: skip
     weight, scale, zero, layout = kernel_weight(layer.down, layer.down_codes)
     w_tiles = weight_tiles(weight, config.down, 1, width, layer.transposed)
+    h_tiles = None
+    if reads_tokens(config.down, width * x.element_size(), layer.down_codes is not None, signals):
+        h_tiles = TensorDescriptor.from_tensor(hidden, [config.block_t, config.down.block_d])
     launch(
         down_kernel, (_programs(config.down, capacity * cdiv(hidden_size, config.down.block_n), sms),),
-        hidden, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
-        UP_BLOCKS=signals, USE_TMA=w_tiles is not None, **layout, **_constants(config.down), **common,
+        hidden, h_tiles, plan, weight, w_tiles, scale, zero, layer.down_bias, parts, capacity, N=hidden_size, D=width,
+        UP_BLOCKS=signals, USE_TMA=w_tiles is not None,
+        FLAT=is_flat(config.down, w_tiles is not None, layer.down_codes is not None, signals), **layout,
+        **_constants(config.down), **common,
     )  # fmt: skip
     return launch_combine(parts, index, routing_weights, residual, experts, sms, use_pdl)
 
@@ -191,6 +197,16 @@ def weight_tiles(
     return TensorDescriptor(weight, shape, strides, [1 if apart else groups, tiles.block_n // groups, block_d])
 
 
+def reads_tokens(tiles: Tiles, row_bytes: int, coded: bool, signals: int) -> bool:
+    """Whether `down_kernel` reads hidden rows by TMA: of weights that are numbers, behind the up projection's end."""
+    return tiles.tokens_tma and row_bytes % 16 == 0 and not coded and signals == 0
+
+
+def is_flat(tiles: Tiles, use_tma: bool, coded: bool, signals: int) -> bool:
+    """FLAT of the kernels: of weights that are numbers, read by TMA, where no tile is waited for."""
+    return tiles.flat and use_tma and not coded and signals == 0
+
+
 def signalled_blocks(config: ExpertsConfig, routed_rows: int, rows: int, use_pdl: bool) -> int:
     """UP_BLOCKS of `down_kernel`, whose programs begin when the last of the up projection's have, and wait for tiles.
 
@@ -207,6 +223,6 @@ def _programs(tiles: Tiles, items: int, sms: int) -> int:
 
 def _constants(tiles: Tiles) -> dict[str, int]:
     return {
-        "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "num_warps": tiles.num_warps,
+        "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "PIECES": tiles.pieces, "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }  # fmt: skip

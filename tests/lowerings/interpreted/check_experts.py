@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusecomp.lowerings.experts import grouped, lowering, routing
 from fusecomp.lowerings.experts import launch as launches
-from fusecomp.lowerings.experts import lowering, routing
 from fusecomp.lowerings.experts.heuristics import ExpertsConfig, Tiles
 from fusecomp.lowerings.experts.lowering import launch_experts
 from fusecomp.lowerings.experts.routing import HEADER, TILE, launch_routing
+from fusecomp.lowerings.paged_attention.heuristics import SM90
 from fusecomp.ops.experts import ACTIVATIONS
 from tests.lowerings.experts_cases import FORMS, GPT_OSS, ROUTINGS, check_contract, make_layer, naive, routings
 from tests.lowerings.interpreted.bfloat16 import multiply_bfloat16, round_to_nearest
@@ -34,14 +35,31 @@ IN_TURN = ExpertsConfig("vector", Tiles(8, 8), Tiles(4, 8))  # more than `AHEAD`
 GROUPED = ExpertsConfig("grouped", Tiles(16, 16), Tiles(16, 16), 16)
 SWAPPED = ExpertsConfig("grouped", Tiles(32, 32, per_sm=1), Tiles(16, 32), 8, swap=True, group_t=2)
 BY_TMA = ExpertsConfig("grouped", Tiles(32, 32, use_tma=True), Tiles(16, 32, use_tma=True), 16)
-CONFIGS = {"vector": VECTOR, "in turn": IN_TURN, "grouped": GROUPED, "swapped": SWAPPED, "tma": BY_TMA}
+# Each program takes several tiles in turn, and none signals; both operands by TMA, or tokens of the up projection not.
+FLAT = ExpertsConfig(
+    "grouped", Tiles(32, 32, per_sm=1, use_tma=True, flat=True, pieces=2),
+    Tiles(64, 16, per_sm=1, use_tma=True, tokens_tma=True, flat=True, pieces=4), 16, group_t=2,
+)  # fmt: skip
+TOKENS_BY_TMA = replace(FLAT, up=Tiles(16, 16), down=Tiles(16, 32, per_sm=1, tokens_tma=True), group_t=1)
+CONFIGS = {
+    "vector": VECTOR, "in turn": IN_TURN, "grouped": GROUPED, "swapped": SWAPPED, "tma": BY_TMA, "flat": FLAT,
+    "tokens by tma": TOKENS_BY_TMA,
+}  # fmt: skip
 
 
 def launch(layer, config: ExpertsConfig) -> torch.Tensor:
-    """One call with this configuration; the down projection waits for tiles, as under dependent launch."""
+    """One call with this configuration; the down projection waits for tiles, as under dependent launch.
+
+    Where its programs are persistent it does not, and there are fewer of them than tiles.
+    """
+
+    def signalled(config: ExpertsConfig, routed: int, rows: int, pdl: bool) -> int:
+        return 0 if config.down.tokens_tma else -(-rows // config.up.block_n)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowering, "experts_config", lambda *_, **__: config)
-        patch.setattr(launches, "signalled_blocks", lambda config, routed, rows, pdl: -(-rows // config.up.block_n))
+        patch.setattr(launches, "signalled_blocks", signalled)
+        patch.setattr(launches, "target_of", lambda _: replace(SM90, num_sms=3))
         return layer.run(launch_experts)
 
 
@@ -112,9 +130,32 @@ def test_vector(layer, config):
 
 
 @settings(SETTINGS, max_examples=30)
-@given(layers(st.integers(1, 40), st.booleans()), st.sampled_from([GROUPED, SWAPPED]))
+@given(layers(st.integers(1, 40), st.booleans()), st.sampled_from([GROUPED, SWAPPED, FLAT, TOKENS_BY_TMA]))
 def test_grouped(layer, config):
     run(layer, config)
+
+
+@settings(SETTINGS, max_examples=12)
+@given(st.data(), st.sampled_from([torch.bfloat16, torch.float32]), st.sampled_from([FLAT, TOKENS_BY_TMA]))
+def test_hidden_rows_by_tma(data, dtype, config):
+    """Blocks of hidden rows reach into the next expert's, past the last row, and into what sentinels leave NaN."""
+    E, T, K = data.draw(st.integers(2, 6)), data.draw(st.integers(9, 40)), data.draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    index = torch.randint(data.draw(st.integers(0, 1)), E + data.draw(st.integers(0, 1)), (T, K), generator=generator)
+    C, width = data.draw(st.sampled_from([8, 40, 72])), data.draw(st.sampled_from([8, 24, 40]))
+    layer = make_layer(T, K, E, C, width, gated=data.draw(st.booleans()), index=index, dtype=dtype)
+    described = []
+
+    def launch_described(kernel, grid, *args, **options):
+        if kernel is grouped.down_kernel:
+            described.append((args[1] is not None, options["FLAT"]))
+        real(kernel, grid, *args, **options)
+
+    real = launches.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "launch", launch_described)
+        run(layer, config)
+    assert described == [(True, config is FLAT)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
