@@ -58,7 +58,7 @@ def run_held(
     asks = options["ASM"] and target_of(x).has_tma and k % HELD_ASKED == 0 and aligned
     launch(
         folded_held_kernel, (programs,),
-        x, q.view(torch.int32), scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
+        x, q, scale.view(torch.int32), None if zero is None else zero.view(torch.int32), out,
         norm_weight, partials, warp_scales,
         None if splits == 1 else zeroed_counters(x.device, teams), args, strides, cdiv(config.block_r, HELD_ROWS), n, k,
         eps, PARTS=config.parts, SPLITS=splits, AHEAD=config.ahead, ASK_SCALES=asks, EARLY=config.early,

@@ -277,7 +277,8 @@ def serves_held(shape: QuantShape) -> bool:
 
     fp16 failed on a GPU, which is not explained.
     """
-    whole = shape.n * shape.groups % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0
+    rows = shape.n * shape.groups
+    whole = rows % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0 and rows * shape.k // 2 < 1 << 31
     return shape.dtype == "bfloat16" and packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
 
 

@@ -270,7 +270,7 @@ def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> 
     groups, zero, warps = shape.groups, shape.zero, config.parts
     short = NAMES[shape.dtype]
     pointers: dict[str, Any] = {
-        "x": short, "q": "i32", "scale": "i32", "out": short, "partials": "fp32",
+        "x": short, "q": "u8", "scale": "i32", "out": short, "partials": "fp32",
         "warp_scales": "fp32", "args": () if groups == 2 else (short,),
     }  # fmt: skip
     pointers |= {"zero": "i32"} if zero else {}

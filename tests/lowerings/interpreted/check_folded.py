@@ -125,6 +125,19 @@ def test_folded_held(layer, products, parts, early):
     run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts, early=early))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_held_inputs_that_are_no_numbers(value):
+    """They leave no number in any output, as bytes cannot say them; nor does a warp that has none of them hide it."""
+    spec, program = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), replace(PROGRAMS["plain"], dtype="bfloat16")
+    weight = random_weight((32, 1024), spec, torch.bfloat16, zero=True)
+    x = torch.randn(1, 1024).bfloat16()
+    x[0, 300] = value
+    out = torch.zeros(1, 32, dtype=torch.bfloat16)
+    config = QuantConfig("folded held", 1, 16, num_warps=4, parts=4)
+    launches.run_quant(config, x, *weight, None, [], program, spec, out, False)
+    assert out.isnan().all()
+
+
 @settings(SETTINGS, max_examples=15)
 @given(folded_specs(), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([(), (3,)]))
 def test_unfold(spec, n, blocks, zero, leading):
