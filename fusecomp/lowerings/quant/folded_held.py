@@ -1,12 +1,12 @@
-"""Kernel of a linear layer by folded 4-bit integers, for one token, whose programs stay and hold the inputs.
+"""Kernel of a linear layer by folded 4-bit integers, for one or two tokens, whose programs stay and hold the inputs.
 
 Each warp has 256 columns: its lanes hold their inputs as the matrix units' operand, made once, and it goes over the
 rows of the program with them. Codes go through the compiler's pipeline of copies, which read whole lines of memory, to
 the lanes that multiply them; sums of warps meet in scratch after the last row, so that none waits for another's.
 
 Codes are multiplied as bytes, which a mask makes of them, and for those of a tile's second half a shift. Inputs are
-fixed-point numbers of two signed bytes, each warp's by a power of two; of the eight columns of a product one has the
-first bytes of the only token and one the second. Sums of half a tile are exact.
+fixed-point numbers of two signed bytes, each warp's by a power of two; of the eight columns of a product two are a
+token's, of first bytes and of second ones. Sums of half a tile are exact.
 
 Legend: as in `folded.py`; W warps, L = 32 W lanes, KP = 256 W columns of a program. An operand's dimensions are those
 of the matrix units: g, eight groups of lanes, each a row of the weight or a column of inputs; t, four lanes of a group;
@@ -33,22 +33,25 @@ INT4_OFFSET = tl.constexpr(MIDDLE)
 
 @triton.jit(do_not_specialize=["count"])
 def folded_held_kernel(
-    x,  # [K], contiguous
+    x,  # [T, K], last dim contiguous
     q,  # [G * N, K / 2] bytes, contiguous: codes, folded by 64 columns
     scale,  # [G * N, K / 256] int32, contiguous: two scales of bf16, each of 128 columns
     zero,  # as scale, integers 0 to 16, or None
-    out,  # [1, N]
+    out,  # [T, N], last dim contiguous
     norm_weight,  # [K], or None
-    partials,  # [programs, BR, W] fp32, scratch
-    warp_scales,  # [programs, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
+    partials,  # [programs, T, BR, W] fp32, scratch
+    warp_scales,  # [programs, T, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
     counters,  # [programs / S] int32, zero before and after the launch
     args,  # tuple of the epilogue's operands
     strides,  # tuple of their row strides
+    stride_x,
+    stride_out,
     count,  # products, of 16 rows each, that a program makes
     n,  # a multiple of 16 / G; G * N * K / 2 is below 2^31
     k,  # KP * S at most, a multiple of 256
     eps,
     G: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # T: 1 or 2
     BLOCK_R: tl.constexpr,  # a power of two, 16 * count at least
     PARTS: tl.constexpr,  # W
     SPLITS: tl.constexpr,
@@ -64,8 +67,9 @@ def folded_held_kernel(
     """A program owns 16 count / G features and one split of K.
 
     dtypes: x, norm_weight, scales and zero points bf16; out one of bf16, fp16, fp32; sums fp32.
-    Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
-    FLOPs: 2 * G * N * K.
+    A token with an input that is no number has none in its output.
+    Bytes: G * N * K / 2 and the scales; per program through the L2 2 * T * KP of inputs and 8 * T * W * BR of partial
+    sums. Operations: 32 * G * N * K, of bytes.
 
     Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 56.5% of
     it; alone 66% over 60.6 MB, 54%, 37% and 28% over 30.3, 13 and 8.7: 4 to 8 us more than their bytes take.
@@ -97,32 +101,29 @@ def folded_held_kernel(
     g = load_pairs(norm_weight, column, k) if NORM >= 2 else 1.0
     if ASM and AHEAD > 0:
         _ask_l2(q, first, count, n, k, split, place, G, SPLITS, AHEAD)
-    scales_at = warp_scales + team.to(tl.int64) * (SPLITS * 2 * PARTS)
+    scales_at = warp_scales + team.to(tl.int64) * (SPLITS * BLOCK_T * 2 * PARTS)
+    own_at = scales_at + split * (BLOCK_T * 2 * PARTS)
     if EARLY:
-        held, back, squares = nothing(PARTS)
+        held = nothing(PARTS)
     else:
         if USE_PDL:
             gdc_wait()
-        held, back, squares = hold(x, g, column, k, PARTS, NORM)
-    part_at = partials + program * (BLOCK_R * PARTS) + place // 32
+        held = hold(x, g, column, own_at, stride_x, k, BLOCK_T, PARTS, NORM)
+    part_at = partials + program * (BLOCK_T * BLOCK_R * PARTS) + place // 32
     for i in range(count):
         start = tl.minimum(first + i * FEATURES, n - FEATURES)
         code = load_codes(byte_at + start * width, (byte < width)[None, :], EVEN_K)
         if EARLY and i == 0:
             if USE_PDL:
                 gdc_wait()
-            held, back, squares = hold(x, g, column, k, PARTS, NORM)
+            held = hold(x, g, column, own_at, stride_x, k, BLOCK_T, PARTS, NORM)
         sums = _half(code, s, z, held, 0, zero is not None, ASM) + _half(code, s, z, held, 1, zero is not None, ASM)
-        _store_sums(part_at + i * (ROWS * PARTS), sums, place)
+        _store_sums(part_at + i * (ROWS * PARTS), sums, place, BLOCK_T, BLOCK_R)
         # Scales come after the product, into the registers of those that it has read: nothing waits for a copy.
         start = tl.minimum(first + (i + 1) * FEATURES, n - FEATURES)
         s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
         z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
 
-    own_at = scales_at + split * (2 * PARTS) + place // 32
-    tl.store(own_at, back, mask=place % 32 == 0)
-    if NORM > 0:
-        tl.store(own_at + PARTS, squares, mask=place % 32 == 0)
     tl.debug_barrier()  # all of the program's stores precede the release, or the loads, below
     last = True
     if SPLITS > 1:
@@ -130,17 +131,18 @@ def folded_held_kernel(
     if last:
         if SPLITS > 1:
             tl.store(counters + team, 0)
-        at = partials + team.to(tl.int64) * (SPLITS * BLOCK_R * PARTS)
-        rows = tl.arange(0, BLOCK_R)
-        acc = _sum_of_parts(at + rows * PARTS, scales_at, rows < count * ROWS, PARTS, SPLITS)
-        if NORM > 0:
-            total = tl.zeros([1], tl.float32)
-            for j in tl.static_range(SPLITS):
-                at = scales_at + (2 * j + 1) * PARTS + tl.arange(0, PARTS)
-                total += tl.sum(tl.load(at, cache_modifier=".cg"), 0)
-            acc *= rms_scale(total, k, eps)
-        end = tl.minimum(first + count * FEATURES, n)
-        store_features(acc[:, None], first, end, out, args, strides, G, EPILOGUE)
+        at = partials + team.to(tl.int64) * (SPLITS * BLOCK_T * BLOCK_R * PARTS)
+        rows, end = tl.arange(0, BLOCK_R), tl.minimum(first + count * FEATURES, n)
+        for t in tl.static_range(BLOCK_T):
+            own_at = scales_at + t * (2 * PARTS)
+            acc = _sum_of_parts(at + (t * BLOCK_R + rows) * PARTS, own_at, rows < count * ROWS, BLOCK_T, PARTS, SPLITS)
+            if NORM > 0:
+                total = tl.zeros([1], tl.float32)
+                for j in tl.static_range(SPLITS):
+                    squares_at = own_at + (2 * j * BLOCK_T + 1) * PARTS + tl.arange(0, PARTS)
+                    total += tl.sum(tl.load(squares_at, cache_modifier=".cg"), 0)
+                acc *= rms_scale(total, k, eps)
+            store_features(acc[:, None], first, end, out + t * stride_out, args, strides, G, EPILOGUE, t)
 
 
 @triton.jit
@@ -183,7 +185,7 @@ def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _half(code, s, z, held, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
-    """[W, 16, 4] scaled sums of one half of each warp's columns, of codes [16, 128 W]; the first of the four counts."""
+    """[W, 16, 4] scaled sums of one half of each warp's columns, of codes [16, 128 W], for up to four tokens."""
     PARTS: tl.constexpr = code.shape[1] // 128
     v = codes_of_half(code, HALF, ASM).to(tl.int8, bitcast=True)
     v = tl.permute(tl.reshape(v, [16, PARTS, 2, 4, 2, 2, 4]), [1, 0, 2, 4, 3, 5, 6])  # row, W, a, t, s, h, b
@@ -195,21 +197,23 @@ def _half(code, s, z, held, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.
 
 
 @triton.jit
-def _store_sums(at, acc, place):
-    """Stores the only token's of [W, 16, 4], each lane what it has, where the warps' sums of a row are neighbours."""
+def _store_sums(at, acc, place, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Stores [W, 16, 4], each lane a token's that it has, where the warps' sums of a row are neighbours."""
     PARTS: tl.constexpr = acc.shape[0]
     acc = tl.permute(tl.reshape(acc, [PARTS, 2, 8, 4]), [0, 2, 3, 1])  # W, g, t, r
-    at = (at + place // 4 % 8 * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
-    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 == 0)[:, None], eviction_policy=KEEP)
+    at = (at + (place % 4 * BLOCK_R + place // 4 % 8) * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
+    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 < BLOCK_T)[:, None], eviction_policy=KEEP)
 
 
 @triton.jit
-def _sum_of_parts(at, scales_at, mask, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+def _sum_of_parts(
+    at, scales_at, mask, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
     """[BR] sums over warps, each scaled back, and then over splits."""
     total = tl.zeros(mask.shape, tl.float32)
     parts = tl.arange(0, PARTS)[None, :]
     for j in tl.static_range(SPLITS):
-        part_at = (at + j * (mask.shape[0] * PARTS))[:, None] + parts
+        part_at = (at + j * (BLOCK_T * mask.shape[0] * PARTS))[:, None] + parts
         part = tl.load(part_at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-        total += tl.sum(part * tl.load(scales_at + 2 * j * PARTS + parts, cache_modifier=".cg"), 1)
+        total += tl.sum(part * tl.load(scales_at + j * (BLOCK_T * 2 * PARTS) + parts, cache_modifier=".cg"), 1)
     return total

@@ -1,4 +1,4 @@
-"""How a warp of `folded_held_kernel` comes to hold its part of the only token's inputs, as the products want them.
+"""How a warp of `folded_held_kernel` comes to hold its part of the inputs, as the products want them.
 
 Legend: as there.
 """
@@ -21,17 +21,31 @@ def load_pairs(x, column, k):
 
 
 @triton.jit
-def hold(x, g, column, k, PARTS: tl.constexpr, NORM: tl.constexpr):
-    """(what a warp holds, what its sums are scaled back by [L], its inputs' sum of squares [L]).
+def hold(
+    x, g, column, scales_at, stride_x, k, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """What a warp holds: its lanes' words of either half's operand, and either half's sums.
 
-    It holds its lanes' words of either half's operand, and either half's sum. A lane makes eight inputs, those of a
-    word of codes and of its other half, and has others' by shuffles within the warp. The largest is 2^13 to 2^14. Where
-    one is not finite all are zero, and sums are scaled back by infinity.
+    A lane makes eight inputs of a token, those of a word of codes and of its other half, and has others' by shuffles
+    within the warp. The largest is 2^13 to 2^14. Where one is not finite all are zero, and sums are scaled back by
+    infinity.
 
     Args:
         g: of the norm's weight what `load_pairs` gives, with NORM of 2 or 3.
+        scales_at: [BT, 2, W], where what sums are scaled back by is stored, and sums of squares.
     """
-    v = load_pairs(x, column, k)
+    first = load_pairs(x, column, k)
+    if BLOCK_T == 1:
+        return _of_one(first, g, scales_at, 0, PARTS, NORM)
+    else:
+        second = load_pairs(x + stride_x, column, k)
+        one, other = _of_one(first, g, scales_at, 0, PARTS, NORM), _of_one(second, g, scales_at, 1, PARTS, NORM)
+        return one[0] | other[0], one[1] | other[1], one[2] + other[2], one[3] + other[3]
+
+
+@triton.jit
+def _of_one(v, g, scales_at, T: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr):
+    """`hold` of token T alone, given what `load_pairs` gives of its row."""
     if NORM >= 2:
         v0, v1 = _scaled(v[0], g[0], NORM), _scaled(v[1], g[1], NORM)
         v2, v3 = _scaled(v[2], g[2], NORM), _scaled(v[3], g[3], NORM)
@@ -43,15 +57,19 @@ def hold(x, g, column, k, PARTS: tl.constexpr, NORM: tl.constexpr):
     exponent = tl.maximum(largest >> 23, 14)
     none = (exponent == 255)[:, None]
     up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    place = tl.arange(0, 32 * PARTS)
+    scales_at += 2 * T * PARTS + place // 32
     back = (tl.where(exponent == 255, 255, exponent - 13) << 23).to(tl.float32, bitcast=True)
-    squares = _squares(v[0]) + _squares(v[1]) + _squares(v[2]) + _squares(v[3])
-    squares = _by_lanes(tl.sum(tl.reshape(squares, [PARTS, 32]), 1, keep_dims=True))
+    tl.store(scales_at, back, mask=place % 32 == 0)
+    if NORM > 0:
+        squares = _squares(v[0]) + _squares(v[1]) + _squares(v[2]) + _squares(v[3])
+        squares = _by_lanes(tl.sum(tl.reshape(squares, [PARTS, 32]), 1, keep_dims=True))
+        tl.store(scales_at + PARTS, squares, mask=place % 32 == 0)
     i0, i1, i2, i3 = _whole(v0, up, none), _whole(v1, up, none), _whole(v2, up, none), _whole(v3, up, none)
-    held = (
-        _half_operand(i0, i1, PARTS), _half_operand(i2, i3, PARTS), _sum_of_token(i0, i1, PARTS),
-        _sum_of_token(i2, i3, PARTS),
+    return (
+        _half_operand(i0, i1, T, PARTS), _half_operand(i2, i3, T, PARTS), _sum_of_token(i0, i1, T, PARTS),
+        _sum_of_token(i2, i3, T, PARTS),
     )  # fmt: skip
-    return held, back, squares
 
 
 @triton.jit
@@ -59,8 +77,8 @@ def nothing(PARTS: tl.constexpr):
     """What is there before `hold`: zeros in the shapes and layouts of what it gives."""
     one = tl.zeros([32 * PARTS], tl.float32)
     pair = tl.join(one, one).to(tl.int32)
-    half, total = _half_operand(pair, pair, PARTS), _sum_of_token(pair, pair, PARTS)
-    return (half, half, total, total), one, one
+    half, total = _half_operand(pair, pair, 0, PARTS), _sum_of_token(pair, pair, 0, PARTS)
+    return half, half, total, total
 
 
 @triton.jit
@@ -116,24 +134,25 @@ def _by_lanes(v):
 
 
 @triton.jit
-def _sum_of_token(i, j, PARTS: tl.constexpr):
-    """[W, 16, 4] floats, in the places of the product's sums: of each warp's integers [L, 2], which are exact."""
+def _sum_of_token(i, j, T: tl.constexpr, PARTS: tl.constexpr):
+    """[W, 16, 4] floats, in the places of token T's sums: of each warp's integers [L, 2], which are exact."""
     total = _by_lanes(tl.sum(tl.reshape(tl.sum(i + j, 1), [PARTS, 32]), 1, keep_dims=True)).to(tl.float32)
+    total = tl.where(tl.arange(0, 32 * PARTS) % 4 == T, total, 0.0)
     return of_rows(tl.join(total, total))
 
 
 @triton.jit
-def _half_operand(i, j, PARTS: tl.constexpr):
+def _half_operand(i, j, T: tl.constexpr, PARTS: tl.constexpr):
     """[W, 32, a, s, h] words that a lane has of its group's column, of integers [L, 2] of a half's two quarters.
 
-    The first column has their first bytes, the next the second ones, others none.
+    Column 2 T has their first bytes, the next the second ones, others none.
     """
     first, second = (i + FIRST // 2) >> 8, (j + FIRST // 2) >> 8
     word = _word(first, second, PARTS)
     other = _word(i - first * FIRST, j - second * FIRST, PARTS)
     lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
-    even = tl.join(_words(word, other, lane, 0), _words(word, other, lane, 2))
-    odd = tl.join(_words(word, other, lane, 1), _words(word, other, lane, 3))
+    even = tl.join(_words(word, other, lane, T, 0), _words(word, other, lane, T, 2))
+    odd = tl.join(_words(word, other, lane, T, 1), _words(word, other, lane, T, 3))
     return tl.join(even, odd)
 
 
@@ -146,14 +165,14 @@ def _word(i, j, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _words(word, other, lane, AT: tl.constexpr):
+def _words(word, other, lane, T: tl.constexpr, AT: tl.constexpr):
     """[W, 32, a] words 4 t + AT, and 16 behind."""
-    return tl.join(_of_group(word, other, lane, AT), _of_group(word, other, lane, AT + 16))
+    return tl.join(_of_group(word, other, lane, T, AT), _of_group(word, other, lane, T, AT + 16))
 
 
 @triton.jit
-def _of_group(word, other, lane, AT: tl.constexpr):
-    """[W, 32] words 4 t + AT: of first bytes for the first group of lanes, of second ones for the next."""
+def _of_group(word, other, lane, T: tl.constexpr, AT: tl.constexpr):
+    """[W, 32] words 4 t + AT: of first bytes for group 2 T of lanes, of second ones for the next."""
     at = lane % 4 * 4 + AT
-    mine = tl.where(lane < 4, tl.gather(word, at, 1), tl.gather(other, at, 1))
-    return tl.where(lane < 8, mine, 0)
+    mine = tl.where(lane // 4 == 2 * T, tl.gather(word, at, 1), tl.gather(other, at, 1))
+    return tl.where(lane // 8 == T, mine, 0)
