@@ -36,6 +36,7 @@ from fusecomp.lowerings.quant.heuristics import (
     FOLDED_DIGITS,
     FOLDED_HELD,
     FOLDED_WIDE,
+    HELD_TOKENS,
     QuantConfig,
     held_config,
     norms_inside,
@@ -178,10 +179,10 @@ def folded_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:
                     seen[replace(config, ahead=16)] = None
     yield from seen
     yield from folded_digit_candidates(shape, tokens)
-    if tokens == 1 and serves_held(shape):
+    if tokens <= HELD_TOKENS and serves_held(shape):
         for parts, (ahead, early) in itertools.product((2, 4, 8, 16), ((0, False), (1, False), (0, True))):
             config = QuantConfig(FOLDED_HELD, 1, num_stages=3, parts=parts, ahead=ahead, early=early)
-            yield held_config(config, device_target(0) if torch.cuda.is_available() else SM90, shape)
+            yield held_config(config, device_target(0) if torch.cuda.is_available() else SM90, shape, tokens)
 
 
 def folded_digit_candidates(shape: QuantShape, tokens: int) -> Iterator[QuantConfig]:

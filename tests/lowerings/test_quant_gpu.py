@@ -136,8 +136,8 @@ def test_gpu_every_code_of_a_word(kind, dtype):
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
-def test_gpu_held_inputs(parts, early):
+@pytest.mark.parametrize(("parts", "tokens"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (2, 2), (4, 2), (8, 2)])
+def test_gpu_held_inputs(parts, tokens, early):
     """Every number of warps, with and without splits, norms, zero points and rows to spare, at every block of rows."""
     spec = WeightSpec(INT, 4, 1, 128, "bfloat16", 64)
     cases = itertools.product((256 * parts, 640 * parts // 256 * 256 + 256), (1, 2), (None, False, True))
@@ -148,10 +148,10 @@ def test_gpu_held_inputs(parts, early):
         ]
         norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
         program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
-        x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((1, k), (k,)))
+        x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((tokens, k), (k,)))
         gain = None if norm is None else gain
         config = QuantConfig("folded held", 1, rows, 256, parts, 3, early=early, parts=parts, ahead=i % 3)
-        outs = [torch.full((1, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
+        outs = [torch.full((tokens, n), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2)]
         for out in outs:
             run_quant(config, x, *weight, gain, [], program, spec, out, True)
         exact_spec, exact_program = (replace(v, dtype="float32").to_text() for v in (spec, program))

@@ -41,11 +41,11 @@ def split_groups(acc, G: tl.constexpr):
 
 
 @triton.jit
-def store_features(y, first, n, out, args, strides, G: tl.constexpr, EPILOGUE: tl.constexpr):
-    """The epilogue and the store of one token's sums y [BR, 1], whose features begin at `first`."""
+def store_features(y, first, n, out, args, strides, G: tl.constexpr, EPILOGUE: tl.constexpr, TOKEN: tl.constexpr = 0):
+    """The epilogue and the store of one token's sums y [BR, 1], whose features begin at `first`, to its row `out`."""
     features = (first + tl.arange(0, y.shape[0] // G))[:, None]
     mask = features < n
-    y = EPILOGUE(split_groups(y, G), args, strides, tl.zeros([1, 1], tl.int64), features, mask)
+    y = EPILOGUE(split_groups(y, G), args, strides, tl.full([1, 1], TOKEN, tl.int64), features, mask)
     tl.store(out + features, y.to(out.dtype.element_ty), mask=mask, eviction_policy=KEEP)
 
 

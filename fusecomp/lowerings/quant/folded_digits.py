@@ -147,7 +147,7 @@ def _add(
     """acc and scaled products [BN, BT] of one half of a tile, given the words and what is stored of both."""
     s, word = _of_half(stored[0], HALF, PACKED), words[HALF]
     less = -_of_half(stored[1], HALF, PACKED).to(tl.int32) if HAS_ZERO else LESS
-    part = tl.dot(_codes(code, HALF, ASM).to(tl.int8, bitcast=True), both, out_dtype=tl.int32)
+    part = tl.dot(codes_of_half(code, HALF, ASM).to(tl.int8, bitcast=True), both, out_dtype=tl.int32)
     first, second = tl.split(tl.reshape(part, [acc.shape[0], acc.shape[1], 2]))
     unit = ((word & EXPONENT_MASK) << 23).to(tl.float32, bitcast=True)
     # In this order nothing but the product can be made ahead of it: registers are few.
@@ -156,7 +156,7 @@ def _add(
 
 
 @triton.jit
-def _codes(code, HIGH: tl.constexpr, ASM: tl.constexpr):
+def codes_of_half(code, HIGH: tl.constexpr, ASM: tl.constexpr):
     """Bytes of the low, or high, nibbles of bytes."""
     if not ASM:
         return code >> 4 if HIGH else code & 15

@@ -1,16 +1,17 @@
-"""Kernel of a linear layer by folded 4-bit integers, for one token, whose programs stay and hold the inputs.
+"""Kernel of a linear layer by folded 4-bit integers, for one or two tokens, whose programs stay and hold the inputs.
 
 Each warp has 256 columns: its lanes hold their inputs as the matrix units' operand, made once, and it goes over the
 rows of the program with them. Codes go through the compiler's pipeline of copies, which read whole lines of memory, to
 the lanes that multiply them; sums of warps meet in scratch after the last row, so that none waits for another's.
 
-Inputs are multiplied as fp16, each warp's by a power of two that brings them into its range; sums are scaled back.
-Codes are fp16 numbers whose last bits they are: 1024 + code, and 1024 + 16 code where they lie four bits higher, whose
-inputs are a sixteenth: those of a tile's second half. Sums of inputs take off the 1024.
+Codes are multiplied as bytes, which a mask makes of them, and for those of a tile's second half a shift. Inputs are
+fixed-point numbers of two signed bytes, each warp's by a power of two; of the eight columns of a product two are a
+token's, of first bytes and of second ones. Sums of half a tile are exact.
 
 Legend: as in `folded.py`; W warps, L = 32 W lanes, KP = 256 W columns of a program. An operand's dimensions are those
-of the matrix units: g, eight groups of lanes, each a row of the weight or a token; t, four lanes of a group; and what a
-lane holds: r, two rows of one, eight apart; a, halves of a quarter; s, steps of 16 columns; h, p, pairs of columns.
+of the matrix units: g, eight groups of lanes, each a row of the weight or a column of inputs; t, four lanes of a group;
+and what a lane holds: r, two rows of one, eight apart; a, parts of 64 bytes; s, products of 32; h, halves of those; b,
+four bytes.
 """
 
 from __future__ import annotations
@@ -21,31 +22,36 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
-from fusecomp.lowerings.quant.folded_pieces import BIAS_FP16
-from fusecomp.lowerings.quant.held_inputs import hold, nothing
-from fusecomp.lowerings.quant.pieces import ask_l2_for, half_of, load_codes, magic
+from fusecomp.lowerings.quant.folded_digits import FIRST, codes_of_half
+from fusecomp.lowerings.quant.held_inputs import hold, load_pairs, nothing, of_rows, operand
+from fusecomp.lowerings.quant.pieces import ask_l2_for, half_of, load_codes
+from fusecomp.ops.quant import INT4_OFFSET as MIDDLE
 
 TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a product
+INT4_OFFSET = tl.constexpr(MIDDLE)
 
 
 @triton.jit(do_not_specialize=["count"])
 def folded_held_kernel(
-    x,  # [K], contiguous
-    q,  # [G * N, K / 8] int32, contiguous: two words of four codes each, folded by 64 columns
+    x,  # [T, K], last dim contiguous
+    q,  # [G * N, K / 2] bytes, contiguous: codes, folded by 64 columns
     scale,  # [G * N, K / 256] int32, contiguous: two scales of bf16, each of 128 columns
     zero,  # as scale, integers 0 to 16, or None
-    out,  # [1, N]
+    out,  # [T, N], last dim contiguous
     norm_weight,  # [K], or None
-    partials,  # [programs, BR, W] fp32, scratch
-    warp_scales,  # [programs, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
+    partials,  # [programs, T, BR, W] fp32, scratch
+    warp_scales,  # [programs, T, 2, W] fp32, scratch: what sums are scaled back by, and sums of squares
     counters,  # [programs / S] int32, zero before and after the launch
     args,  # tuple of the epilogue's operands
     strides,  # tuple of their row strides
+    stride_x,
+    stride_out,
     count,  # products, of 16 rows each, that a program makes
-    n,  # a multiple of 16 / G
+    n,  # a multiple of 16 / G; G * N * K / 2 is below 2^31
     k,  # KP * S at most, a multiple of 256
     eps,
     G: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # T: 1 or 2
     BLOCK_R: tl.constexpr,  # a power of two, 16 * count at least
     PARTS: tl.constexpr,  # W
     SPLITS: tl.constexpr,
@@ -61,8 +67,9 @@ def folded_held_kernel(
     """A program owns 16 count / G features and one split of K.
 
     dtypes: x, norm_weight, scales and zero points bf16; out one of bf16, fp16, fp32; sums fp32.
-    Bytes: G * N * K / 2 and the scales; per program through the L2 2 * KP of inputs and 8 * W * BR of partial sums.
-    FLOPs: 2 * G * N * K.
+    A token with an input that is no number has none in its output.
+    Bytes: G * N * K / 2 and the scales; per program through the L2 2 * T * KP of inputs and 8 * T * W * BR of partial
+    sums. Operations: 32 * G * N * K, of bytes.
 
     Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 56.5% of
     it; alone 66% over 60.6 MB, 54%, 37% and 28% over 30.3, 13 and 8.7: 4 to 8 us more than their bytes take.
@@ -71,14 +78,14 @@ def folded_held_kernel(
     COLUMNS: tl.constexpr = PARTS * TILE
     split, team = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     program = tl.program_id(0).to(tl.int64)
-    first = team.to(tl.int64) * count * FEATURES
+    first = team * (count * FEATURES)
     place = tl.arange(0, 32 * PARTS)
     group = place // 4 % 8
     tile = split * PARTS + place // 32
     # Rows g and g + 8 of a product, groups interleaved: as `weight_rows`. Both are of one group.
-    row, width, scale_width = group // G + (group % G).to(tl.int64) * n, tl.multiple_of(k // 8, 32), k // TILE
-    all_rows, words = tl.arange(0, ROWS), split * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    word_at = q + ((all_rows // G + (all_rows % G).to(tl.int64) * n) * width)[:, None] + words[None, :]
+    row, width, scale_width = group // G + group % G * n, tl.multiple_of(k // 2, 128), k // TILE
+    all_rows, byte = tl.arange(0, ROWS), split * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    byte_at = q + ((all_rows // G + all_rows % G * n) * width)[:, None] + byte[None, :]
     scale_at = scale + row * scale_width + tile
     zero_at = scale_at if zero is None else zero + row * scale_width + tile
     inside = tile * TILE < k
@@ -90,39 +97,33 @@ def folded_held_kernel(
     start = tl.minimum(first, n - FEATURES)
     s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
     z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
-    column = split * COLUMNS + tl.arange(0, COLUMNS)
-    if NORM >= 2:
-        g = tl.load(norm_weight + column, mask=column < k, other=0.0, eviction_policy="evict_last")
-    else:
-        g = 1.0
+    column = tile * TILE + place % 32 * 2
+    g = load_pairs(norm_weight, column, k) if NORM >= 2 else 1.0
     if ASM and AHEAD > 0:
         _ask_l2(q, first, count, n, k, split, place, G, SPLITS, AHEAD)
-    scales_at = warp_scales + team.to(tl.int64) * (SPLITS * 2 * PARTS)
+    scales_at = warp_scales + team.to(tl.int64) * (SPLITS * BLOCK_T * 2 * PARTS)
+    own_at = scales_at + split * (BLOCK_T * 2 * PARTS)
     if EARLY:
-        held, back, squares = nothing(PARTS, ASM)
+        held = nothing(PARTS)
     else:
         if USE_PDL:
             gdc_wait()
-        held, back, squares = hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
-    part_at = partials + program * (BLOCK_R * PARTS) + place // 32
+        held = hold(x, g, column, own_at, stride_x, k, BLOCK_T, PARTS, NORM)
+    part_at = partials + program * (BLOCK_T * BLOCK_R * PARTS) + place // 32
     for i in range(count):
         start = tl.minimum(first + i * FEATURES, n - FEATURES)
-        code = load_codes(word_at + start * width, (words < width)[None, :], EVEN_K)
+        code = load_codes(byte_at + start * width, (byte < width)[None, :], EVEN_K)
         if EARLY and i == 0:
             if USE_PDL:
                 gdc_wait()
-            held, back, squares = hold(x, g, column, k, PARTS, zero is not None, NORM, ASM)
-        sums = _multiply(code, s, z, held, zero is not None, ASM)
-        _store_sums(part_at + i * (ROWS * PARTS), sums, place)
+            held = hold(x, g, column, own_at, stride_x, k, BLOCK_T, PARTS, NORM)
+        sums = _half(code, s, z, held, 0, zero is not None, ASM) + _half(code, s, z, held, 1, zero is not None, ASM)
+        _store_sums(part_at + i * (ROWS * PARTS), sums, place, BLOCK_T, BLOCK_R)
         # Scales come after the product, into the registers of those that it has read: nothing waits for a copy.
         start = tl.minimum(first + (i + 1) * FEATURES, n - FEATURES)
         s = _scales(scale_at + start * scale_width, inside, scale_width, G, EVEN_K)
         z = s if zero is None else _scales(zero_at + start * scale_width, inside, scale_width, G, EVEN_K)
 
-    own_at = scales_at + split * (2 * PARTS) + place // 32
-    tl.store(own_at, back, mask=place % 32 == 0)
-    if NORM > 0:
-        tl.store(own_at + PARTS, squares, mask=place % 32 == 0)
     tl.debug_barrier()  # all of the program's stores precede the release, or the loads, below
     last = True
     if SPLITS > 1:
@@ -130,17 +131,18 @@ def folded_held_kernel(
     if last:
         if SPLITS > 1:
             tl.store(counters + team, 0)
-        at = partials + team.to(tl.int64) * (SPLITS * BLOCK_R * PARTS)
-        rows = tl.arange(0, BLOCK_R)
-        acc = _sum_of_parts(at + rows * PARTS, scales_at, rows < count * ROWS, PARTS, SPLITS)
-        if NORM > 0:
-            total = tl.zeros([1], tl.float32)
-            for j in tl.static_range(SPLITS):
-                at = scales_at + (2 * j + 1) * PARTS + tl.arange(0, PARTS)
-                total += tl.sum(tl.load(at, cache_modifier=".cg"), 0)
-            acc *= rms_scale(total, k, eps)
-        end = tl.minimum(first + count * FEATURES, n)
-        store_features(acc[:, None], first, end, out, args, strides, G, EPILOGUE)
+        at = partials + team.to(tl.int64) * (SPLITS * BLOCK_T * BLOCK_R * PARTS)
+        rows, end = tl.arange(0, BLOCK_R), tl.minimum(first + count * FEATURES, n)
+        for t in tl.static_range(BLOCK_T):
+            own_at = scales_at + t * (2 * PARTS)
+            acc = _sum_of_parts(at + (t * BLOCK_R + rows) * PARTS, own_at, rows < count * ROWS, BLOCK_T, PARTS, SPLITS)
+            if NORM > 0:
+                total = tl.zeros([1], tl.float32)
+                for j in tl.static_range(SPLITS):
+                    squares_at = own_at + (2 * j * BLOCK_T + 1) * PARTS + tl.arange(0, PARTS)
+                    total += tl.sum(tl.load(squares_at, cache_modifier=".cg"), 0)
+                acc *= rms_scale(total, k, eps)
+            store_features(acc[:, None], first, end, out + t * stride_out, args, strides, G, EPILOGUE, t)
 
 
 @triton.jit
@@ -182,76 +184,36 @@ def _scales(at, inside, width, G: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _multiply(word, s, z, held, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
-    """[W, 16, 8] sums of each warp's columns, of words [16, 32 W]."""
-    PARTS: tl.constexpr = word.shape[1] // 32
-    y0, y1, y2, y3, sum0, sum1, part, other = held
-    shifted = word >> 8
-    part = tl.dot(_weights(_codes(word, 0, ASM), PARTS), y0, part)
-    part = tl.dot(_weights(_codes(shifted, 0, ASM), PARTS), y1, part)
-    other = tl.dot(_weights(_codes(word, 1, ASM), PARTS), y2, other)
-    other = tl.dot(_weights(_codes(shifted, 1, ASM), PARTS), y3, other)
-    if HAS_ZERO:
-        part -= _of_rows(half_of(z, 0, tl.bfloat16)) * sum0
-        other -= _of_rows(half_of(z, 1, tl.bfloat16)) * sum1
-    return part * _of_rows(half_of(s, 0, tl.bfloat16)) + other * _of_rows(half_of(s, 1, tl.bfloat16))
-
-
-# PTX: the first, or the second, nibble of bytes 0 and 2 of a word as the last bits of two floats that are 1024.
-CODES = tl.constexpr(
-    tuple(
-        f"{{ .reg .b32 t; lop3.b32 t, $2, {mask}, 0x64006400, 0xEA; mov.b32 {{$0, $1}}, t; }}"
-        for mask in ("0x000f000f", "0x00f000f0")
-    )
-)
+def _half(code, s, z, held, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
+    """[W, 16, 4] scaled sums of one half of each warp's columns, of codes [16, 128 W], for up to four tokens."""
+    PARTS: tl.constexpr = code.shape[1] // 128
+    v = codes_of_half(code, HALF, ASM).to(tl.int8, bitcast=True)
+    v = tl.permute(tl.reshape(v, [16, PARTS, 2, 4, 2, 2, 4]), [1, 0, 2, 4, 3, 5, 6])  # row, W, a, t, s, h, b
+    part = tl.dot(tl.reshape(v, [PARTS, 16, 128]), operand(held[HALF]), out_dtype=tl.int32)
+    first, second = tl.split(tl.reshape(part, [PARTS, 16, 4, 2]))
+    whole = (first * FIRST + second).to(tl.float32)
+    less = of_rows(half_of(z, HALF, tl.bfloat16)) if HAS_ZERO else INT4_OFFSET
+    return (whole - less * held[2 + HALF]) * of_rows(half_of(s, HALF, tl.bfloat16))
 
 
 @triton.jit
-def _codes(word, SECOND: tl.constexpr, ASM: tl.constexpr):
-    """[16, 32 W] words -> [16, 32 W, p]: 1024 plus their codes, or plus 16 times the second of each byte."""
-    if ASM:
-        asm: tl.constexpr = CODES[SECOND]
-        low, high = tl.inline_asm_elementwise(
-            asm, "=h,=h,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-        )
-    else:
-        MASK: tl.constexpr = 240 if SECOND else 15
-        low = (magic(word & MASK) + BIAS_FP16).to(tl.float16)
-        high = (magic((word >> 16) & MASK) + BIAS_FP16).to(tl.float16)
-    return tl.join(low, high)
-
-
-@triton.jit
-def _weights(v, PARTS: tl.constexpr):
-    """[16, 32 W, p] -> [W, 16, 64], the product's other operand."""
-    v = tl.permute(tl.reshape(v, [16, PARTS, 2, 4, 2, 2, 2]), [1, 0, 2, 5, 3, 4, 6])  # row, W, a, t, s, h, p
-    return tl.reshape(v, [PARTS, 16, 64])
-
-
-@triton.jit
-def _of_rows(v):
-    """[L, r] numbers of a lane's two rows -> [W, 16, 8], in the places of the product's sums."""
-    PARTS: tl.constexpr = v.shape[0] // 32
-    v = tl.permute(tl.reshape(tl.join(v, v), [PARTS, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
-    return tl.reshape(v, [PARTS, 16, 8])
-
-
-@triton.jit
-def _store_sums(at, acc, place):
-    """Stores the only token's of [W, 16, 8], each lane what it has, where the warps' sums of a row are neighbours."""
+def _store_sums(at, acc, place, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Stores [W, 16, 4], each lane a token's that it has, where the warps' sums of a row are neighbours."""
     PARTS: tl.constexpr = acc.shape[0]
-    acc, _ = tl.split(tl.permute(tl.reshape(acc, [PARTS, 2, 8, 4, 2]), [0, 2, 3, 1, 4]))  # W, g, t, r
-    at = (at + place // 4 % 8 * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
-    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 == 0)[:, None], eviction_policy=KEEP)
+    acc = tl.permute(tl.reshape(acc, [PARTS, 2, 8, 4]), [0, 2, 3, 1])  # W, g, t, r
+    at = (at + (place % 4 * BLOCK_R + place // 4 % 8) * PARTS)[:, None] + tl.arange(0, 2)[None, :] * (8 * PARTS)
+    tl.store(at, tl.reshape(acc, [32 * PARTS, 2]), mask=(place % 4 < BLOCK_T)[:, None], eviction_policy=KEEP)
 
 
 @triton.jit
-def _sum_of_parts(at, scales_at, mask, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+def _sum_of_parts(
+    at, scales_at, mask, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
     """[BR] sums over warps, each scaled back, and then over splits."""
     total = tl.zeros(mask.shape, tl.float32)
     parts = tl.arange(0, PARTS)[None, :]
     for j in tl.static_range(SPLITS):
-        part_at = (at + j * (mask.shape[0] * PARTS))[:, None] + parts
+        part_at = (at + j * (BLOCK_T * mask.shape[0] * PARTS))[:, None] + parts
         part = tl.load(part_at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-        total += tl.sum(part * tl.load(scales_at + 2 * j * PARTS + parts, cache_modifier=".cg"), 1)
+        total += tl.sum(part * tl.load(scales_at + j * (BLOCK_T * 2 * PARTS) + parts, cache_modifier=".cg"), 1)
     return total

@@ -1,4 +1,4 @@
-"""How a warp of `folded_held_kernel` comes to hold its part of the only token's inputs, as the products want them.
+"""How a warp of `folded_held_kernel` comes to hold its part of the inputs, as the products want them.
 
 Legend: as there.
 """
@@ -9,57 +9,122 @@ import triton
 import triton.language as tl
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor
-from fusecomp.lowerings.quant.folded_pieces import BIAS_FP16, MIDDLE
+from fusecomp.lowerings.quant.folded_digit_rows import ROUND
+from fusecomp.lowerings.quant.folded_digits import FIRST
+
+
+@triton.jit
+def load_pairs(x, column, k):
+    """Four tensors [L, 2] of neighbours: of the columns at `column` [L] and 64, 128 and 192 behind; zero past K."""
+    at = column[:, None] + tl.arange(0, 2)[None, :]
+    return _pair(x, at, k), _pair(x, at + 64, k), _pair(x, at + 128, k), _pair(x, at + 192, k)
 
 
 @triton.jit
 def hold(
-    x, g, column, k, PARTS: tl.constexpr, HAS_ZERO: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr
+    x, g, column, scales_at, stride_x, k, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """(what a warp holds, what its sums are scaled back by [L], its inputs' sum of squares [L]).
+    """What a warp holds: its lanes' words of either half's operand, and either half's sums.
 
-    It holds four operands [W, 64, 8], all columns of which are the token's, and what sums take off, [W, 16, 8]: of
-    either half a zero point's, and once. A lane makes eight inputs and has others' by shuffles within the warp.
+    A lane makes eight inputs of a token, those of a word of codes and of its other half, and has others' by shuffles
+    within the warp. The largest is 2^13 to 2^14. Where one is not finite all are zero, and sums are scaled back by
+    infinity.
+
+    Args:
+        g: of the norm's weight what `load_pairs` gives, with NORM of 2 or 3.
+        scales_at: [BT, 2, W], where what sums are scaled back by is stored, and sums of squares.
     """
-    v = tl.load(x + column, mask=column < k, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    y = tl.reshape(v * norm_factor(g, NORM) if NORM >= 2 else v, [PARTS, 32, 8])
-    lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
-    squares = tl.sum(tl.sum(tl.reshape(v * v, [PARTS, 32, 8]), 2), 1, keep_dims=True)
-    largest = tl.max(tl.max(tl.abs(y), 2), 1, keep_dims=True)
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 16)
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # to magnitudes in [2^14, 2^15)
-    back = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    y = (y * (up * tl.where(lane // 16 == 1, 0.0625, 1.0))[:, :, None]).to(tl.float16)
-    quarters = tl.sum(tl.reshape(tl.sum(y.to(tl.float32), 2), [PARTS, 4, 8]), 2, keep_dims=True)
-    sums = tl.reshape(tl.broadcast_to(quarters, [PARTS, 4, 8]), [PARTS, 32])
-    words = _pairs(y, PARTS, ASM)
-    e0, e1 = tl.gather(sums, lane * 0, 1), tl.gather(sums, lane * 0 + 8, 1)
-    e2, e3 = tl.gather(sums, lane * 0 + 16, 1), tl.gather(sums, lane * 0 + 24, 1)
-    sum0, sum1 = e0 + e1, 16.0 * (e2 + e3)
-    less0, less1 = sum0 * -BIAS_FP16, (e2 + e3) * -BIAS_FP16
-    if not HAS_ZERO:
-        less0 -= sum0 * MIDDLE
-        less1 -= sum1 * MIDDLE
-    held = _held(words, lane, (sum0, sum1, less0, less1), ASM)
-    return held, _by_lanes(back), _by_lanes(squares)
+    first = load_pairs(x, column, k)
+    if BLOCK_T == 1:
+        return _of_one(first, g, scales_at, 0, PARTS, NORM)
+    else:
+        second = load_pairs(x + stride_x, column, k)
+        one, other = _of_one(first, g, scales_at, 0, PARTS, NORM), _of_one(second, g, scales_at, 1, PARTS, NORM)
+        return one[0] | other[0], one[1] | other[1], one[2] + other[2], one[3] + other[3]
 
 
 @triton.jit
-def nothing(PARTS: tl.constexpr, ASM: tl.constexpr):
-    """What is there before `hold`: zeros in the shapes and layouts of what it gives."""
-    lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
-    word = lane * 0
-    none = word.to(tl.float32)
-    one = tl.zeros([32 * PARTS], tl.float32)
-    return _held((word, word, word, word), lane, (none, none, none, none), ASM), one, one
-
-
-@triton.jit
-def _held(words, lane, sums, ASM: tl.constexpr):
+def _of_one(v, g, scales_at, T: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr):
+    """`hold` of token T alone, given what `load_pairs` gives of its row."""
+    if NORM >= 2:
+        v0, v1 = _scaled(v[0], g[0], NORM), _scaled(v[1], g[1], NORM)
+        v2, v3 = _scaled(v[2], g[2], NORM), _scaled(v[3], g[3], NORM)
+    else:
+        v0, v1, v2, v3 = v[0].to(tl.float32), v[1].to(tl.float32), v[2].to(tl.float32), v[3].to(tl.float32)
+    # As integers, so that NaN is the largest.
+    largest = tl.maximum(tl.maximum(_magnitude(v0), _magnitude(v1)), tl.maximum(_magnitude(v2), _magnitude(v3)))
+    largest = _by_lanes(tl.max(tl.reshape(tl.max(largest, 1), [PARTS, 32]), 1, keep_dims=True))
+    exponent = tl.maximum(largest >> 23, 14)
+    none = (exponent == 255)[:, None]
+    up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    place = tl.arange(0, 32 * PARTS)
+    scales_at += 2 * T * PARTS + place // 32
+    back = (tl.where(exponent == 255, 255, exponent - 13) << 23).to(tl.float32, bitcast=True)
+    tl.store(scales_at, back, mask=place % 32 == 0)
+    if NORM > 0:
+        squares = _squares(v[0]) + _squares(v[1]) + _squares(v[2]) + _squares(v[3])
+        squares = _by_lanes(tl.sum(tl.reshape(squares, [PARTS, 32]), 1, keep_dims=True))
+        tl.store(scales_at + PARTS, squares, mask=place % 32 == 0)
+    i0, i1, i2, i3 = _whole(v0, up, none), _whole(v1, up, none), _whole(v2, up, none), _whole(v3, up, none)
     return (
-        _quarter(words, lane, 0, ASM), _quarter(words, lane, 1, ASM), _quarter(words, lane, 2, ASM),
-        _quarter(words, lane, 3, ASM), _of_token(sums[0]), _of_token(sums[1]), _of_token(sums[2]), _of_token(sums[3]),
+        _half_operand(i0, i1, T, PARTS), _half_operand(i2, i3, T, PARTS), _sum_of_token(i0, i1, T, PARTS),
+        _sum_of_token(i2, i3, T, PARTS),
     )  # fmt: skip
+
+
+@triton.jit
+def nothing(PARTS: tl.constexpr):
+    """What is there before `hold`: zeros in the shapes and layouts of what it gives."""
+    one = tl.zeros([32 * PARTS], tl.float32)
+    pair = tl.join(one, one).to(tl.int32)
+    half, total = _half_operand(pair, pair, 0, PARTS), _sum_of_token(pair, pair, 0, PARTS)
+    return half, half, total, total
+
+
+@triton.jit
+def operand(words):
+    """int8 [W, 128, 8], the product's operand, of words [W, 32, a, s, h].
+
+    The compiler has eight columns of a product next to one another in a lane, four of either half of it.
+    """
+    PARTS: tl.constexpr = words.shape[0]
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    v = tl.reshape(tl.join(even, odd), [PARTS, 8, 4, 2, 2, 2, 4])  # W, g, t, a, s, h, b
+    return tl.reshape(tl.permute(v, [0, 3, 4, 2, 5, 6, 1]), [PARTS, 128, 8])
+
+
+@triton.jit
+def of_rows(v):
+    """[L, r] numbers of a lane's two rows -> [W, 16, 4], in the places of the product's sums."""
+    PARTS: tl.constexpr = v.shape[0] // 32
+    return tl.reshape(tl.permute(tl.reshape(v, [PARTS, 8, 4, 2]), [0, 3, 1, 2]), [PARTS, 16, 4])
+
+
+@triton.jit
+def _pair(x, at, k):
+    return tl.load(x + at, mask=at < k, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _scaled(v, g, NORM: tl.constexpr):
+    return v.to(tl.float32) * norm_factor(g, NORM)
+
+
+@triton.jit
+def _magnitude(v):
+    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _squares(v):
+    v = v.to(tl.float32)
+    return tl.sum(v * v, 1)
+
+
+@triton.jit
+def _whole(v, up, none):
+    return tl.where(none, 0, (v * up + ROUND).to(tl.int32, bitcast=True) - 0x4B400000)
 
 
 @triton.jit
@@ -69,57 +134,45 @@ def _by_lanes(v):
 
 
 @triton.jit
-def _pairs(y, PARTS: tl.constexpr, ASM: tl.constexpr):
-    """fp16 [W, 32, 8] -> four [W, 32] of words, of two neighbours each."""
-    low, high = tl.split(tl.reshape(y, [PARTS, 32, 4, 2]))
-    if ASM:
-        asm: tl.constexpr = "mov.b32 $0, {$1, $2};"
-        word = tl.inline_asm_elementwise(asm, "=r,h,h", [low, high], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        word = _bits(low) & 0xFFFF | _bits(high) << 16
-    even, odd = tl.split(tl.reshape(word, [PARTS, 32, 2, 2]))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
+def _sum_of_token(i, j, T: tl.constexpr, PARTS: tl.constexpr):
+    """[W, 16, 4] floats, in the places of token T's sums: of each warp's integers [L, 2], which are exact."""
+    total = _by_lanes(tl.sum(tl.reshape(tl.sum(i + j, 1), [PARTS, 32]), 1, keep_dims=True)).to(tl.float32)
+    total = tl.where(tl.arange(0, 32 * PARTS) % 4 == T, total, 0.0)
+    return of_rows(tl.join(total, total))
 
 
 @triton.jit
-def _bits(v):
-    return v.to(tl.int16, bitcast=True).to(tl.int32)
+def _half_operand(i, j, T: tl.constexpr, PARTS: tl.constexpr):
+    """[W, 32, a, s, h] words that a lane has of its group's column, of integers [L, 2] of a half's two quarters.
 
-
-@triton.jit
-def _quarter(words, lane, J: tl.constexpr, ASM: tl.constexpr):
-    """fp16 [W, 64, 8], the product's operand, of quarter J.
-
-    The compiler has four columns of a step next to one another in a lane, two of either half of what it multiplies.
+    Column 2 T has their first bytes, the next the second ones, others none.
     """
-    PARTS: tl.constexpr = lane.shape[0]
-    word = tl.join(_eight(words, lane % 4 + 8 * J), _eight(words, lane % 4 + (8 * J + 4)))  # W, lanes, h, s, a
-    if ASM:
-        asm: tl.constexpr = "mov.b32 {$0, $1}, $2;"
-        low, high = tl.inline_asm_elementwise(
-            asm, "=h,=h,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-        )
-    else:
-        low, high = (
-            word.to(tl.int16).to(tl.float16, bitcast=True),
-            (word >> 16).to(tl.int16).to(tl.float16, bitcast=True),
-        )
-    v = tl.reshape(tl.join(low, high), [PARTS, 8, 4, 2, 2, 2, 2])  # W, g, t, h, s, a, p
-    return tl.reshape(tl.permute(v, [0, 5, 3, 2, 4, 6, 1]), [PARTS, 64, 8])
+    first, second = (i + FIRST // 2) >> 8, (j + FIRST // 2) >> 8
+    word = _word(first, second, PARTS)
+    other = _word(i - first * FIRST, j - second * FIRST, PARTS)
+    lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
+    even = tl.join(_words(word, other, lane, T, 0), _words(word, other, lane, T, 2))
+    odd = tl.join(_words(word, other, lane, T, 1), _words(word, other, lane, T, 3))
+    return tl.join(even, odd)
 
 
 @triton.jit
-def _eight(words, of):
-    """[W, 32, h, s] words of eight columns that lanes `of` have."""
-    first = tl.join(tl.gather(words[0], of, 1), tl.gather(words[1], of, 1))
-    return tl.join(first, tl.join(tl.gather(words[2], of, 1), tl.gather(words[3], of, 1)))
+def _word(i, j, PARTS: tl.constexpr):
+    """[W, 32] words of bytes, in the order of codes: in turns of either quarter."""
+    b0, b2 = tl.split(i)
+    b1, b3 = tl.split(j)
+    return tl.reshape((b0 & 255) | (b1 & 255) << 8 | (b2 & 255) << 16 | b3 << 24, [PARTS, 32])
 
 
 @triton.jit
-def _of_token(v):
-    """[W, 32] numbers of lanes -> [W, 16, 8], in the places of the product's sums; zero where no token is."""
-    v = tl.join(v, tl.zeros_like(v))
-    v = tl.permute(tl.reshape(tl.join(v, v), [v.shape[0], 8, 4, 2, 2]), [0, 4, 1, 2, 3])
-    return tl.reshape(v, [v.shape[0], 16, 8])
+def _words(word, other, lane, T: tl.constexpr, AT: tl.constexpr):
+    """[W, 32, a] words 4 t + AT, and 16 behind."""
+    return tl.join(_of_group(word, other, lane, T, AT), _of_group(word, other, lane, T, AT + 16))
+
+
+@triton.jit
+def _of_group(word, other, lane, T: tl.constexpr, AT: tl.constexpr):
+    """[W, 32] words 4 t + AT: of first bytes for group 2 T of lanes, of second ones for the next."""
+    at = lane % 4 * 4 + AT
+    mine = tl.where(lane // 4 == 2 * T, tl.gather(word, at, 1), tl.gather(other, at, 1))
+    return tl.where(lane // 8 == T, mine, 0)

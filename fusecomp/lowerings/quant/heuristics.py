@@ -25,10 +25,10 @@ SKINNY_LIMIT = 32  # tokens up to which the norm is computed inside,
 FOLDED_NORM_LIMIT = 8  # and those of folded codes: at 16, a launch of its own costs less
 TILE_LIMIT = {4: 64, 8: 128}  # by bits: tokens beyond which the weight is dequantized before the product
 FOLDED_LIMIT = 128  # the same of folded codes whose launches are tuned
-HELD_ROWS, HELD_COLUMNS = 16, 256  # "folded held": rows of a product, columns of a warp
+HELD_ROWS, HELD_COLUMNS, HELD_TOKENS = 16, 256, 2  # "folded held": rows of a product, columns of a warp; most tokens
 HELD_ASKED = 1024  # columns whose scales are 16 bytes, the least that the L2 is asked for
-HELD_WARPS, HELD_MOST_ROWS = 16, 1024  # warps that a multiprocessor's registers have room for; rows of a program
-HELD_REGISTERS = 65536 // (32 * HELD_WARPS)  # of a thread, that they have it
+# Warps that a multiprocessor's registers have room for, of one token and of two; rows of a program.
+HELD_WARPS, HELD_MOST_ROWS = (16, 12), 1024
 DIGITS_ARCH = 90  # compute capability, times ten; compiled for 10.0, the kernel spills
 # "digits": a scale serves a multiple of these columns; K is one, for TMA; rows of a group of a tile, at least.
 DIGIT_COLUMNS, DIGIT_ALIGNED, DIGIT_ROWS = 128, 16, 64
@@ -44,9 +44,8 @@ class QuantConfig:
 
     Attributes:
         kernel: "vector" for one token, or "words" where it serves them; "tile" for more, or "digits" where it
-            serves them; "folded" for folded codes,
-            "folded held" for those of one token where it serves them, "folded wide" for those of many, or "folded
-            digits" where it serves them; "dequantize"
+            serves them; "folded" for folded codes, "folded held" for those of one or two tokens where it serves them,
+            "folded wide" for those of many, or "folded digits" where it serves them; "dequantize"
             for a 16-bit weight and `linear`'s own choice.
         block_t: tokens of a program.
         block_r: rows of a weight tile, over all groups; folded held: rows of a program.
@@ -102,7 +101,7 @@ def quant_config(target: Target, shape: QuantShape, tokens: int, held: bool = Tr
         return QuantConfig(DEQUANTIZE)
     if tuned and held and serves_held(shape) and any(e["tokens"] >= tokens for e in held_entries(target.table)):
         found = _tuned(target, shape, tokens, held_entries(target.table))
-        return held_config(found, target, shape) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
+        return held_config(found, target, shape, tokens) if found.kernel == FOLDED_HELD else _fit(found, target, shape)
     if serves_digits(target, shape) or serves_folded_digits(target, shape):
         table = digit_entries(target.table)
         most = max((e["tokens"] for e in table if e["bits"] == shape.bits), default=0)
@@ -232,11 +231,17 @@ def _fit_folded_digits(config: QuantConfig, target: Target, shape: QuantShape) -
     return replace(config, num_stages=min(config.num_stages, most))
 
 
-def held_config(config: QuantConfig, target: Target, shape: QuantShape) -> QuantConfig:
+def held_registers(tokens: int) -> int:
+    """Registers of a thread that leave `HELD_WARPS` room."""
+    return 65536 // (32 * HELD_WARPS[tokens - 1]) // 8 * 8
+
+
+def held_config(config: QuantConfig, target: Target, shape: QuantShape, tokens: int) -> QuantConfig:
     """No more warps than K has columns for, and as many rows a program as keep all programs on the GPU at once."""
-    warps = min(config.parts, next_power_of_2(shape.k // HELD_COLUMNS))
+    room = HELD_WARPS[tokens - 1]
+    warps = min(config.parts, next_power_of_2(shape.k // HELD_COLUMNS), next_power_of_2(room + 1) // 2)
     splits = math.ceil(shape.k / (warps * HELD_COLUMNS))
-    teams = max(1, target.num_sms * HELD_WARPS // warps // splits)
+    teams = max(1, target.num_sms * (room // warps) // splits)
     products = math.ceil(shape.n * shape.groups / HELD_ROWS / teams)
     return replace(
         config, block_r=min(products * HELD_ROWS, HELD_MOST_ROWS), block_k=HELD_COLUMNS, num_warps=warps, parts=warps,
@@ -277,7 +282,8 @@ def serves_held(shape: QuantShape) -> bool:
 
     fp16 failed on a GPU, which is not explained.
     """
-    whole = shape.n * shape.groups % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0
+    rows = shape.n * shape.groups
+    whole = rows % HELD_ROWS == 0 and shape.k % HELD_COLUMNS == 0 and rows * shape.k // 2 < 1 << 31
     return shape.dtype == "bfloat16" and packs_scales(shape) and shape.rows == 1 and shape.cols == 128 and whole
 
 

@@ -155,7 +155,7 @@ def specialization(
     shape = QuantShape(n, k, groups, dtype, kind, bits, rows, cols, zero, fold=fold)
     config, short, pdl = config or quant_config(target, shape, tokens), NAMES[dtype], target.has_pdl
     if config.kernel == FOLDED_HELD:
-        return _held(target, shape, norm, config)
+        return _held(target, shape, tokens, norm, config)
     if config.kernel == FOLDED_DIGITS:
         return _folded_digits(target, shape, config)
     norm = norm if tokens <= heuristics.norm_limit(fold) else 0
@@ -265,29 +265,31 @@ def _digit_rows(target: Target, fold: int, k: int, norm: int) -> Specialization:
     return Specialization(name, folded_digit_rows_kernel, pointers, scalars, constants, warps, 1)
 
 
-def _held(target: Target, shape: QuantShape, norm: int, config: QuantConfig) -> Specialization:
-    config = heuristics.held_config(config, target, shape)
+def _held(target: Target, shape: QuantShape, tokens: int, norm: int, config: QuantConfig) -> Specialization:
+    config = heuristics.held_config(config, target, shape, tokens)
     groups, zero, warps = shape.groups, shape.zero, config.parts
     short = NAMES[shape.dtype]
     pointers: dict[str, Any] = {
-        "x": short, "q": "i32", "scale": "i32", "out": short, "partials": "fp32",
+        "x": short, "q": "u8", "scale": "i32", "out": short, "partials": "fp32",
         "warp_scales": "fp32", "args": () if groups == 2 else (short,),
     }  # fmt: skip
     pointers |= {"zero": "i32"} if zero else {}
     pointers |= {"norm_weight": short} if norm >= 2 else {}
     pointers |= {"counters": "i32"} if config.splits > 1 else {}
     constants: dict[str, Any] = {
-        "G": groups, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps, "SPLITS": config.splits,
+        "G": groups, "BLOCK_T": tokens, "BLOCK_R": next_power_of_2(config.block_r), "PARTS": warps,
+        "SPLITS": config.splits,
         "AHEAD": config.ahead, "ASK_SCALES": target.has_tma, "EARLY": config.early,
         "EVEN_K": shape.k % (heuristics.HELD_COLUMNS * warps) == 0,
         "ASM": True, "NORM": norm, "EPILOGUE": SWIGLU if groups == 2 else RESIDUAL, "USE_PDL": target.has_pdl,
     }  # fmt: skip
     constants |= {name: None for name in ("zero", "norm_weight", "counters") if name not in pointers}
-    scalars = {"count": "i32", "n": "i32", "k": "i32", "eps": "fp32", "strides": () if groups == 2 else ("i32",)}
-    name = f"quant-held-{short}-g{groups}-w{warps}-zero{zero}-norm{norm}"
+    scalars: dict[str, Any] = dict.fromkeys(("stride_x", "stride_out", "count", "n", "k"), "i32")
+    scalars |= {"eps": "fp32", "strides": () if groups == 2 else ("i32",)}
+    name = f"quant-held-{short}-g{groups}-t{tokens}-w{warps}-zero{zero}-norm{norm}"
     return Specialization(
         name, folded_held_kernel, pointers, scalars, constants, config.num_warps, config.num_stages, ("n", "k"),
-        heuristics.HELD_REGISTERS,
+        heuristics.held_registers(tokens),
     )  # fmt: skip
 
 

@@ -106,15 +106,17 @@ def test_folded_parts(layer, block_t, block_r, splits, early, sums, parts):
 
 @st.composite
 def held_layers(draw):
-    """One token by whole products of rows, in bf16, with scales of 128 columns."""
+    """One or two tokens by whole products of rows, in bf16, with scales of 128 columns."""
     spec, name = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), draw(st.sampled_from([*PROGRAMS]))
     norm = NORMS[draw(st.sampled_from([*NORMS]))]
     program = replace(PROGRAMS[name], dtype=spec.dtype, norm=norm)
     n, k = 16 // program.groups * draw(st.integers(1, 5)), 256 * draw(st.integers(1, 9))
     weight = random_weight((program.groups * n, k), spec, torch.bfloat16, zero=draw(st.booleans()))
     torch.manual_seed(draw(st.integers(0, 9)))
-    x = torch.randn(1, k + 8).bfloat16()[:, :k] * draw(st.sampled_from([0.0, 1e-30, 3.0, 1e6]))
-    operands = [torch.randn((1, n) if part == FULL else (n,)).bfloat16() for part in program.operands]
+    tokens = draw(st.integers(1, 2))
+    x = torch.randn(tokens, k + 8).bfloat16()[:, :k] * draw(st.sampled_from([0.0, 1e-30, 3.0, 1e6]))
+    x *= torch.tensor([1.0, 100.0], dtype=x.dtype)[:tokens, None]
+    operands = [torch.randn((tokens, n) if part == FULL else (n,)).bfloat16() for part in program.operands]
     gain = torch.randn(k).bfloat16() if norm and (norm.plus_one or draw(st.booleans())) else None
     return x, tuple(weight), gain, operands, program, spec
 
@@ -123,6 +125,19 @@ def held_layers(draw):
 @given(held_layers(), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans())
 def test_folded_held(layer, products, parts, early):
     run(layer, QuantConfig("folded held", 1, 16 * products, num_warps=parts, parts=parts, early=early))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_held_inputs_that_are_no_numbers(value):
+    """They leave their token no number in any output, as bytes cannot say them, and others theirs."""
+    spec, program = WeightSpec(INT, 4, 1, 128, "bfloat16", 64), replace(PROGRAMS["plain"], dtype="bfloat16")
+    weight = random_weight((32, 1024), spec, torch.bfloat16, zero=True)
+    x = torch.randn(2, 1024).bfloat16()
+    x[1, 300] = value
+    out = torch.zeros(2, 32, dtype=torch.bfloat16)
+    config = QuantConfig("folded held", 1, 16, num_warps=4, parts=4)
+    launches.run_quant(config, x, *weight, None, [], program, spec, out, False)
+    assert out[1].isnan().all() and out[0].isfinite().all()
 
 
 @settings(SETTINGS, max_examples=15)
