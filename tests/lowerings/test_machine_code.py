@@ -168,7 +168,7 @@ def test_held_inputs_meet_codes_in_the_lanes_that_read_both(layout, warps, early
     step = ptx[ptx.rindex("cp.async.wait_group", 0, ptx.index("mma.sync")) : ptx.rindex("mma.sync")]
     assert re.findall(r"ld\.shared\S*", step) == ["ld.shared.v4.b32"] * 4
     asks, wait = ptx.index("cp.async.bulk.prefetch.L2.global"), ptx.index("griddepcontrol.wait")
-    assert asks < wait < ptx.index("st.global")
+    assert asks < wait and (early or wait < ptx.index("st.global"))
     assert (ptx.index("cp.async.cg.shared.global") < wait) == early
     copies = re.findall(r"async_copy_global_to_local.*contiguity = (\d+).*", compiled.asm["ttgir"])
     assert copies and set(copies) == {"16"}  # bytes
