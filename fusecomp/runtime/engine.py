@@ -388,7 +388,9 @@ class Engine:
         mixed = mixed_shapes_of(self.config, long=self._sized.long_graphs > 0)
         sizes, note, budget = bucket_sizes(largest), self.report.notes.append, BUDGET_BYTES + self._sized.long_graphs
         rate = self._sized.tokens_per_s if self.device.type == "cuda" else float("inf")  # a CPU's trial is tiny
-        return GraphRunner(self._step, self._whole, sizes, mixed, note, recorder, budget, rate)
+        assert self.config.max_model_len is not None
+        longest = self.config.max_model_len
+        return GraphRunner(self._step, self._whole, sizes, mixed, note, recorder, budget, rate, longest)
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

@@ -187,6 +187,7 @@ class GraphRunner:
         recorder: makes the graphs.
         budget_bytes: memory that they may take.
         tokens_per_s: of a long prefill without a graph, by which long steps that need none are known beforehand.
+        most_padding: tokens of padding that a mixed step may have, as they are one prompt.
 
     Attributes:
         sizes, mixed: captured shapes, the cheapest first.
@@ -206,10 +207,11 @@ class GraphRunner:
         recorder: Recorder,
         budget_bytes: int = BUDGET_BYTES,
         tokens_per_s: float = float("inf"),
+        most_padding: int = 1 << 31,
     ) -> None:
         self._logits, self._run, self._note, self._recorder = logits, run, note, recorder
         self._candidates, self._mixed = list(sizes), list(mixed)
-        self._budget, self._tokens_per_s = budget_bytes, tokens_per_s
+        self._budget, self._tokens_per_s, self._most_padding = budget_bytes, tokens_per_s, most_padding
         self.sizes: list[int] = []
         self._fastest: list[int] = []  # for each size the one in which its rows run
         self.mixed: list[MixedShape] = []
@@ -240,8 +242,8 @@ class GraphRunner:
         if step.decode_only:
             return self.bucket(len(step.seqs))
         sizes = step.num_tokens, step.num_decodes, len(step.seqs) - step.num_decodes
-        most = 2 * max(step.num_tokens, MIXED_TOKENS[0])
-        return next((shape for shape in self.mixed if shape.tokens < most and shape.holds(*sizes)), None)
+        most = min(2 * max(step.num_tokens, MIXED_TOKENS[0]) - 1, step.num_tokens + self._most_padding)
+        return next((shape for shape in self.mixed if shape.tokens <= most and shape.holds(*sizes)), None)
 
     def bucket(self, rows: int) -> int | None:
         """The captured size in which `rows` decodes run: the fastest that holds them, which may not be the next one."""

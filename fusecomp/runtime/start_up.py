@@ -36,8 +36,10 @@ class Sized(NamedTuple):
 
 
 def mixed_shapes_of(config: EngineConfig, *, long: bool) -> list[MixedShape]:
-    """Candidates for graphs of mixed steps, `long` ones too."""
-    return mixed_shapes(config.max_num_seqs, config.max_num_batched_tokens, long=long)
+    """Candidates for graphs of mixed steps, `long` ones too, of which nothing but padding is prompts that may be."""
+    assert config.max_model_len is not None
+    shapes = mixed_shapes(config.max_num_seqs, config.max_num_batched_tokens, long=long)
+    return [shape for shape in shapes if shape.tokens <= shape.prefills * config.max_model_len]
 
 
 def limit_to_proof(step: CompiledStep, config: EngineConfig) -> EngineConfig:

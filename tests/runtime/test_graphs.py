@@ -185,6 +185,11 @@ def test_long_steps_are_padded_by_less_than_they_have(most):
             shape = graphs.choose(step)
             assert tokens <= shape.tokens <= min(most, 2 * tokens) and shape.holds(tokens, decodes, prefills)
     assert shapes[-1].tokens == min(most, graphs_module.MORE_TOKENS[-1]), "full steps are not padded"
+    graphs._most_padding = 100
+    for tokens in (300, 1_025, most - 101, most - 100):
+        shape = graphs.choose(ScheduledStep([None], [], [], [], 0, tokens, 0))
+        assert shape is None or tokens <= shape.tokens <= tokens + 100, "padding is one prompt, no longer than others"
+    assert shape is None or shape.tokens == min(most, graphs_module.MORE_TOKENS[-1])
     graphs.mixed = [shape for shape in shapes if shape.tokens > 128]
     assert graphs.choose(ScheduledStep([None], [], [], [], 0, 100, 0)) is None, "where the next one has no graph"
 
