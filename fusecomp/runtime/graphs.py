@@ -37,7 +37,7 @@ from torch import Tensor
 from fusecomp.errors import VerificationError
 from fusecomp.runtime.choice import Kind, Sampled
 from fusecomp.runtime.sequence import ScheduledStep
-from fusecomp.runtime.step_batch import MOST_PREFILLS, MixedShape, StepBatch
+from fusecomp.runtime.step_batch import MOST_MIXED_TOKENS, MOST_PREFILLS, MixedShape, StepBatch
 
 Shape = int | MixedShape
 # Share of a row's standard deviation within which two logits count as tied.
@@ -47,7 +47,7 @@ TIE_SHARE = 0.05
 BUDGET_BYTES = 1 << 29
 # Tokens of mixed steps with a graph: short ones; and long ones, the engine's most among them if it is no more.
 MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
-MORE_TOKENS = (2048, 3072, 4096, 6144, 8192, 12288, 16384)
+MORE_TOKENS = (2048, 3072, 4096, 6144, 8192, 12288, MOST_MIXED_TOKENS)
 FEW_DECODES, FEW_PREFILLS = 64, 32
 # Share of a step's time on the GPU below which launches count as hidden behind it. What they take when nothing else
 # runs is what is known: of a mixture of 48 layers 43 ms, and in service 72 to 128, on a host that others share.

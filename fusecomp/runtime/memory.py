@@ -10,6 +10,7 @@ from torch import nn
 
 from fusecomp.config import EngineConfig
 from fusecomp.errors import CapacityError, ConfigError
+from fusecomp.runtime.step_batch import MOST_MIXED_TOKENS
 
 # A model that does not say how long its context may be gets this one.
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -78,7 +79,8 @@ def long_graphs_bytes(workspace: int, kv_budget: int, config: EngineConfig) -> i
     Args:
         workspace: bytes that the largest step takes beside weights and cache.
     """
-    wanted, given = workspace * 5 // 4, config.kv_cache_bytes
+    most, given = config.max_num_batched_tokens, config.kv_cache_bytes
+    wanted = workspace * min(most, MOST_MIXED_TOKENS) // most * 5 // 4
     room = kv_budget * LONG_GRAPHS_SHARE if given is None else kv_budget - given
     return 0 if config.enforce_eager or config.deterministic or wanted > room else wanted
 

@@ -98,8 +98,8 @@ class MixedShape(NamedTuple):
         return num_tokens <= self.tokens and num_decodes <= self.decodes and num_prefills < self.prefills
 
 
-# Prefill rows of a `MixedShape`, at most.
-MOST_PREFILLS = 64
+# Prefill rows and tokens of a `MixedShape`, at most.
+MOST_PREFILLS, MOST_MIXED_TOKENS = 64, 16384
 
 # What a row may need of the sampler.
 DRAWN, FILTERED, TYPICAL, ADJUSTED = 1, 2, 4, 8

@@ -71,8 +71,9 @@ def folded_held_kernel(
     Bytes: G * N * K / 2 and the scales; per program through the L2 2 * T * KP of inputs and 8 * T * W * BR of partial
     sums. Operations: 32 * G * N * K, of bytes.
 
-    Measured on an H200 of 4.60 TB/s (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): 56.5% of
-    it; alone 66% over 60.6 MB, 54%, 37% and 28% over 30.3, 13 and 8.7: 4 to 8 us more than their bytes take.
+    Measured on an H200 (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): about 59% of what it
+    reads, of two tokens 50%; alone 19.5 us over 60.6 MB, 12.3, 7.6 and 6.1 over 30.3, 13 and 8.7: 4 to 6 us more than
+    their bytes take.
     """
     FEATURES: tl.constexpr = ROWS // G
     COLUMNS: tl.constexpr = PARTS * TILE
