@@ -69,7 +69,7 @@ def folded_held_kernel(
     dtypes: x, norm_weight, scales and zero points bf16; out one of bf16, fp16, fp32; sums fp32.
     A token with an input that is no number has none in its output.
     Bytes: G * N * K / 2 and the scales; per program through the L2 2 * T * KP of inputs and 8 * T * W * BR of partial
-    sums. Operations: 32 * G * N * K, of bytes.
+    sums. Operations: 16 * G * N * K, of bytes.
 
     Measured on an H200 (benchmarks/quant_linear.py, layers of Llama-8B in a chain, zero points): about 59% of what it
     reads, of two tokens 50%; alone 19.5 us over 60.6 MB, 12.3, 7.6 and 6.1 over 30.3, 13 and 8.7: 4 to 6 us more than

@@ -32,7 +32,7 @@ def hold(
 
     Args:
         g: of the norm's weight what `load_pairs` gives, with NORM of 2 or 3.
-        scales_at: [BT, 2, W], where what sums are scaled back by is stored, and sums of squares.
+        scales_at: [T, 2, W], where what sums are scaled back by is stored, and sums of squares.
     """
     first = load_pairs(x, column, k)
     if BLOCK_T == 1:
