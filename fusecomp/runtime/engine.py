@@ -385,12 +385,13 @@ class Engine:
         return self._stand_ins.mixed(shape, self.num_kv_blocks, self.vocab_size)
 
     def _new_graphs(self, largest: int, recorder: Recorder) -> GraphRunner:
-        mixed = mixed_shapes_of(self.config, long=self._sized.long_graphs > 0)
-        sizes, note, budget = bucket_sizes(largest), self.report.notes.append, BUDGET_BYTES + self._sized.long_graphs
-        rate = self._sized.tokens_per_s if self.device.type == "cuda" else float("inf")  # a CPU's trial is tiny
         assert self.config.max_model_len is not None
-        longest = self.config.max_model_len
-        return GraphRunner(self._step, self._whole, sizes, mixed, note, recorder, budget, rate, longest)
+        mixed, sized = mixed_shapes_of(self.config, long=self._sized.long_graphs > 0), self._sized
+        rate = sized.tokens_per_s if self.device.type == "cuda" else float("inf")  # a CPU's trial is tiny
+        return GraphRunner(
+            self._step, self._whole, bucket_sizes(largest), mixed, self.report.notes.append, recorder,
+            budget_bytes=BUDGET_BYTES + sized.long_graphs, tokens_per_s=rate, most_padding=self.config.max_model_len,
+        )  # fmt: skip
 
     def _note_fallbacks(self) -> None:
         for (op, reason), times in take_fallbacks().items():

@@ -211,6 +211,8 @@ def test_held_inputs_serve_whole_products_with_scales_of_bf16(monkeypatch):
     assert quant_config(SM90, shape, 3).kernel == "folded"
     for change in ({"n": shape.n + 8}, {"k": shape.k + 128}, {"cols": 256}, {"rows": 0}, {"dtype": "float16"}):
         assert quant_config(SM90, replace(shape, **change), 1).kernel == "folded", change
+    places = replace(shape, n=(1 << 31) // (shape.groups * 2048), k=4096)
+    assert not serves_held(places) and serves_held(replace(places, n=places.n - 16)), "places in a weight are int32"
     ran = []
     monkeypatch.setattr(lowering, "quant_config", lambda *_, held=True: found if held else two)
     monkeypatch.setattr(lowering, "run_quant", lambda config, *_: ran.append(config))

@@ -135,6 +135,17 @@ def test_gpu_every_code_of_a_word(kind, dtype):
         assert torch.equal(out[0].float()[numbers], exact[numbers]) and out[0, ~numbers].isnan().all()
 
 
+def coded(shape: tuple[int, int], spec: WeightSpec, zero: bool) -> list[torch.Tensor | None]:
+    """A random weight's codes, scales, and zero points or None."""
+    return [p if p is None else p.cuda() for p in random_weight(shape, spec, spec.torch_dtype, zero=zero)]
+
+
+def normed(groups: int, plus_one: bool | None) -> Program:
+    """One matmul or SwiGLU's two, behind an RMSNorm, or none."""
+    norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
+    return replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
+
+
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("parts", "tokens"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (2, 2), (4, 2), (8, 2)])
 def test_gpu_held_inputs(parts, tokens, early):
@@ -143,11 +154,9 @@ def test_gpu_held_inputs(parts, tokens, early):
     cases = itertools.product((256 * parts, 640 * parts // 256 * 256 + 256), (1, 2), (None, False, True))
     for i, (k, groups, plus_one) in enumerate(cases):
         n, rows, zero = 16 // groups * 13, (16, 48, 128, 208)[i % 4], i // 2 % 2 == 0
-        weight = [
-            None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, spec.torch_dtype, zero=zero)
-        ]
-        norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
-        program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
+        weight = coded((groups * n, k), spec, zero)
+        program = normed(groups, plus_one)
+        norm = program.norm
         x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) * 3 for s in ((tokens, k), (k,)))
         gain = None if norm is None else gain
         config = QuantConfig("folded held", 1, rows, 256, parts, 3, early=early, parts=parts, ahead=i % 3)
@@ -171,12 +180,10 @@ def test_gpu_folded_digits(cols, fold, zero):
     sizes = itertools.product((1, 2), ((8, 64, 4), (16, 64, 4), (16, 128, 8), (32, 64, 4)), (None, False, True))
     for i, (groups, (block_t, rows, warps), plus_one) in enumerate(sizes):
         n, k, tokens, splits = 8 * (13 + i), 512 * (1 + i % 4), (1, 7, 16, 33)[i % 4], 1 + i % 3
-        weight = [
-            None if p is None else p.cuda() for p in random_weight((groups * n, k), spec, spec.torch_dtype, zero=zero)
-        ]
+        weight = coded((groups * n, k), spec, zero)
         weight[1] = weight[1].to((torch.bfloat16, torch.bfloat16, torch.float32)[i % 3])
-        norm = None if plus_one is None else NormSpec("rms", 1e-5, plus_one)
-        program = replace(SWIGLU if groups == 2 else Program(1, (), (), "bfloat16"), norm=norm)
+        program = normed(groups, plus_one)
+        norm = program.norm
         x, gain = (torch.randn(s, device="cuda", dtype=spec.torch_dtype) for s in ((tokens, k), (k,)))
         x[::2] += 2.0
         x[1::3, ::97] *= 100.0

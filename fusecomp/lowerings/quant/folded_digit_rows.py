@@ -18,9 +18,8 @@ from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.launch import launch
 from fusecomp.lowerings.linear.large_heuristics import sum_block
 from fusecomp.lowerings.linear.norm import parameters, scaled
-from fusecomp.lowerings.quant.folded_digits import EXPONENT, FIRST
-
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23 leaves no bits for fractions
+from fusecomp.lowerings.quant.fixed_point import exponent_of, fixed, magnitude, two_bytes, unit_exponent
+from fusecomp.lowerings.quant.folded_digits import EXPONENT
 
 
 class FoldedDigits(NamedTuple):
@@ -53,7 +52,7 @@ def folded_digit_rows_kernel(
 ):
     """`FoldedDigits` of x, or of its RMSNorm as rounded to bf16. Program i does row i, which BLOCK_K holds.
 
-    The largest of 2 P numbers is 2^13 to 2^14, so all are off by at most 2^-14 of it.
+    The largest of 2 P numbers is 2^13 to 2^14: see `fixed_point.py`.
     Bytes: 4 T K and the sums.
     """
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -68,18 +67,15 @@ def folded_digit_rows_kernel(
         y = scaled(y, given, weight is not None, False, NORM == 3).to(tl.bfloat16).to(tl.float32)
     HALVES: tl.constexpr = BLOCK_K // (2 * FOLD)
     y = tl.reshape(y, [HALVES, 2 * FOLD])
-    # As integers, so that NaN is the largest.
-    exponent = tl.maximum(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True) >> 23, 14)
-    y *= ((267 - exponent) << 23).to(tl.float32, bitcast=True)
-    whole = (y + ROUND).to(tl.int32, bitcast=True) - 0x4B400000
-    whole = tl.where(exponent == 255, 0, whole)
-    word = tl.sum(whole, 1, keep_dims=True) << EXPONENT | tl.where(exponent == 255, 255, exponent - 13)
+    exponent = exponent_of(tl.max(magnitude(y), 1, keep_dims=True))
+    whole = fixed(y, exponent)
+    word = tl.sum(whole, 1, keep_dims=True) << EXPONENT | unit_exponent(exponent)
     half = tl.arange(0, HALVES)[:, None]
     tl.store(sums + half * num_tokens + row, word, mask=half < K // (2 * FOLD), eviction_policy=KEEP)
-    first = (whole + FIRST // 2) >> 8
+    first, second = two_bytes(whole)
     at = digits + row * (2 * K) + k
     tl.store(at, _in_turns(first.to(tl.int8), FOLD), mask=within, eviction_policy=KEEP)
-    tl.store(at + K, _in_turns((whole - first * FIRST).to(tl.int8), FOLD), mask=within, eviction_policy=KEEP)
+    tl.store(at + K, _in_turns(second.to(tl.int8), FOLD), mask=within, eviction_policy=KEEP)
 
 
 @triton.jit

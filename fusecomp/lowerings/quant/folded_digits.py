@@ -15,12 +15,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.linear.skinny_tile import finish_tile, tile_place
+from fusecomp.lowerings.quant.fixed_point import FIRST
 from fusecomp.lowerings.quant.folded_pieces import tile_scales
 from fusecomp.lowerings.quant.pieces import half_of, scale_numbers, scale_row
 from fusecomp.ops.quant import INT4_OFFSET
 
 LESS = tl.constexpr(-INT4_OFFSET)  # what is added to codes without zero points
-FIRST = tl.constexpr(256)  # a first digit is worth as many of the second
 EXPONENT, EXPONENT_MASK = tl.constexpr(8), tl.constexpr(255)  # bits of a word of `sums`
 
 

@@ -22,13 +22,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusecomp.lowerings.keep import KEEP
 from fusecomp.lowerings.linear.skinny_pieces import rms_scale, store_features
-from fusecomp.lowerings.quant.folded_digits import FIRST, codes_of_half
+from fusecomp.lowerings.quant.fixed_point import FIRST
+from fusecomp.lowerings.quant.folded_digits import codes_of_half
+from fusecomp.lowerings.quant.folded_pieces import MIDDLE
 from fusecomp.lowerings.quant.held_inputs import hold, load_pairs, nothing, of_rows, operand
 from fusecomp.lowerings.quant.pieces import ask_l2_for, half_of, load_codes
-from fusecomp.ops.quant import INT4_OFFSET as MIDDLE
 
 TILE, ROWS = tl.constexpr(256), tl.constexpr(16)  # columns of a warp; rows of a product
-INT4_OFFSET = tl.constexpr(MIDDLE)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -193,7 +193,7 @@ def _half(code, s, z, held, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.
     part = tl.dot(tl.reshape(v, [PARTS, 16, 128]), operand(held[HALF]), out_dtype=tl.int32)
     first, second = tl.split(tl.reshape(part, [PARTS, 16, 4, 2]))
     whole = (first * FIRST + second).to(tl.float32)
-    less = of_rows(half_of(z, HALF, tl.bfloat16)) if HAS_ZERO else INT4_OFFSET
+    less = of_rows(half_of(z, HALF, tl.bfloat16)) if HAS_ZERO else MIDDLE
     return (whole - less * held[2 + HALF]) * of_rows(half_of(s, HALF, tl.bfloat16))
 
 

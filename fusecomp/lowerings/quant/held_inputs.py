@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from fusecomp.lowerings.linear.skinny_pieces import norm_factor
-from fusecomp.lowerings.quant.folded_digit_rows import ROUND
-from fusecomp.lowerings.quant.folded_digits import FIRST
+from fusecomp.lowerings.quant.fixed_point import exponent_of, fixed, magnitude, two_bytes, unit_exponent
 
 
 @triton.jit
@@ -27,8 +26,7 @@ def hold(
     """What a warp holds: its lanes' words of either half's operand, and either half's sums.
 
     A lane makes eight inputs of a token, those of a word of codes and of its other half, and has others' by shuffles
-    within the warp. The largest is 2^13 to 2^14. Where one is not finite all are zero, and sums are scaled back by
-    infinity.
+    within the warp. A warp's share a power of two: see `fixed_point.py`.
 
     Args:
         g: of the norm's weight what `load_pairs` gives, with NORM of 2 or 3.
@@ -51,21 +49,18 @@ def _of_one(v, g, scales_at, T: tl.constexpr, PARTS: tl.constexpr, NORM: tl.cons
         v2, v3 = _scaled(v[2], g[2], NORM), _scaled(v[3], g[3], NORM)
     else:
         v0, v1, v2, v3 = v[0].to(tl.float32), v[1].to(tl.float32), v[2].to(tl.float32), v[3].to(tl.float32)
-    # As integers, so that NaN is the largest.
-    largest = tl.maximum(tl.maximum(_magnitude(v0), _magnitude(v1)), tl.maximum(_magnitude(v2), _magnitude(v3)))
-    largest = _by_lanes(tl.max(tl.reshape(tl.max(largest, 1), [PARTS, 32]), 1, keep_dims=True))
-    exponent = tl.maximum(largest >> 23, 14)
-    none = (exponent == 255)[:, None]
-    up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
+    exponent = exponent_of(_by_lanes(tl.max(tl.reshape(tl.max(largest, 1), [PARTS, 32]), 1, keep_dims=True)))
     place = tl.arange(0, 32 * PARTS)
     scales_at += 2 * T * PARTS + place // 32
-    back = (tl.where(exponent == 255, 255, exponent - 13) << 23).to(tl.float32, bitcast=True)
+    back = (unit_exponent(exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(scales_at, back, mask=place % 32 == 0)
     if NORM > 0:
         squares = _squares(v[0]) + _squares(v[1]) + _squares(v[2]) + _squares(v[3])
         squares = _by_lanes(tl.sum(tl.reshape(squares, [PARTS, 32]), 1, keep_dims=True))
         tl.store(scales_at + PARTS, squares, mask=place % 32 == 0)
-    i0, i1, i2, i3 = _whole(v0, up, none), _whole(v1, up, none), _whole(v2, up, none), _whole(v3, up, none)
+    shared = exponent[:, None]
+    i0, i1, i2, i3 = fixed(v0, shared), fixed(v1, shared), fixed(v2, shared), fixed(v3, shared)
     return (
         _half_operand(i0, i1, T, PARTS), _half_operand(i2, i3, T, PARTS), _sum_of_token(i0, i1, T, PARTS),
         _sum_of_token(i2, i3, T, PARTS),
@@ -112,19 +107,9 @@ def _scaled(v, g, NORM: tl.constexpr):
 
 
 @triton.jit
-def _magnitude(v):
-    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _squares(v):
     v = v.to(tl.float32)
     return tl.sum(v * v, 1)
-
-
-@triton.jit
-def _whole(v, up, none):
-    return tl.where(none, 0, (v * up + ROUND).to(tl.int32, bitcast=True) - 0x4B400000)
 
 
 @triton.jit
@@ -147,9 +132,9 @@ def _half_operand(i, j, T: tl.constexpr, PARTS: tl.constexpr):
 
     Column 2 T has their first bytes, the next the second ones, others none.
     """
-    first, second = (i + FIRST // 2) >> 8, (j + FIRST // 2) >> 8
-    word = _word(first, second, PARTS)
-    other = _word(i - first * FIRST, j - second * FIRST, PARTS)
+    first_i, second_i = two_bytes(i)
+    first_j, second_j = two_bytes(j)
+    word, other = _word(first_i, first_j, PARTS), _word(second_i, second_j, PARTS)
     lane = tl.reshape(tl.arange(0, 32 * PARTS), [PARTS, 32]) % 32
     even = tl.join(_words(word, other, lane, T, 0), _words(word, other, lane, T, 2))
     odd = tl.join(_words(word, other, lane, T, 1), _words(word, other, lane, T, 3))

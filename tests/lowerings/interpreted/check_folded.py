@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecomp.lowerings.quant import launches
+from fusecomp.lowerings.quant.fixed_point import FIRST
 from fusecomp.lowerings.quant.folded_digit_rows import launch_folded_digits
-from fusecomp.lowerings.quant.folded_digits import FIRST
 from fusecomp.lowerings.quant.heuristics import QuantConfig
 from fusecomp.lowerings.quant.launches import launch_dequantize
 from fusecomp.ops.linear import FULL
